@@ -1,0 +1,232 @@
+"""The six primitives in plain torch: exact, on any device, with nothing saved beyond the contract. The fallback for all.
+
+Every sum and product that could round twice runs in the accumulator's dtype or inside a GEMM's. Elementwise work on an
+activation goes in panels of rows, so that a mask or an fp32 temporary never has the activation's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lorafast import philox
+from lorafast.problem import (
+    Down,
+    LowRank,
+    OutputGrads,
+    Problem,
+    Return,
+    Returned,
+    Scaling,
+    Segment,
+    Up,
+    accumulator,
+    tokens,
+)
+from lorafast.reference import mix
+
+# Small enough on a CPU for a panel's int64 Philox words to stay in a core's L2; large enough elsewhere to hide launches.
+_CPU_PANEL = 1 << 17
+_PANEL = 1 << 25
+
+
+def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
+    """Never refuses."""
+    return ()
+
+
+def project(x: torch.Tensor, downs: list[Down]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """h = drop(x) Aᵀ rounded to x's dtype, and h' = core(h).  x [...,K] -> h, h' [M,R] for each way down."""
+    x2, out = _rows(x), []
+    for A, core, seed, p in downs:
+        if p:
+            h = x.new_empty(x2.shape[0], A.shape[0])
+            factor = _scaled(A, philox.scale(p), x.dtype).t()
+            for panel in _panels(x2):
+                torch.mm(_dropped(x2, panel, seed, p), factor, out=h[panel.start : panel.stop])
+        else:
+            h = torch.mm(x2, A.to(x.dtype).t())
+        out.append((h, mix(h, core)))
+    return out
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ups: list[Up],
+    gain: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    keep_inner: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """z = x Wᵀ + Σ h' (s·out_scale⊙B)ᵀ and y = gain⊙z + bias.  x [...,K], weight [N,K] -> y [...,N], z [M,N] or None.
+
+    keep_inner, which needs a gain, returns z beside y.
+    """
+    x2, N = _rows(x), weight.shape[0]
+    y = x.new_empty(*x.shape[:-1], N)
+    y2 = y.view(x2.shape[0], N)
+    z = torch.empty_like(y2) if keep_inner else y2
+    started = gain is None and bias is not None
+    if started:
+        z.copy_(bias)
+    # The low-rank part comes first: its rounding is relative to itself, and the base GEMM then rounds the sum once.
+    for up in ups:
+        z.addmm_(up.h, _scaled(up.B, up.scaling, x.dtype, up.out_scale).t(), beta=int(started))
+        started = True
+    z.addmm_(x2, weight.to(x.dtype).t(), beta=int(started))
+    if gain is not None:
+        for panel in _panels(z):
+            _gained(z[panel.start : panel.stop], gain, bias, y2[panel.start : panel.stop])
+    return y, (z if keep_inner else None)
+
+
+def grad_output(
+    dy: torch.Tensor,
+    returns: list[Return],
+    gain: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    want_bias: bool = False,
+) -> OutputGrads:
+    """u = s(gain⊙out_scale⊙dy)B, v = u·core, d_core = uᵀh, dB = out_scale⊙P with P = s(gain⊙dy)ᵀh', Σdy and Σdy⊙kept.
+
+    dy [...,N], kept [...,N] or None. Columns of dB before frozen_columns are zero and cost nothing.
+    """
+    dy2, sums = _rows(dy), accumulator(dy.dtype)
+    adapters = [_returned(dy2, back, gain) for back in returns]
+    bias = dy2.sum(0, dtype=sums) if want_bias else None
+    dot = None
+    if kept is not None:
+        dot, kept2 = torch.zeros(dy2.shape[1], dtype=sums, device=dy.device), _rows(kept)
+        for panel in _panels(dy2):
+            rows = slice(panel.start, panel.stop)
+            dot += (dy2[rows].to(sums) * kept2[rows]).sum(0)
+    return OutputGrads(adapters, bias, dot)
+
+
+def grad_input(segments: list[Segment], low_ranks: list[LowRank]) -> torch.Tensor:
+    """dx = Σ (gain⊙dy) W + Σ mask⊙(v A).  dy [...,N] -> dx [...,K]."""
+    dy, K = segments[0].dy, segments[0].weight.shape[1]
+    dx = dy.new_empty(*dy.shape[:-1], K)
+    dx2, started = dx.view(tokens(dy), K), False
+    for v, A, seed, p in low_ranks:
+        factor = _scaled(A, philox.scale(p), dy.dtype)
+        if not p:
+            dx2.addmm_(v, factor, beta=int(started))
+        else:
+            for panel in _panels(dx2):
+                rows = slice(panel.start, panel.stop)
+                part = torch.mm(v[rows], factor).masked_fill_(~philox.kept(seed, p, panel, K), 0)
+                dx2[rows] = dx2[rows] + part if started else part
+        started = True
+    for segment in segments:
+        dy2, weight = _with_gain(segment)
+        dx2.addmm_(dy2, weight, beta=int(started))
+        started = True
+    return dx
+
+
+def grad_project(x: torch.Tensor, low_ranks: list[LowRank]) -> list[torch.Tensor]:
+    """dA = vᵀ drop(x), in the accumulator's dtype.  x [...,K], v [M,R] -> [R,K] each."""
+    x2, sums, out = _rows(x), accumulator(x.dtype), []
+    for v, A, seed, p in low_ranks:
+        if not p:
+            out.append(_product(v.t(), x2))
+            continue
+        dA = torch.zeros(A.shape, dtype=sums, device=x.device)
+        for panel in _panels(x2):
+            dA += _product(v[panel.start : panel.stop].t(), _dropped(x2, panel, seed, p))
+        out.append(dA.mul_(philox.scale(p)))
+    return out
+
+
+def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Scaling = 1.0, axis: str = "out") -> torch.Tensor:
+    """‖W + sBA‖ per row (axis="out", [N]) or per column (axis="in", [K]), summed in fp32 (fp64 for fp64)."""
+    sums = accumulator(weight.dtype)
+    A, squares = A.to(sums), []
+    for panel in _panels(weight):
+        rows = slice(panel.start, panel.stop)
+        part = torch.addmm(weight[rows].to(sums), B[rows].to(sums) * scaling, A)
+        squares.append(part.square_().sum(1 if axis == "out" else 0))
+    return (torch.cat(squares) if axis == "out" else torch.stack(squares).sum(0)).sqrt_()
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """The activation as [M, width]: a view where strides allow, else a transient copy."""
+    return x.reshape(tokens(x), x.shape[-1])
+
+
+def _panels(x2: torch.Tensor) -> Iterator[range]:
+    """Row ranges that cover the activation, at least one row each; none if it is empty."""
+    step = max(1, (_CPU_PANEL if x2.device.type == "cpu" else _PANEL) // max(1, x2.shape[1]))
+    for start in range(0, x2.shape[0], step):
+        yield range(start, min(start + step, x2.shape[0]))
+
+
+def _dropped(x2: torch.Tensor, panel: range, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """A panel of x with the dropped elements zeroed and the rest unscaled, so nothing is rounded."""
+    return torch.where(philox.kept(seed, p, panel, x2.shape[1]), x2[panel.start : panel.stop], 0.0)
+
+
+def _scaled(
+    factor: torch.Tensor, scaling: Scaling, dtype: torch.dtype, row_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """row_scale⊙(scaling·factor), multiplied in the accumulator's dtype and rounded once to dtype."""
+    if row_scale is None and not isinstance(scaling, torch.Tensor) and scaling == 1:
+        return factor.to(dtype)
+    wide = factor.to(accumulator(dtype)) * scaling
+    return (wide if row_scale is None else wide.mul_(row_scale[:, None])).to(dtype)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b in the accumulator's dtype; CPUs have no mixed GEMM, so there a half-precision result is rounded before it widens."""
+    sums = accumulator(a.dtype)
+    if a.is_cuda and a.dtype != sums:
+        return torch.mm(a, b, out_dtype=sums)
+    return torch.mm(a, b).to(sums)
+
+
+def _gained(z: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out = gain⊙z + bias in gain's dtype, rounded once; out may be z."""
+    if bias is None:
+        torch.mul(z, gain, out=out)
+    else:
+        torch.addcmul(bias.to(gain.dtype), z, gain, out=out)
+
+
+def _with_gain(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two operands of (gain⊙dy) W in dy's dtype, the gain rounded into the smaller one."""
+    dy2, weight = _rows(segment.dy), segment.weight.to(segment.dy.dtype)
+    if segment.gain is None:
+        return dy2, weight
+    if dy2.shape[0] < weight.shape[1]:
+        return torch.mul(dy2, segment.gain, out=torch.empty_like(dy2)), weight
+    return dy2, torch.mul(weight, segment.gain[:, None], out=torch.empty_like(weight))
+
+
+def _returned(dy2: torch.Tensor, back: Return, gain: torch.Tensor | None) -> Returned:
+    """What one adapter asked of dy."""
+    sums, out_gain = accumulator(dy2.dtype), back.out_scale
+    if gain is not None:
+        out_gain = gain if out_gain is None else gain * out_gain
+    v = dB = d_core = d_out_scale = None
+    if back.want_v or back.want_core:
+        u = torch.mm(dy2, _scaled(back.B, back.scaling, dy2.dtype, out_gain))
+        if back.want_core:
+            d_core = (u.to(sums) * back.h).sum(0) if back.core.dim() == 1 else _product(u.t(), back.h)
+        if back.want_v and back.core is not None:
+            v = u * back.core.to(u.dtype) if back.core.dim() == 1 else torch.mm(u, back.core.to(u.dtype))
+        elif back.want_v:
+            v = u
+    if back.want_B or back.want_out_scale:
+        frozen = 0 if back.want_out_scale else back.frozen_columns
+        P = _product(dy2.t(), mix(back.h, back.core)[:, frozen:]) * back.scaling
+        if gain is not None:
+            P *= gain[:, None]
+        if back.want_out_scale:
+            d_out_scale = (P * back.B[:, frozen:]).sum(1)
+        if back.want_B:
+            dB = torch.zeros(back.B.shape, dtype=sums, device=dy2.device)
+            live = P if back.out_scale is None else P * back.out_scale[:, None]
+            dB[:, back.frozen_columns :] = live[:, back.frozen_columns - frozen :]
+    return Returned(v, dB, d_core, d_out_scale)

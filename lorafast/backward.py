@@ -1,0 +1,112 @@
+"""The backward pass of one adapted layer as calls of primitives: only the gradients asked for."""
+
+from __future__ import annotations
+
+import torch
+
+from lorafast import dispatch, norm, philox, reference
+from lorafast.forward import drops_base, inputs
+from lorafast.problem import LowRank, OutputGrads, Problem, Return, Segment, Settings, Tensors, Up, Wants, tokens
+
+
+def backward(
+    dy: torch.Tensor, x: torch.Tensor | None, h: torch.Tensor | None, kept: torch.Tensor | None, t: Tensors, c: Settings, w: Wants
+) -> list[torch.Tensor]:
+    """The gradients in Wants' order, each in its tensor's dtype.  dy [...,N]; x, h and kept (y or z) None where not needed."""
+    problem = Problem.of(dy, t, c)
+    by_row = t.magnitude is not None and c.axis == "out"
+    gain = norm.gain(t.magnitude, t.norm)
+    if by_row and w.gain and c.keep == "recompute":
+        kept = _inner(x, h, t, c, problem)
+    needs_v = w.x or w.lora_A or (w.gain and not by_row)
+    back = Return(
+        t.lora_B, norm.scaling(t, c), t.out_scale, t.core, h, c.frozen_columns, needs_v, w.lora_B, w.core, w.out_scale
+    )
+    sums: OutputGrads = dispatch.pick("grad_output", problem).grad_output(
+        dy,
+        [back],
+        gain if by_row else None,
+        kept if by_row and w.gain else None,
+        want_bias=w.bias or w.lora_bias or (by_row and w.gain and _bias_in_dot(t, c)),
+    )
+    (own,) = sums.adapters
+    found: dict[str, torch.Tensor] = {"lora_B": own.B, "core": own.core, "out_scale": own.out_scale, "bias": sums.bias}
+    if w.lora_bias:
+        d_lora_bias = sums.bias * norm.scaling(t, c)
+        found["lora_bias"] = d_lora_bias * gain if by_row else d_lora_bias
+    if w.lora_A:
+        low = LowRank(own.v, t.lora_A, t.seed, c.dropout)
+        (found["lora_A"],) = dispatch.pick("grad_project", problem).grad_project(inputs(x, t, c)[0], [low])
+    if by_row:
+        if w.gain:
+            found |= _gain_grads(_d_gain(sums, t, c, gain), gain, t)
+        if w.x:
+            found["x"] = _d_x_by_row(dy, own.v, gain, t, c, problem)
+    elif t.magnitude is not None:
+        if w.x or w.gain:
+            found |= _in_axis(dy, x, own.v, gain, t, c, w, problem)
+    elif w.x:
+        found["x"] = _d_x(dy, t, problem, LowRank(own.v, t.lora_A, t.seed, c.dropout))
+    dtypes = t._asdict() | {"x": dy}
+    return [found[name].to(dtypes[name].dtype) for name, wanted in zip(w._fields, w, strict=True) if wanted]
+
+
+def _inner(x: torch.Tensor, h: torch.Tensor, t: Tensors, c: Settings, problem: Problem) -> torch.Tensor:
+    """z again, one GEMM: what keep="inner" would have saved."""
+    base_x = philox.drop(x, t.seed, c.dropout) if drops_base(c) else x
+    up = Up(reference.mix(h, t.core), t.lora_B, norm.scaling(t, c), t.out_scale)
+    return dispatch.pick("linear", problem).linear(base_x, t.weight, [up])[0]
+
+
+def _bias_in_dot(t: Tensors, c: Settings) -> bool:
+    """Whether Σ dy⊙kept has to be corrected by a bias: y contains the base's, z lacks the adapter's."""
+    return t.bias is not None if c.keep == "output" else t.lora_bias is not None
+
+
+def _d_gain(sums: OutputGrads, t: Tensors, c: Settings, gain: torch.Tensor) -> torch.Tensor:
+    """Σ dy⊙z, from z or from y = gain⊙z + bias (0 where the gain is 0).  [N]"""
+    if c.keep == "output":
+        dot = sums.dot if t.bias is None else sums.dot - t.bias * sums.bias
+        return norm.divided(dot, gain)
+    if t.lora_bias is None:
+        return sums.dot
+    return sums.dot + t.lora_bias * norm.scaling(t, c) * sums.bias
+
+
+def _gain_grads(d_gain: torch.Tensor, gain: torch.Tensor, t: Tensors) -> dict[str, torch.Tensor]:
+    """gain = m/norm: d_m = d_gain/norm, d_norm = -d_gain·gain/norm."""
+    d_magnitude = norm.divided(d_gain, t.norm)
+    return {"magnitude": d_magnitude, "norm": -d_magnitude * gain}
+
+
+def _d_x(dy: torch.Tensor, t: Tensors, problem: Problem, low: LowRank | None, gain: torch.Tensor | None = None) -> torch.Tensor:
+    lows = [] if low is None else [low]
+    return dispatch.pick("grad_input", problem).grad_input([Segment(dy, t.weight, gain)], lows)
+
+
+def _d_x_by_row(dy: torch.Tensor, v: torch.Tensor, gain: torch.Tensor, t: Tensors, c: Settings, problem: Problem) -> torch.Tensor:
+    if not drops_base(c):
+        return _d_x(dy, t, problem, LowRank(v, t.lora_A, t.seed, c.dropout), gain)
+    # dx = dy W + mask⊙(((gain-1)⊙dy) W + v A): the correction and the adapter share one mask.
+    through_drop = _d_x(dy, t, problem, LowRank(v, t.lora_A), gain - 1)
+    return _d_x(dy, t, problem, None).add_(philox.drop(through_drop, t.seed, c.dropout))
+
+
+def _in_axis(
+    dy: torch.Tensor, x: torch.Tensor, v: torch.Tensor, gain: torch.Tensor, t: Tensors, c: Settings, w: Wants, problem: Problem
+) -> dict[str, torch.Tensor]:
+    """axis="in": dx and the gradients of magnitude and norm through in_gain⊙x."""
+    if not drops_base(c):
+        d_scaled = _d_x(dy, t, problem, LowRank(v, t.lora_A, t.seed, c.dropout))
+        d_x = d_scaled * gain
+    else:
+        base = _d_x(dy, t, problem, None)
+        dropped = philox.drop(base, t.seed, c.dropout)
+        low_rank = philox.drop(torch.mm(v, t.lora_A.to(v.dtype)).view_as(base), t.seed, c.dropout)
+        d_x = base + (gain - 1) * dropped + gain * low_rank
+        d_scaled = dropped + low_rank
+    found = {"x": d_x}
+    if w.gain:
+        d_gain = (d_scaled.to(gain.dtype) * x).reshape(tokens(x), x.shape[-1]).sum(0)
+        found |= _gain_grads(d_gain, gain, t)
+    return found

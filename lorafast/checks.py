@@ -1,0 +1,112 @@
+"""The one place where arguments are checked: every refusal names the argument and the shapes it met."""
+
+from __future__ import annotations
+
+import torch
+
+from lorafast import philox
+from lorafast.problem import Scaling, activation_dtype
+
+AXES = ("out", "in")
+DROPOUT_ON = ("adapter", "both")
+KEEPS = ("auto", "output", "inner", "recompute")
+
+
+def call(
+    x: torch.Tensor,
+    tensors: dict[str, torch.Tensor | None],
+    scaling: Scaling,
+    dropout: float,
+    axis: str,
+    dropout_on: str,
+    keep: str,
+    frozen_columns: int,
+) -> None:
+    """Everything lorafast.linear is given. tensors: its tensor arguments by name, weight first."""
+    words(axis, dropout_on, keep)
+    probability(dropout)
+    floating("x", x)
+    pair("weight", tensors["weight"], "[N, K]")
+    N, K = tensors["weight"].shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x {tuple(x.shape)} must end in K={K} for weight {(N, K)}")
+    for name in ("lora_A", "lora_B"):
+        if tensors[name] is None:
+            raise TypeError(f"{name} is None; a layer without an adapter is torch.nn.functional.linear")
+        pair(name, tensors[name], "[R, K]" if name == "lora_A" else "[N, R]")
+    R = tensors["lora_A"].shape[0]
+    if tensors["lora_A"].shape[1] != K or R == 0:
+        raise ValueError(f"lora_A {tuple(tensors['lora_A'].shape)} must be [R>0, K={K}] for weight {(N, K)}")
+    gains = K if axis == "in" else N
+    wanted = {"lora_B": [(N, R)], "core": [(R, R), (R,)], "bias": [(N,)], "out_scale": [(N,)], "lora_bias": [(N,)]}
+    wanted |= {"magnitude": [(gains,)], "norm": [(gains,)]}
+    for name, shapes in wanted.items():
+        if tensors[name] is not None:
+            shaped(name, tensors[name], shapes, (N, K), R)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _placed(name, tensor, x)
+    if tensors["norm"] is not None and tensors["magnitude"] is None:
+        raise ValueError(f"norm {tuple(tensors['norm'].shape)} is given without magnitude")
+    _seed(tensors["seed"], x)
+    _dtype_of_weight(tensors["weight"], x)
+    if isinstance(scaling, torch.Tensor) and scaling.numel() != 1:
+        raise ValueError(f"scaling {tuple(scaling.shape)} must be a number or a tensor of one element")
+    if not 0 <= frozen_columns <= R:
+        raise ValueError(f"frozen_columns {frozen_columns} must be between 0 and R={R}, lora_B {(N, R)}")
+    if keep == "output" and dropout > 0 and dropout_on == "both":
+        raise ValueError("keep='output' cannot serve dropout_on='both', whose output is no multiple of z; use keep='inner'")
+
+
+def words(axis: str, dropout_on: str, keep: str) -> None:
+    """The three words of DoRA."""
+    for name, value, allowed in (("axis", axis, AXES), ("dropout_on", dropout_on, DROPOUT_ON), ("keep", keep, KEEPS)):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+
+
+def probability(dropout: float) -> None:
+    """dropout in [0, 1), and distinguishable from 0 and 1 in 16 bits."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout} must be in [0, 1)")
+    philox.threshold(dropout)
+
+
+def floating(name: str, tensor: torch.Tensor) -> None:
+    """A tensor of fp64, fp32, bf16 or fp16."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{name} {tuple(tensor.shape)} is {tensor.dtype}; lorafast computes in float64, float32, bfloat16 and float16")
+
+
+def pair(name: str, tensor: torch.Tensor, form: str) -> None:
+    """A floating matrix."""
+    floating(name, tensor)
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} {tuple(tensor.shape)} must be {form}")
+
+
+def shaped(name: str, tensor: torch.Tensor, shapes: list[tuple[int, ...]], weight: tuple[int, int], R: int) -> None:
+    """A floating tensor of one of the given shapes."""
+    floating(name, tensor)
+    if tuple(tensor.shape) not in shapes:
+        forms = " or ".join(map(str, map(tuple, shapes)))
+        raise ValueError(f"{name} {tuple(tensor.shape)} must be {forms} for weight {weight} and rank {R}")
+
+
+def _placed(name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} {tuple(tensor.shape)} is on {tensor.device}, x {tuple(x.shape)} on {x.device}")
+
+
+def _seed(seed: torch.Tensor | None, x: torch.Tensor) -> None:
+    if seed is not None and (seed.dtype != torch.int64 or tuple(seed.shape) != (1,)):
+        raise TypeError(f"seed {tuple(seed.shape)} {seed.dtype} must be (1,) int64, in [0, 2**63), for x {tuple(x.shape)}")
+
+
+def _dtype_of_weight(weight: torch.Tensor, x: torch.Tensor) -> None:
+    active = activation_dtype(x)
+    cast = active != x.dtype or torch.is_autocast_enabled(x.device.type)
+    if weight.dtype != active and (not cast or torch.float64 in (weight.dtype, active)):
+        raise TypeError(f"weight {tuple(weight.shape)} is {weight.dtype}, x {tuple(x.shape)} is {x.dtype}: without autocast they must be equal")

@@ -1,0 +1,57 @@
+"""Which backend serves a primitive: the first able one in order, or the forced one, which must be able."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+
+from lorafast import env, links
+from lorafast.problem import Problem
+
+# Fastest first. A backend is a file in backends/; one that is not there yet, or fails to load, is a reason.
+ORDER = ("cuda", "triton", "cpu", "eager")
+
+
+@functools.lru_cache(maxsize=None)
+def load(backend: str) -> ModuleType | str:
+    """The backend's module, or the reason there is none."""
+    name = f"lorafast.backends.{backend}"
+    if importlib.util.find_spec(name) is None:
+        return "not part of this version of lorafast"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        return links.why_missing("kernels") or f"cannot be imported: {error}"
+
+
+def why_not(backend: str, primitive: str, problem: Problem) -> tuple[str, ...]:
+    """Every reason this backend cannot serve this primitive of this problem; empty if it can."""
+    module = load(backend)
+    return (module,) if isinstance(module, str) else module.why_not(primitive, problem)
+
+
+def pick(primitive: str, problem: Problem) -> ModuleType:
+    """The backend that serves this primitive. ValueError for an unknown LORAFAST_BACKEND, RuntimeError if it cannot."""
+    return _pick(primitive, problem, env.backend())
+
+
+@functools.lru_cache(maxsize=4096)
+def _pick(primitive: str, problem: Problem, asked: str) -> ModuleType:
+    if asked != "auto" and asked not in ORDER:
+        raise ValueError(f"{env.BACKEND.name}={asked} is not one of auto, {', '.join(ORDER)}")
+    refusals = {}
+    for backend in ORDER if asked == "auto" else (asked,):
+        refusals[backend] = why_not(backend, primitive, problem)
+        if not refusals[backend]:
+            _announce(primitive, problem, backend, refusals)
+            return load(backend)
+    raise RuntimeError(f"{env.BACKEND.name}={asked} cannot {primitive}: {'; '.join(refusals[asked])}")
+
+
+def _announce(primitive: str, problem: Problem, backend: str, refusals: dict[str, tuple[str, ...]]) -> None:
+    if env.log():
+        others = ", ".join(f"{name} ({'; '.join(why)})" for name, why in refusals.items() if why)
+        print(f"lorafast: {primitive} -> {backend}; not {others or 'asked'}; {problem}", file=sys.stderr)

@@ -1,0 +1,57 @@
+"""The forward pass of one adapted layer as calls of primitives.
+
+    z = (in_gain⊙x) Wᵀ + s·out_scale⊙(core(drop(in_gain⊙x) Aᵀ) Bᵀ)        y = gain⊙z + bias
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lorafast import dispatch, norm, philox
+from lorafast.problem import Down, Problem, Settings, Tensors, Up, accumulator, tokens
+
+
+def forward(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y [...,N], h [M,R] and, with keep="inner", z [M,N] (else empty): all fresh."""
+    problem = Problem.of(x, t, c)
+    adapter_x, base_x = inputs(x, t, c)
+    down = Down(t.lora_A, t.core, t.seed, c.dropout)
+    ((h, mixed),) = dispatch.pick("project", problem).project(adapter_x, [down])
+    ups = [Up(mixed, t.lora_B, norm.scaling(t, c), t.out_scale)]
+    linear = dispatch.pick("linear", problem).linear
+    gain = norm.gain(t.magnitude, t.norm) if c.axis == "out" else None
+    if gain is not None and drops_base(c):
+        # y = (the plain LoRA's output) + (gain-1)⊙z with z on the dropped x: the rounding of z weighs only gain-1.
+        y, _ = linear(x, t.weight, ups, bias=bias_of(t, c, gain))
+        z, _ = linear(philox.drop(x, t.seed, c.dropout), t.weight, ups)
+        y.addcmul_(z, gain - 1)
+        kept = z.view(tokens(x), z.shape[-1]) if c.keep == "inner" else None
+    else:
+        y, kept = linear(base_x, t.weight, ups, gain, bias_of(t, c, gain), keep_inner=c.keep == "inner")
+    return y, h, x.new_empty(0) if kept is None else kept
+
+
+def drops_base(c: Settings) -> bool:
+    """Whether dropout reaches DoRA's correction of the base term (PEFT's and the authors' reading)."""
+    return c.dropout > 0 and c.dropout_on == "both"
+
+
+def inputs(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the adapter and the base GEMM read: x itself, or for axis="in" gain⊙x and, with dropout on both, x + (gain-1)⊙drop(x)."""
+    if t.magnitude is None or c.axis == "out":
+        return x, x
+    gain = norm.gain(t.magnitude, t.norm)
+    adapter_x = torch.mul(x, gain, out=x.new_empty(x.shape))
+    if not drops_base(c):
+        return adapter_x, adapter_x
+    return adapter_x, torch.addcmul(x, philox.drop(x, t.seed, c.dropout), gain - 1, out=x.new_empty(x.shape))
+
+
+def bias_of(t: Tensors, c: Settings, gain: torch.Tensor | None) -> torch.Tensor | None:
+    """bias + s·gain⊙lora_bias in the accumulator's dtype.  [N]"""
+    if t.lora_bias is None:
+        return t.bias
+    wide = accumulator(t.weight.dtype)
+    low = t.lora_bias.to(wide) * norm.scaling(t, c)
+    low = low if gain is None else low * gain
+    return low if t.bias is None else low + t.bias

@@ -1,0 +1,93 @@
+"""lorafast.linear: one adapted layer as a function of tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from lorafast import checks, ops, philox, reference  # noqa: F401  (ops registers what torch.ops.lorafast calls)
+from lorafast.problem import Scaling, Settings, Tensors, activation_dtype
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    core: torch.Tensor | None = None,
+    magnitude: torch.Tensor | None = None,
+    norm: torch.Tensor | None = None,
+    axis: str = "out",
+    out_scale: torch.Tensor | None = None,
+    lora_bias: torch.Tensor | None = None,
+    scaling: Scaling = 1.0,
+    dropout: float = 0.0,
+    dropout_on: str = "adapter",
+    keep: str = "auto",
+    frozen_columns: int = 0,
+    seed: torch.Tensor | None = None,
+    training: bool = True,
+) -> torch.Tensor:
+    """y = gain⊙(x Wᵀ + s·out_scale⊙(core(drop(x) Aᵀ) Bᵀ + lora_bias)) + bias, gain = magnitude/norm (1 without magnitude).
+
+    Shapes: x [...,K], weight [N,K] (or a transposed view), lora_A [R,K], lora_B [N,R], core [R,R] or [R], magnitude and norm
+    [N] (axis="out") or [K] (axis="in": the gain scales x), bias, out_scale, lora_bias [N] -> y [...,N], never a view.
+    Dtypes: x and weight alike (under autocast x is cast, once); factors of any float dtype, cast transiently; sums in fp32.
+    Saved for backward: x by reference if lora_A trains, M·R of h, and by `keep` y, z or nothing for the magnitude.
+    norm=None computes ‖W+sBA‖, detached; seed=None draws one from torch's generator. A trained weight runs on plain autograd.
+    Raises ValueError or TypeError naming the argument and the shapes. Sources: arXiv 2106.09685, 2402.09353, 2406.12832.
+    """
+    parts = Tensors(weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed)
+    checks.call(x, parts._asdict(), scaling, dropout, axis, dropout_on, keep, frozen_columns)
+    p = float(dropout) if training else 0.0
+    if p and seed is None:
+        seed = philox.draw(x.device)
+    grad = torch.is_grad_enabled()
+    scale = scaling if isinstance(scaling, torch.Tensor) else None
+    if grad and (weight.requires_grad or (scale is not None and scale.requires_grad)):
+        return reference.linear(
+            x, weight, bias, lora_A, lora_B, core, magnitude, norm, axis, out_scale, lora_bias, scaling,
+            p, dropout_on, keep, frozen_columns, seed,
+        )  # fmt: skip
+    if magnitude is not None and norm is None:
+        norm = row_norm(weight, lora_A, lora_B, core, out_scale, scaling, axis, cache=not (training or grad))
+    x = x.to(activation_dtype(x))
+    trains_gain = magnitude is not None and grad and (magnitude.requires_grad or norm.requires_grad)
+    settings = Settings(
+        1.0 if scale is not None else float(scaling), p, axis, dropout_on,
+        _kept(keep, axis, trains_gain, p > 0 and dropout_on == "both", bias is None and lora_bias is None, x.dtype), frozen_columns,
+    )  # fmt: skip
+    tensors = parts._replace(norm=norm, seed=seed if p else None, scale=scale)
+    return torch.ops.lorafast.linear(x, *tensors, *settings)[0]
+
+
+def row_norm(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    core: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+    scaling: Scaling = 1.0,
+    axis: str = "out",
+    detach: bool = True,
+    cache: bool = False,
+) -> torch.Tensor:
+    """‖W + s·(out_scale⊙B)·core·A‖ per row (axis="out", [N]) or column ("in", [K]), fp32, or fp64 for an fp64 weight.
+
+    detach=True (arXiv 2402.09353 §4.3) has no gradient; False has the exact one for everything but W. cache=True returns the
+    last result while no factor, and no optimizer, has moved; it is ignored while torch.compile or a CUDA graph looks on.
+    """
+    scale = scaling if isinstance(scaling, torch.Tensor) else None
+    tensors = Tensors(weight, None, lora_A, lora_B, core, None, None, out_scale, None, None, scale)
+    settings = Settings(1.0 if scale is not None else float(scaling), axis=axis)
+    cache = cache and not torch.compiler.is_compiling()
+    return torch.ops.lorafast.row_norm(*tensors, *settings, detach, cache)
+
+
+def _kept(keep: str, axis: str, trains_gain: bool, both: bool, unbiased: bool, dtype: torch.dtype) -> str:
+    """What is kept for d_magnitude: y is free where its consumer saves it too, but exact enough only without a bias."""
+    if not trains_gain or axis == "in":
+        return "none"
+    if keep != "auto":
+        return keep
+    return "output" if unbiased and not both and dtype in (torch.bfloat16, torch.float32) else "inner"

@@ -1,0 +1,83 @@
+"""What every adapter spec is: numbers that can be compared, copied and pickled, and the tensors a layer starts with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from lorafast import checks
+
+# What PEFT users type, and what it is called here.
+_OTHER_NAMES = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "init_lora_weights": "init",
+    "use_dora": "lorafast.DoRA(...)",
+}
+
+
+class Part(NamedTuple):
+    """One adapter tensor of a layer: its shape, and whether it trains."""
+
+    shape: tuple[int, ...]
+    trained: bool = True
+
+
+class Start(NamedTuple):
+    """A layer's first adapter tensors by name; residual: the weight gives up the delta they already make."""
+
+    tensors: dict[str, torch.Tensor]
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """r: rank. s = alpha/r, or alpha/√r with rslora (arXiv 2312.03732). dropout: on the adapter's input."""
+
+    r: int = 8
+    alpha: float = 8
+    dropout: float = 0.0
+    rslora: bool = False
+
+    paper: ClassVar[str]
+    trains: ClassVar[str]
+    keeps: ClassVar[str]
+    axis: ClassVar[str] = "out"
+    dropout_on: ClassVar[str] = "adapter"
+    keep: ClassVar[str] = "auto"
+    detach_norm: ClassVar[bool] = True
+    cache_norm: ClassVar[bool] = False
+
+    def __new__(cls, *args: object, **kwargs: object) -> Adapter:
+        for name in kwargs:
+            if name in _OTHER_NAMES:
+                raise TypeError(f"{cls.__name__}({name}=...): this is spelled {_OTHER_NAMES[name]} in lorafast")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"r={self.r!r} must be an integer of at least 1")
+        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
+            raise ValueError(f"alpha={self.alpha!r} must be a finite number")
+        checks.probability(self.dropout)
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha/r, or alpha/√r with rslora."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def parts(self, N: int, K: int) -> dict[str, Part]:
+        """The adapter tensors of a layer with weight [N,K], by the name of their Parameter."""
+        raise NotImplementedError
+
+    def start(self, weight: torch.Tensor) -> Start:
+        """First values for every part, on the weight's device."""
+        raise NotImplementedError
+
+    def _word(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,56 @@
+"""LaMDA (arXiv 2406.12832): a frozen way down, a trained r×r core, and a way up that freezes column by column.
+
+    y = x Wᵀ + s ((drop(x) Aᵀ) Sᵀ) Bᵀ + bias        A [R,K] frozen, S (core) [R,R] trained, B [N,R] trained, later frozen
+Saved for backward: M·R of h = drop(x) Aᵀ; x never, and h Sᵀ is remade. schedule.LaMDAFreeze freezes B's columns.
+
+How the paper starts S, and whether W gives up what B S A already says, could not be checked against its text; three readings:
+    "residual"  A = V_rᵀ, B = U_r, S = Σ_r/s from the SVD of W, and W becomes W - s B S A: the start is exact, W changes
+    "zero"      A = V_rᵀ, B = U_r, S = 0: W is untouched
+    "repo"      what the authors' released code does: A kaiming, B = 0, S uniform ±1/√r, no SVD
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorafast.methods import svd
+from lorafast.methods.adapter import Adapter, Part, Start
+from lorafast.methods.lora import LoRA
+
+INITS = ("residual", "zero", "repo")
+
+
+@dataclass(frozen=True)
+class LaMDA(Adapter):
+    """init as above. svd_niter: None exact up to min(N,K) = 1024, else 16 subspace iterations; 0 always exact."""
+
+    init: str = "residual"
+    svd_niter: int | None = None
+
+    paper: ClassVar[str] = "arXiv 2406.12832"
+    trains: ClassVar[str] = "core; B until frozen"
+    keeps: ClassVar[str] = "M·R"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._word("init", INITS)
+        if self.init == "residual" and self.alpha == 0:
+            raise ValueError("alpha=0 leaves nothing for init='residual' to take out of the weight; use init='zero'")
+
+    def parts(self, N: int, K: int) -> dict[str, Part]:
+        return {"lora_A": Part((self.r, K), False), "lora_B": Part((N, self.r)), "lora_core": Part((self.r, self.r))}
+
+    def start(self, weight: torch.Tensor) -> Start:
+        core = torch.zeros(self.r, self.r, device=weight.device)
+        if self.init == "repo":
+            core.uniform_(-1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
+            return Start(LoRA(self.r).start(weight).tensors | {"lora_core": core})
+        U, S, Vh = svd.top(weight, self.r, self.svd_niter)
+        tensors = {"lora_A": Vh, "lora_B": U, "lora_core": core}
+        if self.init == "zero":
+            return Start(tensors)
+        return Start(tensors | {"lora_core": torch.diag(S / self.scaling)}, residual=True)

@@ -1,0 +1,48 @@
+"""LoRA (arXiv 2106.09685), and with rslora=True rank-stabilised LoRA (arXiv 2312.03732).
+
+    y = x Wᵀ + s (drop(x) Aᵀ) Bᵀ + bias,  s = alpha/r or alpha/√r          A [R,K], B [N,R] trained, W frozen
+Saved for backward: x by reference + M·R; with freeze_A (LoRA-FA, arXiv 2308.03303) M·R alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lorafast.methods.adapter import Adapter, Part, Start
+
+INITS = ("kaiming", "gaussian")
+
+
+@dataclass(frozen=True)
+class LoRA(Adapter):
+    """PEFT's defaults. init: A from U(±1/√K) ("kaiming") or N(0, 1/r²) ("gaussian"), B = 0. lora_bias: a trained bias on B."""
+
+    init: str = "kaiming"
+    freeze_A: bool = False
+    lora_bias: bool = False
+
+    paper: ClassVar[str] = "arXiv 2106.09685"
+    trains: ClassVar[str] = "A, B"
+    keeps: ClassVar[str] = "x by reference + M·R (freeze_A: M·R)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._word("init", INITS)
+
+    def parts(self, N: int, K: int) -> dict[str, Part]:
+        parts = {"lora_A": Part((self.r, K), not self.freeze_A), "lora_B": Part((N, self.r))}
+        return parts | ({"lora_bias": Part((N,))} if self.lora_bias else {})
+
+    def start(self, weight: torch.Tensor) -> Start:
+        N, K = weight.shape
+        A = torch.empty(self.r, K, device=weight.device)
+        if self.init == "kaiming":
+            A.uniform_(-1 / math.sqrt(K), 1 / math.sqrt(K))
+        else:
+            A.normal_(std=1 / self.r)
+        tensors = {"lora_A": A, "lora_B": torch.zeros(N, self.r, device=weight.device)}
+        return Start(tensors | ({"lora_bias": torch.zeros(N, device=weight.device)} if self.lora_bias else {}))

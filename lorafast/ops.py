@@ -1,0 +1,205 @@
+"""The ops torch sees: schemas, fakes and autograd. lorafast::linear and lorafast::row_norm, each with its backward.
+
+An op is one node for torch.compile and for checkpointing policies. Its arguments are problem.Tensors and problem.Settings
+laid flat; it returns what backward needs beside y, so that nothing is computed twice and nothing is hidden from autograd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch._C import DispatchKey, DispatchKeySet
+
+from lorafast import norm as norms
+from lorafast.backward import backward
+from lorafast.forward import drops_base, forward
+from lorafast.problem import Settings, Tensors, Wants, accumulator, tokens
+
+_LIBRARY = torch.library.Library("lorafast", "FRAGMENT")
+_T, _S = len(Tensors._fields), len(Settings._fields)
+
+_TENSORS = "Tensor weight, " + ", ".join(f"Tensor? {name}" for name in Tensors._fields[1:])
+_SETTINGS = "float scaling, float dropout, str axis, str dropout_on, str keep, SymInt frozen_columns"
+
+_LIBRARY.define(f"linear(Tensor x, {_TENSORS}, {_SETTINGS}) -> (Tensor y, Tensor h, Tensor z)")
+_LIBRARY.define(f"linear_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? kept, {_TENSORS}, {_SETTINGS}, bool[] wants) -> Tensor[]")
+_LIBRARY.define(f"row_norm({_TENSORS}, {_SETTINGS}, bool detach, bool cache) -> Tensor")
+_LIBRARY.define(f"row_norm_backward(Tensor d_norm, Tensor norm, {_TENSORS}, {_SETTINGS}, bool[] wants) -> Tensor[]")
+
+# Autocast sits above every kernel and would re-cast the fp32 sums inside one; the dtypes were fixed at the door.
+_AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU)
+for _device in ("CUDA", "XPU", "MPS", "HPU", "PrivateUse1"):
+    _AUTOCAST = _AUTOCAST | DispatchKeySet(getattr(DispatchKey, f"Autocast{_device}"))
+
+
+def _below_autocast() -> contextlib.AbstractContextManager:
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
+
+
+def _linear(x: torch.Tensor, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with _below_autocast():
+        return forward(x, Tensors(*flat[:_T]), Settings(*flat[_T:]))
+
+
+def _linear_backward(dy, x, h, kept, *flat) -> list[torch.Tensor]:
+    with _below_autocast():
+        return backward(dy, x, h, kept, Tensors(*flat[:_T]), Settings(*flat[_T : _T + _S]), Wants(*flat[-1]))
+
+
+def _row_norm(*flat) -> torch.Tensor:
+    with _below_autocast():
+        return norms.row_norm(Tensors(*flat[:_T]), Settings(*flat[_T : _T + _S]), flat[-1])
+
+
+def _row_norm_backward(d_norm, norm, *flat) -> list[torch.Tensor]:
+    with _below_autocast():
+        return norms.row_norm_backward(d_norm, norm, Tensors(*flat[:_T]), Settings(*flat[_T : _T + _S]), Wants(*flat[-1]))
+
+
+def _fake_linear(x: torch.Tensor, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    t, c, M = Tensors(*flat[:_T]), Settings(*flat[_T:]), tokens(x)
+    N, R = t.weight.shape[0], t.lora_A.shape[0]
+    z = x.new_empty(M, N) if c.keep == "inner" else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], N), x.new_empty(M, R), z
+
+
+def _fake_linear_backward(dy, x, h, kept, *flat) -> list[torch.Tensor]:
+    t, wants = Tensors(*flat[:_T]), Wants(*flat[-1])
+    like = t._asdict()
+    shapes = {"x": dy.new_empty(*dy.shape[:-1], t.weight.shape[1])} if wants.x else {}
+    shapes |= {name: like[name].new_empty(like[name].shape) for name in Wants._fields[1:] if getattr(wants, name)}
+    return [shapes[name] for name, wanted in zip(Wants._fields, wants, strict=True) if wanted]
+
+
+def _fake_row_norm(*flat) -> torch.Tensor:
+    t, c = Tensors(*flat[:_T]), Settings(*flat[_T : _T + _S])
+    return t.weight.new_empty(t.weight.shape[0 if c.axis == "out" else 1], dtype=accumulator(t.weight.dtype))
+
+
+def _fake_row_norm_backward(d_norm, norm, *flat) -> list[torch.Tensor]:
+    like, wants = Tensors(*flat[:_T])._asdict(), Wants(*flat[-1])
+    return [like[name].new_empty(like[name].shape) for name in Wants._fields if getattr(wants, name)]
+
+
+class _Linear(torch.autograd.Function):
+    """y = gain⊙(x Wᵀ + s·h' Bᵀ) + bias, saving x by reference, h [M,R], and for DoRA y by reference or z [M,N]."""
+
+    @staticmethod
+    def forward(ctx, x, *flat):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h, z = torch.ops.lorafast.linear(x, *flat)
+        t, c = Tensors(*flat[:_T]), Settings(*flat[_T:])
+        asked = dict(zip(("x", *Tensors._fields), ctx.needs_input_grad, strict=False))
+        if asked["weight"] or asked["scale"]:
+            raise RuntimeError(_TRAINED)
+        wants = Wants(**{name: asked[name] for name in Wants._fields})
+        by_row, by_column = (t.magnitude is not None and c.axis == axis for axis in ("out", "in"))
+        remade = by_row and wants.gain and c.keep == "recompute"
+        needs_x = wants.lora_A or remade or (by_column and wants.gain)
+        needs_h = wants.lora_B or wants.core or wants.out_scale or remade
+        kept = {"output": y, "inner": z}.get(c.keep) if by_row and wants.gain else None
+        needs_seed = c.dropout > 0 and (wants.x or wants.lora_A or remade or drops_base(c))
+        t = t._replace(seed=t.seed if needs_seed else None)
+        ctx.save_for_backward(x if needs_x else None, h if needs_h else None, kept, *t)
+        ctx.settings, ctx.wants = c, wants
+        ctx.layer = getattr(t.magnitude, "lorafast_name", None) or f"the DoRA layer with weight {tuple(t.weight.shape)}"
+        ctx.mark_non_differentiable(h, z)
+        return y, h, z
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        try:
+            x, h, kept, *flat = ctx.saved_tensors
+        except RuntimeError as error:
+            if ctx.settings.keep == "output" and "inplace" in str(error):
+                raise RuntimeError(_MODIFIED.format(ctx.layer)) from error
+            raise
+        wants: Wants = ctx.wants
+        found = iter(torch.ops.lorafast.linear_backward(dy, x, h, kept, *flat, *ctx.settings, list(wants)))
+        grads = {name: next(found) for name, wanted in zip(wants._fields, wants, strict=True) if wanted}
+        return *(grads.get(name) for name in ("x", *Tensors._fields)), *([None] * _S)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(_NO_TRANSFORM)
+
+
+class _RowNorm(torch.autograd.Function):
+    """The norm with its exact gradient for A, B, core and out_scale; V = W + sBA is remade in panels, never saved."""
+
+    @staticmethod
+    def forward(ctx, *flat):
+        with torch._C._AutoDispatchBelowAutograd():
+            norm = torch.ops.lorafast.row_norm(*flat)
+        asked = dict(zip(Tensors._fields, ctx.needs_input_grad, strict=False))
+        ctx.wants = Wants(**{name: asked[name] for name in ("lora_A", "lora_B", "core", "out_scale")})
+        ctx.settings = flat[_T : _T + _S]
+        ctx.save_for_backward(norm, *flat[:_T])
+        return norm
+
+    @staticmethod
+    def backward(ctx, d_norm):
+        norm, *flat = ctx.saved_tensors
+        wants: Wants = ctx.wants
+        found = iter(torch.ops.lorafast.row_norm_backward(d_norm, norm, *flat, *ctx.settings, list(wants)))
+        grads = {name: next(found) for name, wanted in zip(wants._fields, wants, strict=True) if wanted}
+        return *(grads.get(name) for name in Tensors._fields), *([None] * (_S + 2))
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(_NO_TRANSFORM)
+
+
+_NO_TRANSFORM = "lorafast ops have no torch.func transforms and no forward-mode AD; use lorafast.reference.linear there"
+_MODIFIED = (
+    "{}: its output was modified in place, but keep='output' reads it again in backward for d_magnitude; "
+    "use DoRA(keep='inner'), or an out-of-place op after this layer"
+)
+_TRAINED = "this op has no gradient for weight or a tensor scaling; lorafast.linear runs plain autograd where one is trained"
+_NO_DOUBLE = "double backward unsupported, use lorafast.reference.linear, which is plain torch"
+
+
+def _differentiable(apply: Callable, op: str, plain_if: Callable[[tuple], bool] | None = None) -> Callable:
+    """The Autograd kernel of a forward op: the Function where a gradient can be asked for, else straight below autograd."""
+
+    def kernel(*args):
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(_NO_TRANSFORM)
+        wanted = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+        if wanted and not (plain_if and plain_if(args)):
+            return apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.lorafast, op)(*args)
+
+    return kernel
+
+
+def _once(op: str) -> Callable:
+    """The Autograd kernel of a backward op: without one, torch would warn and return wrong second derivatives."""
+
+    def kernel(*args):
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(_NO_DOUBLE)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.lorafast, op)(*args)
+
+    return kernel
+
+
+def _no_batching(*_):
+    raise NotImplementedError(_NO_TRANSFORM)
+
+
+def _register(op: str, kernel: Callable, fake: Callable, autograd: Callable) -> None:
+    _LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(op, autograd, "Autograd")
+    _LIBRARY.impl(op, _no_batching, "FuncTorchBatched")
+    torch.library.register_fake(f"lorafast::{op}", fake, lib=_LIBRARY)
+
+
+_register("linear", _linear, _fake_linear, _differentiable(_Linear.apply, "linear"))
+_register("linear_backward", _linear_backward, _fake_linear_backward, _once("linear_backward"))
+_register("row_norm", _row_norm, _fake_row_norm, _differentiable(_RowNorm.apply, "row_norm", lambda args: args[-2]))
+_register("row_norm_backward", _row_norm_backward, _fake_row_norm_backward, _once("row_norm_backward"))
