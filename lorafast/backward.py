@@ -19,9 +19,7 @@ def backward(
     if by_row and w.gain and c.keep == "recompute":
         kept = _inner(x, h, t, c, problem)
     needs_v = w.x or w.lora_A or (w.gain and not by_row)
-    back = Return(
-        t.lora_B, norm.scaling(t, c), t.out_scale, t.core, h, c.frozen_columns, needs_v, w.lora_B, w.core, w.out_scale
-    )
+    back = Return(t.lora_B, norm.scaling(t, c), t.out_scale, t.core, h, c.frozen_columns, needs_v, w.lora_B, w.core, w.out_scale)
     sums: OutputGrads = dispatch.pick("grad_output", problem).grad_output(
         dy,
         [back],

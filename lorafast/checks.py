@@ -77,7 +77,9 @@ def floating(name: str, tensor: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"{name} {tuple(tensor.shape)} is {tensor.dtype}; lorafast computes in float64, float32, bfloat16 and float16")
+        raise TypeError(
+            f"{name} {tuple(tensor.shape)} is {tensor.dtype}; lorafast computes in float64, float32, bfloat16 and float16"
+        )
 
 
 def pair(name: str, tensor: torch.Tensor, form: str) -> None:
@@ -109,4 +111,6 @@ def _dtype_of_weight(weight: torch.Tensor, x: torch.Tensor) -> None:
     active = activation_dtype(x)
     cast = active != x.dtype or torch.is_autocast_enabled(x.device.type)
     if weight.dtype != active and (not cast or torch.float64 in (weight.dtype, active)):
-        raise TypeError(f"weight {tuple(weight.shape)} is {weight.dtype}, x {tuple(x.shape)} is {x.dtype}: without autocast they must be equal")
+        raise TypeError(
+            f"weight {tuple(weight.shape)} is {weight.dtype}, x {tuple(x.shape)} is {x.dtype}: without autocast they must be equal"
+        )

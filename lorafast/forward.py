@@ -1,6 +1,6 @@
 """The forward pass of one adapted layer as calls of primitives.
 
-    z = (in_gain⊙x) Wᵀ + s·out_scale⊙(core(drop(in_gain⊙x) Aᵀ) Bᵀ)        y = gain⊙z + bias
+z = (in_gain⊙x) Wᵀ + s·out_scale⊙(core(drop(in_gain⊙x) Aᵀ) Bᵀ)        y = gain⊙z + bias
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def linear(
     trains_gain = magnitude is not None and grad and (magnitude.requires_grad or norm.requires_grad)
     settings = Settings(
         1.0 if scale is not None else float(scaling), p, axis, dropout_on,
-        _kept(keep, axis, trains_gain, p > 0 and dropout_on == "both", bias is None and lora_bias is None, x.dtype), frozen_columns,
+        kept(keep, axis, trains_gain, p > 0 and dropout_on == "both", bias is None and lora_bias is None, x.dtype), frozen_columns,
     )  # fmt: skip
     tensors = parts._replace(norm=norm, seed=seed if p else None, scale=scale)
     return torch.ops.lorafast.linear(x, *tensors, *settings)[0]
@@ -84,7 +84,7 @@ def row_norm(
     return torch.ops.lorafast.row_norm(*tensors, *settings, detach, cache)
 
 
-def _kept(keep: str, axis: str, trains_gain: bool, both: bool, unbiased: bool, dtype: torch.dtype) -> str:
+def kept(keep: str, axis: str, trains_gain: bool, both: bool, unbiased: bool, dtype: torch.dtype) -> str:
     """What is kept for d_magnitude: y is free where its consumer saves it too, but exact enough only without a bias."""
     if not trains_gain or axis == "in":
         return "none"

@@ -24,7 +24,9 @@ _TENSORS = "Tensor weight, " + ", ".join(f"Tensor? {name}" for name in Tensors._
 _SETTINGS = "float scaling, float dropout, str axis, str dropout_on, str keep, SymInt frozen_columns"
 
 _LIBRARY.define(f"linear(Tensor x, {_TENSORS}, {_SETTINGS}) -> (Tensor y, Tensor h, Tensor z)")
-_LIBRARY.define(f"linear_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? kept, {_TENSORS}, {_SETTINGS}, bool[] wants) -> Tensor[]")
+_LIBRARY.define(
+    f"linear_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? kept, {_TENSORS}, {_SETTINGS}, bool[] wants) -> Tensor[]"
+)
 _LIBRARY.define(f"row_norm({_TENSORS}, {_SETTINGS}, bool detach, bool cache) -> Tensor")
 _LIBRARY.define(f"row_norm_backward(Tensor d_norm, Tensor norm, {_TENSORS}, {_SETTINGS}, bool[] wants) -> Tensor[]")
 

@@ -1,6 +1,6 @@
 """The formula in plain, differentiable torch: what a trained weight runs on, and what double backward, vmap and forward AD can use.
 
-    z = (in_gain⊙x) Wᵀ + s·out_scale⊙(core(drop(in_gain⊙x) Aᵀ) Bᵀ)        y = gain⊙z + bias
+z = (in_gain⊙x) Wᵀ + s·out_scale⊙(core(drop(in_gain⊙x) Aᵀ) Bᵀ)        y = gain⊙z + bias
 """
 
 from __future__ import annotations

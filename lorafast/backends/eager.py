@@ -26,9 +26,10 @@ from lorafast.problem import (
 )
 from lorafast.reference import mix
 
-# Small enough on a CPU for a panel's int64 Philox words to stay in a core's L2; large enough elsewhere to hide launches.
-_CPU_PANEL = 1 << 17
+# Small enough on a CPU for an fp32 panel of it to stay in cache; large enough elsewhere to hide launches.
+_CPU_PANEL = 1 << 19
 _PANEL = 1 << 25
+_SUM_ROWS = 128
 
 
 def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
@@ -131,11 +132,11 @@ def grad_project(x: torch.Tensor, low_ranks: list[LowRank]) -> list[torch.Tensor
     x2, sums, out = _rows(x), accumulator(x.dtype), []
     for v, A, seed, p in low_ranks:
         if not p:
-            out.append(_product(v.t(), x2))
+            out.append(_over_tokens(v, x2))
             continue
         dA = torch.zeros(A.shape, dtype=sums, device=x.device)
         for panel in _panels(x2):
-            dA += _product(v[panel.start : panel.stop].t(), _dropped(x2, panel, seed, p))
+            dA += _over_tokens(v[panel.start : panel.stop], _dropped(x2, panel, seed, p))
         out.append(dA.mul_(philox.scale(p)))
     return out
 
@@ -168,9 +169,7 @@ def _dropped(x2: torch.Tensor, panel: range, seed: torch.Tensor, p: float) -> to
     return torch.where(philox.kept(seed, p, panel, x2.shape[1]), x2[panel.start : panel.stop], 0.0)
 
 
-def _scaled(
-    factor: torch.Tensor, scaling: Scaling, dtype: torch.dtype, row_scale: torch.Tensor | None = None
-) -> torch.Tensor:
+def _scaled(factor: torch.Tensor, scaling: Scaling, dtype: torch.dtype, row_scale: torch.Tensor | None = None) -> torch.Tensor:
     """row_scale⊙(scaling·factor), multiplied in the accumulator's dtype and rounded once to dtype."""
     if row_scale is None and not isinstance(scaling, torch.Tensor) and scaling == 1:
         return factor.to(dtype)
@@ -178,12 +177,18 @@ def _scaled(
     return (wide if row_scale is None else wide.mul_(row_scale[:, None])).to(dtype)
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b in the accumulator's dtype; CPUs have no mixed GEMM, so there a half-precision result is rounded before it widens."""
-    sums = accumulator(a.dtype)
-    if a.is_cuda and a.dtype != sums:
-        return torch.mm(a, b, out_dtype=sums)
-    return torch.mm(a, b).to(sums)
+def _over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """aᵀ b, a sum over tokens, in the accumulator's dtype.  a [M,·], b [M,·]
+
+    CPUs have no mixed GEMM: there a half-precision result is rounded once before it widens. A full-precision sum goes pairwise,
+    because a GEMM adds its terms one after another and a long sum would drift away from what torch.sum makes of it.
+    """
+    sums, M = accumulator(a.dtype), a.shape[0]
+    if a.dtype != sums:
+        return torch.mm(a.t(), b, out_dtype=sums) if a.is_cuda else torch.mm(a.t(), b).to(sums)
+    if M <= _SUM_ROWS:
+        return torch.mm(a.t(), b)
+    return _over_tokens(a[: M // 2], b[: M // 2]).add_(_over_tokens(a[M // 2 :], b[M // 2 :]))
 
 
 def _gained(z: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -213,14 +218,14 @@ def _returned(dy2: torch.Tensor, back: Return, gain: torch.Tensor | None) -> Ret
     if back.want_v or back.want_core:
         u = torch.mm(dy2, _scaled(back.B, back.scaling, dy2.dtype, out_gain))
         if back.want_core:
-            d_core = (u.to(sums) * back.h).sum(0) if back.core.dim() == 1 else _product(u.t(), back.h)
+            d_core = (u.to(sums) * back.h).sum(0) if back.core.dim() == 1 else _over_tokens(u, back.h)
         if back.want_v and back.core is not None:
             v = u * back.core.to(u.dtype) if back.core.dim() == 1 else torch.mm(u, back.core.to(u.dtype))
         elif back.want_v:
             v = u
     if back.want_B or back.want_out_scale:
         frozen = 0 if back.want_out_scale else back.frozen_columns
-        P = _product(dy2.t(), mix(back.h, back.core)[:, frozen:]) * back.scaling
+        P = _over_tokens(dy2, mix(back.h, back.core)[:, frozen:]) * back.scaling
         if gain is not None:
             P *= gain[:, None]
         if back.want_out_scale:

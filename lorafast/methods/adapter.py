@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ class Start(NamedTuple):
     residual: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """r: rank. s = alpha/r, or alpha/√r with rslora (arXiv 2312.03732). dropout: on the adapter's input."""
 
@@ -46,11 +46,13 @@ class Adapter:
     paper: ClassVar[str]
     trains: ClassVar[str]
     keeps: ClassVar[str]
-    axis: ClassVar[str] = "out"
-    dropout_on: ClassVar[str] = "adapter"
-    keep: ClassVar[str] = "auto"
-    detach_norm: ClassVar[bool] = True
-    cache_norm: ClassVar[bool] = False
+
+    # What the formula runs with unless a method has a field for it. Annotated, they would take a field's place in its order.
+    axis = "out"
+    dropout_on = "adapter"
+    keep = "auto"
+    detach_norm = True
+    cache_norm = False
 
     def __new__(cls, *args: object, **kwargs: object) -> Adapter:
         for name in kwargs:
@@ -64,6 +66,10 @@ class Adapter:
         if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
             raise ValueError(f"alpha={self.alpha!r} must be a finite number")
         checks.probability(self.dropout)
+
+    def __repr__(self) -> str:
+        told = [f for f in fields(self) if f.name in ("r", "alpha") or getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in told)})"
 
     @property
     def scaling(self) -> float:

@@ -18,7 +18,7 @@ from lorafast.methods.adapter import Part, Start
 from lorafast.methods.lora import LoRA
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DoRA(LoRA):
     """LoRA's fields, and: axis "out"|"in"; dropout_on "adapter" (one base GEMM) or "both" (PEFT's reading: two each way);
     keep "auto" ("output" without bias in bf16/fp32, else "inner"); detach_norm=False for the exact gradient; cache_norm=True

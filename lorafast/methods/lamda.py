@@ -24,7 +24,7 @@ from lorafast.methods.lora import LoRA
 INITS = ("residual", "zero", "repo")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LaMDA(Adapter):
     """init as above. svd_niter: None exact up to min(N,K) = 1024, else 16 subspace iterations; 0 always exact."""
 

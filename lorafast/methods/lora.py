@@ -17,7 +17,7 @@ from lorafast.methods.adapter import Adapter, Part, Start
 INITS = ("kaiming", "gaussian")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoRA(Adapter):
     """PEFT's defaults. init: A from U(±1/√K) ("kaiming") or N(0, 1/r²) ("gaussian"), B = 0. lora_bias: a trained bias on B."""
 

@@ -1,0 +1,82 @@
+"""LaMDA's gradual freezing of the way up (arXiv 2406.12832): columns of B freeze in order, largest singular value first.
+
+    frozen(t) = min(R, ⌊R·t / (fraction·T)⌋) after step t of T; once all are frozen only the R×R core trains.
+The exact formula is not in the paper's reachable text; fraction 0.3 and the order are those of the authors' code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lorafast.layer import Linear
+from lorafast.methods.lamda import LaMDA
+
+
+class LaMDAFreeze:
+    """Freezes lora_B of every LaMDA layer of the model, column by column, over `fraction` of total_steps.
+
+    step() comes after optimizer.step() and before zero_grad(). A frozen column stays bitwise constant whatever the optimizer's
+    momentum or weight decay does to it, since each step() writes it back; its gradient is exactly 0 and no longer computed. While
+    columns freeze one by one their values are kept once more; when all are, lora_B.requires_grad is False and the copy is gone.
+    group: how many columns freeze at a time; under torch.compile every change recompiles, so take r/4 or so there.
+    """
+
+    def __init__(self, model: nn.Module, total_steps: int, fraction: float = 0.3, group: int = 1) -> None:
+        self.layers = [m for m in model.modules() if isinstance(m, Linear) and isinstance(m.adapter, LaMDA)]
+        if not self.layers:
+            raise ValueError(f"model {type(model).__name__} has no lorafast.Linear with a LaMDA adapter")
+        if total_steps < 1:
+            raise ValueError(f"total_steps={total_steps} must be at least 1")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction={fraction} must be in (0, 1]")
+        if group < 1:
+            raise ValueError(f"group={group} must be at least 1")
+        self.total_steps, self.fraction, self.group = total_steps, fraction, group
+        self.last_step = 0
+        self._held: list[torch.Tensor | None] = [None] * len(self.layers)
+
+    def frozen_columns(self, r: int, step: int) -> int:
+        """How many of r columns are frozen once `step` steps are done."""
+        due = min(r, int(r * step / (self.fraction * self.total_steps) + 1e-9))
+        return due if due == r else due - due % self.group
+
+    def step(self) -> None:
+        """Write frozen columns back, then freeze those that are due."""
+        self._restore()
+        self.last_step += 1
+        self._freeze()
+
+    def state_dict(self) -> dict[str, float]:
+        """The step count and settings; the frozen values themselves are in the model's state."""
+        return {name: getattr(self, name) for name in ("last_step", "total_steps", "fraction", "group")}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a saved schedule. Load the model's state first: what is frozen is frozen at its values."""
+        for name in ("last_step", "total_steps", "fraction", "group"):
+            setattr(self, name, state[name])
+        self._held = [None] * len(self.layers)
+        for layer in self.layers:
+            layer.frozen_columns = 0
+            layer.lora_B.requires_grad_(True)
+        self._freeze()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for layer, held in zip(self.layers, self._held, strict=True):
+            if held is not None:
+                layer.lora_B[:, : held.shape[1]].copy_(held)
+
+    @torch.no_grad()
+    def _freeze(self) -> None:
+        for index, layer in enumerate(self.layers):
+            due = self.frozen_columns(layer.r, self.last_step)
+            if due <= layer.frozen_columns:
+                continue
+            layer.frozen_columns = due
+            if due < layer.r:
+                self._held[index] = layer.lora_B[:, :due].detach().clone()
+            else:
+                self._held[index] = None
+                layer.lora_B.requires_grad_(False)
+                layer.lora_B.grad = None

@@ -1,0 +1,259 @@
+"""Truth for tests and bench: problem makers, the textbook eager chain, errors measured against float64, and saved bytes.
+
+Nothing here shares a line with reference.py or a backend: the chain is what a reader of the papers would type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lorafast import functional, philox
+
+GRADIENTS = ("x", "bias", "lora_A", "lora_B", "core", "magnitude", "out_scale", "lora_bias")
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which parts of the formula a method uses."""
+
+    name: str
+    core: str = "none"
+    magnitude: bool = False
+    axis: str = "out"
+    dropout_on: str = "adapter"
+    keep: str = "auto"
+    out_scale: bool = False
+    lora_bias: bool = False
+    detach_norm: bool = True
+
+
+FORMS = (
+    Form("lora"),
+    Form("lora-bias", lora_bias=True),
+    Form("lamda", core="full"),
+    Form("adalora", core="diagonal"),
+    Form("vera", core="diagonal", out_scale=True),
+    Form("dora", magnitude=True),
+    Form("dora-output", magnitude=True, keep="output"),
+    Form("dora-inner", magnitude=True, keep="inner"),
+    Form("dora-recompute", magnitude=True, keep="recompute"),
+    Form("dora-both", magnitude=True, dropout_on="both"),
+    Form("dora-both-recompute", magnitude=True, dropout_on="both", keep="recompute"),
+    Form("dora-exact", magnitude=True, detach_norm=False),
+    Form("dora-in", magnitude=True, axis="in"),
+    Form("dora-in-both", magnitude=True, axis="in", dropout_on="both"),
+    Form("dvora", magnitude=True, core="full", out_scale=True, lora_bias=True),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem; str() is its test id."""
+
+    form: Form
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype
+    dropout: float = 0.0
+    bias: bool = True
+    scaling: float = 1.7
+    adapter_dtype: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        bias = "-bias" if self.bias else ""
+        return f"{self.form.name}-M{self.M}-N{self.N}-K{self.K}-R{self.R}-{str(self.dtype)[6:]}-p{self.dropout}{bias}"
+
+    @property
+    def works(self) -> bool:
+        """keep="output" and a mask on the base term exclude each other."""
+        return not (self.form.keep == "output" and self.form.dropout_on == "both" and self.dropout)
+
+
+def make(case: Case, seed: int = 0) -> dict[str, torch.Tensor | None]:
+    """Every tensor of the case by the name lorafast.linear gives it, and dy. x and dy are slices of wider tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    form, factor = case.form, case.adapter_dtype or (torch.float64 if case.dtype == torch.float64 else torch.float32)
+
+    def normal(*shape: int, dtype: torch.dtype = factor, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    core = {"none": None, "diagonal": (case.R,), "full": (case.R, case.R)}[form.core]
+    gains = case.N if form.axis == "out" else case.K
+    return {
+        "x": normal(case.M, case.K + 3, dtype=case.dtype)[:, 1:-2],
+        "weight": normal(case.N, case.K, dtype=case.dtype, scale=case.K**-0.5),
+        "bias": normal(case.N, dtype=case.dtype) if case.bias else None,
+        "lora_A": normal(case.R, case.K, scale=case.K**-0.5),
+        "lora_B": normal(case.N, case.R, scale=case.R**-0.5),
+        "core": None if core is None else normal(*core, scale=case.R**-0.5),
+        "magnitude": normal(gains).abs() + 0.5 if form.magnitude else None,
+        "out_scale": normal(case.N) if form.out_scale else None,
+        "lora_bias": normal(case.N) if form.lora_bias else None,
+        "seed": torch.randint(0, 2**62, (1,), generator=generator),
+        "dy": normal(case.M, case.N + 5, dtype=case.dtype)[:, 2:-3],
+    }
+
+
+def ours(case: Case, t: dict[str, torch.Tensor | None]) -> torch.Tensor:
+    """lorafast.linear on the case."""
+    f, norm = case.form, None
+    if not f.detach_norm:
+        norm = functional.row_norm(
+            t["weight"], t["lora_A"], t["lora_B"], t["core"], t["out_scale"], case.scaling, f.axis, detach=False
+        )
+    names = ("x", "weight", "bias", "lora_A", "lora_B", "core", "magnitude", "out_scale", "lora_bias", "seed")
+    return functional.linear(
+        **{name: t[name] for name in names}, norm=norm, axis=f.axis, scaling=case.scaling, dropout=case.dropout,
+        dropout_on=f.dropout_on, keep=f.keep,
+    )  # fmt: skip
+
+
+def chain(case: Case, t: dict[str, torch.Tensor | None]) -> torch.Tensor:
+    """The eager chain: stock torch ops one after another, factors cast to x's dtype. In float64 it is the truth."""
+    f, s, x, W, dtype = case.form, case.scaling, t["x"], t["weight"], t["x"].dtype
+    A, B, core, m, b_B = (
+        None if t[name] is None else t[name].to(dtype) for name in ("lora_A", "lora_B", "core", "magnitude", "lora_bias")
+    )
+    out_scale = None if t["out_scale"] is None else t["out_scale"].to(dtype)
+    mask = torch.ones_like(x)
+    if case.dropout:
+        mask = philox.kept(t["seed"], case.dropout, range(x.shape[0]), x.shape[1]).to(dtype) * philox.scale(case.dropout)
+
+    def low_rank(z: torch.Tensor) -> torch.Tensor:
+        h = F.linear(z, A)
+        if core is not None:
+            h = h * core if core.dim() == 1 else F.linear(h, core)
+        low = F.linear(h, B)
+        if out_scale is not None:
+            low = low * out_scale
+        return (low if b_B is None else low + b_B) * s
+
+    if m is None:
+        return F.linear(x, W, t["bias"]) + low_rank(x * mask)
+    middle = A if core is None else (core[:, None] * A if core.dim() == 1 else core @ A)
+    delta = B @ middle if out_scale is None else out_scale[:, None] * (B @ middle)
+    norm = (W + s * delta).norm(dim=1 if f.axis == "out" else 0)
+    gain = m / (norm.detach() if f.detach_norm else norm)
+    if f.axis == "in":
+        base_x = x * gain if f.dropout_on == "adapter" else x + (gain - 1) * (x * mask)
+        return F.linear(base_x, W, t["bias"]) + low_rank(x * mask * gain)
+    if f.dropout_on == "adapter":
+        y = gain * (F.linear(x, W) + low_rank(x * mask))
+        return y if t["bias"] is None else y + t["bias"]
+    return F.linear(x, W, t["bias"]) + (gain - 1) * F.linear(x * mask, W) + gain * low_rank(x * mask)
+
+
+def run(function: Callable, case: Case, tensors: dict[str, torch.Tensor | None], wide: bool = False) -> dict[str, torch.Tensor]:
+    """y and every gradient of function(case, tensors), in float64 throughout if wide."""
+    t = {name: _leaf(name, value, wide) for name, value in tensors.items()}
+    y = function(case, t)
+    y.backward(t["dy"])
+    return {"y": y.detach()} | {name: t[name].grad for name in GRADIENTS if t[name] is not None}
+
+
+def error_ratios(case: Case, function: Callable = ours, seeds: Iterable[int] = range(4)) -> dict[str, float]:
+    """max(e, f) ÷ max(e_chain, f) of y and each gradient: e the RMS error against float64 over all seeds, f = eps/8·rms(truth)."""
+    sums: dict[str, torch.Tensor] = {}
+    for seed in seeds:
+        tensors = make(case, seed)
+        got, yardstick, truth = run(function, case, tensors), run(chain, case, tensors), run(chain, case, tensors, wide=True)
+        for name, value in truth.items():
+            squares = [(got[name] - value), (yardstick[name] - value), value]
+            sums[name] = sums.get(name, 0) + torch.stack([square.double().square().sum() for square in squares])
+    floor = torch.finfo(case.dtype).eps / 8
+    return {name: ratio(*sums[name].sqrt().tolist(), floor) for name in sums}
+
+
+def ratio(error: float, chain_error: float, truth: float, floor: float) -> float:
+    """The error ratio of the contract; NaN counts as infinite, and 0 against 0 as 1."""
+    least = floor * truth
+    top, bottom = max(error, least), max(chain_error, least)
+    if error != error or bottom == 0:
+        return 1.0 if top == 0 else float("inf")
+    return top / bottom
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What autograd keeps: bytes of its own, and the tensors it keeps by reference (inputs and the output), by name."""
+
+    own: int
+    referenced: frozenset[str]
+
+
+def saved(function: Callable[[], torch.Tensor], named: dict[str, torch.Tensor], constant: Iterable[torch.Tensor]) -> Saved:
+    """Count what saved_tensors_hooks see: numel·itemsize once per (data_ptr, shape), `constant` (parameters, buffers) left out,
+    `named` tensors and the output ("y") by reference.
+    """
+    seen: dict[tuple, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.data_ptr(), tuple(tensor.shape)] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = function()
+    names = {(t.data_ptr(), tuple(t.shape)): name for name, t in named.items()} | {(y.data_ptr(), tuple(y.shape)): "y"}
+    left_out = {t.data_ptr() for t in constant if t.numel()}
+    own = {key: t for key, t in seen.items() if key not in names and key[0] not in left_out}
+    return Saved(sum(t.numel() * t.itemsize for t in own.values()), frozenset(names[key] for key in seen if key in names))
+
+
+def peak_live_bytes(function: Callable[[], object]) -> int:
+    """The most bytes of storages created while function runs that were alive at once, over every torch op it calls."""
+    tracker = _Live()
+    with tracker:
+        function()
+    return tracker.peak
+
+
+class _Live(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs or {}))}
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in inputs and storage._cdata not in self._known:
+                self._track(storage)
+        return out
+
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def gone() -> None:
+            self._known.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, gone)
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _leaf(name: str, value: torch.Tensor | None, wide: bool) -> torch.Tensor | None:
+    if value is None or name in ("seed",):
+        return value
+    value = value.double() if wide else value
+    return value.detach().requires_grad_(name in GRADIENTS)
+
+
+def without(case: Case, **changes: object) -> Case:
+    """The case with other fields."""
+    return dataclasses.replace(case, **changes)
