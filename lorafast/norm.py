@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafast import arch, dispatch
@@ -118,7 +119,7 @@ def _stamp(t: Tensors, c: Settings) -> tuple:
     global _listening
     if not _listening:
         # Fused optimizers and `.data` writers never bump a version, so every step of any optimizer counts.
-        torch.optim.optimizer.register_optimizer_step_post_hook(_count_step)
+        register_optimizer_step_post_hook(_count_step)
         _listening = True
     parts = (t.weight, t.lora_A, t.lora_B, t.core, t.out_scale, t.scale)
     marks = tuple(None if part is None else (part.data_ptr(), part._version) for part in parts)

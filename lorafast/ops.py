@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import torch
 from torch._C import DispatchKey, DispatchKeySet
+from torch.autograd import forward_ad
 
-from lorafast import norm as norms
+from lorafast import norm
 from lorafast.backward import backward
-from lorafast.forward import drops_base, forward
+from lorafast.forward import forward
 from lorafast.problem import Settings, Tensors, Wants, accumulator, tokens
 
 _LIBRARY = torch.library.Library("lorafast", "FRAGMENT")
@@ -28,7 +29,7 @@ _LIBRARY.define(
     f"linear_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? kept, {_TENSORS}, {_SETTINGS}, bool[] wants) -> Tensor[]"
 )
 _LIBRARY.define(f"row_norm({_TENSORS}, {_SETTINGS}, bool detach, bool cache) -> Tensor")
-_LIBRARY.define(f"row_norm_backward(Tensor d_norm, Tensor norm, {_TENSORS}, {_SETTINGS}, bool[] wants) -> Tensor[]")
+_LIBRARY.define(f"row_norm_backward(Tensor d_norm, Tensor value, {_TENSORS}, {_SETTINGS}, bool[] wants) -> Tensor[]")
 
 # Autocast sits above every kernel and would re-cast the fp32 sums inside one; the dtypes were fixed at the door.
 _AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU)
@@ -52,12 +53,12 @@ def _linear_backward(dy, x, h, kept, *flat) -> list[torch.Tensor]:
 
 def _row_norm(*flat) -> torch.Tensor:
     with _below_autocast():
-        return norms.row_norm(Tensors(*flat[:_T]), Settings(*flat[_T : _T + _S]), flat[-1])
+        return norm.row_norm(Tensors(*flat[:_T]), Settings(*flat[_T : _T + _S]), flat[-1])
 
 
-def _row_norm_backward(d_norm, norm, *flat) -> list[torch.Tensor]:
+def _row_norm_backward(d_norm, value, *flat) -> list[torch.Tensor]:
     with _below_autocast():
-        return norms.row_norm_backward(d_norm, norm, Tensors(*flat[:_T]), Settings(*flat[_T : _T + _S]), Wants(*flat[-1]))
+        return norm.row_norm_backward(d_norm, value, Tensors(*flat[:_T]), Settings(*flat[_T : _T + _S]), Wants(*flat[-1]))
 
 
 def _fake_linear(x: torch.Tensor, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,7 +81,7 @@ def _fake_row_norm(*flat) -> torch.Tensor:
     return t.weight.new_empty(t.weight.shape[0 if c.axis == "out" else 1], dtype=accumulator(t.weight.dtype))
 
 
-def _fake_row_norm_backward(d_norm, norm, *flat) -> list[torch.Tensor]:
+def _fake_row_norm_backward(d_norm, value, *flat) -> list[torch.Tensor]:
     like, wants = Tensors(*flat[:_T])._asdict(), Wants(*flat[-1])
     return [like[name].new_empty(like[name].shape) for name in Wants._fields if getattr(wants, name)]
 
@@ -102,8 +103,6 @@ class _Linear(torch.autograd.Function):
         needs_x = wants.lora_A or remade or (by_column and wants.gain)
         needs_h = wants.lora_B or wants.core or wants.out_scale or remade
         kept = {"output": y, "inner": z}.get(c.keep) if by_row and wants.gain else None
-        needs_seed = c.dropout > 0 and (wants.x or wants.lora_A or remade or drops_base(c))
-        t = t._replace(seed=t.seed if needs_seed else None)
         ctx.save_for_backward(x if needs_x else None, h if needs_h else None, kept, *t)
         ctx.settings, ctx.wants = c, wants
         ctx.layer = getattr(t.magnitude, "lorafast_name", None) or f"the DoRA layer with weight {tuple(t.weight.shape)}"
@@ -123,10 +122,6 @@ class _Linear(torch.autograd.Function):
         grads = {name: next(found) for name, wanted in zip(wants._fields, wants, strict=True) if wanted}
         return *(grads.get(name) for name in ("x", *Tensors._fields)), *([None] * _S)
 
-    @staticmethod
-    def jvp(ctx, *_):
-        raise NotImplementedError(_NO_TRANSFORM)
-
 
 class _RowNorm(torch.autograd.Function):
     """The norm with its exact gradient for A, B, core and out_scale; V = W + sBA is remade in panels, never saved."""
@@ -134,24 +129,20 @@ class _RowNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *flat):
         with torch._C._AutoDispatchBelowAutograd():
-            norm = torch.ops.lorafast.row_norm(*flat)
+            value = torch.ops.lorafast.row_norm(*flat)
         asked = dict(zip(Tensors._fields, ctx.needs_input_grad, strict=False))
         ctx.wants = Wants(**{name: asked[name] for name in ("lora_A", "lora_B", "core", "out_scale")})
         ctx.settings = flat[_T : _T + _S]
-        ctx.save_for_backward(norm, *flat[:_T])
-        return norm
+        ctx.save_for_backward(value, *flat[:_T])
+        return value
 
     @staticmethod
     def backward(ctx, d_norm):
-        norm, *flat = ctx.saved_tensors
+        value, *flat = ctx.saved_tensors
         wants: Wants = ctx.wants
-        found = iter(torch.ops.lorafast.row_norm_backward(d_norm, norm, *flat, *ctx.settings, list(wants)))
+        found = iter(torch.ops.lorafast.row_norm_backward(d_norm, value, *flat, *ctx.settings, list(wants)))
         grads = {name: next(found) for name, wanted in zip(wants._fields, wants, strict=True) if wanted}
         return *(grads.get(name) for name in Tensors._fields), *([None] * (_S + 2))
-
-    @staticmethod
-    def jvp(ctx, *_):
-        raise NotImplementedError(_NO_TRANSFORM)
 
 
 _NO_TRANSFORM = "lorafast ops have no torch.func transforms and no forward-mode AD; use lorafast.reference.linear there"
@@ -167,7 +158,7 @@ def _differentiable(apply: Callable, op: str, plain_if: Callable[[tuple], bool] 
     """The Autograd kernel of a forward op: the Function where a gradient can be asked for, else straight below autograd."""
 
     def kernel(*args):
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or _has_tangent(args):
             raise NotImplementedError(_NO_TRANSFORM)
         wanted = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
         if wanted and not (plain_if and plain_if(args)):
@@ -176,6 +167,12 @@ def _differentiable(apply: Callable, op: str, plain_if: Callable[[tuple], bool] 
             return getattr(torch.ops.lorafast, op)(*args)
 
     return kernel
+
+
+def _has_tangent(args: tuple) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args)
 
 
 def _once(op: str) -> Callable:
@@ -194,7 +191,12 @@ def _no_batching(*_):
     raise NotImplementedError(_NO_TRANSFORM)
 
 
+# What runs behind each op, for a profiler that wants to look inside.
+KERNELS: dict[str, Callable] = {}
+
+
 def _register(op: str, kernel: Callable, fake: Callable, autograd: Callable) -> None:
+    KERNELS[op] = kernel
     _LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
     _LIBRARY.impl(op, autograd, "Autograd")
     _LIBRARY.impl(op, _no_batching, "FuncTorchBatched")

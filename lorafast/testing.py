@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lorafast import functional, philox
+from lorafast import functional, ops, philox
 
 GRADIENTS = ("x", "bias", "lora_A", "lora_B", "core", "magnitude", "out_scale", "lora_bias")
 
@@ -208,7 +208,10 @@ def saved(function: Callable[[], torch.Tensor], named: dict[str, torch.Tensor], 
 
 
 def peak_live_bytes(function: Callable[[], object]) -> int:
-    """The most bytes of storages created while function runs that were alive at once, over every torch op it calls."""
+    """The most bytes of storages created while function runs that were alive at once, inside lorafast's own ops too.
+
+    Counts what Python sees come and go; a workspace that lives and dies inside one stock op is not seen.
+    """
     tracker = _Live()
     with tracker:
         function()
@@ -223,6 +226,10 @@ class _Live(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs or {}))}
+        if func.namespace == "lorafast":
+            # The kernel itself, under this mode: through the dispatcher its inside would be out of sight.
+            with self:
+                return ops.KERNELS[func._schema.name.split("::")[1]](*args)
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()

@@ -1,0 +1,21 @@
+"""Every test runs with poisoned allocations: what lorafast forgets to write is NaN. Triton kernels run in its interpreter."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ.pop("LORAFAST_BACKEND", None)
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_and_seeded():
+    """torch.empty yields NaN, and the global generator starts alike in every test."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,126 @@
+"""Saved bytes, to the byte, for every row of the design's table × dtype × dropout × bias."""
+
+import itertools
+
+import pytest
+import torch
+
+from lorafast import testing
+from lorafast.testing import FORMS, Case
+
+M, N, K, R = 24, 40, 56, 4
+BY_NAME = {form.name: form for form in FORMS}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def h(e):
+    return M * R * e
+
+
+def h_and_z(e):
+    return M * R * e + M * N * e
+
+
+# name, form, frozen, bytes of its own by element size, what is kept by reference
+ROWS = (
+    ("lora", "lora", (), h, {"x"}),
+    ("lora-bias", "lora-bias", (), h, {"x"}),
+    ("lora-fa", "lora", ("lora_A",), h, set()),
+    ("lamda", "lamda", ("lora_A",), h, set()),
+    ("lamda, B frozen", "lamda", ("lora_A", "lora_B"), h, set()),
+    ("adalora", "adalora", (), h, {"x"}),
+    ("vera, aflora", "vera", ("lora_A", "lora_B"), h, set()),
+    ("dora output", "dora-output", (), h, {"x", "y"}),
+    ("dora inner", "dora-inner", (), h_and_z, {"x"}),
+    ("dora recompute", "dora-recompute", (), h, {"x"}),
+    ("dora both", "dora-both", (), h_and_z, {"x"}),
+    ("dora both recompute", "dora-both-recompute", (), h, {"x"}),
+    ("dora in", "dora-in", (), h, {"x"}),
+    ("dora in both", "dora-in-both", (), h, {"x"}),
+    ("dora, m frozen", "dora", ("magnitude",), h, {"x"}),
+    ("dora, A and m frozen", "dora", ("magnitude", "lora_A"), h, set()),
+    ("nothing trains", "lora", ("lora_A", "lora_B", "bias"), lambda e: 0, set()),
+)
+
+
+def measure(case, frozen, **changes):
+    tensors = {name: testing._leaf(name, t, False) for name, t in testing.make(case).items()}
+    for name in frozen:
+        if tensors[name] is not None:
+            tensors[name].requires_grad_(False)
+    constant = [t for name, t in tensors.items() if t is not None and name not in ("x", "dy", "seed")]
+    case = testing.without(case, **changes)
+    return testing.saved(lambda: testing.ours(case, tensors), {"x": tensors["x"]}, constant), tensors
+
+
+@pytest.mark.parametrize(
+    ("row", "dtype", "p", "bias"),
+    [case for case in itertools.product(ROWS, DTYPES, (0.0, 0.3), (False, True))],
+    ids=lambda value: str(value[0] if isinstance(value, tuple) else value).removeprefix("torch."),
+)
+def test_saved_bytes(row, dtype, p, bias):
+    _, form, frozen, own, referenced = row
+    case = Case(BY_NAME[form], M, N, K, R, dtype, p, bias)
+    saved, _ = measure(case, frozen)
+    e, extra = dtype.itemsize, 0
+    if p:
+        extra += 8  # the seed
+    if case.form.magnitude:
+        extra += (N if case.form.axis == "out" else K) * (8 if dtype == torch.float64 else 4)  # the norm
+    if not p and case.form.dropout_on == "both":
+        # Without dropout the two readings are one, and "auto" chooses as for the other.
+        own, referenced = _plain_dora(case, own, referenced)
+    assert saved.own == own(e) + extra
+    assert saved.referenced == referenced
+
+
+def _plain_dora(case, own, referenced):
+    if case.form.keep != "auto" or case.form.axis == "in":
+        return own, referenced
+    by_reference = not case.bias and case.dtype in (torch.bfloat16, torch.float32)
+    return (h, {"x", "y"}) if by_reference else (h_and_z, {"x"})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_auto_keeps_the_output_only_where_it_is_exact(dtype, bias):
+    saved, _ = measure(Case(BY_NAME["dora"], M, N, K, R, dtype, 0.0, bias), ())
+    own, referenced = _plain_dora(Case(BY_NAME["dora-both"], M, N, K, R, dtype, 0.0, bias), None, None)
+    assert saved.referenced == referenced
+    assert saved.own == own(dtype.itemsize) + N * (8 if dtype == torch.float64 else 4)
+
+
+def test_no_cast_of_a_half_precision_base_is_kept():
+    case = Case(BY_NAME["lora"], M, N, K, R, torch.bfloat16, 0.3, True, adapter_dtype=torch.float32)
+    saved, _ = measure(case, ())
+    assert saved == testing.Saved(M * R * 2 + 8, frozenset({"x"}))
+
+
+def test_the_exact_norm_saves_only_itself():
+    detached, _ = measure(Case(BY_NAME["dora-recompute"], M, N, K, R, torch.float32), ())
+    exact, _ = measure(Case(testing.dataclasses.replace(BY_NAME["dora-exact"], keep="recompute"), M, N, K, R, torch.float32), ())
+    assert exact == detached
+
+
+def test_x_is_saved_as_it_was_passed():
+    base = torch.randn(7, 5, K + 9)
+    x = base.transpose(0, 1)[:, :, 4:-5].requires_grad_()
+    assert not x.is_contiguous()
+    tensors = {name: testing._leaf(name, t, False) for name, t in testing.make(Case(BY_NAME["lora"], 35, N, K, R, torch.float32)).items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        testing.ours(Case(BY_NAME["lora"], 35, N, K, R, torch.float32), tensors | {"x": x})
+    (same,) = [t for t in kept if t.data_ptr() == x.data_ptr()]
+    assert same.shape == x.shape
+    assert same.stride() == x.stride()
+
+
+def test_the_transient_peak_of_dropout_has_no_mask_of_x():
+    rows = 4096
+    case = Case(BY_NAME["lora"], rows, 8, 1024, 4, torch.float32, 0.3, False)
+    t = testing.make(case)
+    with torch.no_grad():
+        peak = testing.peak_live_bytes(lambda: testing.ours(case, t))
+        chain = testing.peak_live_bytes(lambda: testing.chain(case, t))
+    x_bytes = rows * 1024 * 4
+    assert peak < x_bytes < chain
