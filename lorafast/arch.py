@@ -15,7 +15,7 @@ class Arch(NamedTuple):
     name: str
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def of(device: torch.device) -> Arch:
     """The architecture behind a device."""
     if device.type != "cuda":

@@ -15,7 +15,7 @@ from lorafast.problem import Problem
 ORDER = ("cuda", "triton", "cpu", "eager")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load(backend: str) -> ModuleType | str:
     """The backend's module, or the reason there is none."""
     name = f"lorafast.backends.{backend}"

@@ -37,7 +37,7 @@ def drops_base(c: Settings) -> bool:
 
 
 def inputs(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the adapter and the base GEMM read: x itself, or for axis="in" gain⊙x and, with dropout on both, x + (gain-1)⊙drop(x)."""
+    """What the adapter and the base GEMM read: x itself; for axis="in" gain⊙x, or x + (gain-1)⊙drop(x) with dropout on both."""
     if t.magnitude is None or c.axis == "out":
         return x, x
     gain = norm.gain(t.magnitude, t.norm)

@@ -172,7 +172,8 @@ class Linear(nn.Linear):
     def merge(self, keep: bool = False) -> None:
         """Fold the adapter into the weight, in place. keep=True copies W to the CPU, and unmerge() is then bitwise.
 
-        keep=False unmerges to within ½ulp(W')/|gain| + ½ulp(W), and refuses a gain of 0. Merging twice is merging once.
+        keep=False unmerges to within ½ulp(W')/|gain| + ½ulp(W) (twice that for a gain in float64, which has nothing wider to
+        compute in), and refuses a gain of 0. Merging twice is merging once.
         """
         if self._merged is not None:
             return
@@ -197,7 +198,7 @@ class Linear(nn.Linear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take out what merge() folded in, whatever has happened to the factors since. A layer that is not merged stays as it is."""
+        """Take out what merge() folded in, whatever has happened to the factors since. Without a merge() nothing happens."""
         if self._merged is None:
             return
         factors, bias, weight = self._merged
@@ -236,7 +237,7 @@ class Linear(nn.Linear):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self._merged is not None:
             raise RuntimeError(
-                f"{prefix or 'the layer '}is merged: its weight and its adapter together would apply the delta twice; unmerge() first"
+                f"{prefix}weight is merged: together with the adapter beside it, it would apply the delta twice; unmerge() first"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 

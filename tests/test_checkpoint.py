@@ -10,9 +10,14 @@ import lorafast
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize(
     "adapter",
-    [lorafast.LoRA(r=4, dropout=0.3), lorafast.DoRA(r=4, dropout=0.3), lorafast.DoRA(r=4, dropout=0.3, dropout_on="both"), lorafast.LaMDA(r=4, dropout=0.3)],
-    ids=lambda a: f"{type(a).__name__}-{a.dropout_on}",
-)  # fmt: skip
+    [
+        lorafast.LoRA(r=4, dropout=0.3),
+        lorafast.DoRA(r=4, dropout=0.3),
+        lorafast.DoRA(r=4, dropout=0.3, dropout_on="both"),
+        lorafast.LaMDA(r=4, dropout=0.3),
+    ],
+    ids=repr,
+)
 def test_checkpoint(adapter, reentrant):
     block = torch.nn.Sequential(
         lorafast.Linear(16, 16, bias=False, adapter=adapter), torch.nn.GELU(), lorafast.Linear(16, 8, adapter=adapter)

@@ -151,7 +151,7 @@ def test_the_bare_op_refuses_what_it_has_no_gradient_for():
 
 
 def test_backward_runs_what_forward_fixed_whatever_autocast_is_on():
-    case, t, tensors = case_and_tensors("dora-inner", 0.3, torch.float32)
+    case, t, _ = case_and_tensors("dora-inner", 0.3, torch.float32)
     want = testing.run(testing.ours, case, t)
     leaves = {name: None if v is None or name == "seed" else v.detach().requires_grad_(name in GRADIENTS) for name, v in t.items()}
     y = testing.ours(case, leaves | {"seed": t["seed"]})

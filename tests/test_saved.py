@@ -106,7 +106,9 @@ def test_x_is_saved_as_it_was_passed():
     base = torch.randn(7, 5, K + 9)
     x = base.transpose(0, 1)[:, :, 4:-5].requires_grad_()
     assert not x.is_contiguous()
-    tensors = {name: testing._leaf(name, t, False) for name, t in testing.make(Case(BY_NAME["lora"], 35, N, K, R, torch.float32)).items()}
+    tensors = {
+        name: testing._leaf(name, t, False) for name, t in testing.make(Case(BY_NAME["lora"], 35, N, K, R, torch.float32)).items()
+    }
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         testing.ours(Case(BY_NAME["lora"], 35, N, K, R, torch.float32), tensors | {"x": x})

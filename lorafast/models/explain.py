@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lorafast import dispatch, env, functional
+from lorafast import dispatch, env, functional, links
 from lorafast.layer import Linear
 from lorafast.problem import PRIMITIVES, Problem
 
@@ -27,9 +27,10 @@ class Row(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """The rows of a model, and str() of them as a table."""
+    """The rows of a model, and str() of them as a table. missing: rooms of this checkout that are not there, and the mend."""
 
     rows: tuple[Row, ...]
+    missing: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.rows:
@@ -46,14 +47,15 @@ class Explanation(NamedTuple):
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
         remarks = {f"{name}: {'; '.join(why)}" for row in self.rows for name, why in row.why_not.items()}
         notes = {note for row in self.rows for note in row.notes}
-        return "\n".join(table + [f"not {remark}" for remark in sorted(remarks)] + sorted(notes))
+        return "\n".join(table + [f"not {remark}" for remark in sorted(remarks)] + sorted(notes) + list(self.missing))
 
 
 def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     """Every lorafast.Linear of the model: method, bytes saved per token, backend per primitive for calls of `tokens` rows, why
     not the others, and what its settings cost. Activations are taken to have the weight's dtype.
     """
-    return Explanation(tuple(_row(name, m, tokens) for name, m in model.named_modules() if isinstance(m, Linear)))
+    missing = tuple(why for room in links.ROOMS if (why := links.why_missing(room)))
+    return Explanation(tuple(_row(name, m, tokens) for name, m in model.named_modules() if isinstance(m, Linear)), missing)
 
 
 def _row(name: str, layer: Linear, tokens: int) -> Row:

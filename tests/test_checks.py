@@ -1,0 +1,69 @@
+"""Bad input: one error, which names the argument and the shapes, and changes nothing."""
+
+import pytest
+import torch
+
+import lorafast
+
+N, K, R = 6, 5, 2
+GOOD = {
+    "x": torch.randn(3, K), "weight": torch.randn(N, K), "bias": torch.randn(N),
+    "lora_A": torch.randn(R, K), "lora_B": torch.randn(N, R),
+    "core": torch.randn(R, R), "magnitude": torch.rand(N) + 1, "norm": torch.rand(N) + 1, "out_scale": torch.randn(N),
+    "lora_bias": torch.randn(N), "seed": torch.tensor([3]),
+}  # fmt: skip
+
+WRONG = {
+    "x, last dim": ({"x": torch.randn(3, 4)}, ValueError, r"x \(3, 4\) must end in K=5 for weight \(6, 5\)"),
+    "x, no dim": ({"x": torch.tensor(1.0)}, ValueError, r"x \(\) must end in K=5"),
+    "x, integers": ({"x": torch.ones(3, K, dtype=torch.int64)}, TypeError, r"x \(3, 5\) is torch.int64"),
+    "x, complex": ({"x": torch.ones(3, K, dtype=torch.complex64)}, TypeError, r"x \(3, 5\) is torch.complex64"),
+    "x, no tensor": ({"x": [1.0]}, TypeError, "x must be a tensor, not list"),
+    "weight, dims": ({"weight": torch.randn(N)}, ValueError, r"weight \(6,\) must be \[N, K\]"),
+    "weight, quantised": ({"weight": torch.ones(N, K, dtype=torch.uint8)}, TypeError, r"weight \(6, 5\) is torch.uint8"),
+    "weight, dtype": ({"weight": torch.randn(N, K, dtype=torch.float64)}, TypeError, r"weight \(6, 5\) is torch.float64, x \(3, 5\)"),
+    "weight, device": ({"weight": torch.empty(N, K, device="meta")}, ValueError, r"weight \(6, 5\) is on meta, x \(3, 5\)"),
+    "bias": ({"bias": torch.randn(K)}, ValueError, r"bias \(5,\) must be \(6,\) for weight \(6, 5\)"),
+    "lora_A, K": ({"lora_A": torch.randn(R, N)}, ValueError, r"lora_A \(2, 6\) must be \[R>0, K=5\] for weight \(6, 5\)"),
+    "lora_A, rank 0": ({"lora_A": torch.randn(0, K)}, ValueError, r"lora_A \(0, 5\)"),
+    "lora_A, integers": ({"lora_A": torch.ones(R, K, dtype=torch.int8)}, TypeError, r"lora_A \(2, 5\) is torch.int8"),
+    "lora_A, none": ({"lora_A": None}, TypeError, "lora_A is None"),
+    "lora_B": ({"lora_B": torch.randn(N, 3)}, ValueError, r"lora_B \(6, 3\) must be \(6, 2\) for weight \(6, 5\) and rank 2"),
+    "lora_B, device": ({"lora_B": torch.empty(N, R, device="meta")}, ValueError, r"lora_B \(6, 2\) is on meta"),
+    "core": ({"core": torch.randn(3)}, ValueError, r"core \(3,\) must be \(2, 2\) or \(2,\)"),
+    "magnitude": ({"magnitude": torch.rand(K)}, ValueError, r"magnitude \(5,\) must be \(6,\)"),
+    "magnitude, axis": ({"axis": "in", "norm": None}, ValueError, r"magnitude \(6,\) must be \(5,\)"),
+    "norm": ({"norm": torch.rand(K)}, ValueError, r"norm \(5,\) must be \(6,\)"),
+    "norm alone": ({"magnitude": None}, ValueError, r"norm \(6,\) is given without magnitude"),
+    "out_scale": ({"out_scale": torch.rand(K)}, ValueError, r"out_scale \(5,\) must be \(6,\)"),
+    "lora_bias": ({"lora_bias": torch.rand(R)}, ValueError, r"lora_bias \(2,\) must be \(6,\)"),
+    "seed, dtype": ({"seed": torch.tensor([3.0])}, TypeError, r"seed \(1,\) torch.float32 must be \(1,\) int64"),
+    "seed, shape": ({"seed": torch.tensor(3)}, TypeError, r"seed \(\) torch.int64 must be"),
+    "dropout": ({"dropout": 1.0}, ValueError, r"dropout 1.0 must be in \[0, 1\)"),
+    "dropout, negative": ({"dropout": -0.5}, ValueError, "dropout -0.5"),
+    "axis": ({"axis": 0}, ValueError, "axis=0 must be one of 'out', 'in'"),
+    "dropout_on": ({"dropout_on": "x"}, ValueError, "dropout_on='x'"),
+    "keep": ({"keep": "y"}, ValueError, "keep='y'"),
+    "keep, both": ({"keep": "output", "dropout_on": "both", "dropout": 0.1}, ValueError, "keep='inner'"),
+    "frozen_columns": ({"frozen_columns": 3}, ValueError, r"frozen_columns 3 must be between 0 and R=2, lora_B \(6, 2\)"),
+    "scaling": ({"scaling": torch.ones(2)}, ValueError, r"scaling \(2,\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong(name):
+    changes, error, message = WRONG[name]
+    state = torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        lorafast.linear(**(GOOD | changes))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_right():
+    assert lorafast.linear(**GOOD).shape == (3, N)
+    assert lorafast.linear(**GOOD, dropout=0.5, frozen_columns=2, keep="recompute").shape == (3, N)
+
+
+def test_in_the_layer_too():
+    with pytest.raises(ValueError, match=r"x \(2, 4\) must end in K=5"):
+        lorafast.Linear(K, N)(torch.randn(2, 4))

@@ -1,0 +1,100 @@
+"""Routes: auto may fall back, a forced backend raises with every reason, and nothing is silent."""
+
+import types
+
+import pytest
+import torch
+
+from lorafast import arch, dispatch, env, links
+from lorafast.backends import eager
+from lorafast.problem import PRIMITIVES, Problem
+
+X86 = Problem(arch.Arch("cpu", "cpu"), torch.float32, 8, 6, (5,), (2,), torch.float32, torch.float32)
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    dispatch._pick.cache_clear()
+    yield monkeypatch
+    dispatch._pick.cache_clear()
+
+
+def fake(**refusals):
+    """A backend that refuses some primitives."""
+    return types.SimpleNamespace(why_not=lambda primitive, problem: refusals.get(primitive, ()))
+
+
+def with_backend(monkeypatch, name, module):
+    real = dispatch.load
+    monkeypatch.setattr(dispatch, "load", lambda backend: module if backend == name else real(backend))
+
+
+@pytest.mark.parametrize("primitive", PRIMITIVES)
+def test_eager_serves_everything(clean, primitive):
+    assert dispatch.pick(primitive, X86) is eager
+    assert callable(getattr(eager, primitive))
+
+
+def test_the_first_able_backend_serves(clean):
+    able = fake(linear=("rank 2 < 8", "int8"))
+    with_backend(clean, "cpu", able)
+    assert dispatch.pick("project", X86) is able
+    assert dispatch.pick("linear", X86) is eager
+    assert dispatch.why_not("cpu", "linear", X86) == ("rank 2 < 8", "int8")
+
+
+def test_a_forced_backend_raises_with_every_reason(clean):
+    with_backend(clean, "cpu", fake(linear=("rank 2 < 8", "int8")))
+    clean.setenv("LORAFAST_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match="LORAFAST_BACKEND=cpu cannot linear: rank 2 < 8; int8"):
+        dispatch.pick("linear", X86)
+    assert dispatch.pick("project", X86)
+
+
+def test_a_forced_backend_that_is_not_there_raises(clean):
+    clean.setenv("LORAFAST_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="LORAFAST_BACKEND=triton cannot linear: not part of this version"):
+        dispatch.pick("linear", X86)
+
+
+def test_an_unknown_backend_is_named(clean):
+    clean.setenv("LORAFAST_BACKEND", "cudnn")
+    with pytest.raises(ValueError, match="LORAFAST_BACKEND=cudnn is not one of auto, cuda, triton, cpu, eager"):
+        dispatch.pick("linear", X86)
+
+
+def test_the_choice_is_printed_once_per_problem(clean, capsys):
+    clean.setenv("LORAFAST_LOG", "1")
+    for _ in range(3):
+        dispatch.pick("linear", X86)
+    said = capsys.readouterr().err
+    assert said.count("lorafast: linear -> eager; not cuda (not part of this version of lorafast)") == 1
+
+
+def test_a_backend_that_fails_to_import_is_a_reason(clean):
+    def broken(name):
+        raise ImportError("no triton here")
+
+    dispatch.load.cache_clear()
+    clean.setattr(dispatch.importlib, "import_module", broken)
+    clean.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    try:
+        assert dispatch.why_not("triton", "linear", X86) == ("cannot be imported: no triton here",)
+    finally:
+        dispatch.load.cache_clear()
+
+
+def test_the_environment_is_read_at_each_call(clean):
+    assert env.backend() == "auto"
+    clean.setenv("LORAFAST_BACKEND", " Eager ")
+    assert env.backend() == "eager"
+    assert not env.log()
+
+
+def test_a_lost_link_says_how_to_mend_it(tmp_path):
+    (tmp_path / "kernels").write_text("../kernels")
+    assert "git config core.symlinks true" in links.why_missing("kernels", tmp_path)
+    assert "incomplete" in links.why_missing("csrc", tmp_path)
+    (tmp_path / "bench").mkdir()
+    assert links.why_missing("bench", tmp_path) is None
+    assert all(links.why_missing(room) is None for room in links.ROOMS)

@@ -1,0 +1,136 @@
+"""The six primitives of the eager backend one by one: lists, strides, empty batches, against float64 written out here."""
+
+import pytest
+import torch
+
+from lorafast import philox
+from lorafast.backends import eager
+from lorafast.problem import Down, LowRank, Return, Segment, Up
+
+M, N, K = 9, 7, 10
+RANKS = (1, 4)
+SEED = torch.tensor([1234])
+P = 0.4
+
+
+def normal(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def mask(rows=M, width=K):
+    return philox.kept(SEED, P, range(rows), width).double() * philox.scale(P)
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_project_takes_several_adapters_on_one_x():
+    x = normal(3, 3, 2 * K)[..., ::2]
+    flat = x.reshape(M, K)
+    A, core, diagonal = [normal(r, K) for r in RANKS], normal(4, 4), normal(1)
+    (h0, m0), (h1, m1) = eager.project(x, [Down(A[0], diagonal, SEED, P), Down(A[1], core)])
+    close(h0, (flat * mask()) @ A[0].t())
+    close(m0, h0 * diagonal)
+    close(h1, flat @ A[1].t())
+    close(m1, h1 @ core.t())
+
+
+def test_linear_adds_several_adapters():
+    x, W, b = normal(3, 3, K), normal(N, K), normal(N)
+    h, B, scale, gain = [normal(M, r) for r in RANKS], [normal(N, r) for r in RANKS], normal(N), normal(N)
+    ups = [Up(h[0], B[0], 0.5), Up(h[1], B[1], 2.0, scale)]
+    z = x.reshape(M, K) @ W.t() + 0.5 * h[0] @ B[0].t() + 2 * h[1] @ B[1].t() * scale
+    y, none = eager.linear(x, W, ups, bias=b)
+    close(y.reshape(M, N), z + b)
+    assert none is None
+    y, inner = eager.linear(x, W, ups, gain, b, keep_inner=True)
+    close(y.reshape(M, N), z * gain + b)
+    close(inner, z)
+    close(eager.linear(x, W, [])[0].reshape(M, N), x.reshape(M, K) @ W.t())
+
+
+def test_grad_output_serves_several_adapters_in_one_call():
+    dy, kept, gain = normal(3, 3, N), normal(M, N), normal(N)
+    flat = dy.reshape(M, N)
+    h, B, core, scale = [normal(M, r) for r in RANKS], [normal(N, r) for r in RANKS], normal(4, 4), normal(N)
+    asked = [
+        Return(B[0], 0.5, None, None, h[0], want_v=True, want_B=True),
+        Return(B[1], 2.0, scale, core, h[1], 3, want_v=True, want_B=True, want_core=True, want_out_scale=True),
+    ]
+    got = eager.grad_output(dy, asked, gain, kept, want_bias=True)
+    close(got.bias, flat.sum(0))
+    close(got.dot, (flat * kept).sum(0))
+    close(got.adapters[0].v, 0.5 * (flat * gain) @ B[0])
+    close(got.adapters[0].B, 0.5 * (flat * gain).t() @ h[0])
+    u = 2 * (flat * gain * scale) @ B[1]
+    P_ = 2 * (flat * gain).t() @ (h[1] @ core.t())
+    close(got.adapters[1].v, u @ core)
+    close(got.adapters[1].core, u.t() @ h[1])
+    close(got.adapters[1].out_scale, (P_ * B[1]).sum(1))
+    close(got.adapters[1].B, torch.cat((torch.zeros(N, 3, dtype=torch.float64), (P_ * scale[:, None])[:, 3:]), 1))
+    nothing = eager.grad_output(dy, [Return(B[0], want_v=False)])
+    assert nothing == ([(None, None, None, None)], None, None)
+
+
+def test_grad_input_sums_segments_and_masked_adapters():
+    dys, Ws, gain = [normal(3, 3, n) for n in (N, 5)], [normal(N, K), normal(5, K)], normal(N)
+    v, A = [normal(M, r) for r in RANKS], [normal(r, K) for r in RANKS]
+    lows = [LowRank(v[0], A[0], SEED, P), LowRank(v[1], A[1]), LowRank(v[0], A[0], SEED, P)]
+    got = eager.grad_input([Segment(dys[0], Ws[0], gain), Segment(dys[1], Ws[1])], lows)
+    want = (dys[0].reshape(M, N) * gain) @ Ws[0] + dys[1].reshape(M, 5) @ Ws[1] + 2 * mask() * (v[0] @ A[0]) + v[1] @ A[1]
+    close(got.reshape(M, K), want)
+    many_rows = normal(50, N)
+    close(eager.grad_input([Segment(many_rows, Ws[0], gain)], []), (many_rows * gain) @ Ws[0])
+
+
+def test_grad_project_serves_several_adapters():
+    x, v = normal(M, 2 * K)[:, :K], [normal(M, r) for r in RANKS]
+    got = eager.grad_project(x, [LowRank(v[0], normal(1, K), SEED, P), LowRank(v[1], normal(4, K))])
+    close(got[0], v[0].t() @ (x * mask()))
+    close(got[1], v[1].t() @ x)
+
+
+def test_panels_do_not_show(monkeypatch):
+    x, v, A, W, B = normal(M, K), normal(M, 4), normal(4, K), normal(N, K), normal(N, 4)
+    calls = (
+        lambda: eager.project(x, [Down(A, None, SEED, P)])[0][0],
+        lambda: eager.grad_input([Segment(normal(M, N) * 0 + 1, W)], [LowRank(v, A, SEED, P)]),
+        lambda: eager.grad_project(x, [LowRank(v, A, SEED, P)])[0],
+        lambda: eager.row_norm(W, A, B, 0.5),
+        lambda: eager.row_norm(W, A, B, 0.5, "in"),
+        lambda: eager.grad_output(normal(M, N) * 0 + 1, [], kept=torch.ones(M, N, dtype=torch.float64)).dot,
+    )
+    whole = [call() for call in calls]
+    monkeypatch.setattr(eager, "_CPU_PANEL", 2 * K)
+    monkeypatch.setattr(eager, "_SUM_ROWS", 2)
+    for call, want in zip(calls, whole, strict=True):
+        close(call(), want)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_row_norm(axis, dtype):
+    W, A, B = normal(N, K).to(dtype), normal(4, K), normal(N, 4)
+    got = eager.row_norm(W, A, B, 0.7, axis)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    want = (W.double() + 0.7 * B @ A).norm(dim=1 if axis == "out" else 0)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6 if dtype != torch.float64 else 1e-13, atol=0)
+
+
+def test_row_norm_sums_in_fp32_what_overflows_in_fp16():
+    W = torch.full((2, 1000), 200.0, dtype=torch.float16)
+    norm = eager.row_norm(W, torch.zeros(1, 1000), torch.zeros(2, 1))
+    assert torch.equal(norm, torch.full((2,), 200.0 * 1000**0.5))
+
+
+def test_an_empty_batch():
+    x, W, B, A = normal(0, K), normal(N, K), normal(N, 4), normal(4, K)
+    ((h, mixed),) = eager.project(x, [Down(A, normal(4, 4), SEED, P)])
+    y, _ = eager.linear(x, W, [Up(mixed, B)], normal(N), normal(N))
+    sums = eager.grad_output(y, [Return(B, h=h, want_B=True)], None, y, want_bias=True)
+    dx = eager.grad_input([Segment(y, W)], [LowRank(sums.adapters[0].v, A, SEED, P)])
+    (dA,) = eager.grad_project(x, [LowRank(sums.adapters[0].v, A, SEED, P)])
+    assert (h.shape, mixed.shape, y.shape, dx.shape) == ((0, 4), (0, 4), (0, N), (0, K))
+    for zero in (sums.bias, sums.dot, sums.adapters[0].B, dA):
+        assert not zero.any()

@@ -1,0 +1,142 @@
+"""Adapter specs: fields, refusals, starts."""
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+
+import lorafast
+from lorafast import DoRA, LaMDA, LoRA
+from lorafast.methods import svd
+
+
+def test_defaults_are_pefts():
+    adapter = LoRA()
+    assert (adapter.r, adapter.alpha, adapter.dropout, adapter.rslora, adapter.init) == (8, 8, 0.0, False, "kaiming")
+    assert LoRA(16, 32, 0.1, True, "gaussian", True, True) == LoRA(
+        r=16, alpha=32, dropout=0.1, rslora=True, init="gaussian", freeze_A=True, lora_bias=True
+    )
+    assert LaMDA().init == "residual"
+
+
+@pytest.mark.parametrize("method", [LoRA, DoRA, LaMDA])
+def test_scaling(method):
+    assert method(r=4, alpha=12).scaling == 3
+    assert method(r=4, alpha=12, rslora=True).scaling == 6
+
+
+@pytest.mark.parametrize("method", [LoRA, DoRA, LaMDA])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"r": 0}, "r=0"), ({"r": -2}, "r=-2"), ({"r": 2.5}, "r=2.5"), ({"r": True}, "r=True"),
+        ({"alpha": float("nan")}, "alpha=nan"), ({"alpha": "8"}, "alpha='8'"), ({"init": "zeros"}, "init='zeros' must be one of"),
+        ({"dropout": 1.0}, r"dropout 1\.0 must be in \[0, 1\)"), ({"dropout": -0.1}, r"dropout -0\.1"), ({"dropout": 1e-7}, "nothing"),
+    ],
+)  # fmt: skip
+def test_bad_fields(method, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        method(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "message"),
+    [
+        (DoRA, {"axis": "rows"}, "axis='rows' must be one of 'out', 'in'"),
+        (DoRA, {"dropout_on": "base"}, "dropout_on='base'"),
+        (DoRA, {"keep": "all"}, "keep='all'"),
+        (DoRA, {"keep": "output", "dropout_on": "both", "dropout": 0.1}, "keep='inner'"),
+        (DoRA, {"keep": "inner", "axis": "in"}, "axis='out'"),
+        (LaMDA, {"alpha": 0}, "alpha=0"),
+    ],
+)
+def test_bad_combinations(method, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        method(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("peft", "ours"),
+    [("lora_alpha", "alpha"), ("lora_dropout", "dropout"), ("use_rslora", "rslora"), ("init_lora_weights", "init")],
+)
+def test_pefts_names_are_answered_with_ours(peft, ours):
+    with pytest.raises(TypeError, match=rf"{peft}.*spelled {ours}"):
+        LoRA(**{peft: 1})
+
+
+def test_specs_are_values():
+    adapter = DoRA(r=4, dropout=0.1)
+    assert pickle.loads(pickle.dumps(adapter)) == adapter == dataclasses.replace(adapter, r=4)
+    assert hash(adapter) == hash(DoRA(r=4, dropout=0.1))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        adapter.r = 5
+
+
+def test_lora_starts():
+    weight = torch.empty(50, 400)
+    kaiming, gaussian = LoRA(r=16).start(weight).tensors, LoRA(r=16, init="gaussian").start(weight).tensors
+    assert kaiming["lora_A"].abs().max() <= 1 / 20
+    assert abs(kaiming["lora_A"].std().item() - 1 / 20 / 3**0.5) < 1e-3
+    assert abs(gaussian["lora_A"].std().item() - 1 / 16) < 2e-3
+    assert not kaiming["lora_B"].any()
+    torch.manual_seed(3)
+    a = LoRA().start(weight).tensors["lora_A"]
+    torch.manual_seed(3)
+    assert torch.equal(a, LoRA().start(weight).tensors["lora_A"])
+
+
+@pytest.mark.parametrize(("axis", "dim"), [("out", 1), ("in", 0)])
+def test_dora_starts_with_the_norm(axis, dim):
+    weight = torch.randn(6, 9)
+    torch.testing.assert_close(DoRA(r=2, axis=axis).start(weight).tensors["lora_magnitude"], weight.norm(dim=dim))
+
+
+def test_dora_has_a_gain_of_exactly_one_at_the_start():
+    layer = lorafast.Linear(33, 21, adapter=DoRA(r=2), dtype=torch.bfloat16)
+    norm = lorafast.functional.row_norm(layer.weight, layer.lora_A, layer.lora_B, scaling=layer.scaling)
+    assert torch.equal(lorafast.norm.gain(layer.magnitude, norm), torch.ones(21))
+
+
+@pytest.mark.parametrize("init", ["residual", "zero"])
+@pytest.mark.parametrize("niter", [None, 0, 4])
+def test_lamda_starts_on_the_top_singular_vectors(init, niter):
+    weight = torch.randn(12, 20, dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    start = LaMDA(r=3, alpha=6, init=init, svd_niter=niter).start(weight)
+    A, B, core = (start.tensors[name].double() for name in ("lora_A", "lora_B", "lora_core"))
+    torch.testing.assert_close(A @ A.t(), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(B.t() @ B, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)
+    loose = 1e-5 if niter != 4 else 0.05
+    torch.testing.assert_close(A.t() @ A, Vh[:3].t() @ Vh[:3], rtol=0, atol=max(loose, 0.02 if niter == 4 else 0))
+    if init == "zero":
+        assert not core.any()
+        assert not start.residual
+    else:
+        torch.testing.assert_close(2 * B @ core @ A, U[:, :3] * S[:3] @ Vh[:3], rtol=0, atol=10 * loose)
+        assert start.residual
+
+
+def test_lamda_repo_start():
+    start = LaMDA(r=4, init="repo").start(torch.empty(6, 100))
+    assert not start.residual
+    assert not start.tensors["lora_B"].any()
+    assert start.tensors["lora_A"].abs().max() <= 0.1
+    assert 0 < start.tensors["lora_core"].abs().max() <= 0.5
+
+
+def test_a_randomised_svd_repeats_itself_and_leaves_the_generator_alone():
+    weight, state = torch.randn(30, 40), torch.get_rng_state()
+    first, second = svd.top(weight, 3, 2), svd.top(weight, 3, 2)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_list_methods():
+    methods = lorafast.list_methods()
+    assert [method.name for method in methods] == ["lora", "dora", "lamda"]
+    for method in methods:
+        assert method.adapter().r
+        assert method.paper.startswith("arXiv ")
+        assert method.trains
+        assert method.keeps

@@ -1,0 +1,148 @@
+"""The norm's cache: used only where it may be, and never stale."""
+
+import pytest
+import torch
+
+import lorafast
+from lorafast import dispatch, functional, norm
+from lorafast.backends import eager
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How often a norm was really computed."""
+    calls, real = [], eager.row_norm
+    monkeypatch.setattr(eager, "row_norm", lambda *args: calls.append(1) or real(*args))
+    dispatch._pick.cache_clear()
+    yield calls
+    dispatch._pick.cache_clear()
+
+
+def layer_of(**settings):
+    layer = lorafast.Linear(12, 10, adapter=lorafast.DoRA(r=3, **settings))
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    return layer
+
+
+def fresh(layer):
+    return functional.row_norm(layer.weight, layer.lora_A, layer.lora_B, scaling=layer.scaling)
+
+
+X = torch.ones(4, 12)
+
+
+def test_every_training_forward_computes_it(computed):
+    layer = layer_of()
+    computed.clear()
+    layer(X), layer(X)
+    layer.eval()
+    layer(X), layer(X)  # eval with gradients on is still a training forward
+    layer.train()
+    with torch.no_grad():
+        layer(X), layer(X)
+    assert len(computed) == 6
+
+
+@torch.no_grad()
+def test_eval_without_gradients_computes_it_once(computed):
+    layer = layer_of().eval()
+    computed.clear()
+    first = layer(X)
+    assert torch.equal(layer(X), first)
+    assert len(computed) == 1
+
+
+CHANGES = {
+    "lora_A in place": lambda layer: layer.lora_A.mul_(2),
+    "lora_B in place": lambda layer: layer.lora_B.mul_(2),
+    "weight in place": lambda layer: layer.weight.mul_(2),
+    "lora_B.data swapped": lambda layer: setattr(layer.lora_B, "data", layer.lora_B.data * 2),
+    "train() after a .data write": lambda layer: (layer.lora_B.data.mul_(2), layer.train(), layer.eval()),
+    ".to(dtype)": lambda layer: layer.to(torch.float64),
+    "a state dict": lambda layer: layer.load_state_dict({k: v * 2 for k, v in layer.state_dict().items()}),
+    "scaling": lambda layer: setattr(layer, "scaling", 9.0),
+    "merge and unmerge": lambda layer: (layer.lora_B.data.mul_(2), layer.merge(), layer.unmerge()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_the_cache_is_never_stale(change):
+    layer = layer_of().eval()
+    layer(X)
+    CHANGES[change](layer)
+    y = layer(X.to(layer.weight.dtype))
+    want = lorafast.linear(
+        X.to(layer.weight.dtype), layer.weight, layer.bias, layer.lora_A, layer.lora_B,
+        magnitude=layer.magnitude, norm=fresh(layer), scaling=layer.scaling,
+    )  # fmt: skip
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_cache_norm_serves_accumulation_and_no_more(computed, fused):
+    layer = layer_of(cache_norm=True)
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, fused=fused)
+    computed.clear()
+    for step in range(3):
+        for _ in range(4):
+            layer(X).square().sum().backward()
+        assert len(computed) == step + 1
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        y = layer(X)
+        want = lorafast.linear(
+            X,
+            layer.weight,
+            layer.bias,
+            layer.lora_A,
+            layer.lora_B,
+            magnitude=layer.magnitude,
+            norm=fresh(layer),
+            scaling=layer.scaling,
+        )
+    assert torch.equal(y, want)
+
+
+def test_two_layers_with_one_weight_have_two_entries():
+    a = layer_of().eval()
+    b = lorafast.Linear.from_linear(torch.nn.Linear(12, 10), lorafast.DoRA(r=3)).eval()
+    b.weight = a.weight
+    with torch.no_grad():
+        assert torch.equal(a(X), a(X))
+        y = b(X)
+        norm.forget(b.lora_B)
+        assert torch.equal(b(X), y)
+
+
+def test_inference_tensors_are_not_cached(computed):
+    with torch.inference_mode():
+        layer = layer_of().eval()
+        computed.clear()
+        layer(X), layer(X)
+    assert len(computed) == 2
+
+
+def test_entries_die_with_their_layer():
+    before = len(norm._entries)
+    layer = layer_of().eval()
+    with torch.no_grad():
+        layer(X)
+    assert len(norm._entries) == before + 1
+    del layer
+    assert len(norm._entries) == before
+
+
+@pytest.mark.parametrize("form", ["core", "diagonal", "out_scale"])
+def test_the_effective_B_is_the_one_of_the_same_delta(form):
+    x, W, A, B = (torch.randn(*s, dtype=torch.float64) for s in ((5, 12), (10, 12), (3, 12), (10, 3)))
+    extra = {
+        "core": {"core": torch.randn(3, 3, dtype=torch.float64)},
+        "diagonal": {"core": torch.randn(3, dtype=torch.float64)},
+        "out_scale": {"out_scale": torch.randn(10, dtype=torch.float64)},
+    }[form]
+    delta = lorafast.linear(x, torch.zeros_like(W), None, A, B, scaling=0.7, **extra)
+    folded = norm.effective_B(lorafast.problem.Tensors(W, lora_A=A, lora_B=B, **extra)) @ A * 0.7
+    torch.testing.assert_close(x @ folded.t(), delta)

@@ -1,0 +1,189 @@
+"""The package as users get it: wheel, sdist, editable; the rooms behind symlinks; the tool that makes the environment."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lorafast
+from lorafast import links
+
+ROOT = Path(lorafast.__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def run(*command, cwd, check=True, **environment):
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=kept | {k: str(v) for k, v in environment.items()},
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the checkout, links as links."""
+    copy = tmp_path / "tree"
+    ignored = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "dist", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    return copy
+
+
+def wheel_of(source, out):
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, source, cwd=out.parent)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_holds_real_files_and_runs(tree, tmp_path):
+    wheel = wheel_of(tree, tmp_path / "out")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {
+        "lorafast/kernels/philox.py",
+        "lorafast/kernels/cost.py",
+        "lorafast/csrc/README.md",
+        "lorafast/bench/README.md",
+    } <= names
+    assert not any(name.startswith("kernels/") for name in names)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    probe = "import lorafast, lorafast.kernels.cost, torch; print(lorafast.Linear(4, 3)(torch.ones(2, 4)).shape, lorafast.__file__)"
+    said = run(sys.executable, "-c", probe, cwd=tmp_path, PYTHONPATH=tmp_path / "site").stdout
+    assert "torch.Size([2, 3])" in said
+    assert str(tmp_path / "site") in said
+
+
+def test_the_sdist_builds_the_same_wheel(tree, tmp_path):
+    out = tmp_path / "sdist"
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, tree, cwd=tmp_path)
+    (sdist,) = out.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        assert not any(member.issym() for member in archive.getmembers())
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    from_sdist = wheel_of(unpacked, tmp_path / "a")
+    from_tree = wheel_of(tree, tmp_path / "b")
+    names = [sorted(n for n in zipfile.ZipFile(w).namelist() if n.startswith("lorafast/")) for w in (from_sdist, from_tree)]
+    assert names[0] == names[1]
+
+
+def test_an_editable_install_runs_from_anywhere(tree, tmp_path):
+    venv = tmp_path / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
+    python = venv / "bin" / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).stdout.strip()
+    # torch, setuptools and pip come from here; what is under test is how lorafast itself is found.
+    borrowed = [p for p in sys.path if "site-packages" in p] or [sysconfig.get_path("purelib")]
+    (Path(site) / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
+    run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--ignore-installed",
+        "-e",
+        tree,
+        cwd=tmp_path,
+    )
+    probe = "import lorafast, lorafast.kernels.cost as c, lorafast.kernels.philox; print(lorafast.__file__, c.__file__)"
+    said = run(python, "-c", probe, cwd=tmp_path).stdout.split()
+    assert all(path.startswith(str(tree)) for path in said)
+
+
+def test_hugging_faces_kernels_wins_from_the_root(tree, tmp_path):
+    package = tmp_path / "site" / "kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("WHOSE = 'theirs'\n")
+    probe = "import lorafast.kernels.cost, kernels; assert kernels.WHOSE == 'theirs'"
+    (tree / "tests" / "test_whose.py").write_text(f"def test_whose():\n    {probe}\n")
+    for how in (("-c", probe), ("-P", "-c", probe), ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_whose.py")):
+        run(sys.executable, *how, cwd=tree, PYTHONPATH=f"{tmp_path / 'site'}{os.pathsep}{tree}")
+
+
+@pytest.fixture
+def without_links(tree):
+    """The checkout git makes where symlinks are off: small text files."""
+    for room in links.ROOMS:
+        target = os.readlink(tree / "lorafast" / room)
+        (tree / "lorafast" / room).unlink()
+        (tree / "lorafast" / room).write_text(target)
+    return tree
+
+
+def test_a_checkout_without_symlinks_runs_and_says_how_to_mend_it(without_links):
+    probe = "import lorafast, torch; m = lorafast.Linear(4, 3); m(torch.ones(2, 4)).sum().backward(); print(lorafast.explain(m))"
+    said = run(sys.executable, "-c", probe, cwd=without_links).stdout
+    assert "lorafast/kernels is a text file" in said
+    assert "git config core.symlinks true && git checkout -- lorafast/kernels" in said
+
+
+def test_a_wheel_without_kernels_is_not_built(without_links, tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path / "out", without_links]
+    done = run(*build, cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert "lorafast/" in done.stdout + done.stderr
+    assert not list(tmp_path.glob("out/*.whl"))
+
+
+def test_every_package_is_listed():
+    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    folders = {path.parent for path in (ROOT / "lorafast").rglob("*.py")} | {ROOT / "lorafast" / room for room in links.ROOMS}
+    assert listed == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+
+
+def test_the_build_needs_setuptools_alone():
+    assert PROJECT["build-system"]["requires"] == ["setuptools>=77"]
+    assert lorafast.__version__ == lorafast._version.VERSION
+
+
+@pytest.fixture
+def environment():
+    spec = importlib.util.spec_from_file_location("environment", ROOT / "tools" / "environment.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_old_python_gets_one_clear_line(environment, monkeypatch):
+    monkeypatch.setattr(environment.sys, "version_info", (3, 9, 1))
+    with pytest.raises(SystemExit, match=r"needs Python 3\.11 or newer.*make PYTHON="):
+        environment._check_python()
+
+
+def test_a_python_without_ensurepip_gets_one_clear_line(environment, monkeypatch):
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"no ensurepip.*make PYTHON="):
+        environment._check_python()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reused"), [('["2.13.0+cpu", "/p/torch/__init__.py"]', "/p"), ('["2.10.1", "/p/torch/__init__.py"]', None)]
+)
+def test_an_importable_torch_is_reused_if_new_enough(environment, tmp_path, answer, reused):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    python.chmod(0o755)
+    assert environment._site_with_torch(str(python)) == reused
+
+
+def test_no_torch_is_none(environment, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    assert environment._site_with_torch(str(python)) is None

@@ -1,0 +1,118 @@
+"""LaMDAFreeze: columns freeze in order, bitwise, under AdamW with weight decay; resume is exact."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lorafast
+from lorafast.schedule import LaMDAFreeze
+
+R, T = 4, 20
+
+
+def model_of():
+    torch.manual_seed(0)
+    first = lorafast.Linear(10, 12, adapter=lorafast.LaMDA(r=R))
+    return nn.Sequential(first, nn.Tanh(), lorafast.Linear(12, 6, adapter=lorafast.LaMDA(r=R)), lorafast.Linear(6, 3))
+
+
+def optimizer_of(model, **settings):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.3, **settings)
+
+
+def train(model, optimizer, schedule, steps, first=0):
+    for step in range(first, first + steps):
+        torch.manual_seed(100 + step)
+        model(torch.randn(8, 10)).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"foreach": True}, {"amsgrad": True}], ids=str)
+def test_frozen_columns_stay_bitwise_constant(settings):
+    model = model_of()
+    optimizer, schedule = optimizer_of(model, **settings), LaMDAFreeze(model, total_steps=T, fraction=0.5)
+    layer, held = model[0], {}
+    for step in range(T):
+        train(model, optimizer, schedule, 1, step)
+        due = min(R, int(R * (step + 1) / (0.5 * T)))
+        assert layer.frozen_columns == due
+        assert layer.lora_B.requires_grad == (due < R)
+        for column in range(due):
+            now = layer.lora_B[:, column].detach().clone()
+            assert torch.equal(now, held.setdefault(column, now))
+    assert len(held) == R
+    assert layer.lora_core.requires_grad
+    assert model[3].lora_B.requires_grad
+
+
+def test_live_columns_and_the_core_go_on_training():
+    model = model_of()
+    optimizer, schedule = optimizer_of(model), LaMDAFreeze(model, total_steps=T, fraction=1.0)
+    train(model, optimizer, schedule, 10)
+    assert model[0].frozen_columns == 2
+    before = copy.deepcopy(model[0].state_dict())
+    train(model, optimizer, schedule, 1, 10)
+    after = model[0].state_dict()
+    assert torch.equal(before["lora_B"][:, :2], after["lora_B"][:, :2])
+    assert not (before["lora_B"][:, 2:] == after["lora_B"][:, 2:]).any()
+    assert not torch.equal(before["lora_core"], after["lora_core"])
+
+
+def test_the_gradient_of_a_frozen_column_is_zero():
+    model = model_of()
+    schedule = LaMDAFreeze(model, total_steps=10, fraction=1.0)
+    for _ in range(5):
+        schedule.step()
+    model(torch.randn(8, 10)).square().mean().backward()
+    assert not model[0].lora_B.grad[:, :2].any()
+    assert model[0].lora_B.grad[:, 2:].all()
+
+
+def test_resume_is_exact():
+    straight = model_of()
+    optimizer, schedule = optimizer_of(straight), LaMDAFreeze(straight, total_steps=T)
+    train(straight, optimizer, schedule, 3)
+    saved = copy.deepcopy((straight.state_dict(), optimizer.state_dict(), schedule.state_dict()))
+    train(straight, optimizer, schedule, 10, 3)
+    resumed = model_of()
+    optimizer, schedule = optimizer_of(resumed), LaMDAFreeze(resumed, total_steps=T)
+    for part, state in zip((resumed, optimizer, schedule), saved, strict=True):
+        part.load_state_dict(state)
+    assert resumed[0].frozen_columns == int(R * 3 / (0.3 * T))
+    train(resumed, optimizer, schedule, 10, 3)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
+
+
+def test_the_default_is_three_tenths_of_the_run_in_index_order():
+    schedule = LaMDAFreeze(model_of(), total_steps=1000)
+    counts = [schedule.frozen_columns(32, step) for step in range(1001)]
+    assert counts[0] == 0
+    assert counts[299] == 31
+    assert counts[300] == counts[-1] == 32
+    assert counts == sorted(counts)
+
+
+def test_groups():
+    schedule = LaMDAFreeze(model_of(), total_steps=100, fraction=1.0, group=3)
+    counts = [schedule.frozen_columns(10, step) for step in range(101)]
+    assert sorted(set(counts)) == [0, 3, 6, 9, 10]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total_steps": 0}, "total_steps=0"),
+        ({"total_steps": 5, "fraction": 0}, "fraction=0"),
+        ({"total_steps": 5, "group": 0}, "group=0"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LaMDAFreeze(model_of(), **settings)
+    with pytest.raises(ValueError, match=r"no lorafast\.Linear with a LaMDA adapter"):
+        LaMDAFreeze(nn.Linear(2, 2), total_steps=5)
