@@ -32,7 +32,8 @@ def test_scaling(method):
     [
         ({"r": 0}, "r=0"), ({"r": -2}, "r=-2"), ({"r": 2.5}, "r=2.5"), ({"r": True}, "r=True"),
         ({"alpha": float("nan")}, "alpha=nan"), ({"alpha": "8"}, "alpha='8'"), ({"init": "zeros"}, "init='zeros' must be one of"),
-        ({"dropout": 1.0}, r"dropout 1\.0 must be in \[0, 1\)"), ({"dropout": -0.1}, r"dropout -0\.1"), ({"dropout": 1e-7}, "nothing"),
+        ({"dropout": 1.0}, r"dropout 1\.0 must be in \[0, 1\)"), ({"dropout": -0.1}, r"dropout -0\.1"),
+        ({"dropout": 1e-7}, "drops nothing"),
     ],
 )  # fmt: skip
 def test_bad_fields(method, wrong, message):

@@ -53,7 +53,7 @@ def _check_python() -> None:
         sys.exit(f"lorafast needs Python 3.11 or newer; this is {sys.version.split()[0]}. Choose one: make PYTHON=python3.11 ...")
     if importlib.util.find_spec("ensurepip") is None:
         sys.exit(
-            "this Python has no ensurepip, so it makes no virtual environment; install python3-venv or choose another: make PYTHON=..."
+            "this Python has no ensurepip, so it makes no environment; install python3-venv or choose another: make PYTHON=..."
         )
 
 
