@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from lorafast import dispatch, norm, philox
-from lorafast.problem import Down, Problem, Settings, Tensors, Up, accumulator, tokens
+from lorafast.problem import Down, Problem, Settings, Tensors, Up, accumulator
 
 
 def forward(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -20,14 +20,13 @@ def forward(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, tor
     ups = [Up(mixed, t.lora_B, norm.scaling(t, c), t.out_scale)]
     linear = dispatch.pick("linear", problem).linear
     gain = norm.gain(t.magnitude, t.norm) if c.axis == "out" else None
-    if gain is not None and drops_base(c):
-        # y = (the plain LoRA's output) + (gain-1)⊙z with z on the dropped x: the rounding of z weighs only gain-1.
-        y, _ = linear(x, t.weight, ups, bias=bias_of(t, c, gain))
-        z, _ = linear(philox.drop(x, t.seed, c.dropout), t.weight, ups)
-        y.addcmul_(z, gain - 1)
-        kept = z.view(tokens(x), z.shape[-1]) if c.keep == "inner" else None
-    else:
-        y, kept = linear(base_x, t.weight, ups, gain, bias_of(t, c, gain), keep_inner=c.keep == "inner")
+    drops = gain is not None and drops_base(c)
+    if drops:
+        base_x = philox.drop(x, t.seed, c.dropout)
+    y, kept = linear(base_x, t.weight, ups, gain, bias_of(t, c, gain), keep_inner=c.keep == "inner")
+    if drops:
+        # x Wᵀ + (gain-1)⊙drop(x) Wᵀ, written so that nothing large cancels however small or large the gain is.
+        y += linear(x - base_x, t.weight, [])[0]
     return y, h, x.new_empty(0) if kept is None else kept
 
 

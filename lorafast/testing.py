@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from lorafast import functional, ops, philox
 
+SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 GRADIENTS = ("x", "bias", "lora_A", "lora_B", "core", "magnitude", "out_scale", "lora_bias")
 
 
@@ -66,10 +67,11 @@ class Case:
     bias: bool = True
     scaling: float = 1.7
     adapter_dtype: torch.dtype | None = None
+    transposed: bool = False
 
     def __str__(self) -> str:
-        bias = "-bias" if self.bias else ""
-        return f"{self.form.name}-M{self.M}-N{self.N}-K{self.K}-R{self.R}-{str(self.dtype)[6:]}-p{self.dropout}{bias}"
+        flags = [f"p{self.dropout}"] * bool(self.dropout) + ["bias"] * self.bias + ["transposed"] * self.transposed
+        return "-".join([self.form.name, f"M{self.M}-N{self.N}-K{self.K}-R{self.R}", SHORT[self.dtype], *flags])
 
     @property
     def works(self) -> bool:
@@ -78,18 +80,21 @@ class Case:
 
 
 def make(case: Case, seed: int = 0) -> dict[str, torch.Tensor | None]:
-    """Every tensor of the case by the name lorafast.linear gives it, and dy. x and dy are slices of wider tensors."""
+    """Every tensor of the case by the name lorafast.linear gives it, and dy. x and dy are slices of wider tensors, so no stride is
+    trivial; a transposed weight lies in memory as [K,N].
+    """
     generator = torch.Generator().manual_seed(seed)
     form, factor = case.form, case.adapter_dtype or (torch.float64 if case.dtype == torch.float64 else torch.float32)
 
     def normal(*shape: int, dtype: torch.dtype = factor, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
+    weight = normal(case.N, case.K, dtype=case.dtype, scale=case.K**-0.5)
     core = {"none": None, "diagonal": (case.R,), "full": (case.R, case.R)}[form.core]
     gains = case.N if form.axis == "out" else case.K
     return {
         "x": normal(case.M, case.K + 3, dtype=case.dtype)[:, 1:-2],
-        "weight": normal(case.N, case.K, dtype=case.dtype, scale=case.K**-0.5),
+        "weight": weight.t().contiguous().t() if case.transposed else weight,
         "bias": normal(case.N, dtype=case.dtype) if case.bias else None,
         "lora_A": normal(case.R, case.K, scale=case.K**-0.5),
         "lora_B": normal(case.N, case.R, scale=case.R**-0.5),

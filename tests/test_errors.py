@@ -9,7 +9,7 @@ from lorafast import reference, testing
 from lorafast.testing import FORMS, Case
 
 LIMIT = 2
-SHAPES = ((1, 33, 40, 1), (63, 130, 257, 12), (257, 65, 96, 8))
+SHAPES = ((1, 130, 257, 1), (63, 130, 257, 12), (257, 65, 96, 8))
 HALVES_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 BY_NAME = {form.name: form for form in FORMS}
 
@@ -38,6 +38,17 @@ def test_error_ratio(case):
 @pytest.mark.parametrize("case", cases(dtypes=(torch.bfloat16, torch.float16), shapes=SHAPES[1:2]), ids=str)
 def test_error_ratio_with_factors_in_the_base_dtype(case):
     assert_within(testing.error_ratios(testing.without(case, adapter_dtype=case.dtype)), case)
+
+
+@pytest.mark.parametrize("scaling", [0.02, 60.0])
+@pytest.mark.parametrize("case", [c for c in cases(shapes=((1, 130, 257, 8), (63, 130, 257, 12))) if not c.bias], ids=str)
+def test_error_ratio_where_one_part_dwarfs_the_other(case, scaling):
+    assert_within(testing.error_ratios(testing.without(case, scaling=scaling), seeds=seeds(case)), case)
+
+
+@pytest.mark.parametrize("case", [testing.without(c, transposed=True) for c in cases(shapes=SHAPES[1:2])], ids=str)
+def test_error_ratio_with_a_transposed_weight(case):
+    assert_within(testing.error_ratios(case), case)
 
 
 @pytest.mark.parametrize("dtype", HALVES_AND_SINGLE, ids=str)

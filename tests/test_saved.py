@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lorafast import testing
+from lorafast import reference, testing
 from lorafast.testing import FORMS, Case
 
 M, N, K, R = 24, 40, 56, 4
@@ -88,6 +88,18 @@ def test_auto_keeps_the_output_only_where_it_is_exact(dtype, bias):
     own, referenced = _plain_dora(Case(BY_NAME["dora-both"], M, N, K, R, dtype, 0.0, bias), None, None)
     assert saved.referenced == referenced
     assert saved.own == own(dtype.itemsize) + N * (8 if dtype == torch.float64 else 4)
+
+
+@pytest.mark.parametrize("form", ["lora", "dora", "vera"])
+def test_a_trained_weight_saves_as_torch(form):
+    case = Case(BY_NAME[form], M, N, K, R, torch.float32)
+    tensors = {name: testing._leaf(name, t, False) for name, t in testing.make(case).items()}
+    tensors["weight"].requires_grad_(True)
+    constant = [t for name, t in tensors.items() if t is not None and name not in ("x", "dy", "seed")]
+    names = ("x", "weight", "bias", "lora_A", "lora_B", "core", "magnitude", "out_scale", "lora_bias")
+    given = {name: tensors[name] for name in names} | {"scaling": case.scaling}
+    plain = testing.saved(lambda: reference.linear(**given), {"x": tensors["x"]}, constant)
+    assert testing.saved(lambda: testing.ours(case, tensors), {"x": tensors["x"]}, constant) == plain
 
 
 def test_no_cast_of_a_half_precision_base_is_kept():

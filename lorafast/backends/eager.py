@@ -71,11 +71,8 @@ def linear(
     started = gain is None and bias is not None
     if started:
         z.copy_(bias)
-    # The low-rank part comes first: its rounding is relative to itself, and the base GEMM then rounds the sum once.
-    for up in ups:
-        z.addmm_(up.h, _scaled(up.B, up.scaling, x.dtype, up.out_scale).t(), beta=int(started))
-        started = True
-    z.addmm_(x2, weight.to(x.dtype).t(), beta=int(started))
+    products = [(up.h, _scaled(up.B, up.scaling, x.dtype, up.out_scale).t()) for up in ups]
+    _add_products(z, [*products, (x2, weight.to(x.dtype).t())], started)
     if gain is not None:
         for panel in _panels(z):
             _gained(z[panel.start : panel.stop], gain, bias, y2[panel.start : panel.stop])
@@ -109,21 +106,16 @@ def grad_input(segments: list[Segment], low_ranks: list[LowRank]) -> torch.Tenso
     """dx = Σ (gain⊙dy) W + Σ mask⊙(v A).  dy [...,N] -> dx [...,K]."""
     dy, K = segments[0].dy, segments[0].weight.shape[1]
     dx = dy.new_empty(*dy.shape[:-1], K)
-    dx2, started = dx.view(tokens(dy), K), False
-    for v, A, seed, p in low_ranks:
-        factor = _scaled(A, philox.scale(p), dy.dtype)
-        if not p:
-            dx2.addmm_(v, factor, beta=int(started))
-        else:
-            for panel in _panels(dx2):
-                rows = slice(panel.start, panel.stop)
-                part = torch.mm(v[rows], factor).masked_fill_(~philox.kept(seed, p, panel, K), 0)
-                dx2[rows] = dx2[rows] + part if started else part
-        started = True
-    for segment in segments:
-        dy2, weight = _with_gain(segment)
-        dx2.addmm_(dy2, weight, beta=int(started))
-        started = True
+    dx2 = dx.view(tokens(dy), K)
+    masked = [low for low in low_ranks if low.p]
+    products = [(v, A.to(dy.dtype)) for v, A, _, p in low_ranks if not p]
+    products += map(_with_gain, segments)
+    if _rounds_often(dx2):
+        started = _add_masked(dx2, masked, started=False)
+        _add_products(dx2, products, started)
+    else:
+        _add_products(dx2, products, started=False)
+        _add_masked(dx2, masked, started=True)
     return dx
 
 
@@ -177,6 +169,34 @@ def _scaled(factor: torch.Tensor, scaling: Scaling, dtype: torch.dtype, row_scal
     return (wide if row_scale is None else wide.mul_(row_scale[:, None])).to(dtype)
 
 
+def _rounds_often(out: torch.Tensor) -> bool:
+    """Whether adding to `out` product by product rounds where a GEMM's own sum would not: in half precision.
+
+    There the low-rank parts go first, since each rounds relative to itself, and the base GEMM then rounds the sum once. In full
+    precision the base goes first: a GEMM of few rows adds its terms one by one, which should be to nothing rather than to a sum.
+    """
+    return out.dtype.itemsize == 2
+
+
+def _add_products(out: torch.Tensor, products: list[tuple[torch.Tensor, torch.Tensor]], started: bool) -> None:
+    """out = out (if started) + Σ a b over the products, the low-rank ones given before the base's."""
+    for a, b in products if _rounds_often(out) else reversed(products):
+        out.addmm_(a, b, beta=int(started))
+        started = True
+
+
+def _add_masked(out: torch.Tensor, low_ranks: list[LowRank], started: bool) -> bool:
+    """out = out (if started) + Σ mask⊙(v A); whether out holds something now."""
+    for v, A, seed, p in low_ranks:
+        factor = _scaled(A, philox.scale(p), out.dtype)
+        for panel in _panels(out):
+            rows = slice(panel.start, panel.stop)
+            part = torch.mm(v[rows], factor).masked_fill_(~philox.kept(seed, p, panel, out.shape[1]), 0)
+            out[rows] = out[rows] + part if started else part
+        started = True
+    return started
+
+
 def _over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """aᵀ b, a sum over tokens, in the accumulator's dtype.  a [M,·], b [M,·]
 
@@ -216,7 +236,9 @@ def _returned(dy2: torch.Tensor, back: Return, gain: torch.Tensor | None) -> Ret
         out_gain = gain if out_gain is None else gain * out_gain
     v = dB = d_core = d_out_scale = None
     if back.want_v or back.want_core:
-        u = torch.mm(dy2, _scaled(back.B, back.scaling, dy2.dtype, out_gain))
+        # Bᵀ dyᵀ rather than dy B: with the long sum on its contiguous side a BLAS sums a few rows in lanes, not one by one.
+        factor = _scaled(back.B, back.scaling, dy2.dtype, out_gain).t().contiguous()
+        u = torch.mm(factor, dy2.t()).t().contiguous()
         if back.want_core:
             d_core = (u.to(sums) * back.h).sum(0) if back.core.dim() == 1 else _over_tokens(u, back.h)
         if back.want_v and back.core is not None:
