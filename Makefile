@@ -10,13 +10,15 @@ test: env
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 
 lint: env
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 env: $(VENV)/.installed
 
+# A Python too old to parse the tool has to be told here.
 $(VENV)/.installed: pyproject.toml constraints.txt tools/environment.py
-	$(PYTHON) tools/environment.py $(VENV)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lorafast needs Python 3.11 or newer; this is %s. Choose one: make PYTHON=python3.11 ..." % sys.version.split()[0])'
+	@$(PYTHON) tools/environment.py $(VENV)
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""What each primitive must at least compute and move: flops, bytes of main memory, bytes of workspace. Imports no triton.
+"""What each primitive must at least compute and move: flops and bytes of main memory. Imports no triton.
 
 The models are those of kernels that read each large operand once; a bench sets them beside what it measures.
 """
@@ -11,11 +11,10 @@ from lorafast.problem import Problem
 
 
 class Cost(NamedTuple):
-    """flops (a multiply-add is 2), bytes read and written, and bytes of transient workspace."""
+    """flops (a multiply-add is 2), and bytes read and written."""
 
     flops: int
     bytes: int
-    workspace: int = 0
 
 
 def project(p: Problem) -> Cost:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import torch
 
 from lorafast import dispatch, norm, philox, reference
-from lorafast.forward import drops_base, inputs
-from lorafast.problem import LowRank, OutputGrads, Problem, Return, Segment, Settings, Tensors, Up, Wants, tokens
+from lorafast.forward import inputs
+from lorafast.problem import LowRank, OutputGrads, Problem, Return, Segment, Settings, Tensors, Up, Wants, scaling_of, tokens
 
 
 def backward(
     dy: torch.Tensor, x: torch.Tensor | None, h: torch.Tensor | None, kept: torch.Tensor | None, t: Tensors, c: Settings, w: Wants
 ) -> list[torch.Tensor]:
-    """The gradients in Wants' order, each in its tensor's dtype.  dy [...,N]; x, h and kept (y or z) None where not needed."""
+    """The gradients in Wants' order, each in its tensor's dtype.  dy [...,N]; x, h and kept (y or z) None where not needed.
+
+    A bias that is not needed may be None too; its gradient then comes in the accumulator's dtype.
+    """
     problem = Problem.of(dy, t, c)
     by_row = t.magnitude is not None and c.axis == "out"
     gain = norm.gain(t.magnitude, t.norm)
     if by_row and w.gain and c.keep == "recompute":
         kept = _inner(x, h, t, c, problem)
     needs_v = w.x or w.lora_A or (w.gain and not by_row)
-    back = Return(t.lora_B, norm.scaling(t, c), t.out_scale, t.core, h, c.frozen_columns, needs_v, w.lora_B, w.core, w.out_scale)
+    back = Return(t.lora_B, scaling_of(t, c), t.out_scale, t.core, h, c.frozen_columns, needs_v, w.lora_B, w.core, w.out_scale)
     sums: OutputGrads = dispatch.pick("grad_output", problem).grad_output(
         dy,
         [back],
@@ -28,9 +31,9 @@ def backward(
         want_bias=w.bias or w.lora_bias or (by_row and w.gain and _bias_in_dot(t, c)),
     )
     (own,) = sums.adapters
-    found: dict[str, torch.Tensor] = {"lora_B": own.B, "core": own.core, "out_scale": own.out_scale, "bias": sums.bias}
+    found: dict[str, torch.Tensor] = {"lora_B": own.dB, "core": own.d_core, "out_scale": own.d_out_scale, "bias": sums.d_bias}
     if w.lora_bias:
-        d_lora_bias = sums.bias * norm.scaling(t, c)
+        d_lora_bias = sums.d_bias * scaling_of(t, c)
         found["lora_bias"] = d_lora_bias * gain if by_row else d_lora_bias
     if w.lora_A:
         low = LowRank(own.v, t.lora_A, t.seed, c.dropout)
@@ -45,15 +48,14 @@ def backward(
             found |= _in_axis(dy, x, own.v, gain, t, c, w, problem)
     elif w.x:
         found["x"] = _d_x(dy, t, problem, LowRank(own.v, t.lora_A, t.seed, c.dropout))
-    dtypes = t._asdict() | {"x": dy}
-    return [found[name].to(dtypes[name].dtype) for name, wanted in zip(w._fields, w, strict=True) if wanted]
+    like = t._asdict() | {"x": dy}
+    return [found[name] if like[name] is None else found[name].to(like[name].dtype) for name in w.names]
 
 
 def _inner(x: torch.Tensor, h: torch.Tensor, t: Tensors, c: Settings, problem: Problem) -> torch.Tensor:
     """z again, one GEMM: what keep="inner" would have saved."""
-    base_x = philox.drop(x, t.seed, c.dropout) if drops_base(c) else x
-    up = Up(reference.mix(h, t.core), t.lora_B, norm.scaling(t, c), t.out_scale)
-    return dispatch.pick("linear", problem).linear(base_x, t.weight, [up])[0]
+    up = Up(reference.mix(h, t.core), t.lora_B, scaling_of(t, c), t.out_scale)
+    return dispatch.pick("linear", problem).linear(inputs(x, t, c)[1], t.weight, [up])[0]
 
 
 def _bias_in_dot(t: Tensors, c: Settings) -> bool:
@@ -64,11 +66,11 @@ def _bias_in_dot(t: Tensors, c: Settings) -> bool:
 def _d_gain(sums: OutputGrads, t: Tensors, c: Settings, gain: torch.Tensor) -> torch.Tensor:
     """Σ dy⊙z, from z or from y = gain⊙z + bias (0 where the gain is 0).  [N]"""
     if c.keep == "output":
-        dot = sums.dot if t.bias is None else sums.dot - t.bias * sums.bias
+        dot = sums.dot if t.bias is None else sums.dot - t.bias * sums.d_bias
         return norm.divided(dot, gain)
     if t.lora_bias is None:
         return sums.dot
-    return sums.dot + t.lora_bias * norm.scaling(t, c) * sums.bias
+    return sums.dot + t.lora_bias * scaling_of(t, c) * sums.d_bias
 
 
 def _gain_grads(d_gain: torch.Tensor, gain: torch.Tensor, t: Tensors) -> dict[str, torch.Tensor]:
@@ -83,24 +85,24 @@ def _d_x(dy: torch.Tensor, t: Tensors, problem: Problem, low: LowRank | None, ga
 
 
 def _d_x_by_row(dy: torch.Tensor, v: torch.Tensor, gain: torch.Tensor, t: Tensors, c: Settings, problem: Problem) -> torch.Tensor:
-    if not drops_base(c):
+    if not c.drops_base:
         return _d_x(dy, t, problem, LowRank(v, t.lora_A, t.seed, c.dropout), gain)
     # dx = dy W + mask⊙(((gain-1)⊙dy) W + v A): the correction and the adapter share one mask.
     through_drop = _d_x(dy, t, problem, LowRank(v, t.lora_A), gain - 1)
-    return _d_x(dy, t, problem, None).add_(philox.drop(through_drop, t.seed, c.dropout))
+    return _d_x(dy, t, problem, None).add_(philox.dropped(through_drop, t.seed, c.dropout))
 
 
 def _in_axis(
     dy: torch.Tensor, x: torch.Tensor, v: torch.Tensor, gain: torch.Tensor, t: Tensors, c: Settings, w: Wants, problem: Problem
 ) -> dict[str, torch.Tensor]:
     """axis="in": dx and the gradients of magnitude and norm through in_gain⊙x."""
-    if not drops_base(c):
+    if not c.drops_base:
         d_scaled = _d_x(dy, t, problem, LowRank(v, t.lora_A, t.seed, c.dropout))
         d_x = d_scaled * gain
     else:
         base = _d_x(dy, t, problem, None)
-        dropped = philox.drop(base, t.seed, c.dropout)
-        low_rank = philox.drop(torch.mm(v, t.lora_A.to(v.dtype)).view_as(base), t.seed, c.dropout)
+        dropped = philox.dropped(base, t.seed, c.dropout)
+        low_rank = philox.dropped(torch.mm(v, t.lora_A.to(v.dtype)).view_as(base), t.seed, c.dropout)
         d_x = base + (gain - 1) * dropped + gain * low_rank
         d_scaled = dropped + low_rank
     found = {"x": d_x}

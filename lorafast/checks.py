@@ -23,8 +23,7 @@ def call(
     frozen_columns: int,
 ) -> None:
     """Everything lorafast.linear is given. tensors: its tensor arguments by name, weight first."""
-    words(axis, dropout_on, keep)
-    probability(dropout)
+    words(axis, dropout_on, keep, dropout)
     floating("x", x)
     pair("weight", tensors["weight"], "[N, K]")
     N, K = tensors["weight"].shape
@@ -43,30 +42,41 @@ def call(
     for name, shapes in wanted.items():
         if tensors[name] is not None:
             shaped(name, tensors[name], shapes, (N, K), R)
+    _seed(tensors["seed"], x)
     for name, tensor in tensors.items():
-        if tensor is not None:
-            _placed(name, tensor, x)
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} {tuple(tensor.shape)} is on {tensor.device}, x {tuple(x.shape)} on {x.device}")
     if tensors["norm"] is not None and tensors["magnitude"] is None:
         raise ValueError(f"norm {tuple(tensors['norm'].shape)} is given without magnitude")
-    _seed(tensors["seed"], x)
     _dtype_of_weight(tensors["weight"], x)
-    if isinstance(scaling, torch.Tensor) and scaling.numel() != 1:
-        raise ValueError(f"scaling {tuple(scaling.shape)} must be a number or a tensor of one element")
-    if not 0 <= frozen_columns <= R:
-        raise ValueError(f"frozen_columns {frozen_columns} must be between 0 and R={R}, lora_B {(N, R)}")
+    _scaling(scaling, x)
+    # A symbolic integer, which torch.compile may pass, is no int but compares like one.
+    if not isinstance(frozen_columns, int | torch.SymInt) or not 0 <= frozen_columns <= R:
+        raise ValueError(f"frozen_columns {frozen_columns!r} must be an integer between 0 and R={R}, lora_B {(N, R)}")
+
+
+def words(axis: str, dropout_on: str, keep: str, dropout: float) -> None:
+    """The words of DoRA, alone and together."""
+    word("axis", axis, AXES)
+    word("dropout_on", dropout_on, DROPOUT_ON)
+    word("keep", keep, KEEPS)
+    probability(dropout)
     if keep == "output" and dropout > 0 and dropout_on == "both":
         raise ValueError("keep='output' cannot serve dropout_on='both', whose output is no multiple of z; use keep='inner'")
+    if axis == "in" and keep in ("output", "inner"):
+        raise ValueError(f"keep={keep!r} belongs to axis='out'; axis='in' remakes gain⊙x in backward and keeps nothing more")
 
 
-def words(axis: str, dropout_on: str, keep: str) -> None:
-    """The three words of DoRA."""
-    for name, value, allowed in (("axis", axis, AXES), ("dropout_on", dropout_on, DROPOUT_ON), ("keep", keep, KEEPS)):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+def word(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """One of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
 
 
 def probability(dropout: float) -> None:
     """dropout in [0, 1), and distinguishable from 0 and 1 in 16 bits."""
+    if not isinstance(dropout, int | float):
+        raise TypeError(f"dropout {dropout!r} must be a number in [0, 1), not {type(dropout).__name__}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout} must be in [0, 1)")
     philox.threshold(dropout)
@@ -97,19 +107,29 @@ def shaped(name: str, tensor: torch.Tensor, shapes: list[tuple[int, ...]], weigh
         raise ValueError(f"{name} {tuple(tensor.shape)} must be {forms} for weight {weight} and rank {R}")
 
 
-def _placed(name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name} {tuple(tensor.shape)} is on {tensor.device}, x {tuple(x.shape)} on {x.device}")
-
-
 def _seed(seed: torch.Tensor | None, x: torch.Tensor) -> None:
+    if seed is not None and not isinstance(seed, torch.Tensor):
+        raise TypeError(f"seed must be an int64 tensor of shape (1,), not {seed!r}")
     if seed is not None and (seed.dtype != torch.int64 or tuple(seed.shape) != (1,)):
         raise TypeError(f"seed {tuple(seed.shape)} {seed.dtype} must be (1,) int64, in [0, 2**63), for x {tuple(x.shape)}")
 
 
+def _scaling(scaling: Scaling, x: torch.Tensor) -> None:
+    if isinstance(scaling, torch.Tensor):
+        floating("scaling", scaling)
+        if scaling.numel() != 1:
+            raise ValueError(f"scaling {tuple(scaling.shape)} must be a number or a tensor of one element")
+        if scaling.device != x.device:
+            raise ValueError(f"scaling {tuple(scaling.shape)} is on {scaling.device}, x {tuple(x.shape)} on {x.device}")
+    elif isinstance(scaling, float) and scaling - scaling != 0:  # inf and nan; torch.compile traces no math.isfinite
+        raise ValueError(f"scaling {scaling} must be finite")
+    elif not isinstance(scaling, int | float | torch.SymFloat):
+        raise TypeError(f"scaling must be a number or a tensor of one element, not {scaling!r}")
+
+
 def _dtype_of_weight(weight: torch.Tensor, x: torch.Tensor) -> None:
     active = activation_dtype(x)
-    cast = active != x.dtype or torch.is_autocast_enabled(x.device.type)
+    cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     if weight.dtype != active and (not cast or torch.float64 in (weight.dtype, active)):
         raise TypeError(
             f"weight {tuple(weight.shape)} is {weight.dtype}, x {tuple(x.shape)} is {x.dtype}: without autocast they must be equal"

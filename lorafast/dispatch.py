@@ -13,6 +13,7 @@ from lorafast.problem import Problem
 
 # Fastest first. A backend is a file in backends/; one that is not there yet, or fails to load, is a reason.
 ORDER = ("cuda", "triton", "cpu", "eager")
+_SOURCES = {"cuda": "csrc", "triton": "kernels", "cpu": "csrc"}
 
 
 @functools.cache
@@ -23,8 +24,9 @@ def load(backend: str) -> ModuleType | str:
         return "not part of this version of lorafast"
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        return links.why_missing("kernels") or f"cannot be imported: {error}"
+    except (ImportError, OSError, RuntimeError) as error:
+        lost = links.why_missing(_SOURCES[backend]) if backend in _SOURCES else None
+        return lost or f"cannot be loaded: {error}"
 
 
 def why_not(backend: str, primitive: str, problem: Problem) -> tuple[str, ...]:

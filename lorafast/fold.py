@@ -1,4 +1,4 @@
-"""Folding a delta into a weight, and taking it out again: W' = gain⊙(W + s·(out_scale⊙B)·core·A), by panels of rows."""
+"""Folding a delta into a weight, and taking it out again: W' = gain⊙(W + s·(out_scale⊙B)·core·A). Nothing is changed in place."""
 
 from __future__ import annotations
 
@@ -7,61 +7,61 @@ from collections.abc import Callable
 import torch
 
 from lorafast import arch, norm
-from lorafast.problem import Settings, Tensors, accumulator
+from lorafast.panels import panels
+from lorafast.problem import Settings, Tensors, accumulator, scaling_of
 
-_PANEL_ROWS = 512
 
-
-def fold(t: Tensors, c: Settings) -> None:
-    """t.weight becomes W', each element rounded once. Needs t.norm where there is a magnitude."""
-    gain, _ = _gains(t, c)
+def fold(t: Tensors, c: Settings) -> torch.Tensor:
+    """W', each element rounded once. A magnitude needs t.norm."""
 
     def folded(W: torch.Tensor, delta: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
         return W + delta if g is None else (W + delta) * g
 
-    _panelwise(t, c, gain, folded)
+    return _by_panels(t, c, norm.gain(t.magnitude, t.norm), folded)
 
 
-def unfold(t: Tensors, c: Settings) -> None:
-    """t.weight, which is W', becomes W to within ½ulp(W')/|gain| + ½ulp(W). The norm is the one it was folded with."""
-    gain, zeros = _gains(t, c)
-    if zeros:
-        raise ValueError(
-            f"the gain is 0 in {zeros} of {gain.numel()} places of weight {tuple(t.weight.shape)}: W cannot be read back"
-        )
+def fold_bias(t: Tensors, c: Settings) -> torch.Tensor:
+    """bias + s·gain⊙lora_bias, each element rounded once (axis="in" has no gain here)."""
+    gain, wide = norm.gain(t.magnitude, t.norm), _wide(t)
+    low = t.lora_bias.to(wide) * scaling_of(t, c)
+    return (t.bias.to(wide) + (low if gain is None or c.axis == "in" else low * gain)).to(t.bias.dtype)
+
+
+def unfold(t: Tensors, c: Settings) -> torch.Tensor:
+    """W from t.weight = W', to within ½ulp(W')/|gain| + ½ulp(W). The norm is the one it was folded with."""
 
     def unfolded(W: torch.Tensor, delta: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
         return W - delta if g is None else W / g - delta
 
-    _panelwise(t, c, gain, unfolded)
+    return _by_panels(t, c, norm.gain(t.magnitude, t.norm), unfolded)
 
 
-def subtract(t: Tensors, c: Settings) -> None:
-    """t.weight gives up the delta its adapter makes, gain apart: the residual start."""
-    _panelwise(t, c, None, lambda W, delta, g: W - delta)
+def subtract(t: Tensors, c: Settings) -> torch.Tensor:
+    """W without the delta its adapter makes, gain apart: the residual start."""
+    return _by_panels(t, c, None, lambda W, delta, _: W - delta)
 
 
-def add(t: Tensors, c: Settings) -> None:
+def add(t: Tensors, c: Settings) -> torch.Tensor:
     """The opposite of subtract."""
-    _panelwise(t, c, None, lambda W, delta, g: W + delta)
+    return _by_panels(t, c, None, lambda W, delta, _: W + delta)
 
 
-def invertible(t: Tensors, c: Settings) -> bool:
-    """Whether unfold could read W back."""
-    return not _gains(t, c)[1]
-
-
-def _gains(t: Tensors, c: Settings) -> tuple[torch.Tensor | None, int]:
+def invertible(t: Tensors) -> bool:
+    """Whether unfold could read W back: no gain is 0, infinite or NaN."""
     gain = norm.gain(t.magnitude, t.norm)
-    return gain, 0 if gain is None else int((gain == 0).sum())
+    return gain is None or bool((gain.isfinite() & (gain != 0)).all())
 
 
-def _panelwise(t: Tensors, c: Settings, gain: torch.Tensor | None, rule: Callable) -> None:
+def _wide(t: Tensors) -> torch.dtype:
     # fp64, so that the one rounding to W's dtype is the only one that counts.
-    wide = torch.float64 if arch.has_fp64(t.weight.device) else accumulator(t.weight.dtype)
-    A, B, s = t.lora_A.to(wide), norm.effective_B(t, wide), norm.scaling(t, c)
+    return torch.float64 if arch.has_fp64(t.weight.device) else accumulator(t.weight.dtype)
+
+
+def _by_panels(t: Tensors, c: Settings, gain: torch.Tensor | None, rule: Callable) -> torch.Tensor:
+    wide, out = _wide(t), torch.empty_like(t.weight)
+    A, B, s = t.lora_A.to(wide), norm.effective_B(t, wide), scaling_of(t, c)
     gain = None if gain is None else gain.to(wide)
-    for start in range(0, t.weight.shape[0], _PANEL_ROWS):
-        rows = slice(start, start + _PANEL_ROWS)
+    for rows in panels(t.weight):
         panel_gain = gain if gain is None or c.axis == "in" else gain[rows, None]
-        t.weight[rows] = rule(t.weight[rows].to(wide), (B[rows] * s) @ A, panel_gain).to(t.weight.dtype)
+        out[rows] = rule(t.weight[rows].to(wide), (B[rows] * s) @ A, panel_gain)
+    return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from lorafast import dispatch, norm, philox
-from lorafast.problem import Down, Problem, Settings, Tensors, Up, accumulator
+from lorafast.problem import Down, Problem, Settings, Tensors, Up, accumulator, scaling_of
 
 
 def forward(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -17,33 +17,29 @@ def forward(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, tor
     adapter_x, base_x = inputs(x, t, c)
     down = Down(t.lora_A, t.core, t.seed, c.dropout)
     ((h, mixed),) = dispatch.pick("project", problem).project(adapter_x, [down])
-    ups = [Up(mixed, t.lora_B, norm.scaling(t, c), t.out_scale)]
+    ups = [Up(mixed, t.lora_B, scaling_of(t, c), t.out_scale)]
     linear = dispatch.pick("linear", problem).linear
     gain = norm.gain(t.magnitude, t.norm) if c.axis == "out" else None
-    drops = gain is not None and drops_base(c)
-    if drops:
-        base_x = philox.drop(x, t.seed, c.dropout)
-    y, kept = linear(base_x, t.weight, ups, gain, bias_of(t, c, gain), keep_inner=c.keep == "inner")
-    if drops:
+    y, z = linear(base_x, t.weight, ups, gain, bias_of(t, c, gain), keep_inner=c.keep == "inner")
+    if gain is not None and c.drops_base:
         # x Wᵀ + (gain-1)⊙drop(x) Wᵀ, written so that nothing large cancels however small or large the gain is.
         y += linear(x - base_x, t.weight, [])[0]
-    return y, h, x.new_empty(0) if kept is None else kept
-
-
-def drops_base(c: Settings) -> bool:
-    """Whether dropout reaches DoRA's correction of the base term (PEFT's and the authors' reading)."""
-    return c.dropout > 0 and c.dropout_on == "both"
+    return y, h, x.new_empty(0) if z is None else z
 
 
 def inputs(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the adapter and the base GEMM read: x itself; for axis="in" gain⊙x, or x + (gain-1)⊙drop(x) with dropout on both."""
-    if t.magnitude is None or c.axis == "out":
+    """What the adapter and the base GEMM read: x itself, except where DoRA's gain or its dropout is on x's side of the GEMM.
+
+    axis="in": gain⊙x for both, or x + (gain-1)⊙drop(x) for the base with dropout on both; axis="out" with it: drop(x).
+    """
+    if t.magnitude is None:
         return x, x
+    base_x = philox.dropped(x, t.seed, c.dropout) if c.drops_base else x
+    if c.axis == "out":
+        return x, base_x
     gain = norm.gain(t.magnitude, t.norm)
     adapter_x = torch.mul(x, gain, out=x.new_empty(x.shape))
-    if not drops_base(c):
-        return adapter_x, adapter_x
-    return adapter_x, torch.addcmul(x, philox.drop(x, t.seed, c.dropout), gain - 1, out=x.new_empty(x.shape))
+    return adapter_x, torch.addcmul(x, base_x, gain - 1, out=base_x) if c.drops_base else adapter_x
 
 
 def bias_of(t: Tensors, c: Settings, gain: torch.Tensor | None) -> torch.Tensor | None:
@@ -51,6 +47,6 @@ def bias_of(t: Tensors, c: Settings, gain: torch.Tensor | None) -> torch.Tensor 
     if t.lora_bias is None:
         return t.bias
     wide = accumulator(t.weight.dtype)
-    low = t.lora_bias.to(wide) * norm.scaling(t, c)
+    low = t.lora_bias.to(wide) * scaling_of(t, c)
     low = low if gain is None else low * gain
     return low if t.bias is None else low + t.bias

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorafast import checks, ops, philox, reference  # noqa: F401  (ops registers what torch.ops.lorafast calls)
-from lorafast.problem import Scaling, Settings, Tensors, activation_dtype
+from lorafast.problem import Scaling, Settings, Tensors, activation_dtype, resolved_keep, split_scaling
 
 
 def linear(
@@ -42,21 +42,19 @@ def linear(
     p = float(dropout) if training else 0.0
     if p and seed is None:
         seed = philox.draw(x.device)
+    number, scale = split_scaling(scaling)
     grad = torch.is_grad_enabled()
-    scale = scaling if isinstance(scaling, torch.Tensor) else None
     if grad and (weight.requires_grad or (scale is not None and scale.requires_grad)):
         return reference.linear(
             x, weight, bias, lora_A, lora_B, core, magnitude, norm, axis, out_scale, lora_bias, scaling,
             p, dropout_on, keep, frozen_columns, seed,
         )  # fmt: skip
     if magnitude is not None and norm is None:
-        norm = row_norm(weight, lora_A, lora_B, core, out_scale, scaling, axis, cache=not (training or grad))
+        norm = row_norm(weight, lora_A, lora_B, core, out_scale, scaling, axis)
     x = x.to(activation_dtype(x))
     trains_gain = magnitude is not None and grad and (magnitude.requires_grad or norm.requires_grad)
-    settings = Settings(
-        1.0 if scale is not None else float(scaling), p, axis, dropout_on,
-        kept(keep, axis, trains_gain, p > 0 and dropout_on == "both", bias is None and lora_bias is None, x.dtype), frozen_columns,
-    )  # fmt: skip
+    settings = Settings(number, p, axis, dropout_on, frozen_columns=frozen_columns)
+    settings = settings._replace(keep=resolved_keep(keep, settings, trains_gain, bias is None and lora_bias is None, x.dtype))
     tensors = parts._replace(norm=norm, seed=seed if p else None, scale=scale)
     return torch.ops.lorafast.linear(x, *tensors, *settings)[0]
 
@@ -74,20 +72,13 @@ def row_norm(
 ) -> torch.Tensor:
     """‖W + s·(out_scale⊙B)·core·A‖ per row (axis="out", [N]) or column ("in", [K]), fp32, or fp64 for an fp64 weight.
 
-    detach=True (arXiv 2402.09353 §4.3) has no gradient; False has the exact one for everything but W. cache=True returns the
-    last result while no factor, and no optimizer, has moved; it is ignored while torch.compile or a CUDA graph looks on.
+    detach=True (arXiv 2402.09353 §4.3) has no gradient, False the exact one. cache=True gives the last result again while no
+    factor has been replaced or written and no optimizer has stepped (a write through `.data` is not seen); it is ignored while
+    torch.compile or a CUDA graph looks on.
     """
-    scale = scaling if isinstance(scaling, torch.Tensor) else None
+    number, scale = split_scaling(scaling)
+    if not detach and torch.is_grad_enabled() and (weight.requires_grad or (scale is not None and scale.requires_grad)):
+        return reference.row_norm(weight, lora_A, lora_B, core, out_scale, scaling, axis)
     tensors = Tensors(weight, None, lora_A, lora_B, core, None, None, out_scale, None, None, scale)
-    settings = Settings(1.0 if scale is not None else float(scaling), axis=axis)
     cache = cache and not torch.compiler.is_compiling()
-    return torch.ops.lorafast.row_norm(*tensors, *settings, detach, cache)
-
-
-def kept(keep: str, axis: str, trains_gain: bool, both: bool, unbiased: bool, dtype: torch.dtype) -> str:
-    """What is kept for d_magnitude: y is free where its consumer saves it too, but exact enough only without a bias."""
-    if not trains_gain or axis == "in":
-        return "none"
-    if keep != "auto":
-        return keep
-    return "output" if unbiased and not both and dtype in (torch.bfloat16, torch.float32) else "inner"
+    return torch.ops.lorafast.row_norm(*tensors, *Settings(number, axis=axis), detach, cache)

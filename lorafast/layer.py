@@ -10,20 +10,27 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorafast import checks, fold, functional, norm
-from lorafast.methods.adapter import Adapter
+from lorafast.methods.adapter import Adapter, Part
 from lorafast.methods.lora import LoRA
-from lorafast.problem import Scaling, Settings, Tensors
+from lorafast.problem import Settings, Tensors, split_scaling
 
 # Every adapter tensor a layer can hold; those its adapter has no part for are None.
 NAMES = ("lora_A", "lora_B", "lora_core", "lora_magnitude", "lora_out_scale", "lora_bias")
 
 
-class _Merged(NamedTuple):
-    """What unmerge needs: the factors as they were folded, the bias, and with keep=True the weight itself on the CPU."""
+class _Folded(NamedTuple):
+    """Factors as they were when they went into the weight, or came out of it, and the settings they did so with."""
 
     factors: Tensors
+    settings: Settings
+
+
+class _Merged(NamedTuple):
+    """What unmerge needs: the bias if merge changed it, and the weight itself on the CPU (keep=True) or what was folded in."""
+
     bias: torch.Tensor | None
     weight: torch.Tensor | None
+    folded: _Folded | None
 
 
 class Linear(nn.Linear):
@@ -50,8 +57,12 @@ class Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, adapter: Adapter | None = None, adapter_dtype: torch.dtype | None = None) -> Linear:
-        """The linear's own weight and bias Parameters, frozen, with an adapter. An init that changes W says so: W is shared."""
-        if not isinstance(linear, nn.Linear) or isinstance(linear, Linear):
+        """The linear's own weight and bias Parameters, frozen, with an adapter. An init that changes W says so: W is shared.
+
+        A subclass with a forward of its own, or a parametrized weight, is refused: neither would survive.
+        """
+        plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+        if not plain or not isinstance(linear.weight, nn.Parameter):
             raise TypeError(f"linear must be a plain torch.nn.Linear, not {type(linear).__name__}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -75,12 +86,13 @@ class Linear(nn.Linear):
         if not dtype.is_floating_point:
             raise TypeError(f"adapter_dtype {dtype} must be a floating dtype")
         self.adapter, self.scaling = adapter, adapter.scaling
-        self.frozen_columns = 0
         self._merged: _Merged | None = None
-        self._residual = False
-        parts = adapter.parts(self.out_features, self.in_features)
+        # Whether the weight lacks the delta the adapter started with, and that delta, if this layer saw the start.
+        self._residual, self._start = False, None
+        self.frozen_columns = 0
+        self.register_buffer("frozen_B", None, persistent=False)
         for name in NAMES:
-            part = parts.get(name)
+            part = self._parts().get(name)
             empty = None if part is None else torch.empty(part.shape, device=self.weight.device, dtype=dtype)
             self.register_parameter(name, None if part is None else nn.Parameter(empty, requires_grad=part.trained))
         self.reset_adapter()
@@ -118,9 +130,7 @@ class Linear(nn.Linear):
         if self._merged is not None:
             return F.linear(x, self.weight, self.bias)
         a = self.adapter
-        gain_norm = None
-        if self.lora_magnitude is not None and not (a.detach_norm and not a.cache_norm):
-            gain_norm = self._norm()
+        gain_norm = None if self.lora_magnitude is None else self._norm()
         return functional.linear(
             x, self.weight, self.bias, self.lora_A, self.lora_B, self.lora_core, self.lora_magnitude, gain_norm, a.axis,
             self.lora_out_scale, self.lora_bias, self.scaling, a.dropout, a.dropout_on, a.keep, self.frozen_columns,
@@ -131,49 +141,54 @@ class Linear(nn.Linear):
         exact = not self.adapter.detach_norm and torch.is_grad_enabled()
         cache = not exact and (self.adapter.cache_norm or not (self.training or torch.is_grad_enabled()))
         return functional.row_norm(
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            self.lora_core,
-            self.lora_out_scale,
-            self.scaling,
-            self.adapter.axis,
-            not exact,
-            cache,
-        )
+            self.weight, self.lora_A, self.lora_B, self.lora_core, self.lora_out_scale, self.scaling,
+            self.adapter.axis, detach=not exact, cache=cache,
+        )  # fmt: skip
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """Start the adapter anew from the weight: magnitude and SVD inits are derived again.
+        """Start the adapter anew from the base weight: magnitude and SVD inits are derived again.
 
-        Where the init took its delta out of the weight, the adapter's present delta goes back in first, so no part of W is lost.
+        An init that took its delta out of the weight first gets it back, to within a rounding of W, whatever training has made of
+        the adapter. A layer that got its residual weight from a state dict does not know that delta, and says so.
         """
-        if self._merged is not None:
-            raise RuntimeError("the layer is merged: unmerge() before reset_adapter()")
+        self._refuse_if_merged("reset_adapter()")
         if self.weight.is_meta:
             return
+        base = self._base_weight()
+        # Nothing of the layer has changed yet: an SVD may still fail.
+        values = self.adapter.start(base)
+        for name, part in self._parts().items():
+            if getattr(self, name).is_meta:
+                fresh = torch.empty(part.shape, dtype=getattr(self, name).dtype, device=self.weight.device)
+                setattr(self, name, nn.Parameter(fresh))
+            getattr(self, name).requires_grad_(part.trained).copy_(values[name])
+        self.frozen_columns, self.frozen_B = 0, None
+        self._residual, self._start = self.adapter.residual, None
         if self._residual:
-            fold.add(self._tensors(), self._settings())
-        start = self.adapter.start(self.weight.detach())
-        for name, value in start.tensors.items():
-            held = getattr(self, name)
-            if held.is_meta:
-                fresh = torch.empty(held.shape, dtype=held.dtype, device=self.weight.device)
-                held = nn.Parameter(fresh, requires_grad=held.requires_grad)
-                setattr(self, name, held)
-            held.copy_(value)
-        self.frozen_columns = 0
-        self._residual = start.residual
-        if start.residual:
-            fold.subtract(self._tensors(), self._settings())
-        norm.forget(self.lora_B)
+            t, c = self._tensors(), self._settings()
+            self._start = _folded(t._replace(bias=None, lora_bias=None), c, torch.device("cpu"))
+            base = fold.subtract(t._replace(weight=base), c)
+        if base is not self.weight:
+            self.weight.copy_(base)
+
+    def _base_weight(self) -> torch.Tensor:
+        """The weight as it was before any start took a delta out of it."""
+        if not self._residual:
+            return self.weight.detach()
+        if self._start is None:
+            raise RuntimeError(
+                f"weight {tuple(self.weight.shape)} is the residual of a start this layer did not see: load the base weights first"
+            )
+        factors, settings = self._start
+        return fold.add(_on(self.weight, factors), settings)
 
     @torch.no_grad()
     def merge(self, keep: bool = False) -> None:
         """Fold the adapter into the weight, in place. keep=True copies W to the CPU, and unmerge() is then bitwise.
 
         keep=False unmerges to within ½ulp(W')/|gain| + ½ulp(W) (twice that for a gain in float64, which has nothing wider to
-        compute in), and refuses a gain of 0. Merging twice is merging once.
+        compute in), and refuses a gain of 0. A W' that overflows is refused. Merging twice is merging once.
         """
         if self._merged is not None:
             return
@@ -184,32 +199,62 @@ class Linear(nn.Linear):
         t, c = self._tensors(), self._settings()
         if t.magnitude is not None:
             t = t._replace(norm=functional.row_norm(t.weight, t.lora_A, t.lora_B, t.core, t.out_scale, self.scaling, c.axis))
-        if not keep and not fold.invertible(t, c):
-            raise ValueError(f"magnitude {tuple(t.magnitude.shape)} has zeros, which no unmerge() can undo; use merge(keep=True)")
-        factors = Tensors(None, *(None if part is None else part.detach().clone() for part in t[1:]))
+        if not keep and not fold.invertible(t):
+            raise ValueError(
+                f"magnitude {tuple(t.magnitude.shape)} makes a gain no unmerge() can undo (0, inf or nan): merge(keep=True)"
+            )
+        merged = fold.fold(t, c)
+        if not merged.isfinite().all() and t.weight.isfinite().all():
+            raise ValueError(f"weight {tuple(t.weight.shape)} with its adapter folded in is not finite in {t.weight.dtype}")
         weight = self.weight.detach().to("cpu", copy=True) if keep else None
+        bias = None if self.lora_bias is None else self.bias.detach().clone()
+        self._merged = _Merged(bias, weight, None if keep else _folded(t._replace(bias=None, lora_bias=None), c))
         if self.lora_bias is not None:
-            gain = norm.gain(t.magnitude, t.norm)
-            low = self.lora_bias.double() * self.scaling
-            self.bias.copy_(self.bias.double() + (low if gain is None or c.axis == "in" else low * gain))
-        fold.fold(t, c)
-        self._merged = _Merged(factors, factors.bias, weight)
-        norm.forget(self.lora_B)
+            self.bias.copy_(fold.fold_bias(t, c))
+        self.weight.copy_(merged)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take out what merge() folded in, whatever has happened to the factors since. Without a merge() nothing happens."""
         if self._merged is None:
             return
-        factors, bias, weight = self._merged
-        if weight is not None:
-            self.weight.copy_(weight)
-        else:
-            here = (None if part is None else part.to(self.weight.device) for part in factors[1:])
-            fold.unfold(Tensors(self.weight, *here), self._settings())
+        bias, weight, folded = self._merged
+        self.weight.copy_(fold.unfold(_on(self.weight, folded.factors), folded.settings) if weight is None else weight)
         if bias is not None:
             self.bias.copy_(bias)
         self._merged = None
+
+    @torch.no_grad()
+    def freeze_columns(self, count: int) -> None:
+        """From now on the first `count` columns of lora_B are frozen at their values: no gradient, and no work for one.
+
+        An optimizer may still move them by momentum or weight decay; restore_columns() after its step undoes that. Once all are
+        frozen, lora_B.requires_grad is False, and there is nothing to restore.
+        """
+        if not 0 <= count <= self.r:
+            raise ValueError(f"count={count} must be between 0 and r={self.r} for lora_B {tuple(self.lora_B.shape)}")
+        if self.frozen_columns == self.r or count == self.r:
+            self.lora_B.requires_grad_(count < self.r)
+            self.lora_B.grad = None
+        self.frozen_columns = count
+        self.frozen_B = self.lora_B[:, :count].detach().clone() if 0 < count < self.r else None
+
+    @torch.no_grad()
+    def restore_columns(self) -> None:
+        """Write the frozen columns of lora_B back, bit for bit."""
+        if self.frozen_B is not None:
+            self.lora_B[:, : self.frozen_columns].copy_(self.frozen_B)
+
+    def reset_parameters(self) -> None:
+        """A fresh weight and bias as torch's, and the adapter started from them: also after to_empty()."""
+        # nn.Linear's constructor calls this before there is an adapter.
+        attached = "adapter" in self.__dict__
+        if attached:
+            self._refuse_if_merged("reset_parameters()")
+        super().reset_parameters()
+        if attached:
+            self._residual = False
+            self.reset_adapter()
 
     def train(self, mode: bool = True) -> Linear:
         """As torch's; a cached norm is forgotten."""
@@ -224,15 +269,22 @@ class Linear(nn.Linear):
         norm.forget(self._parameters.get("lora_B"))
         return super()._apply(fn, recurse)
 
+    def _refuse_if_merged(self, what: str) -> None:
+        if self._merged is not None:
+            raise RuntimeError(f"the layer is merged: unmerge() before {what}")
+
+    def _parts(self) -> dict[str, Part]:
+        return self.adapter.parts(self.out_features, self.in_features)
+
     def _tensors(self) -> Tensors:
         return Tensors(
             self.weight, self.bias, self.lora_A, self.lora_B, self.lora_core, self.lora_magnitude, None,
-            self.lora_out_scale, self.lora_bias, None, self.scaling if isinstance(self.scaling, torch.Tensor) else None,
+            self.lora_out_scale, self.lora_bias, None, split_scaling(self.scaling)[1],
         )  # fmt: skip
 
     def _settings(self) -> Settings:
-        scaling: Scaling = self.scaling
-        return Settings(1.0 if isinstance(scaling, torch.Tensor) else float(scaling), axis=self.adapter.axis)
+        """The settings of a forward pass outside training."""
+        return Settings(split_scaling(self.scaling)[0], axis=self.adapter.axis)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self._merged is not None:
@@ -242,21 +294,42 @@ class Linear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        held = [name for name in NAMES if getattr(self, name) is not None]
+        # A parametrized factor is no parameter of this module any more, and loads by its own name.
+        held = [name for name in NAMES if self._parameters.get(name) is not None]
         given = [name for name in held if prefix + name in state_dict]
+        arguments = (state_dict, prefix, metadata, strict)
         if self._merged is not None:
             errors.append(f"{prefix}weight: the layer is merged; unmerge() before loading")
         elif given and len(given) < len(held):
             absent = ", ".join(prefix + name for name in held if name not in given)
             errors.append(f"{prefix}* holds part of an adapter: {absent} missing for {self.adapter}")
         elif given or prefix + "weight" not in state_dict:
-            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-            norm.forget(self.lora_B)
+            super()._load_from_state_dict(*arguments, missing, unexpected, errors)
+            if given:
+                self._residual, self._start = self.adapter.residual, None
+                if self.frozen_B is not None:
+                    self.freeze_columns(self.frozen_columns)
         else:
-            before = len(errors)
-            lacking: list[str] = []
-            super()._load_from_state_dict(state_dict, prefix, metadata, strict, lacking, unexpected, errors)
+            before, lacking = len(errors), []
+            super()._load_from_state_dict(*arguments, lacking, unexpected, errors)
             missing.extend(key for key in lacking if key[len(prefix) :] not in held)
             if len(errors) == before:
-                self._residual = False
-                self.reset_adapter()
+                self._start_from_loaded_weight(assigned=metadata.get("assign_to_params_buffers", False))
+
+    def _start_from_loaded_weight(self, assigned: bool) -> None:
+        self._residual = False
+        if assigned and self.adapter.residual:
+            # The weight is the caller's own tensor, and the start is going to change it.
+            self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.weight.requires_grad)
+        self.reset_adapter()
+
+
+def _folded(t: Tensors, c: Settings, device: torch.device | None = None) -> _Folded:
+    """Copies of the factors, on their device or another."""
+    copies = (None if part is None else part.detach().to(device or part.device, copy=True) for part in t[1:])
+    return _Folded(Tensors(None, *copies), c)
+
+
+def _on(weight: torch.Tensor, factors: Tensors) -> Tensors:
+    """The factors beside the weight, on its device."""
+    return Tensors(weight.detach(), *(None if part is None else part.to(weight.device) for part in factors[1:]))

@@ -5,34 +5,44 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafast import arch, dispatch
-from lorafast.problem import Problem, Scaling, Settings, Tensors, Wants, accumulator
+from lorafast.panels import panels
+from lorafast.problem import Problem, Settings, Tensors, Wants, accumulator, scaling_of
+
+
+class _Mark(NamedTuple):
+    """What tells one state of a tensor from another. While a weak reference lives, no other storage gets its address."""
+
+    storage: StorageWeakRef
+    place: tuple
 
 
 class _Entry(NamedTuple):
-    stamp: tuple
+    marks: tuple[_Mark | None, ...]
+    rest: tuple
     norm: torch.Tensor
 
 
-# Keyed weakly by the tensor lora_B. A stamp sees every in-place write that bumps a version, every replaced storage and every
-# optimizer step; `forget` covers what is left (`.data` writers).
+# Keyed weakly by the tensor lora_B. An entry sees every replaced tensor or storage, every in-place write that bumps a version and
+# every optimizer step. It cannot see a write through `.data` into the same storage: that is what `forget` is for.
 _entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _steps = 0
-_PANEL_ROWS = 512
 _listening = False
 
 
 def row_norm(t: Tensors, c: Settings, cache: bool = False) -> torch.Tensor:
-    """‖W + s·(out_scale⊙B)·core·A‖ along c.axis, fp32 (fp64 for fp64): [N] for "out", [K] for "in"."""
+    """‖W + s·(out_scale⊙B)·core·A‖ along c.axis, fp32 (fp64 for fp64): [N] for "out", [K] for "in". Always a fresh tensor."""
     if not cache or not _cacheable(t):
         return _compute(t, c)
-    stamp, entry = _stamp(t, c), _entries.get(t.lora_B)
-    if entry is None or entry.stamp != stamp:
-        entry = _entries[t.lora_B] = _Entry(stamp, _compute(t, c))
-    return entry.norm
+    marks, rest = tuple(map(_mark, _parts(t))), (_count_steps(), c.scaling, c.axis)
+    entry = _entries.get(t.lora_B)
+    if entry is None or (entry.marks, entry.rest) != (marks, rest):
+        entry = _entries[t.lora_B] = _Entry(marks, rest, _compute(t, c))
+    return entry.norm.clone()
 
 
 def forget(lora_B: torch.Tensor | None) -> None:
@@ -63,30 +73,24 @@ def effective_B(t: Tensors, dtype: torch.dtype | None = None) -> torch.Tensor:
     return B if t.out_scale is None else B * t.out_scale.to(wide)[:, None]
 
 
-def scaling(t: Tensors, c: Settings) -> Scaling:
-    """s, a float unless a tensor scale rides on it."""
-    return c.scaling if t.scale is None else t.scale * c.scaling
-
-
 def row_norm_backward(d_norm: torch.Tensor, norm: torch.Tensor, t: Tensors, c: Settings, w: Wants) -> list[torch.Tensor]:
     """The gradients of row_norm for A, B, core and out_scale, in Wants' order.
 
     With V = W + sB'A, B' = (out_scale⊙B)·core and D = diag(d_norm/norm) V (columns instead of rows for axis="in"):
     dA = s B'ᵀ D and dB' = s D Aᵀ, both gathered in one pass over W.  d_norm, norm [N] or [K]
     """
-    wide, s = accumulator(t.weight.dtype), scaling(t, c)
+    wide, s = accumulator(t.weight.dtype), scaling_of(t, c)
     A, B = t.lora_A.to(wide), effective_B(t, wide)
     dA, dB = torch.zeros_like(A), torch.zeros_like(B)
     share = divided(d_norm, norm)
-    for start in range(0, t.weight.shape[0], _PANEL_ROWS):
-        rows = slice(start, start + _PANEL_ROWS)
+    for rows in panels(t.weight):
         D = torch.addmm(t.weight[rows].to(wide), B[rows] * s, A)
         D *= share[rows, None] if c.axis == "out" else share
         dA += B[rows].t() @ D
         dB[rows] = D @ A.t()
     found = {"lora_A": dA * s, **_unfold(dB * s, t, wide)}
     like = t._asdict()
-    return [found[name].to(like[name].dtype) for name, wanted in zip(w._fields, w, strict=True) if wanted]
+    return [found[name].to(like[name].dtype) for name in w.names]
 
 
 def _unfold(d_effective: torch.Tensor, t: Tensors, wide: torch.dtype) -> dict[str, torch.Tensor]:
@@ -106,26 +110,36 @@ def _unfold(d_effective: torch.Tensor, t: Tensors, wide: torch.dtype) -> dict[st
 def _compute(t: Tensors, c: Settings) -> torch.Tensor:
     plain = t.core is None and t.out_scale is None
     B = t.lora_B if plain else effective_B(t)
-    backend = dispatch.pick("row_norm", Problem.of(t.weight, t, c))
-    return backend.row_norm(t.weight, t.lora_A, B, scaling(t, c), c.axis)
+    return dispatch.pick("row_norm", Problem.of_norm(t, c)).row_norm(t.weight, t.lora_A, B, scaling_of(t, c), c.axis)
+
+
+def _parts(t: Tensors) -> tuple[torch.Tensor | None, ...]:
+    return t.weight, t.lora_A, t.lora_B, t.core, t.out_scale, t.scale
+
+
+def _mark(part: torch.Tensor | None) -> _Mark | None:
+    if part is None:
+        return None
+    place = (part.data_ptr(), part._version, part.dtype, tuple(part.shape), part.stride())
+    return _Mark(StorageWeakRef(part.untyped_storage()), place)
 
 
 def _cacheable(t: Tensors) -> bool:
-    # Inference tensors have no version counter, and a graph replay must not depend on what ran before its capture.
-    return not any(part is not None and part.is_inference() for part in t) and not arch.capturing(t.weight)
+    # Inference tensors have no version counter, and what is made in inference mode no autograd may save. A graph's replay must
+    # not depend on what ran before its capture.
+    inference = torch.is_inference_mode_enabled() or any(part is not None and part.is_inference() for part in t)
+    return not inference and not arch.capturing(t.weight)
 
 
-def _stamp(t: Tensors, c: Settings) -> tuple:
+def _count_steps() -> int:
+    """How many steps all optimizers have made since the first call: fused ones and `.data` writers never bump a version."""
     global _listening
     if not _listening:
-        # Fused optimizers and `.data` writers never bump a version, so every step of any optimizer counts.
-        register_optimizer_step_post_hook(_count_step)
+        register_optimizer_step_post_hook(_stepped)
         _listening = True
-    parts = (t.weight, t.lora_A, t.lora_B, t.core, t.out_scale, t.scale)
-    marks = tuple(None if part is None else (part.data_ptr(), part._version) for part in parts)
-    return _steps, c.scaling, c.axis, marks
+    return _steps
 
 
-def _count_step(*_: object) -> None:
+def _stepped(*_: object) -> None:
     global _steps
     _steps += 1

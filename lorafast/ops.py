@@ -7,6 +7,7 @@ laid flat; it returns what backward needs beside y, so that nothing is computed 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd import forward_ad
 from lorafast import norm
 from lorafast.backward import backward
 from lorafast.forward import forward
-from lorafast.problem import Settings, Tensors, Wants, accumulator, tokens
+from lorafast.problem import Settings, Tensors, Wants, accumulator, saves, tokens
 
 _LIBRARY = torch.library.Library("lorafast", "FRAGMENT")
 _T, _S = len(Tensors._fields), len(Settings._fields)
@@ -71,9 +72,10 @@ def _fake_linear(x: torch.Tensor, *flat) -> tuple[torch.Tensor, torch.Tensor, to
 def _fake_linear_backward(dy, x, h, kept, *flat) -> list[torch.Tensor]:
     t, wants = Tensors(*flat[:_T]), Wants(*flat[-1])
     like = t._asdict()
-    shapes = {"x": dy.new_empty(*dy.shape[:-1], t.weight.shape[1])} if wants.x else {}
-    shapes |= {name: like[name].new_empty(like[name].shape) for name in Wants._fields[1:] if getattr(wants, name)}
-    return [shapes[name] for name, wanted in zip(Wants._fields, wants, strict=True) if wanted]
+    d_x = [dy.new_empty(*dy.shape[:-1], t.weight.shape[1])] if wants.x else []
+    d_bias = dy.new_empty(t.weight.shape[0], dtype=accumulator(dy.dtype))
+    like |= {name: d_bias for name in ("bias", "lora_bias") if like[name] is None}
+    return d_x + [like[name].new_empty(like[name].shape) for name in wants.names if name != "x"]
 
 
 def _fake_row_norm(*flat) -> torch.Tensor:
@@ -83,7 +85,7 @@ def _fake_row_norm(*flat) -> torch.Tensor:
 
 def _fake_row_norm_backward(d_norm, value, *flat) -> list[torch.Tensor]:
     like, wants = Tensors(*flat[:_T])._asdict(), Wants(*flat[-1])
-    return [like[name].new_empty(like[name].shape) for name in Wants._fields if getattr(wants, name)]
+    return [like[name].new_empty(like[name].shape) for name in wants.names]
 
 
 class _Linear(torch.autograd.Function):
@@ -98,13 +100,13 @@ class _Linear(torch.autograd.Function):
         if asked["weight"] or asked["scale"]:
             raise RuntimeError(_TRAINED)
         wants = Wants(**{name: asked[name] for name in Wants._fields})
-        by_row, by_column = (t.magnitude is not None and c.axis == axis for axis in ("out", "in"))
-        remade = by_row and wants.gain and c.keep == "recompute"
-        needs_x = wants.lora_A or remade or (by_column and wants.gain)
-        needs_h = wants.lora_B or wants.core or wants.out_scale or remade
-        kept = {"output": y, "inner": z}.get(c.keep) if by_row and wants.gain else None
-        ctx.save_for_backward(x if needs_x else None, h if needs_h else None, kept, *t)
+        saved = saves(wants, c, t.magnitude is not None)
+        kept = y if saved.y else z if saved.z else None
+        # The biases are read again only to correct Σ dy⊙kept; otherwise they may change before backward.
+        t = t._replace(bias=t.bias if saved.y else None, lora_bias=t.lora_bias if saved.z or c.keep == "recompute" else None)
+        ctx.save_for_backward(x if saved.x else None, h if saved.h else None, kept, *t)
         ctx.settings, ctx.wants = c, wants
+        ctx.output = weakref.ref(y), y._version
         ctx.layer = getattr(t.magnitude, "lorafast_name", None) or f"the DoRA layer with weight {tuple(t.weight.shape)}"
         ctx.mark_non_differentiable(h, z)
         return y, h, z
@@ -114,12 +116,13 @@ class _Linear(torch.autograd.Function):
         try:
             x, h, kept, *flat = ctx.saved_tensors
         except RuntimeError as error:
-            if ctx.settings.keep == "output" and "inplace" in str(error):
+            y, version = ctx.output[0](), ctx.output[1]
+            if ctx.settings.keep == "output" and y is not None and y._version != version:
                 raise RuntimeError(_MODIFIED.format(ctx.layer)) from error
             raise
         wants: Wants = ctx.wants
-        found = iter(torch.ops.lorafast.linear_backward(dy, x, h, kept, *flat, *ctx.settings, list(wants)))
-        grads = {name: next(found) for name, wanted in zip(wants._fields, wants, strict=True) if wanted}
+        found = torch.ops.lorafast.linear_backward(dy, x, h, kept, *flat, *ctx.settings, list(wants))
+        grads = dict(zip(wants.names, found, strict=True))
         return *(grads.get(name) for name in ("x", *Tensors._fields)), *([None] * _S)
 
 
@@ -131,6 +134,8 @@ class _RowNorm(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             value = torch.ops.lorafast.row_norm(*flat)
         asked = dict(zip(Tensors._fields, ctx.needs_input_grad, strict=False))
+        if asked["weight"] or asked["scale"]:
+            raise RuntimeError(_TRAINED)
         ctx.wants = Wants(**{name: asked[name] for name in ("lora_A", "lora_B", "core", "out_scale")})
         ctx.settings = flat[_T : _T + _S]
         ctx.save_for_backward(value, *flat[:_T])
@@ -140,8 +145,8 @@ class _RowNorm(torch.autograd.Function):
     def backward(ctx, d_norm):
         value, *flat = ctx.saved_tensors
         wants: Wants = ctx.wants
-        found = iter(torch.ops.lorafast.row_norm_backward(d_norm, value, *flat, *ctx.settings, list(wants)))
-        grads = {name: next(found) for name, wanted in zip(wants._fields, wants, strict=True) if wanted}
+        found = torch.ops.lorafast.row_norm_backward(d_norm, value, *flat, *ctx.settings, list(wants))
+        grads = dict(zip(wants.names, found, strict=True))
         return *(grads.get(name) for name in Tensors._fields), *([None] * (_S + 2))
 
 

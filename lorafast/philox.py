@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from lorafast.panels import flat, panels
+from lorafast.problem import tokens
+
 ROUNDS = 7
 GROUP = 8
 _LOW = 0xFFFFFFFF
@@ -29,7 +32,7 @@ def scale(p: float) -> float:
 
 def words(seed: torch.Tensor, counter: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The four 32-bit words, as int64, of each counter.  seed int64 [1] in [0, 2⁶³), counter int64 [n]."""
-    k0, k1 = seed & _LOW, seed >> 32
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     c0, c1 = counter & _LOW, counter >> 32
     c2 = c3 = torch.zeros_like(counter)
     for _ in range(ROUNDS):
@@ -42,7 +45,7 @@ def words(seed: torch.Tensor, counter: torch.Tensor) -> tuple[torch.Tensor, ...]
     return c0, c1, c2, c3
 
 
-def kept(seed: torch.Tensor, p: float, rows: range, K: int) -> torch.Tensor:
+def kept(seed: torch.Tensor, p: float, rows: slice, K: int) -> torch.Tensor:
     """The keep mask, bool [rows, K], of rows start..stop of the flattened activation."""
     groups = -(-K // GROUP)
     counter = torch.arange(rows.start * groups, rows.stop * groups, dtype=torch.int64, device=seed.device)
@@ -54,9 +57,17 @@ def kept(seed: torch.Tensor, p: float, rows: range, K: int) -> torch.Tensor:
 
 def drop(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """mask⊙x·scale, out of place and differentiable; a dropped NaN is 0.  x [...,K]."""
-    M = x.numel() // x.shape[-1]
-    mask = kept(seed, p, range(0, M), x.shape[-1]).view(x.shape)
+    mask = kept(seed, p, slice(0, tokens(x)), x.shape[-1]).view(x.shape)
     return torch.where(mask, x * scale(p), 0.0)
+
+
+def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """drop(x) without autograd and without a mask or an fp32 copy of x's size.  x [...,K] -> fresh, contiguous"""
+    out, x2 = x.new_empty(x.shape), flat(x)
+    out2 = out.view(x2.shape)
+    for rows in panels(x2):
+        out2[rows] = torch.where(kept(seed, p, rows, x.shape[-1]), x2[rows] * scale(p), 0.0)
+    return out
 
 
 def draw(device: torch.device) -> torch.Tensor:

@@ -6,7 +6,7 @@ Sizes: M tokens, K in, N out, R rank.  x [M,K] (any leading dims), weight [N,K],
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ Scaling = float | torch.Tensor
 
 
 class Tensors(NamedTuple):
-    """Every tensor of one adapted layer but x. seed: int64 [1]; scale: a 0-d factor on top of Settings.scaling."""
+    """Every tensor of one adapted layer but x. seed: int64 [1]; scale: s itself where it is a tensor, of one element."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -35,7 +35,7 @@ class Tensors(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Every plain number and word of one call. keep: none, output, inner or recompute (already resolved)."""
+    """Every plain number and word of one call. scaling: s, or 1 beside Tensors.scale. keep: resolved, or none."""
 
     scaling: float = 1.0
     dropout: float = 0.0
@@ -43,6 +43,11 @@ class Settings(NamedTuple):
     dropout_on: str = "adapter"
     keep: str = "none"
     frozen_columns: int = 0
+
+    @property
+    def drops_base(self) -> bool:
+        """Whether dropout reaches DoRA's correction of the base term (PEFT's and the authors' reading)."""
+        return self.dropout > 0 and self.dropout_on == "both"
 
 
 class Wants(NamedTuple):
@@ -63,6 +68,20 @@ class Wants(NamedTuple):
         """Whether Σ dy⊙z (or its twin per input column) is needed."""
         return self.magnitude or self.norm
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The gradients asked for, in order."""
+        return tuple(name for name, wanted in zip(self._fields, self, strict=True) if wanted)
+
+
+class Saves(NamedTuple):
+    """What one call keeps for backward beside its parameters, seed and norm: x and y by reference, h and z of its own."""
+
+    x: bool
+    h: bool
+    y: bool
+    z: bool
+
 
 class Down(NamedTuple):
     """One way down: h = drop(x) Aᵀ, h' = core(h).  A [R,K], core [R,R], [R] or None."""
@@ -74,9 +93,9 @@ class Down(NamedTuple):
 
 
 class Up(NamedTuple):
-    """One way up: h' (scaling · out_scale ⊙ B)ᵀ.  h' [M,R], B [N,R], out_scale [N] or None."""
+    """One way up: h' (scaling · out_scale ⊙ B)ᵀ.  mixed is h' [M,R], B [N,R], out_scale [N] or None."""
 
-    h: torch.Tensor
+    mixed: torch.Tensor
     B: torch.Tensor
     scaling: Scaling = 1.0
     out_scale: torch.Tensor | None = None
@@ -101,16 +120,16 @@ class Returned(NamedTuple):
     """v = u·core [M,R] in dy's dtype, s included; the other sums are in the accumulator's dtype, None if not asked for."""
 
     v: torch.Tensor | None
-    B: torch.Tensor | None
-    core: torch.Tensor | None
-    out_scale: torch.Tensor | None
+    dB: torch.Tensor | None
+    d_core: torch.Tensor | None
+    d_out_scale: torch.Tensor | None
 
 
 class OutputGrads(NamedTuple):
-    """adapters: one Returned each; bias = Σ dy [N]; dot = Σ dy⊙kept [N]."""
+    """adapters: one Returned each; d_bias = Σ dy [N]; dot = Σ dy⊙kept [N]."""
 
     adapters: list[Returned]
-    bias: torch.Tensor | None
+    d_bias: torch.Tensor | None
     dot: torch.Tensor | None
 
 
@@ -133,7 +152,10 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The key a backend is chosen by: device, shapes, dtypes and flags, no tensors. N and R have one entry per sibling."""
+    """The key a backend is chosen by: device, shapes, dtypes and flags, no tensors. N and R have one entry per sibling.
+
+    transposed: the weight lies in memory as [K,N]. row_norm, which sees no activation, is asked with M = 0.
+    """
 
     arch: arch.Arch
     dtype: torch.dtype
@@ -144,7 +166,6 @@ class Problem:
     weight_dtype: torch.dtype
     factor_dtype: torch.dtype
     transposed: bool = False
-    dense_x: bool = True
     core: str = "none"
     dropout: float = 0.0
     dropout_on: str = "adapter"
@@ -166,7 +187,6 @@ class Problem:
             weight_dtype=t.weight.dtype,
             factor_dtype=t.lora_A.dtype,
             transposed=t.weight.stride(0) == 1 and N != 1 and K != 1,
-            dense_x=x.is_contiguous(),
             core="none" if t.core is None else "diagonal" if t.core.dim() == 1 else "full",
             dropout=c.dropout,
             dropout_on=c.dropout_on,
@@ -174,6 +194,12 @@ class Problem:
             keep=c.keep,
             out_scale=t.out_scale is not None,
         )
+
+    @classmethod
+    def of_norm(cls, t: Tensors, c: Settings) -> Problem:
+        """The problem of row_norm, which the weight alone decides."""
+        folded = Tensors(t.weight, lora_A=t.lora_A, lora_B=t.lora_B)
+        return replace(cls.of(t.weight[:0], folded, Settings()), gain=c.axis)
 
 
 def tokens(x: torch.Tensor) -> int:
@@ -189,6 +215,42 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def activation_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype a call runs in: autocast's if it is on for x's device and x is not fp64, else x's own."""
     device = x.device.type
-    if x.dtype != torch.float64 and x.is_floating_point() and torch.is_autocast_enabled(device):
+    if device != "meta" and x.dtype != torch.float64 and x.is_floating_point() and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def split_scaling(scaling: Scaling) -> tuple[float, torch.Tensor | None]:
+    """Settings.scaling and Tensors.scale of a scaling that may be either."""
+    # 0-d, so that it takes part in no type promotion.
+    return (1.0, scaling.reshape(())) if isinstance(scaling, torch.Tensor) else (float(scaling), None)
+
+
+def scaling_of(t: Tensors, c: Settings) -> Scaling:
+    """s, the tensor if it is one."""
+    return c.scaling if t.scale is None else t.scale
+
+
+def resolved_keep(keep: str, c: Settings, trains_gain: bool, unbiased: bool, dtype: torch.dtype) -> str:
+    """What is kept for d_magnitude, "none" if it is not asked for.
+
+    "auto" is "output" where that is exact enough (without a bias, in bf16 and fp32), since y is free where its consumer saves it.
+    """
+    if not trains_gain or c.axis == "in":
+        return "none"
+    if keep != "auto":
+        return keep
+    return "output" if unbiased and not c.drops_base and dtype in (torch.bfloat16, torch.float32) else "inner"
+
+
+def saves(w: Wants, c: Settings, has_gain: bool) -> Saves:
+    """What backward needs for the gradients asked for. c.keep is resolved."""
+    by_row = has_gain and w.gain and c.axis == "out"
+    by_column = has_gain and w.gain and c.axis == "in"
+    remade = by_row and c.keep == "recompute"
+    return Saves(
+        x=w.lora_A or remade or by_column,
+        h=w.lora_B or w.core or w.out_scale or remade,
+        y=by_row and c.keep == "output",
+        z=by_row and c.keep == "inner",
+    )

@@ -5,6 +5,8 @@ z = (in_gain⊙x) Wᵀ + s·out_scale⊙(core(drop(in_gain⊙x) Aᵀ) Bᵀ)     
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -35,7 +37,7 @@ def linear(
     """lorafast.linear without a kernel: same arguments, same dropout bits, plain autograd for everything (keep is ignored)."""
     x = x.to(activation_dtype(x))
     p = dropout if training else 0.0
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device):
         if frozen_columns:
             lora_B = torch.cat((lora_B[:, :frozen_columns].detach(), lora_B[:, frozen_columns:]), dim=1)
         if magnitude is not None and norm is None:
@@ -71,7 +73,7 @@ def row_norm(
 ) -> torch.Tensor:
     """‖W + s·(out_scale⊙B)·core·A‖ along axis, differentiable, in fp32 (fp64 for fp64).  -> [N] or [K]"""
     wide = accumulator(weight.dtype)
-    with torch.autocast(weight.device.type, enabled=False):
+    with _without_autocast(weight.device):
         B = _factor(lora_B.to(wide), scaling, out_scale)
         if core is not None:
             B = B * core.to(wide) if core.dim() == 1 else B @ core.to(wide)
@@ -83,6 +85,11 @@ def mix(h: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
     if core is None:
         return h
     return h * core.to(h.dtype) if core.dim() == 1 else F.linear(h, core.to(h.dtype))
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    # The meta device knows no autocast, on or off.
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _factor(lora_B: torch.Tensor, scaling: Scaling, out_scale: torch.Tensor | None) -> torch.Tensor:

@@ -5,7 +5,6 @@ Nothing here shares a line with reference.py or a backend: the chain is what a r
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -130,7 +129,7 @@ def chain(case: Case, t: dict[str, torch.Tensor | None]) -> torch.Tensor:
     out_scale = None if t["out_scale"] is None else t["out_scale"].to(dtype)
     mask = torch.ones_like(x)
     if case.dropout:
-        mask = philox.kept(t["seed"], case.dropout, range(x.shape[0]), x.shape[1]).to(dtype) * philox.scale(case.dropout)
+        mask = philox.kept(t["seed"], case.dropout, slice(0, x.shape[0]), x.shape[1]).to(dtype) * philox.scale(case.dropout)
 
     def low_rank(z: torch.Tensor) -> torch.Tensor:
         h = F.linear(z, A)
@@ -158,7 +157,7 @@ def chain(case: Case, t: dict[str, torch.Tensor | None]) -> torch.Tensor:
 
 def run(function: Callable, case: Case, tensors: dict[str, torch.Tensor | None], wide: bool = False) -> dict[str, torch.Tensor]:
     """y and every gradient of function(case, tensors), in float64 throughout if wide."""
-    t = {name: _leaf(name, value, wide) for name, value in tensors.items()}
+    t = {name: leaf(name, value, wide) for name, value in tensors.items()}
     y = function(case, t)
     y.backward(t["dy"])
     return {"y": y.detach()} | {name: t[name].grad for name in GRADIENTS if t[name] is not None}
@@ -259,13 +258,9 @@ def _tensors(tree: object) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def _leaf(name: str, value: torch.Tensor | None, wide: bool) -> torch.Tensor | None:
-    if value is None or name in ("seed",):
+def leaf(name: str, value: torch.Tensor | None, wide: bool = False) -> torch.Tensor | None:
+    """The tensor as a leaf that requires grad if it is one of GRADIENTS; in float64 if wide."""
+    if value is None or name == "seed":
         return value
     value = value.double() if wide else value
     return value.detach().requires_grad_(name in GRADIENTS)
-
-
-def without(case: Case, **changes: object) -> Case:
-    """The case with other fields."""
-    return dataclasses.replace(case, **changes)

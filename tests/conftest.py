@@ -3,7 +3,8 @@
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
-os.environ.pop("LORAFAST_BACKEND", None)
+for name in ("LORAFAST_BACKEND", "LORAFAST_LOG"):
+    os.environ.pop(name, None)
 
 import pytest
 import torch

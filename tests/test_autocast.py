@@ -17,8 +17,8 @@ def leaves(dtype, form="lora"):
     return {name: None if v is None else v.detach().requires_grad_(name in trained) for name, v in t.items() if name != "seed"}
 
 
-def call(t):
-    return lorafast.linear(t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], magnitude=t["magnitude"])
+def call(t, norm=None):
+    return lorafast.linear(t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], magnitude=t["magnitude"], norm=norm)
 
 
 @pytest.mark.parametrize("form", ["lora", "dora"])
@@ -31,13 +31,17 @@ def test_autocast(form, low, base):
     assert y.dtype == low
     cast = {name: None if v is None else v.detach() for name, v in t.items()}
     cast |= {"x": cast["x"].to(low), "weight": cast["weight"].to(low)}
-    if form == "lora":
-        assert torch.equal(y, call(cast))
-    y.backward(t["dy"].to(low))
-    for name in ("x", "lora_A", "lora_B", "magnitude"):
-        if t[name] is not None:
-            assert t[name].grad.dtype == t[name].dtype
-            assert torch.isfinite(t[name].grad).all()
+    trained = [name for name in ("x", "lora_A", "lora_B", "magnitude") if t[name] is not None]
+    for name in trained:
+        cast[name].requires_grad_()
+    norm = None if form == "lora" else lorafast.functional.row_norm(t["weight"], t["lora_A"], t["lora_B"])
+    by_hand = call(cast, norm)
+    assert torch.equal(y, by_hand)
+    for output in (y, by_hand):
+        output.backward(t["dy"].to(low))
+    for name in trained:
+        assert t[name].grad.dtype == t[name].dtype
+        assert torch.equal(t[name].grad, cast[name].grad.to(t[name].dtype))
 
 
 def test_the_cast_copy_of_x_is_what_is_saved():
@@ -62,6 +66,12 @@ def test_nothing_inside_the_op_is_autocast():
         norm = lorafast.functional.row_norm(t["weight"], t["lora_A"], t["lora_B"])
     assert norm.dtype == torch.float32
     assert torch.equal(norm, lorafast.functional.row_norm(t["weight"], t["lora_A"], t["lora_B"]))
+
+
+def test_float64_beside_another_dtype_is_refused_under_autocast_too():
+    t = leaves(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"weight \(10, 14\) is torch\.float64"):
+        lorafast.linear(t["x"].float(), t["weight"], t["bias"], t["lora_A"], t["lora_B"])
 
 
 def test_without_autocast_a_mixed_base_is_refused():

@@ -44,6 +44,16 @@ def fresh_dynamo():
     torch.use_deterministic_algorithms(False)
 
 
+def test_dynamic_shapes_need_no_recompile():
+    layer = layer_of(ADAPTERS["dora"])
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    assert_equal_steps(layer, compiled, (5,))
+    seen = counter.frame_count
+    assert_equal_steps(layer, compiled, (7, 30, 2))
+    assert counter.frame_count == seen
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_aot_eager_one_graph_and_one_dynamic_recompile(name):
     layer = layer_of(ADAPTERS[name])

@@ -71,15 +71,16 @@ def test_the_choice_is_printed_once_per_problem(clean, capsys):
     assert said.count("lorafast: linear -> eager; not cuda (not part of this version of lorafast)") == 1
 
 
-def test_a_backend_that_fails_to_import_is_a_reason(clean):
+@pytest.mark.parametrize("error", [ImportError("no triton"), OSError("libcuda.so.1: cannot open"), RuntimeError("old driver")])
+def test_a_backend_that_fails_to_load_is_a_reason(clean, error):
     def broken(name):
-        raise ImportError("no triton here")
+        raise error
 
     dispatch.load.cache_clear()
     clean.setattr(dispatch.importlib, "import_module", broken)
     clean.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
     try:
-        assert dispatch.why_not("triton", "linear", X86) == ("cannot be imported: no triton here",)
+        assert dispatch.why_not("triton", "linear", X86) == (f"cannot be loaded: {error}",)
     finally:
         dispatch.load.cache_clear()
 

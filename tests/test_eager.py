@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lorafast import philox
+from lorafast import fold, panels, philox
 from lorafast.backends import eager
-from lorafast.problem import Down, LowRank, Return, Segment, Up
+from lorafast.problem import Down, LowRank, Return, Segment, Settings, Tensors, Up
 
 M, N, K = 9, 7, 10
 RANKS = (1, 4)
@@ -18,7 +18,7 @@ def normal(*shape):
 
 
 def mask(rows=M, width=K):
-    return philox.kept(SEED, P, range(rows), width).double() * philox.scale(P)
+    return philox.kept(SEED, P, slice(0, rows), width).double() * philox.scale(P)
 
 
 def close(got, want):
@@ -59,16 +59,16 @@ def test_grad_output_serves_several_adapters_in_one_call():
         Return(B[1], 2.0, scale, core, h[1], 3, want_v=True, want_B=True, want_core=True, want_out_scale=True),
     ]
     got = eager.grad_output(dy, asked, gain, kept, want_bias=True)
-    close(got.bias, flat.sum(0))
+    close(got.d_bias, flat.sum(0))
     close(got.dot, (flat * kept).sum(0))
     close(got.adapters[0].v, 0.5 * (flat * gain) @ B[0])
-    close(got.adapters[0].B, 0.5 * (flat * gain).t() @ h[0])
+    close(got.adapters[0].dB, 0.5 * (flat * gain).t() @ h[0])
     u = 2 * (flat * gain * scale) @ B[1]
     P_ = 2 * (flat * gain).t() @ (h[1] @ core.t())
     close(got.adapters[1].v, u @ core)
-    close(got.adapters[1].core, u.t() @ h[1])
-    close(got.adapters[1].out_scale, (P_ * B[1]).sum(1))
-    close(got.adapters[1].B, torch.cat((torch.zeros(N, 3, dtype=torch.float64), (P_ * scale[:, None])[:, 3:]), 1))
+    close(got.adapters[1].d_core, u.t() @ h[1])
+    close(got.adapters[1].d_out_scale, (P_ * B[1]).sum(1))
+    close(got.adapters[1].dB, torch.cat((torch.zeros(N, 3, dtype=torch.float64), (P_ * scale[:, None])[:, 3:]), 1))
     nothing = eager.grad_output(dy, [Return(B[0], want_v=False)])
     assert nothing == ([(None, None, None, None)], None, None)
 
@@ -97,15 +97,26 @@ def test_panels_do_not_show(monkeypatch):
         lambda: eager.project(x, [Down(A, None, SEED, P)])[0][0],
         lambda: eager.grad_input([Segment(normal(M, N) * 0 + 1, W)], [LowRank(v, A, SEED, P)]),
         lambda: eager.grad_project(x, [LowRank(v, A, SEED, P)])[0],
+        lambda: philox.dropped(x, SEED, P),
         lambda: eager.row_norm(W, A, B, 0.5),
         lambda: eager.row_norm(W, A, B, 0.5, "in"),
         lambda: eager.grad_output(normal(M, N) * 0 + 1, [], kept=torch.ones(M, N, dtype=torch.float64)).dot,
     )
     whole = [call() for call in calls]
-    monkeypatch.setattr(eager, "_CPU_PANEL", 2 * K)
+    monkeypatch.setattr(panels, "CPU_ELEMENTS", 2 * K)
     monkeypatch.setattr(eager, "_SUM_ROWS", 2)
     for call, want in zip(calls, whole, strict=True):
         close(call(), want)
+
+
+def test_panels_do_not_show_in_a_fold(monkeypatch):
+    t = Tensors(normal(N, K), lora_A=normal(4, K), lora_B=normal(N, 4), magnitude=normal(N).abs() + 1)
+    t = t._replace(norm=eager.row_norm(t.weight, t.lora_A, t.lora_B, 0.5))
+    whole = fold.fold(t, Settings(0.5))
+    close(whole, (t.magnitude / t.norm)[:, None] * (t.weight + 0.5 * t.lora_B @ t.lora_A))
+    monkeypatch.setattr(panels, "CPU_ELEMENTS", 2 * K)
+    close(fold.fold(t, Settings(0.5)), whole)
+    close(fold.unfold(t._replace(weight=whole), Settings(0.5)), t.weight)
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])
@@ -132,5 +143,5 @@ def test_an_empty_batch():
     dx = eager.grad_input([Segment(y, W)], [LowRank(sums.adapters[0].v, A, SEED, P)])
     (dA,) = eager.grad_project(x, [LowRank(sums.adapters[0].v, A, SEED, P)])
     assert (h.shape, mixed.shape, y.shape, dx.shape) == ((0, 4), (0, 4), (0, N), (0, K))
-    for zero in (sums.bias, sums.dot, sums.adapters[0].B, dA):
+    for zero in (sums.d_bias, sums.dot, sums.adapters[0].dB, dA):
         assert not zero.any()

@@ -1,6 +1,7 @@
 """The error rule: every output and gradient errs at most twice what the textbook eager chain errs against float64."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,16 +38,16 @@ def test_error_ratio(case):
 
 @pytest.mark.parametrize("case", cases(dtypes=(torch.bfloat16, torch.float16), shapes=SHAPES[1:2]), ids=str)
 def test_error_ratio_with_factors_in_the_base_dtype(case):
-    assert_within(testing.error_ratios(testing.without(case, adapter_dtype=case.dtype)), case)
+    assert_within(testing.error_ratios(replace(case, adapter_dtype=case.dtype)), case)
 
 
 @pytest.mark.parametrize("scaling", [0.02, 60.0])
 @pytest.mark.parametrize("case", [c for c in cases(shapes=((1, 130, 257, 8), (63, 130, 257, 12))) if not c.bias], ids=str)
 def test_error_ratio_where_one_part_dwarfs_the_other(case, scaling):
-    assert_within(testing.error_ratios(testing.without(case, scaling=scaling), seeds=seeds(case)), case)
+    assert_within(testing.error_ratios(replace(case, scaling=scaling), seeds=seeds(case)), case)
 
 
-@pytest.mark.parametrize("case", [testing.without(c, transposed=True) for c in cases(shapes=SHAPES[1:2])], ids=str)
+@pytest.mark.parametrize("case", [replace(c, transposed=True) for c in cases(shapes=SHAPES[1:2])], ids=str)
 def test_error_ratio_with_a_transposed_weight(case):
     assert_within(testing.error_ratios(case), case)
 

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 import lorafast
-from lorafast import DoRA, LaMDA, LoRA, testing
+from lorafast import DoRA, LaMDA, LoRA, dispatch, testing
 
 CASES = [
     (LoRA(r=4), True), (LoRA(r=4, freeze_A=True), True), (LaMDA(r=4), True), (DoRA(r=4), True), (DoRA(r=4), False),
+    (DoRA(r=4, lora_bias=True), False), (DoRA(r=4, freeze_A=True), False), (DoRA(r=4, detach_norm=False), False),
     (DoRA(r=4, keep="recompute"), True), (DoRA(r=4, axis="in"), True), (DoRA(r=4, dropout=0.1, dropout_on="both"), False),
 ]  # fmt: skip
 
@@ -23,6 +24,36 @@ def test_the_bytes_are_those_autograd_keeps(adapter, bias, dtype):
     fixed = (8 if adapter.dropout else 0) + (4 * layer.magnitude.numel() if layer.magnitude is not None else 0)
     assert saved.own == row.saved * 7 + fixed
     assert saved.referenced == set(row.referenced)
+
+
+def test_an_exact_norm_keeps_for_its_own_gradient():
+    layer = lorafast.Linear(20, 12, bias=False, adapter=DoRA(r=4, detach_norm=False, keep="inner"))
+    layer.lora_magnitude.requires_grad_(False)
+    (row,) = lorafast.explain(layer).rows
+    x = torch.randn(7, 20, requires_grad=True)
+    saved = testing.saved(lambda: layer(x), {"x": x}, list(layer.parameters()))
+    assert saved.own == row.saved * 7 + 4 * 12
+
+
+@pytest.mark.parametrize("keep", ["output", "inner", "recompute"])
+def test_the_problems_asked_about_are_those_of_a_step(monkeypatch, keep):
+    layer = lorafast.Linear(20, 12, bias=False, adapter=DoRA(r=4, dropout=0.1, keep=keep))
+    asked = []
+    real = dispatch.why_not
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, *problem: asked.append(problem) or real(backend, *problem))
+    lorafast.explain(layer, tokens=7)
+    explained = set(asked)
+    asked.clear()
+    dispatch._pick.cache_clear()
+    layer(torch.randn(7, 20, requires_grad=True)).sum().backward()
+    assert set(asked) == explained
+
+
+def test_a_forced_backend_that_cannot_is_told_not_raised(monkeypatch):
+    monkeypatch.setenv("LORAFAST_BACKEND", "triton")
+    (row,) = lorafast.explain(lorafast.Linear(6, 5)).rows
+    assert set(row.backends.values()) == {"none"}
+    assert row.why_not == {"triton": ("not part of this version of lorafast",)}
 
 
 def test_the_table_reads():
@@ -61,4 +92,6 @@ def test_merged_and_trained_weights_are_told():
     layer.weight.requires_grad_(True)
     assert "plain autograd" in str(lorafast.explain(layer))
     layer.merge()
-    assert "merged" in str(lorafast.explain(layer))
+    told = lorafast.explain(layer)
+    assert "merged" in str(told)
+    assert (told.rows[0].saved, told.rows[0].referenced, told.rows[0].backends) == (0, (), {})

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lorafast"
 # Floor by floor; on one floor an arrow may run from left to right. A folder stands for every file in it.
 FLOORS = (
     ("_version", "env", "arch", "links"),
-    ("problem", "philox", "reference"),
+    ("problem", "panels", "philox", "reference"),
     ("extension", "kernels"),
     ("backends",),
     ("dispatch", "norm", "quant", "forward", "backward", "ops", "checks"),
@@ -27,8 +27,9 @@ FLOORS = (
     ("bench",),
 )
 PLACE = {name: (floor, position) for floor, names in enumerate(FLOORS) for position, name in enumerate(names)}
-# Inside a folder every file may import what stands to its left; files not named may be imported by nobody beside them.
-WITHIN = {"methods": ("adapter", "svd", "lora", "dora", "lamda", "catalog")}
+# Inside a folder, what its other files may share, leftwards, and who may import everything beside it.
+SHARED = {"methods": ("adapter", "svd", "lora")}
+GATHERS = ("__init__", "catalog")
 
 
 def tracked(*patterns):
@@ -69,11 +70,8 @@ def test_imports_go_down_the_floors():
         for target in imports_of(path):
             other = target.split(".")[0]
             if room == other and "." in name:
-                if name.endswith("__init__"):
-                    continue
-                order = WITHIN.get(room, ())
-                a, b = name.split(".")[1], target.split(".")[1]
-                if b not in order or (a in order and order.index(a) <= order.index(b)):
+                order, (a, b) = SHARED.get(room, ()), (name.split(".")[1], target.split(".")[1])
+                if a not in GATHERS and (b not in order or (a in order and order.index(a) <= order.index(b))):
                     wrong.append(f"{name} imports {target}")
             elif PLACE[other][0] > PLACE[room][0] or (PLACE[other][0] == PLACE[room][0] and PLACE[other] >= PLACE[room]):
                 wrong.append(f"{name} imports {target}")
@@ -160,13 +158,12 @@ def test_links_are_tracked_as_links():
 def test_import_touches_no_device_and_no_triton_and_is_quick():
     probe = (
         "import sys, time, torch\n"
-        "begin = time.perf_counter(); import lorafast; spent = time.perf_counter() - begin\n"
-        "assert 'triton' not in sys.modules and not torch.cuda.is_initialized()\n"
-        "print(spent)"
+        "before = set(sys.modules); begin = time.process_time(); import lorafast; spent = time.process_time() - begin\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print(spent, *sorted(new - set(sys.stdlib_module_names) - {'torch'}))"
     )
-    # The best of three: a shared machine may stall any one of them.
-    spent = []
-    for _ in range(3):
-        found = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
-        spent.append(float(found.stdout))
-    assert min(spent) < 0.3
+    # The contract is 0.3 s; processor seconds, and the best of three, because a shared machine may stall any one of them.
+    found = [subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(3)]
+    assert all(one.stdout.split()[1:] == ["lorafast"] for one in found)
+    assert min(float(one.stdout.split()[0]) for one in found) < 0.3

@@ -48,7 +48,7 @@ def test_bad_fields(method, wrong, message):
         (DoRA, {"dropout_on": "base"}, "dropout_on='base'"),
         (DoRA, {"keep": "all"}, "keep='all'"),
         (DoRA, {"keep": "output", "dropout_on": "both", "dropout": 0.1}, "keep='inner'"),
-        (DoRA, {"keep": "inner", "axis": "in"}, "axis='out'"),
+        (DoRA, {"keep": "inner", "axis": "in"}, "belongs to axis='out'"),
         (LaMDA, {"alpha": 0}, "alpha=0"),
     ],
 )
@@ -76,21 +76,21 @@ def test_specs_are_values():
 
 def test_lora_starts():
     weight = torch.empty(50, 400)
-    kaiming, gaussian = LoRA(r=16).start(weight).tensors, LoRA(r=16, init="gaussian").start(weight).tensors
+    kaiming, gaussian = LoRA(r=16).start(weight), LoRA(r=16, init="gaussian").start(weight)
     assert kaiming["lora_A"].abs().max() <= 1 / 20
     assert abs(kaiming["lora_A"].std().item() - 1 / 20 / 3**0.5) < 1e-3
     assert abs(gaussian["lora_A"].std().item() - 1 / 16) < 2e-3
     assert not kaiming["lora_B"].any()
     torch.manual_seed(3)
-    a = LoRA().start(weight).tensors["lora_A"]
+    a = LoRA().start(weight)["lora_A"]
     torch.manual_seed(3)
-    assert torch.equal(a, LoRA().start(weight).tensors["lora_A"])
+    assert torch.equal(a, LoRA().start(weight)["lora_A"])
 
 
 @pytest.mark.parametrize(("axis", "dim"), [("out", 1), ("in", 0)])
 def test_dora_starts_with_the_norm(axis, dim):
     weight = torch.randn(6, 9)
-    torch.testing.assert_close(DoRA(r=2, axis=axis).start(weight).tensors["lora_magnitude"], weight.norm(dim=dim))
+    torch.testing.assert_close(DoRA(r=2, axis=axis).start(weight)["lora_magnitude"], weight.norm(dim=dim))
 
 
 def test_dora_has_a_gain_of_exactly_one_at_the_start():
@@ -104,26 +104,37 @@ def test_dora_has_a_gain_of_exactly_one_at_the_start():
 def test_lamda_starts_on_the_top_singular_vectors(init, niter):
     weight = torch.randn(12, 20, dtype=torch.float64)
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    start = LaMDA(r=3, alpha=6, init=init, svd_niter=niter).start(weight)
-    A, B, core = (start.tensors[name].double() for name in ("lora_A", "lora_B", "lora_core"))
+    adapter = LaMDA(r=3, alpha=6, init=init, svd_niter=niter)
+    start = adapter.start(weight)
+    A, B, core = (start[name].double() for name in ("lora_A", "lora_B", "lora_core"))
     torch.testing.assert_close(A @ A.t(), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)
     torch.testing.assert_close(B.t() @ B, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)
-    loose = 1e-5 if niter != 4 else 0.05
-    torch.testing.assert_close(A.t() @ A, Vh[:3].t() @ Vh[:3], rtol=0, atol=max(loose, 0.02 if niter == 4 else 0))
+    # Four iterations of the randomised form are seen to reach 6e-6 on this weight; a wrong triplet is off by 0.1 and more.
+    torch.testing.assert_close(A.t() @ A, Vh[:3].t() @ Vh[:3], rtol=0, atol=1e-3)
+    assert adapter.residual == (init == "residual")
     if init == "zero":
         assert not core.any()
-        assert not start.residual
     else:
-        torch.testing.assert_close(2 * B @ core @ A, U[:, :3] * S[:3] @ Vh[:3], rtol=0, atol=10 * loose)
-        assert start.residual
+        torch.testing.assert_close(2 * B @ core @ A, U[:, :3] * S[:3] @ Vh[:3], rtol=0, atol=1e-3)
 
 
 def test_lamda_repo_start():
     start = LaMDA(r=4, init="repo").start(torch.empty(6, 100))
-    assert not start.residual
-    assert not start.tensors["lora_B"].any()
-    assert start.tensors["lora_A"].abs().max() <= 0.1
-    assert 0 < start.tensors["lora_core"].abs().max() <= 0.5
+    assert not start["lora_B"].any()
+    assert start["lora_A"].abs().max() <= 0.1
+    assert 0 < start["lora_core"].abs().max() <= 0.5
+
+
+def test_a_dropout_that_is_no_number():
+    with pytest.raises(TypeError, match=r"dropout '0\.1' must be a number"):
+        LoRA(dropout="0.1")
+
+
+def test_a_randomised_svd_touches_no_gpu(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    svd.top(torch.randn(30, 40), 3, 2)
+    assert not seeded
 
 
 def test_a_randomised_svd_repeats_itself_and_leaves_the_generator_alone():
@@ -135,8 +146,10 @@ def test_a_randomised_svd_repeats_itself_and_leaves_the_generator_alone():
 
 def test_list_methods():
     methods = lorafast.list_methods()
-    assert [method.name for method in methods] == ["lora", "dora", "lamda"]
+    assert {"lora", "dora", "lamda"} <= {method.name for method in methods}
     for method in methods:
+        assert getattr(lorafast, method.adapter.__name__) is method.adapter
+        assert method.adapter.__name__ in lorafast.__all__
         assert method.adapter().r
         assert method.paper.startswith("arXiv ")
         assert method.trains

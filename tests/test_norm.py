@@ -59,10 +59,13 @@ CHANGES = {
     "weight in place": lambda layer: layer.weight.mul_(2),
     "lora_B.data swapped": lambda layer: setattr(layer.lora_B, "data", layer.lora_B.data * 2),
     "train() after a .data write": lambda layer: (layer.lora_B.data.mul_(2), layer.train(), layer.eval()),
+    ".to() after a .data write": lambda layer: (layer.lora_B.data.mul_(2), layer.to("cpu")),
     ".to(dtype)": lambda layer: layer.to(torch.float64),
     "a state dict": lambda layer: layer.load_state_dict({k: v * 2 for k, v in layer.state_dict().items()}),
     "scaling": lambda layer: setattr(layer, "scaling", 9.0),
+    "an assigned state dict": lambda layer: layer.load_state_dict({k: v * 2 for k, v in layer.state_dict().items()}, assign=True),
     "merge and unmerge": lambda layer: (layer.lora_B.data.mul_(2), layer.merge(), layer.unmerge()),
+    "reset_adapter": lambda layer: layer.reset_adapter(),
 }
 
 
@@ -106,15 +109,104 @@ def test_cache_norm_serves_accumulation_and_no_more(computed, fused):
     assert torch.equal(y, want)
 
 
-def test_two_layers_with_one_weight_have_two_entries():
-    a = layer_of().eval()
+@torch.no_grad()
+def test_two_layers_with_one_weight_have_two_entries(computed):
+    a, before = layer_of().eval(), len(norm._entries)
     b = lorafast.Linear.from_linear(torch.nn.Linear(12, 10), lorafast.DoRA(r=3)).eval()
     b.weight = a.weight
+    b.lora_B.normal_()
+    computed.clear()
+    first = a(X), b(X)
+    assert len(computed) == 2
+    assert torch.equal(a(X), first[0])
+    assert torch.equal(b(X), first[1])
+    assert len(computed) == 2
+    assert len(norm._entries) == before + 2
+
+
+@torch.no_grad()
+def test_a_factor_replaced_by_another_is_seen_wherever_it_lies(computed):
+    layer = layer_of().eval()
+    layer(X)
+    computed.clear()
+    for _ in range(20):
+        # The allocator may well hand out the address of the one before.
+        layer.lora_A = torch.nn.Parameter(torch.randn(3, 12))
+        layer(X)
+    assert len(computed) == 20
+
+
+def test_the_function_never_caches(computed):
+    layer = layer_of()
+    given = {"weight": layer.weight, "bias": None, "lora_A": layer.lora_A, "lora_B": layer.lora_B, "magnitude": layer.magnitude}
     with torch.no_grad():
-        assert torch.equal(a(X), a(X))
-        y = b(X)
-        norm.forget(b.lora_B)
-        assert torch.equal(b(X), y)
+        computed.clear()
+        lorafast.linear(X, **given, training=False)
+        lorafast.linear(X, **given, training=False)
+    assert len(computed) == 2
+
+
+@torch.no_grad()
+def test_a_capture_is_not_cached(computed, monkeypatch):
+    layer = layer_of().eval()
+    monkeypatch.setattr(norm.arch, "capturing", lambda tensor: True)
+    computed.clear()
+    layer(X), layer(X)
+    assert len(computed) == 2
+
+
+@torch.no_grad()
+def test_every_part_of_the_formula_is_part_of_the_key(computed):
+    W, A, B = torch.randn(8, 8), torch.randn(3, 8), torch.randn(8, 3)
+    calls = [
+        {}, {"axis": "in"}, {"scaling": 2.0}, {"scaling": torch.tensor(2.0)}, {"core": torch.randn(3, 3)}, {"core": torch.randn(3)},
+        {"out_scale": torch.randn(8)},
+    ]  # fmt: skip
+    computed.clear()
+    for given in calls:
+        for weight in (W, W.t()):
+            first = functional.row_norm(weight, A, B, **given, cache=True)
+            assert torch.equal(first, functional.row_norm(weight, A, B, **given, cache=True))
+            assert torch.equal(first, functional.row_norm(weight, A, B, **given))
+    assert len(computed) == 2 * 2 * len(calls)
+
+
+@torch.no_grad()
+def test_a_storage_swapped_by_data_is_seen_wherever_it_lies(computed):
+    layer = layer_of().eval()
+    computed.clear()
+    for factor in range(10):
+        layer.weight.data = torch.empty(0)
+        layer.weight.data = torch.ones(10, 12) * factor
+        layer(X)
+    assert len(computed) == 10
+
+
+@torch.no_grad()
+def test_what_is_handed_out_is_not_the_cache():
+    layer = layer_of().eval()
+    given = layer.weight, layer.lora_A, layer.lora_B
+    first = functional.row_norm(*given, cache=True)
+    want = first.clone()
+    first.zero_()
+    assert torch.equal(functional.row_norm(*given, cache=True), want)
+
+
+def test_a_norm_of_inference_mode_is_not_used_outside_it():
+    layer = layer_of(cache_norm=True)
+    with torch.inference_mode():
+        layer(X)
+    layer(X).sum().backward()
+
+
+@torch.no_grad()
+def test_compiled_code_does_not_cache(computed):
+    layer = layer_of().eval()
+    compiled = torch.compile(layer, backend="aot_eager")
+    compiled(X)
+    computed.clear()
+    compiled(X), compiled(X)
+    assert len(computed) == 2
 
 
 def test_inference_tensors_are_not_cached(computed):

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import forward_ad
 
 import lorafast
-from lorafast import functional, ops, reference, testing
+from lorafast import functional, ops, panels, reference, testing
 from lorafast.problem import Settings, Tensors, Wants
 from lorafast.testing import FORMS, GRADIENTS, Case
 
@@ -124,6 +124,24 @@ def test_double_backward_says_what_to_use():
     assert torch.isfinite(t["lora_A"].grad).all()
 
 
+def test_double_backward_through_the_exact_norm_too():
+    t = lora()
+    norm = functional.row_norm(t["weight"], t["lora_A"], t["lora_B"], detach=False)
+    with pytest.raises(RuntimeError, match=r"double backward unsupported, use lorafast\.reference"):
+        torch.autograd.grad(norm.sum(), t["lora_A"], create_graph=True)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_the_exact_norms_gradient_over_many_panels(axis, monkeypatch):
+    monkeypatch.setattr(panels, "CPU_ELEMENTS", 2 * K)
+    t = lora()
+    leaves = [t["lora_A"], t["lora_B"]]
+    got = torch.autograd.grad(functional.row_norm(t["weight"], *leaves, scaling=0.7, axis=axis, detach=False).pow(3).sum(), leaves)
+    want = torch.autograd.grad(reference.row_norm(t["weight"], *leaves, scaling=0.7, axis=axis).pow(3).sum(), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_vmap_and_forward_ad_say_what_to_use():
     t = lora(x_grad=False)
     weight = {name: value.detach() for name, value in t.items() if name != "x"}
@@ -150,8 +168,9 @@ def test_the_bare_op_refuses_what_it_has_no_gradient_for():
         torch.ops.lorafast.linear(t["x"], *tensors, *Settings())
 
 
-def test_backward_runs_what_forward_fixed_whatever_autocast_is_on():
-    case, t, _ = case_and_tensors("dora-inner", 0.3, torch.float32)
+@pytest.mark.parametrize("form", ["dora-inner", "dora-exact"])
+def test_backward_runs_what_forward_fixed_whatever_autocast_is_on(form):
+    case, t, _ = case_and_tensors(form, 0.3, torch.float32)
     want = testing.run(testing.ours, case, t)
     leaves = {name: None if v is None or name == "seed" else v.detach().requires_grad_(name in GRADIENTS) for name, v in t.items()}
     y = testing.ours(case, leaves | {"seed": t["seed"]})

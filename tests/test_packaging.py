@@ -149,7 +149,8 @@ def test_every_package_is_listed():
 
 def test_the_build_needs_setuptools_alone():
     assert PROJECT["build-system"]["requires"] == ["setuptools>=77"]
-    assert lorafast.__version__ == lorafast._version.VERSION
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "lorafast._version.VERSION"}
+    assert lorafast.__version__ in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.fixture
@@ -160,26 +161,49 @@ def environment():
     return module
 
 
-def test_an_old_python_gets_one_clear_line(environment, monkeypatch):
-    monkeypatch.setattr(environment.sys, "version_info", (3, 9, 1))
-    with pytest.raises(SystemExit, match=r"needs Python 3\.11 or newer.*make PYTHON="):
-        environment._check_python()
+def test_an_old_python_gets_one_clear_line(tree, tmp_path):
+    old = tmp_path / "python2.7"
+    pretend = "import sys; sys.version_info = (2, 7, 18); sys.version = '2.7.18 (x)'; exec(sys.argv[2])"
+    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{pretend}" "$@"\n')
+    old.chmod(0o755)
+    done = run("make", "env", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}", cwd=tree, check=False)
+    assert done.returncode != 0
+    first, make = done.stderr.strip().splitlines()
+    assert first == "lorafast needs Python 3.11 or newer; this is 2.7.18. Choose one: make PYTHON=python3.11 ..."
+    assert make.startswith("make: ***")
+    assert not (tmp_path / "venv").exists()
+
+
+def test_an_environment_of_another_python_is_left_alone(environment, tmp_path, monkeypatch):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho '[[3, 9], \"/site\"]'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(environment, "_site_with_torch", lambda python: None)
+    with pytest.raises(SystemExit, match=r"is Python 3\.9, this is .*make clean"):
+        environment.main(tmp_path / "venv")
+
+
+def test_an_environment_needs_the_links(without_links, tmp_path):
+    done = run(sys.executable, without_links / "tools" / "environment.py", tmp_path / "venv", cwd=tmp_path, check=False)
+    assert done.stderr.strip().splitlines() == [links.why_missing("kernels", without_links / "lorafast")]
 
 
 def test_a_python_without_ensurepip_gets_one_clear_line(environment, monkeypatch):
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"no ensurepip.*make PYTHON="):
-        environment._check_python()
+        environment._check()
 
 
 @pytest.mark.parametrize(
-    ("answer", "reused"), [('["2.13.0+cpu", "/p/torch/__init__.py"]', "/p"), ('["2.10.1", "/p/torch/__init__.py"]', None)]
+    ("version", "reused"),
+    [("2.13.0+cpu", True), ("2.11.0+cu130", True), ("2.12.0a0+abc", True), ("2.11.0a0+abc", False), ("2.10.1", False)],
 )
-def test_an_importable_torch_is_reused_if_new_enough(environment, tmp_path, answer, reused):
+def test_an_importable_torch_is_reused_if_new_enough(environment, tmp_path, version, reused):
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    python.write_text(f"""#!/bin/sh\necho '["{version}", "/p/torch/__init__.py"]'\n""")
     python.chmod(0o755)
-    assert environment._site_with_torch(str(python)) == reused
+    assert environment._site_with_torch(str(python)) == ("/p" if reused else None)
 
 
 def test_no_torch_is_none(environment, tmp_path):

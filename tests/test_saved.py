@@ -1,6 +1,7 @@
 """Saved bytes, to the byte, for every row of the design's table × dtype × dropout × bias."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,12 +45,12 @@ ROWS = (
 
 
 def measure(case, frozen, **changes):
-    tensors = {name: testing._leaf(name, t, False) for name, t in testing.make(case).items()}
+    tensors = {name: testing.leaf(name, t) for name, t in testing.make(case).items()}
     for name in frozen:
         if tensors[name] is not None:
             tensors[name].requires_grad_(False)
     constant = [t for name, t in tensors.items() if t is not None and name not in ("x", "dy", "seed")]
-    case = testing.without(case, **changes)
+    case = replace(case, **changes)
     return testing.saved(lambda: testing.ours(case, tensors), {"x": tensors["x"]}, constant), tensors
 
 
@@ -93,7 +94,7 @@ def test_auto_keeps_the_output_only_where_it_is_exact(dtype, bias):
 @pytest.mark.parametrize("form", ["lora", "dora", "vera"])
 def test_a_trained_weight_saves_as_torch(form):
     case = Case(BY_NAME[form], M, N, K, R, torch.float32)
-    tensors = {name: testing._leaf(name, t, False) for name, t in testing.make(case).items()}
+    tensors = {name: testing.leaf(name, t) for name, t in testing.make(case).items()}
     tensors["weight"].requires_grad_(True)
     constant = [t for name, t in tensors.items() if t is not None and name not in ("x", "dy", "seed")]
     names = ("x", "weight", "bias", "lora_A", "lora_B", "core", "magnitude", "out_scale", "lora_bias")
@@ -110,7 +111,7 @@ def test_no_cast_of_a_half_precision_base_is_kept():
 
 def test_the_exact_norm_saves_only_itself():
     detached, _ = measure(Case(BY_NAME["dora-recompute"], M, N, K, R, torch.float32), ())
-    exact, _ = measure(Case(testing.dataclasses.replace(BY_NAME["dora-exact"], keep="recompute"), M, N, K, R, torch.float32), ())
+    exact, _ = measure(Case(replace(BY_NAME["dora-exact"], keep="recompute"), M, N, K, R, torch.float32), ())
     assert exact == detached
 
 
@@ -118,9 +119,7 @@ def test_x_is_saved_as_it_was_passed():
     base = torch.randn(7, 5, K + 9)
     x = base.transpose(0, 1)[:, :, 4:-5].requires_grad_()
     assert not x.is_contiguous()
-    tensors = {
-        name: testing._leaf(name, t, False) for name, t in testing.make(Case(BY_NAME["lora"], 35, N, K, R, torch.float32)).items()
-    }
+    tensors = {name: testing.leaf(name, t) for name, t in testing.make(Case(BY_NAME["lora"], 35, N, K, R, torch.float32)).items()}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         testing.ours(Case(BY_NAME["lora"], 35, N, K, R, torch.float32), tensors | {"x": x})
@@ -129,12 +128,16 @@ def test_x_is_saved_as_it_was_passed():
     assert same.stride() == x.stride()
 
 
-def test_the_transient_peak_of_dropout_has_no_mask_of_x():
-    rows = 4096
-    case = Case(BY_NAME["lora"], rows, 8, 1024, 4, torch.float32, 0.3, False)
+@pytest.mark.parametrize("form", [form.name for form in FORMS])
+def test_the_transient_peak_of_dropout_has_no_mask_of_x(form):
+    case = Case(BY_NAME[form], 4096, 8, 1024, 4, torch.float32, 0.3, False)
+    if not case.works:
+        pytest.skip("keep='output' and a mask on the base term exclude each other")
     t = testing.make(case)
     with torch.no_grad():
         peak = testing.peak_live_bytes(lambda: testing.ours(case, t))
         chain = testing.peak_live_bytes(lambda: testing.chain(case, t))
-    x_bytes = rows * 1024 * 4
-    assert peak < x_bytes < chain
+    x_bytes = 4096 * 1024 * 4
+    # One or two GEMM operands of x's size where the method has them, and one panel's words; the mask's words alone are 8 times x.
+    operands = 2 * (case.form.dropout_on == "both" or case.form.axis == "in")
+    assert peak < (operands + 1) * x_bytes < chain

@@ -88,6 +88,49 @@ def test_resume_is_exact():
         assert torch.equal(value, resumed.state_dict()[name])
 
 
+def test_resume_in_either_order_and_reload_midway():
+    model = model_of()
+    optimizer, schedule = optimizer_of(model), LaMDAFreeze(model, total_steps=T, fraction=1.0)
+    train(model, optimizer, schedule, 10)
+    saved = copy.deepcopy((model.state_dict(), schedule.state_dict()))
+    for order in ("model, schedule", "schedule, model"):
+        resumed = model_of()
+        again = LaMDAFreeze(resumed, total_steps=T, fraction=1.0)
+        for part in order.split(", "):
+            resumed.load_state_dict(saved[0]) if part == "model" else again.load_state_dict(saved[1])
+        train(resumed, optimizer_of(resumed), again, 1, 10)
+        assert torch.equal(resumed[0].lora_B[:, :2], saved[0]["0.lora_B"][:, :2])
+    # Another base midway: the columns start anew and freeze at their new values.
+    model[0].load_state_dict(torch.nn.Linear(10, 12).state_dict())
+    start = model[0].lora_B.detach().clone()
+    schedule.step()
+    assert torch.equal(model[0].lora_B, start)
+    assert model[0].frozen_columns == 2
+
+
+def test_a_rewind_frees_what_the_schedule_froze():
+    model = model_of()
+    schedule = LaMDAFreeze(model, total_steps=10, fraction=0.5)
+    early = schedule.state_dict()
+    for _ in range(5):
+        schedule.step()
+    assert not model[0].lora_B.requires_grad
+    schedule.load_state_dict(early)
+    assert model[0].lora_B.requires_grad
+    assert model[0].frozen_columns == 0
+
+
+def test_a_state_with_holes_changes_nothing_and_a_users_own_freeze_stays():
+    model = model_of()
+    model[0].lora_B.requires_grad_(False)
+    schedule = LaMDAFreeze(model, total_steps=10)
+    with pytest.raises(TypeError):
+        schedule.load_state_dict({"last_step": 3})
+    assert schedule.last_step == 0
+    schedule.load_state_dict(schedule.state_dict())
+    assert not model[0].lora_B.requires_grad
+
+
 def test_the_default_is_three_tenths_of_the_run_in_index_order():
     schedule = LaMDAFreeze(model_of(), total_steps=1000)
     counts = [schedule.frozen_columns(32, step) for step in range(1001)]

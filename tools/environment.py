@@ -5,30 +5,32 @@ An importable torch of at least 2.11 is reused, whatever build it is; otherwise 
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 11)
 ROOT = Path(__file__).resolve().parent.parent
 
 _PROBE = "import json, torch; print(json.dumps([torch.__version__, torch.__file__]))"
+_FACTS = "import json, sys, sysconfig; print(json.dumps([list(sys.version_info[:2]), sysconfig.get_path('purelib')]))"
 
 
 def main(venv: Path) -> None:
     """Create VENV, or bring it up to date."""
+    _check()
     python = venv.resolve() / "bin" / "python"
     shared = _site_with_torch(sys.executable)
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    version, packages = json.loads(subprocess.run([python, "-c", _FACTS], check=True, capture_output=True, text=True).stdout)
+    if tuple(version) != sys.version_info[:2]:
+        sys.exit(f"{venv} is Python {version[0]}.{version[1]}, this is {sys.version.split()[0]}: make clean, or choose VENV=")
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if shared:
         # A path file rather than --system-site-packages, which an interpreter that is itself a virtual environment ignores.
-        packages = subprocess.run(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True
-        )
-        (Path(packages.stdout.strip()) / "torch_of_the_base.pth").write_text(f"{shared}\n")
+        (Path(packages) / "torch_of_the_base.pth").write_text(f"{shared}\n")
         chosen = []
     else:
         chosen = ["--constraint", str(ROOT / "constraints.txt")]
@@ -38,27 +40,30 @@ def main(venv: Path) -> None:
     subprocess.run([*pip, *chosen, "--no-build-isolation", "--editable", f"{ROOT}[dev,triton]"], check=True)
 
 
-def _site_with_torch(python: str) -> "str | None":  # quoted: an old Python must get as far as the check below
+def _site_with_torch(python: str) -> str | None:
     """The folder that holds a new enough torch, if this interpreter imports one."""
     found = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, cwd="/")
     if found.returncode:
         return None
     version, file = json.loads(found.stdout)
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-    return str(Path(file).parent.parent) if numbers >= OLDEST_TORCH else None
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    # pip puts 2.11.0a0 before 2.11, and would install another torch over it.
+    too_old = numbers < OLDEST_TORCH or (numbers == OLDEST_TORCH and re.search(r"\d(a|b|rc|\.dev)\d", version.split("+")[0]))
+    return None if too_old else str(Path(file).parent.parent)
 
 
-def _check_python() -> None:
-    if sys.version_info < OLDEST_PYTHON:
-        sys.exit(f"lorafast needs Python 3.11 or newer; this is {sys.version.split()[0]}. Choose one: make PYTHON=python3.11 ...")
+def _check() -> None:
     if importlib.util.find_spec("ensurepip") is None:
-        sys.exit(
-            "this Python has no ensurepip, so it makes no environment; install python3-venv or choose another: make PYTHON=..."
-        )
+        sys.exit("this Python has no ensurepip, so it makes no environment; install python3-venv or make PYTHON=...")
+    spec = importlib.util.spec_from_file_location("links", ROOT / "lorafast" / "links.py")
+    links = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(links)
+    for room in links.ROOMS:
+        if lost := links.why_missing(room):
+            sys.exit(lost)
 
 
 if __name__ == "__main__":
-    _check_python()
     if len(sys.argv) != 2:
         sys.exit("usage: python tools/environment.py VENV")
     main(Path(sys.argv[1]))

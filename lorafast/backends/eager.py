@@ -6,11 +6,10 @@ activation goes in panels of rows, so that a mask or an fp32 temporary never has
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from lorafast import philox
+from lorafast.panels import flat, panels
 from lorafast.problem import (
     Down,
     LowRank,
@@ -26,9 +25,6 @@ from lorafast.problem import (
 )
 from lorafast.reference import mix
 
-# Small enough on a CPU for an fp32 panel of it to stay in cache; large enough elsewhere to hide launches.
-_CPU_PANEL = 1 << 19
-_PANEL = 1 << 25
 _SUM_ROWS = 128
 
 
@@ -39,13 +35,12 @@ def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
 
 def project(x: torch.Tensor, downs: list[Down]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """h = drop(x) Aᵀ rounded to x's dtype, and h' = core(h).  x [...,K] -> h, h' [M,R] for each way down."""
-    x2, out = _rows(x), []
+    x2, out = flat(x), []
     for A, core, seed, p in downs:
         if p:
             h = x.new_empty(x2.shape[0], A.shape[0])
-            factor = _scaled(A, philox.scale(p), x.dtype).t()
-            for panel in _panels(x2):
-                torch.mm(_dropped(x2, panel, seed, p), factor, out=h[panel.start : panel.stop])
+            for rows in panels(x2):
+                h[rows] = _wide_mm(_unscaled(x2, rows, seed, p), A.to(x.dtype).t()) * philox.scale(p)
         else:
             h = torch.mm(x2, A.to(x.dtype).t())
         out.append((h, mix(h, core)))
@@ -64,18 +59,18 @@ def linear(
 
     keep_inner, which needs a gain, returns z beside y.
     """
-    x2, N = _rows(x), weight.shape[0]
+    x2, N = flat(x), weight.shape[0]
     y = x.new_empty(*x.shape[:-1], N)
     y2 = y.view(x2.shape[0], N)
     z = torch.empty_like(y2) if keep_inner else y2
     started = gain is None and bias is not None
     if started:
         z.copy_(bias)
-    products = [(up.h, _scaled(up.B, up.scaling, x.dtype, up.out_scale).t()) for up in ups]
+    products = [(up.mixed, _scaled(up.B, up.scaling, x.dtype, up.out_scale).t()) for up in ups]
     _add_products(z, [*products, (x2, weight.to(x.dtype).t())], started)
     if gain is not None:
-        for panel in _panels(z):
-            _gained(z[panel.start : panel.stop], gain, bias, y2[panel.start : panel.stop])
+        for rows in panels(z):
+            _gained(z[rows], gain, bias, y2[rows])
     return y, (z if keep_inner else None)
 
 
@@ -90,14 +85,13 @@ def grad_output(
 
     dy [...,N], kept [...,N] or None. Columns of dB before frozen_columns are zero and cost nothing.
     """
-    dy2, sums = _rows(dy), accumulator(dy.dtype)
+    dy2, sums = flat(dy), accumulator(dy.dtype)
     adapters = [_returned(dy2, back, gain) for back in returns]
     bias = dy2.sum(0, dtype=sums) if want_bias else None
     dot = None
     if kept is not None:
-        dot, kept2 = torch.zeros(dy2.shape[1], dtype=sums, device=dy.device), _rows(kept)
-        for panel in _panels(dy2):
-            rows = slice(panel.start, panel.stop)
+        dot, kept2 = torch.zeros(dy2.shape[1], dtype=sums, device=dy.device), flat(kept)
+        for rows in panels(dy2):
             dot += (dy2[rows].to(sums) * kept2[rows]).sum(0)
     return OutputGrads(adapters, bias, dot)
 
@@ -121,44 +115,35 @@ def grad_input(segments: list[Segment], low_ranks: list[LowRank]) -> torch.Tenso
 
 def grad_project(x: torch.Tensor, low_ranks: list[LowRank]) -> list[torch.Tensor]:
     """dA = vᵀ drop(x), in the accumulator's dtype.  x [...,K], v [M,R] -> [R,K] each."""
-    x2, sums, out = _rows(x), accumulator(x.dtype), []
+    x2, sums, out = flat(x), accumulator(x.dtype), []
     for v, A, seed, p in low_ranks:
         if not p:
             out.append(_over_tokens(v, x2))
             continue
         dA = torch.zeros(A.shape, dtype=sums, device=x.device)
-        for panel in _panels(x2):
-            dA += _over_tokens(v[panel.start : panel.stop], _dropped(x2, panel, seed, p))
+        for rows in panels(x2):
+            dA += _over_tokens(v[rows], _unscaled(x2, rows, seed, p))
         out.append(dA.mul_(philox.scale(p)))
     return out
 
 
 def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Scaling = 1.0, axis: str = "out") -> torch.Tensor:
     """‖W + sBA‖ per row (axis="out", [N]) or per column (axis="in", [K]), summed in fp32 (fp64 for fp64)."""
-    sums = accumulator(weight.dtype)
-    A, squares = A.to(sums), []
-    for panel in _panels(weight):
-        rows = slice(panel.start, panel.stop)
-        part = torch.addmm(weight[rows].to(sums), B[rows].to(sums) * scaling, A)
-        squares.append(part.square_().sum(1 if axis == "out" else 0))
-    return (torch.cat(squares) if axis == "out" else torch.stack(squares).sum(0)).sqrt_()
+    sums, by_row = accumulator(weight.dtype), axis == "out"
+    squares = torch.zeros(weight.shape[0 if by_row else 1], dtype=sums, device=weight.device)
+    A = A.to(sums)
+    for rows in panels(weight):
+        part = torch.addmm(weight[rows].to(sums), B[rows].to(sums) * scaling, A).square_()
+        if by_row:
+            torch.sum(part, 1, out=squares[rows])
+        else:
+            squares += part.sum(0)
+    return squares.sqrt_()
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """The activation as [M, width]: a view where strides allow, else a transient copy."""
-    return x.reshape(tokens(x), x.shape[-1])
-
-
-def _panels(x2: torch.Tensor) -> Iterator[range]:
-    """Row ranges that cover the activation, at least one row each; none if it is empty."""
-    step = max(1, (_CPU_PANEL if x2.device.type == "cpu" else _PANEL) // max(1, x2.shape[1]))
-    for start in range(0, x2.shape[0], step):
-        yield range(start, min(start + step, x2.shape[0]))
-
-
-def _dropped(x2: torch.Tensor, panel: range, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """A panel of x with the dropped elements zeroed and the rest unscaled, so nothing is rounded."""
-    return torch.where(philox.kept(seed, p, panel, x2.shape[1]), x2[panel.start : panel.stop], 0.0)
+def _unscaled(x2: torch.Tensor, rows: slice, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """A panel of drop(x) before its scale: the dropped elements zeroed, nothing rounded."""
+    return torch.where(philox.kept(seed, p, rows, x2.shape[1]), x2[rows], 0.0)
 
 
 def _scaled(factor: torch.Tensor, scaling: Scaling, dtype: torch.dtype, row_scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -188,13 +173,20 @@ def _add_products(out: torch.Tensor, products: list[tuple[torch.Tensor, torch.Te
 def _add_masked(out: torch.Tensor, low_ranks: list[LowRank], started: bool) -> bool:
     """out = out (if started) + Σ mask⊙(v A); whether out holds something now."""
     for v, A, seed, p in low_ranks:
-        factor = _scaled(A, philox.scale(p), out.dtype)
-        for panel in _panels(out):
-            rows = slice(panel.start, panel.stop)
-            part = torch.mm(v[rows], factor).masked_fill_(~philox.kept(seed, p, panel, out.shape[1]), 0)
-            out[rows] = out[rows] + part if started else part
+        for rows in panels(out):
+            part = _wide_mm(v[rows], A.to(out.dtype)).mul_(philox.scale(p))
+            part.masked_fill_(~philox.kept(seed, p, rows, out.shape[1]), 0)
+            out[rows] = part.add_(out[rows]) if started else part
         started = True
     return started
+
+
+def _wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b for a panel a, in the accumulator's dtype, so that a dropout scale can follow before the one rounding."""
+    sums = accumulator(a.dtype)
+    if a.is_cuda and a.dtype != sums:
+        return torch.mm(a, b, out_dtype=sums)
+    return torch.mm(a.to(sums), b.to(sums))
 
 
 def _over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -221,7 +213,7 @@ def _gained(z: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, out:
 
 def _with_gain(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
     """The two operands of (gain⊙dy) W in dy's dtype, the gain rounded into the smaller one."""
-    dy2, weight = _rows(segment.dy), segment.weight.to(segment.dy.dtype)
+    dy2, weight = flat(segment.dy), segment.weight.to(segment.dy.dtype)
     if segment.gain is None:
         return dy2, weight
     if dy2.shape[0] < weight.shape[1]:

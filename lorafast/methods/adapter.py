@@ -27,13 +27,6 @@ class Part(NamedTuple):
     trained: bool = True
 
 
-class Start(NamedTuple):
-    """A layer's first adapter tensors by name; residual: the weight gives up the delta they already make."""
-
-    tensors: dict[str, torch.Tensor]
-    residual: bool = False
-
-
 @dataclass(frozen=True, repr=False)
 class Adapter:
     """r: rank. s = alpha/r, or alpha/√r with rslora (arXiv 2312.03732). dropout: on the adapter's input."""
@@ -76,14 +69,15 @@ class Adapter:
         """s = alpha/r, or alpha/√r with rslora."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
+    @property
+    def residual(self) -> bool:
+        """Whether the weight gives up, at the start, the delta the adapter already makes."""
+        return False
+
     def parts(self, N: int, K: int) -> dict[str, Part]:
         """The adapter tensors of a layer with weight [N,K], by the name of their Parameter."""
         raise NotImplementedError
 
-    def start(self, weight: torch.Tensor) -> Start:
-        """First values for every part, on the weight's device."""
+    def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """First values for every part, by name, on the weight's device."""
         raise NotImplementedError
-
-    def _word(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}")

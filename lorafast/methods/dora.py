@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from lorafast import checks, functional
-from lorafast.methods.adapter import Part, Start
+from lorafast.methods.adapter import Part
 from lorafast.methods.lora import LoRA
 
 
@@ -37,16 +37,12 @@ class DoRA(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.words(self.axis, self.dropout_on, self.keep)
-        if self.keep == "output" and self.dropout and self.dropout_on == "both":
-            raise ValueError("keep='output' cannot serve dropout_on='both'; use keep='inner' or 'recompute'")
-        if self.axis == "in" and self.keep not in ("auto", "recompute"):
-            raise ValueError(f"keep={self.keep!r} belongs to axis='out'; axis='in' always remakes gain⊙x and keeps nothing more")
+        checks.words(self.axis, self.dropout_on, self.keep, self.dropout)
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
         return super().parts(N, K) | {"lora_magnitude": Part((N if self.axis == "out" else K,))}
 
-    def start(self, weight: torch.Tensor) -> Start:
-        tensors = super().start(weight).tensors
+    def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        tensors = super().start(weight)
         norm = functional.row_norm(weight, tensors["lora_A"], tensors["lora_B"], scaling=self.scaling, axis=self.axis)
-        return Start(tensors | {"lora_magnitude": norm})
+        return tensors | {"lora_magnitude": norm}

@@ -17,8 +17,9 @@ from typing import ClassVar
 
 import torch
 
+from lorafast import checks
 from lorafast.methods import svd
-from lorafast.methods.adapter import Adapter, Part, Start
+from lorafast.methods.adapter import Adapter, Part
 from lorafast.methods.lora import LoRA
 
 INITS = ("residual", "zero", "repo")
@@ -37,20 +38,23 @@ class LaMDA(Adapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._word("init", INITS)
+        checks.word("init", self.init, INITS)
         if self.init == "residual" and self.alpha == 0:
             raise ValueError("alpha=0 leaves nothing for init='residual' to take out of the weight; use init='zero'")
+
+    @property
+    def residual(self) -> bool:
+        return self.init == "residual"
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
         return {"lora_A": Part((self.r, K), False), "lora_B": Part((N, self.r)), "lora_core": Part((self.r, self.r))}
 
-    def start(self, weight: torch.Tensor) -> Start:
+    def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         core = torch.zeros(self.r, self.r, device=weight.device)
         if self.init == "repo":
             core.uniform_(-1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
-            return Start(LoRA(self.r).start(weight).tensors | {"lora_core": core})
+            return LoRA(self.r).start(weight) | {"lora_core": core}
         U, S, Vh = svd.top(weight, self.r, self.svd_niter)
-        tensors = {"lora_A": Vh, "lora_B": U, "lora_core": core}
-        if self.init == "zero":
-            return Start(tensors)
-        return Start(tensors | {"lora_core": torch.diag(S / self.scaling)}, residual=True)
+        if self.residual:
+            core = torch.diag(S / self.scaling)
+        return {"lora_A": Vh, "lora_B": U, "lora_core": core}

@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from lorafast.methods.adapter import Adapter, Part, Start
+from lorafast import checks
+from lorafast.methods.adapter import Adapter, Part
 
 INITS = ("kaiming", "gaussian")
 
@@ -31,18 +32,19 @@ class LoRA(Adapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._word("init", INITS)
+        checks.word("init", self.init, INITS)
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
         parts = {"lora_A": Part((self.r, K), not self.freeze_A), "lora_B": Part((N, self.r))}
         return parts | ({"lora_bias": Part((N,))} if self.lora_bias else {})
 
-    def start(self, weight: torch.Tensor) -> Start:
+    def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         N, K = weight.shape
         A = torch.empty(self.r, K, device=weight.device)
         if self.init == "kaiming":
-            A.uniform_(-1 / math.sqrt(K), 1 / math.sqrt(K))
+            bound = 1 / math.sqrt(max(K, 1))
+            A.uniform_(-bound, bound)
         else:
             A.normal_(std=1 / self.r)
         tensors = {"lora_A": A, "lora_B": torch.zeros(N, self.r, device=weight.device)}
-        return Start(tensors | ({"lora_bias": torch.zeros(N, device=weight.device)} if self.lora_bias else {}))
+        return tensors | ({"lora_bias": torch.zeros(N, device=weight.device)} if self.lora_bias else {})

@@ -13,7 +13,7 @@ def top(weight: torch.Tensor, r: int, niter: int | None = None) -> tuple[torch.T
     """U [N,r], S [r], Vᵀ [r,K], largest first, in fp32 (fp64 for fp64).
 
     niter=None is exact while min(N,K) ≤ 1024, else 16 subspace iterations; 0 is always exact, n > 0 always n iterations. The
-    randomised form draws from a generator of its own, so the same weight gives the same triplets.
+    randomised form always draws the same numbers and leaves torch's generators as they were.
     """
     if r > min(weight.shape):
         raise ValueError(f"r={r} exceeds min(N, K)={min(weight.shape)} of weight {tuple(weight.shape)}, which an SVD needs")
@@ -23,8 +23,9 @@ def top(weight: torch.Tensor, r: int, niter: int | None = None) -> tuple[torch.T
         U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
         return U[:, :r], S[:r], Vh[:r]
     q = min(r + 8, *weight.shape)
-    devices = [weight.device] if weight.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+    # torch.manual_seed would reseed every GPU; only the generator that is put back afterwards may be touched.
+    generator = torch.cuda.default_generators[weight.device.index] if weight.is_cuda else torch.default_generator
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        generator.manual_seed(0)
         U, S, V = torch.svd_lowrank(wide, q=q, niter=niter or ITERATIONS)
     return U[:, :r], S[:r], V[:, :r].t()

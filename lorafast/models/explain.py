@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
 
-from lorafast import dispatch, env, functional, links
+from lorafast import dispatch, env, links
 from lorafast.layer import Linear
-from lorafast.problem import PRIMITIVES, Problem
+from lorafast.problem import PRIMITIVES, Problem, Settings, Tensors, Wants, resolved_keep, saves
 
 
 class Row(NamedTuple):
@@ -38,7 +38,7 @@ class Explanation(NamedTuple):
         lines = [("layer", "method", "N x K", "r", "saved B/token", "by reference", "backend")]
         for row in self.rows:
             used = sorted(set(row.backends.values()))
-            backend = used[0] if len(used) == 1 else ", ".join(f"{p}: {b}" for p, b in row.backends.items())
+            backend = ", ".join(f"{p}: {b}" for p, b in row.backends.items()) if len(used) > 1 else "".join(used) or "-"
             N, K = row.shape
             lines.append(
                 (row.name, row.method, f"{N} x {K}", str(row.r), str(row.saved), ", ".join(row.referenced) or "-", backend)
@@ -59,36 +59,48 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
 
 
 def _row(name: str, layer: Linear, tokens: int) -> Row:
-    a, e = layer.adapter, layer.weight.element_size()
     N, K = layer.weight.shape
-    x = layer.weight.detach().new_empty(0, K)
-    settings = layer._settings()._replace(dropout=a.dropout, dropout_on=a.dropout_on)
-    problem = dataclasses.replace(Problem.of(x, layer._tensors(), settings), M=tokens)
-    trains = {part for part in ("lora_A", "lora_B", "lora_core", "lora_magnitude", "lora_out_scale") if _trains(layer, part)}
-    both = a.dropout > 0 and a.dropout_on == "both"
-    keep = functional.kept(a.keep, a.axis, "lora_magnitude" in trains, both, layer.bias is None, layer.weight.dtype)
-    saved = layer.r * e if trains & {"lora_B", "lora_core", "lora_out_scale"} or keep == "recompute" else 0
-    remakes_x = keep == "recompute" or (a.axis == "in" and "lora_magnitude" in trains)
-    referenced = ["x"] if "lora_A" in trains or remakes_x else []
-    if keep == "inner":
-        saved += N * e
-    elif keep == "output":
-        referenced.append("y")
+    wants, t, c = _training_call(layer)
+    kept, e = saves(wants, c, t.magnitude is not None), layer.weight.element_size()
+    saved, referenced = (layer.r * kept.h + N * kept.z) * e, [name for name in ("x", "y") if getattr(kept, name)]
     backends, why_not = {}, {}
-    for primitive in PRIMITIVES if a.axis and layer.lora_magnitude is not None else PRIMITIVES[:-1]:
-        backends[primitive] = dispatch.pick(primitive, problem).__name__.rsplit(".", 1)[-1]
-        if env.backend() == "auto":
-            for other in dispatch.ORDER[: dispatch.ORDER.index(backends[primitive])]:
-                why_not[other] = why_not.get(other, ()) + dispatch.why_not(other, primitive, problem)
-    why_not = {other: tuple(dict.fromkeys(why)) for other, why in why_not.items()}
+    if layer.merged:
+        saved, referenced = 0, []
+    else:
+        problem = replace(Problem.of(t.weight.new_empty(0, K), t, c), M=tokens)
+        for primitive in PRIMITIVES:
+            if primitive != "row_norm" or t.magnitude is not None:
+                asked = Problem.of_norm(t, c) if primitive == "row_norm" else problem
+                backends[primitive], refusals = _route(primitive, asked)
+                for other, why in refusals.items():
+                    why_not[other] = tuple(dict.fromkeys(why_not.get(other, ()) + why))
     return Row(
-        name or "(this layer)", type(a).__name__, (N, K), layer.r, saved, tuple(referenced), backends, why_not, _notes(layer, keep)
-    )
+        name or "(this layer)", type(layer.adapter).__name__, (N, K), layer.r, saved, tuple(referenced), backends, why_not,
+        _notes(layer, c.keep),
+    )  # fmt: skip
 
 
-def _trains(layer: Linear, part: str) -> bool:
-    held = getattr(layer, part)
-    return held is not None and held.requires_grad
+def _training_call(layer: Linear) -> tuple[Wants, Tensors, Settings]:
+    """What a training step asks of the layer's op: x and everything that trains get a gradient."""
+    a, t, c = layer.adapter, layer._tensors(), layer._settings()
+    c = c._replace(dropout=a.dropout, dropout_on=a.dropout_on, frozen_columns=layer.frozen_columns)
+    trains = {name: part is not None and part.requires_grad for name, part in t._asdict().items()}
+    trains |= {"x": True, "norm": not a.detach_norm and (trains["lora_A"] or trains["lora_B"])}
+    wants = Wants(**{name: trains[name] for name in Wants._fields})
+    unbiased = t.bias is None and t.lora_bias is None
+    keep = resolved_keep(a.keep, c, t.magnitude is not None and wants.gain, unbiased, t.weight.dtype)
+    return wants, t, c._replace(keep=keep)
+
+
+def _route(primitive: str, problem: Problem) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """The backend that serves a primitive ("none" if a forced one cannot), and why those asked before it do not."""
+    asked, refusals = dispatch.ORDER if env.backend() == "auto" else (env.backend(),), {}
+    for backend in asked:
+        why = dispatch.why_not(backend, primitive, problem)
+        if not why:
+            return backend, refusals
+        refusals[backend] = why
+    return "none", refusals
 
 
 def _notes(layer: Linear, keep: str) -> tuple[str, ...]:
@@ -99,7 +111,7 @@ def _notes(layer: Linear, keep: str) -> tuple[str, ...]:
         notes.append("weight.requires_grad: the layer runs on plain autograd, with what torch saves")
     if layer.lora_magnitude is None:
         return tuple(notes)
-    if a.dropout_on == "both" and a.dropout:
+    if layer._settings()._replace(dropout=a.dropout, dropout_on=a.dropout_on).drops_base:
         notes.append("dropout_on='both': a second base GEMM forward and backward; 'adapter' needs one")
     if keep == "output":
         notes.append("keep='output': no in-place op may follow the layer; y costs nothing where its consumer keeps it too")

@@ -6,7 +6,6 @@ The exact formula is not in the paper's reachable text; fraction 0.3 and the ord
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from lorafast.layer import Linear
@@ -26,15 +25,7 @@ class LaMDAFreeze:
         self.layers = [m for m in model.modules() if isinstance(m, Linear) and isinstance(m.adapter, LaMDA)]
         if not self.layers:
             raise ValueError(f"model {type(model).__name__} has no lorafast.Linear with a LaMDA adapter")
-        if total_steps < 1:
-            raise ValueError(f"total_steps={total_steps} must be at least 1")
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fraction={fraction} must be in (0, 1]")
-        if group < 1:
-            raise ValueError(f"group={group} must be at least 1")
-        self.total_steps, self.fraction, self.group = total_steps, fraction, group
-        self.last_step = 0
-        self._held: list[torch.Tensor | None] = [None] * len(self.layers)
+        self._set(0, total_steps, fraction, group)
 
     def frozen_columns(self, r: int, step: int) -> int:
         """How many of r columns are frozen once `step` steps are done."""
@@ -43,7 +34,8 @@ class LaMDAFreeze:
 
     def step(self) -> None:
         """Write frozen columns back, then freeze those that are due."""
-        self._restore()
+        for layer in self.layers:
+            layer.restore_columns()
         self.last_step += 1
         self._freeze()
 
@@ -52,31 +44,21 @@ class LaMDAFreeze:
         return {name: getattr(self, name) for name in ("last_step", "total_steps", "fraction", "group")}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a saved schedule. Load the model's state first: what is frozen is frozen at its values."""
-        for name in ("last_step", "total_steps", "fraction", "group"):
-            setattr(self, name, state[name])
-        self._held = [None] * len(self.layers)
-        for layer in self.layers:
-            layer.frozen_columns = 0
-            layer.lora_B.requires_grad_(True)
+        """Go on from a saved schedule. The model's state may be loaded before or after: what is frozen is frozen at its values."""
+        self._set(**state)
         self._freeze()
 
-    @torch.no_grad()
-    def _restore(self) -> None:
-        for layer, held in zip(self.layers, self._held, strict=True):
-            if held is not None:
-                layer.lora_B[:, : held.shape[1]].copy_(held)
+    def _set(self, last_step: int, total_steps: int, fraction: float, group: int) -> None:
+        if total_steps < 1:
+            raise ValueError(f"total_steps={total_steps} must be at least 1")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction={fraction} must be in (0, 1]")
+        if group < 1:
+            raise ValueError(f"group={group} must be at least 1")
+        self.last_step, self.total_steps, self.fraction, self.group = last_step, total_steps, fraction, group
 
-    @torch.no_grad()
     def _freeze(self) -> None:
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             due = self.frozen_columns(layer.r, self.last_step)
-            if due <= layer.frozen_columns:
-                continue
-            layer.frozen_columns = due
-            if due < layer.r:
-                self._held[index] = layer.lora_B[:, :due].detach().clone()
-            else:
-                self._held[index] = None
-                layer.lora_B.requires_grad_(False)
-                layer.lora_B.grad = None
+            if due != layer.frozen_columns:
+                layer.freeze_columns(due)
