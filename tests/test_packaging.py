@@ -21,7 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def run(*command, cwd, check=True, **environment):
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # The suite may itself run under make, or with a path of its own.
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAKELEVEL", "MAKEFLAGS", "MFLAGS")}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
