@@ -25,10 +25,26 @@ def call(
     """Everything lorafast.linear is given. tensors: its tensor arguments by name, weight first."""
     words(axis, dropout_on, keep, dropout)
     floating("x", x)
-    pair("weight", tensors["weight"], "[N, K]")
-    N, K = tensors["weight"].shape
+    N, K, R = factors(tensors, axis)
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x {tuple(x.shape)} must end in K={K} for weight {(N, K)}")
+    _seed(tensors["seed"], x)
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} {tuple(tensor.shape)} is on {tensor.device}, x {tuple(x.shape)} on {x.device}")
+    if tensors["norm"] is not None and tensors["magnitude"] is None:
+        raise ValueError(f"norm {tuple(tensors['norm'].shape)} is given without magnitude")
+    _dtype_of_weight(tensors["weight"], x)
+    _scaling(scaling, x)
+    # A symbolic integer, which torch.compile may pass, is no int but compares like one.
+    if not isinstance(frozen_columns, int | torch.SymInt) or not 0 <= frozen_columns <= R:
+        raise ValueError(f"frozen_columns {frozen_columns!r} must be an integer between 0 and R={R}, lora_B {(N, R)}")
+
+
+def factors(tensors: dict[str, torch.Tensor | None], axis: str) -> tuple[int, int, int]:
+    """The weight and every tensor whose shape it decides; N, K and R."""
+    pair("weight", tensors["weight"], "[N, K]")
+    N, K = tensors["weight"].shape
     for name in ("lora_A", "lora_B"):
         if tensors[name] is None:
             raise TypeError(f"{name} is None; a layer without an adapter is torch.nn.functional.linear")
@@ -42,17 +58,7 @@ def call(
     for name, shapes in wanted.items():
         if tensors[name] is not None:
             shaped(name, tensors[name], shapes, (N, K), R)
-    _seed(tensors["seed"], x)
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} {tuple(tensor.shape)} is on {tensor.device}, x {tuple(x.shape)} on {x.device}")
-    if tensors["norm"] is not None and tensors["magnitude"] is None:
-        raise ValueError(f"norm {tuple(tensors['norm'].shape)} is given without magnitude")
-    _dtype_of_weight(tensors["weight"], x)
-    _scaling(scaling, x)
-    # A symbolic integer, which torch.compile may pass, is no int but compares like one.
-    if not isinstance(frozen_columns, int | torch.SymInt) or not 0 <= frozen_columns <= R:
-        raise ValueError(f"frozen_columns {frozen_columns!r} must be an integer between 0 and R={R}, lora_B {(N, R)}")
+    return N, K, R
 
 
 def words(axis: str, dropout_on: str, keep: str, dropout: float) -> None:

@@ -76,9 +76,11 @@ def row_norm(
     factor has been replaced or written and no optimizer has stepped (a write through `.data` is not seen); it is ignored while
     torch.compile or a CUDA graph looks on.
     """
+    parts = Tensors(weight, None, lora_A, lora_B, core, None, None, out_scale)
+    checks.word("axis", axis, checks.AXES)
+    checks.factors(parts._asdict(), axis)
     number, scale = split_scaling(scaling)
     if not detach and torch.is_grad_enabled() and (weight.requires_grad or (scale is not None and scale.requires_grad)):
         return reference.row_norm(weight, lora_A, lora_B, core, out_scale, scaling, axis)
-    tensors = Tensors(weight, None, lora_A, lora_B, core, None, None, out_scale, None, None, scale)
     cache = cache and not torch.compiler.is_compiling()
-    return torch.ops.lorafast.row_norm(*tensors, *Settings(number, axis=axis), detach, cache)
+    return torch.ops.lorafast.row_norm(*parts._replace(scale=scale), *Settings(number, axis=axis), detach, cache)

@@ -158,19 +158,21 @@ class Linear(nn.Linear):
         base = self._base_weight()
         # Nothing of the layer has changed yet: an SVD may still fail.
         values = self.adapter.start(base)
-        for name, part in self._parts().items():
-            if getattr(self, name).is_meta:
-                fresh = torch.empty(part.shape, dtype=getattr(self, name).dtype, device=self.weight.device)
-                setattr(self, name, nn.Parameter(fresh))
-            getattr(self, name).requires_grad_(part.trained).copy_(values[name])
-        self.frozen_columns, self.frozen_B = 0, None
-        self._residual, self._start = self.adapter.residual, None
-        if self._residual:
+        for name, value in values.items():
+            held = getattr(self, name)
+            if held.is_meta:
+                fresh = torch.empty(held.shape, dtype=held.dtype, device=self.weight.device)
+                held = nn.Parameter(fresh, requires_grad=held.requires_grad)
+                setattr(self, name, held)
+            held.copy_(value)
+        self.freeze_columns(0)
+        if self.adapter.residual:
             t, c = self._tensors(), self._settings()
             self._start = _folded(t._replace(bias=None, lora_bias=None), c, torch.device("cpu"))
             base = fold.subtract(t._replace(weight=base), c)
-        if base is not self.weight:
+        if self._residual or self.adapter.residual:
             self.weight.copy_(base)
+        self._residual = self.adapter.residual
 
     def _base_weight(self) -> torch.Tensor:
         """The weight as it was before any start took a delta out of it."""

@@ -69,6 +69,13 @@ def test_wrong(name):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_norm_checks_its_factors_too():
+    with pytest.raises(ValueError, match=r"lora_B \(6, 3\) must be \(6, 2\) for weight \(6, 5\)"):
+        lorafast.functional.row_norm(GOOD["weight"], GOOD["lora_A"], torch.randn(N, 3))
+    with pytest.raises(ValueError, match="axis='rows'"):
+        lorafast.functional.row_norm(GOOD["weight"], GOOD["lora_A"], GOOD["lora_B"], axis="rows")
+
+
 def test_right():
     assert lorafast.linear(**GOOD).shape == (3, N)
     assert lorafast.linear(**GOOD, dropout=0.5, frozen_columns=2, keep="recompute").shape == (3, N)

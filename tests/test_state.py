@@ -111,6 +111,14 @@ def test_reset_adapter_forgets_training_and_nothing_else(adapter):
         assert layer.lora_B.requires_grad
 
 
+def test_what_the_user_froze_stays_frozen_over_a_reset():
+    layer = trained(LoRA(r=3))
+    layer.lora_A.requires_grad_(False)
+    layer.load_state_dict(nn.Linear(K, N).state_dict())
+    assert not layer.lora_A.requires_grad
+    assert layer.lora_B.requires_grad
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_residual_whose_start_was_not_seen_is_not_reset(device):
     state = trained(LaMDA(r=3)).state_dict()
