@@ -56,4 +56,4 @@ def _pick(primitive: str, problem: Problem, asked: str) -> ModuleType:
 def _announce(primitive: str, problem: Problem, backend: str, refusals: dict[str, tuple[str, ...]]) -> None:
     if env.log():
         others = ", ".join(f"{name} ({'; '.join(why)})" for name, why in refusals.items() if why)
-        print(f"lorafast: {primitive} -> {backend}; not {others or 'asked'}; {problem}", file=sys.stderr)
+        print(f"lorafast: {primitive} -> {backend}{others and f'; not {others}'}; {problem}", file=sys.stderr)

@@ -93,12 +93,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *flat):
-        with torch._C._AutoDispatchBelowAutograd():
-            y, h, z = torch.ops.lorafast.linear(x, *flat)
-        t, c = Tensors(*flat[:_T]), Settings(*flat[_T:])
         asked = dict(zip(("x", *Tensors._fields), ctx.needs_input_grad, strict=False))
         if asked["weight"] or asked["scale"]:
             raise RuntimeError(_TRAINED)
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h, z = torch.ops.lorafast.linear(x, *flat)
+        t, c = Tensors(*flat[:_T]), Settings(*flat[_T:])
         wants = Wants(**{name: asked[name] for name in Wants._fields})
         saved = saves(wants, c, t.magnitude is not None)
         kept = y if saved.y else z if saved.z else None
@@ -131,11 +131,11 @@ class _RowNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *flat):
-        with torch._C._AutoDispatchBelowAutograd():
-            value = torch.ops.lorafast.row_norm(*flat)
         asked = dict(zip(Tensors._fields, ctx.needs_input_grad, strict=False))
         if asked["weight"] or asked["scale"]:
             raise RuntimeError(_TRAINED)
+        with torch._C._AutoDispatchBelowAutograd():
+            value = torch.ops.lorafast.row_norm(*flat)
         ctx.wants = Wants(**{name: asked[name] for name in ("lora_A", "lora_B", "core", "out_scale")})
         ctx.settings = flat[_T : _T + _S]
         ctx.save_for_backward(value, *flat[:_T])

@@ -90,7 +90,10 @@ def test_what_a_choice_costs(adapter, remark):
 def test_merged_and_trained_weights_are_told():
     layer = lorafast.Linear(6, 5)
     layer.weight.requires_grad_(True)
-    assert "plain autograd" in str(lorafast.explain(layer))
+    told = lorafast.explain(layer)
+    assert "plain autograd" in str(told)
+    assert "as torch" in str(told)
+    assert (told.rows[0].saved, told.rows[0].referenced, told.rows[0].backends) == (None, (), {})
     layer.merge()
     told = lorafast.explain(layer)
     assert "merged" in str(told)

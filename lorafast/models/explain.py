@@ -13,13 +13,15 @@ from lorafast.problem import PRIMITIVES, Problem, Settings, Tensors, Wants, reso
 
 
 class Row(NamedTuple):
-    """One adapted layer. saved: bytes per token kept for backward alone; referenced: what is kept that lives anyway."""
+    """One adapted layer. saved: bytes per token kept for backward alone, None where plain autograd decides; referenced: what is
+    kept that lives anyway.
+    """
 
     name: str
     method: str
     shape: tuple[int, int]
     r: int
-    saved: int
+    saved: int | None
     referenced: tuple[str, ...]
     backends: dict[str, str]
     why_not: dict[str, tuple[str, ...]]
@@ -40,9 +42,8 @@ class Explanation(NamedTuple):
             used = sorted(set(row.backends.values()))
             backend = ", ".join(f"{p}: {b}" for p, b in row.backends.items()) if len(used) > 1 else "".join(used) or "-"
             N, K = row.shape
-            lines.append(
-                (row.name, row.method, f"{N} x {K}", str(row.r), str(row.saved), ", ".join(row.referenced) or "-", backend)
-            )
+            saved = "as torch" if row.saved is None else str(row.saved)
+            lines.append((row.name, row.method, f"{N} x {K}", str(row.r), saved, ", ".join(row.referenced) or "-", backend))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
         remarks = {f"{name}: {'; '.join(why)}" for row in self.rows for name, why in row.why_not.items()}
@@ -64,8 +65,8 @@ def _row(name: str, layer: Linear, tokens: int) -> Row:
     kept, e = saves(wants, c, t.magnitude is not None), layer.weight.element_size()
     saved, referenced = (layer.r * kept.h + N * kept.z) * e, [name for name in ("x", "y") if getattr(kept, name)]
     backends, why_not = {}, {}
-    if layer.merged:
-        saved, referenced = 0, []
+    if layer.merged or t.weight.requires_grad:
+        saved, referenced = (0 if layer.merged else None), []
     else:
         problem = replace(Problem.of(t.weight.new_empty(0, K), t, c), M=tokens)
         for primitive in PRIMITIVES:
