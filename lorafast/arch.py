@@ -31,6 +31,11 @@ def capturing(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def has_mixed_gemm(device: torch.device) -> bool:
+    """Whether torch.mm takes half-precision operands and gives an fp32 result there."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def has_fp64(device: torch.device) -> bool:
     """Whether the device computes in float64 at all."""
     return device.type not in ("mps", "xla")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lorafast import philox
+from lorafast import arch, philox
 from lorafast.panels import flat, panels
 from lorafast.problem import (
     Down,
@@ -184,7 +184,7 @@ def _add_masked(out: torch.Tensor, low_ranks: list[LowRank], started: bool) -> b
 def _wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b for a panel a, in the accumulator's dtype, so that a dropout scale can follow before the one rounding."""
     sums = accumulator(a.dtype)
-    if a.is_cuda and a.dtype != sums:
+    if a.dtype != sums and arch.has_mixed_gemm(a.device):
         return torch.mm(a, b, out_dtype=sums)
     return torch.mm(a.to(sums), b.to(sums))
 
@@ -192,12 +192,12 @@ def _wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """aᵀ b, a sum over tokens, in the accumulator's dtype.  a [M,·], b [M,·]
 
-    CPUs have no mixed GEMM: there a half-precision result is rounded once before it widens. A full-precision sum goes pairwise,
+    Without a mixed GEMM, as on a CPU, a half-precision result is rounded once before it widens. A full-precision sum goes pairwise,
     because a GEMM adds its terms one after another and a long sum would drift away from what torch.sum makes of it.
     """
     sums, M = accumulator(a.dtype), a.shape[0]
     if a.dtype != sums:
-        return torch.mm(a.t(), b, out_dtype=sums) if a.is_cuda else torch.mm(a.t(), b).to(sums)
+        return torch.mm(a.t(), b, out_dtype=sums) if arch.has_mixed_gemm(a.device) else torch.mm(a.t(), b).to(sums)
     if M <= _SUM_ROWS:
         return torch.mm(a.t(), b)
     return _over_tokens(a[: M // 2], b[: M // 2]).add_(_over_tokens(a[M // 2 :], b[M // 2 :]))
