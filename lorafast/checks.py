@@ -10,6 +10,7 @@ from lorafast.problem import Scaling, activation_dtype
 AXES = ("out", "in")
 DROPOUT_ON = ("adapter", "both")
 KEEPS = ("auto", "output", "inner", "recompute")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def call(
@@ -92,7 +93,7 @@ def floating(name: str, tensor: torch.Tensor) -> None:
     """A tensor of fp64, fp32, bf16 or fp16."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if tensor.dtype not in DTYPES:
         raise TypeError(
             f"{name} {tuple(tensor.shape)} is {tensor.dtype}; lorafast computes in float64, float32, bfloat16 and float16"
         )

@@ -22,38 +22,49 @@ def load(backend: str) -> ModuleType | str:
     name = f"lorafast.backends.{backend}"
     if importlib.util.find_spec(name) is None:
         return "not part of this version of lorafast"
+    # Whatever a driver, a compiler or a half-written file throws is a reason, never a crash in somebody's forward pass.
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:
         lost = links.why_missing(_SOURCES[backend]) if backend in _SOURCES else None
-        return lost or f"cannot be loaded: {error}"
+        return lost or f"cannot be loaded: {type(error).__name__}: {error}"
 
 
 def why_not(backend: str, primitive: str, problem: Problem) -> tuple[str, ...]:
     """Every reason this backend cannot serve this primitive of this problem; empty if it can."""
     module = load(backend)
-    return (module,) if isinstance(module, str) else module.why_not(primitive, problem)
+    if isinstance(module, str):
+        return (module,)
+    if not hasattr(module, primitive):
+        return (f"has no {primitive}",)
+    reasons = module.why_not(primitive, problem)
+    if not isinstance(reasons, tuple):
+        raise TypeError(f"backends/{backend}.py: why_not must return a tuple of reasons, not {reasons!r}")
+    return reasons
 
 
 def pick(primitive: str, problem: Problem) -> ModuleType:
     """The backend that serves this primitive. ValueError for an unknown LORAFAST_BACKEND, RuntimeError if it cannot."""
-    return _pick(primitive, problem, env.backend())
+    return _pick(primitive, problem, env.backend(), env.log())
 
 
 @functools.lru_cache(maxsize=4096)
-def _pick(primitive: str, problem: Problem, asked: str) -> ModuleType:
+def _pick(primitive: str, problem: Problem, asked: str, log: bool) -> ModuleType:
     if asked != "auto" and asked not in ORDER:
         raise ValueError(f"{env.BACKEND.name}={asked} is not one of auto, {', '.join(ORDER)}")
     refusals = {}
     for backend in ORDER if asked == "auto" else (asked,):
         refusals[backend] = why_not(backend, primitive, problem)
         if not refusals[backend]:
-            _announce(primitive, problem, backend, refusals)
+            if log:
+                _announce(primitive, problem, backend, refusals)
             return load(backend)
-    raise RuntimeError(f"{env.BACKEND.name}={asked} cannot {primitive}: {'; '.join(refusals[asked])}")
+    reasons = "; ".join(refusals[asked])
+    raise RuntimeError(
+        f"{env.BACKEND.name}={asked} cannot {primitive}: {reasons} (a forced backend serves all or nothing; auto falls back)"
+    )
 
 
 def _announce(primitive: str, problem: Problem, backend: str, refusals: dict[str, tuple[str, ...]]) -> None:
-    if env.log():
-        others = ", ".join(f"{name} ({'; '.join(why)})" for name, why in refusals.items() if why)
-        print(f"lorafast: {primitive} -> {backend}{others and f'; not {others}'}; {problem}", file=sys.stderr)
+    others = ", ".join(f"{name} ({'; '.join(why)})" for name, why in refusals.items() if why)
+    print(f"lorafast: {primitive} -> {backend}{others and f'; not {others}'}; {problem}", file=sys.stderr)

@@ -8,11 +8,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafast import checks, fold, functional, norm
 from lorafast.methods.adapter import Adapter, Part
 from lorafast.methods.lora import LoRA
 from lorafast.problem import Settings, Tensors, split_scaling
+
+# The weights some layer's start took a delta out of: a second layer that shares one would take out its own on top.
+_residual_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 # Every adapter tensor a layer can hold; those its adapter has no part for are None.
 NAMES = ("lora_A", "lora_B", "lora_core", "lora_magnitude", "lora_out_scale", "lora_bias")
@@ -63,7 +67,8 @@ class Linear(nn.Linear):
         """
         plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
         if not plain or not isinstance(linear.weight, nn.Parameter):
-            raise TypeError(f"linear must be a plain torch.nn.Linear, not {type(linear).__name__}")
+            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+            raise TypeError(f"linear must be a plain torch.nn.Linear without an adapter, not {kind}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -83,8 +88,10 @@ class Linear(nn.Linear):
         checks.pair("weight", self.weight, "[N, K]")
         half = self.weight.dtype in (torch.bfloat16, torch.float16)
         dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
-        if not dtype.is_floating_point:
-            raise TypeError(f"adapter_dtype {dtype} must be a floating dtype")
+        if dtype not in checks.DTYPES:
+            raise TypeError(f"adapter_dtype {dtype!r} must be one of {', '.join(map(str, checks.DTYPES))}")
+        if unknown := sorted(self._names_of(adapter) - set(NAMES)):
+            raise TypeError(f"{adapter}.parts(): {', '.join(unknown)} not among {', '.join(NAMES)}")
         self.adapter, self.scaling = adapter, adapter.scaling
         self._merged: _Merged | None = None
         # Whether the weight lacks the delta the adapter started with, and that delta, if this layer saw the start.
@@ -155,9 +162,16 @@ class Linear(nn.Linear):
         self._refuse_if_merged("reset_adapter()")
         if self.weight.is_meta:
             return
+        if self.adapter.residual and not self._residual and self.weight in _residual_weights:
+            raise ValueError(
+                f"weight {tuple(self.weight.shape)} already holds the residual of another layer that shares it; "
+                "an init that leaves the weight alone (init='zero' or 'repo') can share"
+            )
         base = self._base_weight()
         # Nothing of the layer has changed yet: an SVD may still fail.
         values = self.adapter.start(base)
+        if values.keys() != self._names_of(self.adapter):
+            raise TypeError(f"{self.adapter}.start() gives {sorted(values)}, parts() names {sorted(self._names_of(self.adapter))}")
         for name, value in values.items():
             held = getattr(self, name)
             if held.is_meta:
@@ -172,7 +186,7 @@ class Linear(nn.Linear):
             base = fold.subtract(t._replace(weight=base), c)
         if self._residual or self.adapter.residual:
             self.weight.copy_(base)
-        self._residual = self.adapter.residual
+        self._hold_residual(self.adapter.residual)
 
     def _base_weight(self) -> torch.Tensor:
         """The weight as it was before any start took a delta out of it."""
@@ -233,8 +247,8 @@ class Linear(nn.Linear):
         An optimizer may still move them by momentum or weight decay; restore_columns() after its step undoes that. Once all are
         frozen, lora_B.requires_grad is False, and there is nothing to restore.
         """
-        if not 0 <= count <= self.r:
-            raise ValueError(f"count={count} must be between 0 and r={self.r} for lora_B {tuple(self.lora_B.shape)}")
+        if not isinstance(count, int) or not 0 <= count <= self.r:
+            raise ValueError(f"count={count!r} must be between 0 and r={self.r} for lora_B {tuple(self.lora_B.shape)}")
         if self.frozen_columns == self.r or count == self.r:
             self.lora_B.requires_grad_(count < self.r)
             self.lora_B.grad = None
@@ -255,7 +269,7 @@ class Linear(nn.Linear):
             self._refuse_if_merged("reset_parameters()")
         super().reset_parameters()
         if attached:
-            self._residual = False
+            self._hold_residual(False)
             self.reset_adapter()
 
     def train(self, mode: bool = True) -> Linear:
@@ -270,6 +284,16 @@ class Linear(nn.Linear):
     def _apply(self, fn, recurse: bool = True):
         norm.forget(self._parameters.get("lora_B"))
         return super()._apply(fn, recurse)
+
+    def _hold_residual(self, residual: bool) -> None:
+        self._residual = residual
+        if residual:
+            _residual_weights[self.weight] = True
+        else:
+            _residual_weights.pop(self.weight, None)
+
+    def _names_of(self, adapter: Adapter) -> set[str]:
+        return set(adapter.parts(self.out_features, self.in_features))
 
     def _refuse_if_merged(self, what: str) -> None:
         if self._merged is not None:
@@ -304,11 +328,12 @@ class Linear(nn.Linear):
             errors.append(f"{prefix}weight: the layer is merged; unmerge() before loading")
         elif given and len(given) < len(held):
             absent = ", ".join(prefix + name for name in held if name not in given)
-            errors.append(f"{prefix}* holds part of an adapter: {absent} missing for {self.adapter}")
+            errors.append(f"part of an adapter: {absent} missing for {self.adapter}; give all of it, or none to start anew")
         elif given or prefix + "weight" not in state_dict:
             super()._load_from_state_dict(*arguments, missing, unexpected, errors)
             if given:
-                self._residual, self._start = self.adapter.residual, None
+                self._hold_residual(self.adapter.residual)
+                self._start = None
                 if self.frozen_B is not None:
                     self.freeze_columns(self.frozen_columns)
         else:
@@ -319,7 +344,7 @@ class Linear(nn.Linear):
                 self._start_from_loaded_weight(assigned=metadata.get("assign_to_params_buffers", False))
 
     def _start_from_loaded_weight(self, assigned: bool) -> None:
-        self._residual = False
+        self._hold_residual(False)
         if assigned and self.adapter.residual:
             # The weight is the caller's own tensor, and the start is going to change it.
             self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.weight.requires_grad)

@@ -14,6 +14,8 @@ X86 = Problem(arch.Arch("cpu", "cpu"), torch.float32, 8, 6, (5,), (2,), torch.fl
 
 @pytest.fixture
 def clean(monkeypatch):
+    """Two backends before eager, whatever else this version has: one that is not there, one for a test to fill."""
+    monkeypatch.setattr(dispatch, "ORDER", ("absent", "partial", "eager"))
     dispatch._pick.cache_clear()
     yield monkeypatch
     dispatch._pick.cache_clear()
@@ -21,12 +23,13 @@ def clean(monkeypatch):
 
 def fake(**refusals):
     """A backend that refuses some primitives."""
-    return types.SimpleNamespace(why_not=lambda primitive, problem: refusals.get(primitive, ()))
+    served = {primitive: lambda: None for primitive in PRIMITIVES}
+    return types.SimpleNamespace(why_not=lambda primitive, problem: refusals.get(primitive, ()), **served)
 
 
-def with_backend(monkeypatch, name, module):
+def with_backend(monkeypatch, module):
     real = dispatch.load
-    monkeypatch.setattr(dispatch, "load", lambda backend: module if backend == name else real(backend))
+    monkeypatch.setattr(dispatch, "load", lambda backend: module if backend == "partial" else real(backend))
 
 
 @pytest.mark.parametrize("primitive", PRIMITIVES)
@@ -37,29 +40,29 @@ def test_eager_serves_everything(clean, primitive):
 
 def test_the_first_able_backend_serves(clean):
     able = fake(linear=("rank 2 < 8", "int8"))
-    with_backend(clean, "cpu", able)
+    with_backend(clean, able)
     assert dispatch.pick("project", X86) is able
     assert dispatch.pick("linear", X86) is eager
-    assert dispatch.why_not("cpu", "linear", X86) == ("rank 2 < 8", "int8")
+    assert dispatch.why_not("partial", "linear", X86) == ("rank 2 < 8", "int8")
 
 
 def test_a_forced_backend_raises_with_every_reason(clean):
-    with_backend(clean, "cpu", fake(linear=("rank 2 < 8", "int8")))
-    clean.setenv("LORAFAST_BACKEND", "cpu")
-    with pytest.raises(RuntimeError, match="LORAFAST_BACKEND=cpu cannot linear: rank 2 < 8; int8"):
+    with_backend(clean, fake(linear=("rank 2 < 8", "int8")))
+    clean.setenv("LORAFAST_BACKEND", "partial")
+    with pytest.raises(RuntimeError, match="LORAFAST_BACKEND=partial cannot linear: rank 2 < 8; int8"):
         dispatch.pick("linear", X86)
     assert dispatch.pick("project", X86)
 
 
 def test_a_forced_backend_that_is_not_there_raises(clean):
-    clean.setenv("LORAFAST_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match="LORAFAST_BACKEND=triton cannot linear: not part of this version"):
+    clean.setenv("LORAFAST_BACKEND", "absent")
+    with pytest.raises(RuntimeError, match="LORAFAST_BACKEND=absent cannot linear: not part of this version"):
         dispatch.pick("linear", X86)
 
 
 def test_an_unknown_backend_is_named(clean):
     clean.setenv("LORAFAST_BACKEND", "cudnn")
-    with pytest.raises(ValueError, match="LORAFAST_BACKEND=cudnn is not one of auto, cuda, triton, cpu, eager"):
+    with pytest.raises(ValueError, match="LORAFAST_BACKEND=cudnn is not one of auto, absent, partial, eager"):
         dispatch.pick("linear", X86)
 
 
@@ -68,10 +71,31 @@ def test_the_choice_is_printed_once_per_problem(clean, capsys):
     for _ in range(3):
         dispatch.pick("linear", X86)
     said = capsys.readouterr().err
-    assert said.count("lorafast: linear -> eager; not cuda (not part of this version of lorafast)") == 1
+    assert said.count("lorafast: linear -> eager; not absent (not part of this version of lorafast), partial (not part") == 1
 
 
-@pytest.mark.parametrize("error", [ImportError("no triton"), OSError("libcuda.so.1: cannot open"), RuntimeError("old driver")])
+def test_printing_may_be_switched_on_later(clean, capsys):
+    dispatch.pick("linear", X86)
+    clean.setenv("LORAFAST_LOG", "1")
+    dispatch.pick("linear", X86)
+    assert "linear -> eager" in capsys.readouterr().err
+
+
+def test_a_backend_without_the_primitive_has_not_got_it(clean):
+    half = types.SimpleNamespace(why_not=lambda *_: (), row_norm=lambda: None)
+    with_backend(clean, half)
+    assert dispatch.pick("row_norm", X86) is half
+    assert dispatch.why_not("partial", "linear", X86) == ("has no linear",)
+    assert dispatch.pick("linear", X86) is eager
+
+
+def test_reasons_are_a_tuple(clean):
+    with_backend(clean, fake(linear="no"))
+    with pytest.raises(TypeError, match=r"partial\.py: why_not must return a tuple of reasons, not 'no'"):
+        dispatch.pick("linear", X86)
+
+
+@pytest.mark.parametrize("error", [ImportError("no triton"), OSError("libcuda.so.1: cannot open"), SyntaxError("half-written")])
 def test_a_backend_that_fails_to_load_is_a_reason(clean, error):
     def broken(name):
         raise error
@@ -80,7 +104,7 @@ def test_a_backend_that_fails_to_load_is_a_reason(clean, error):
     clean.setattr(dispatch.importlib, "import_module", broken)
     clean.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
     try:
-        assert dispatch.why_not("triton", "linear", X86) == (f"cannot be loaded: {error}",)
+        assert dispatch.why_not("triton", "linear", X86) == (f"cannot be loaded: {type(error).__name__}: {error}",)
     finally:
         dispatch.load.cache_clear()
 

@@ -1,5 +1,7 @@
 """lorafast.Linear as a module: construction, what trains, dtypes, gradients, odd shapes, refusals."""
 
+import dataclasses
+
 import pytest
 import torch
 from layers import K, N, each_adapter, trained, x_of
@@ -7,6 +9,7 @@ from torch import nn
 
 import lorafast
 from lorafast import DoRA, LaMDA, LoRA
+from lorafast.methods.adapter import Part
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*now holds the residual")
 
@@ -136,10 +139,39 @@ def test_refusals_leave_the_linear_as_it_was():
         lorafast.Linear.from_linear(lorafast.Linear(K, N))
     twice = type("Twice", (nn.Linear,), {"forward": lambda self, x: 2 * super(type(self), self).forward(x)})
     for own_forward in (twice(K, N), nn.utils.parametrizations.weight_norm(nn.Linear(K, N))):
-        with pytest.raises(TypeError, match=r"plain torch\.nn\.Linear, not (Twice|ParametrizedLinear)"):
+        with pytest.raises(TypeError, match=r"plain torch\.nn\.Linear.* not \S*(Twice|ParametrizedLinear)"):
             lorafast.Linear.from_linear(own_forward)
-    with pytest.raises(TypeError, match="adapter_dtype"):
-        lorafast.Linear(K, N, adapter_dtype=torch.int8)
+    for dtype in (torch.int8, torch.float8_e4m3fn, "bf16"):
+        with pytest.raises(TypeError, match="adapter_dtype"):
+            lorafast.Linear(K, N, adapter_dtype=dtype)
+
+
+def test_a_second_residual_start_on_a_shared_weight_is_refused():
+    base, x = nn.Linear(K, N), x_of()
+    want = base(x)
+    first = lorafast.Linear.from_linear(base, LaMDA(r=3))
+    with pytest.raises(ValueError, match=r"weight \(14, 10\) already holds the residual.*init='zero'"):
+        lorafast.Linear.from_linear(base, LaMDA(r=3))
+    torch.testing.assert_close(first(x), want, rtol=1e-5, atol=1e-6)
+    first.load_state_dict(nn.Linear(K, N).state_dict())
+    first.reset_adapter()
+
+
+def test_a_method_that_names_its_parts_wrongly_is_told():
+    @dataclasses.dataclass(frozen=True)
+    class Misnamed(LoRA):
+        def parts(self, N, K):
+            return super().parts(N, K) | {"core": Part((self.r,))}
+
+    @dataclasses.dataclass(frozen=True)
+    class Forgetful(LoRA):
+        def start(self, weight):
+            return {"lora_A": super().start(weight)["lora_A"]}
+
+    with pytest.raises(TypeError, match=r"parts\(\): core not among lora_A"):
+        lorafast.Linear(K, N, adapter=Misnamed())
+    with pytest.raises(TypeError, match=r"start\(\) gives \['lora_A'\]"):
+        lorafast.Linear(K, N, adapter=Forgetful())
 
 
 def test_a_trained_weight_gets_its_gradient():

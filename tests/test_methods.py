@@ -59,7 +59,7 @@ def test_bad_combinations(method, wrong, message):
 
 @pytest.mark.parametrize(
     ("peft", "ours"),
-    [("lora_alpha", "alpha"), ("lora_dropout", "dropout"), ("use_rslora", "rslora"), ("init_lora_weights", "init")],
+    [("lora_alpha", "alpha"), ("lora_dropout", "dropout"), ("use_rslora", "rslora"), ("init_lora_weights", "init"), ("rank", "r")],
 )
 def test_pefts_names_are_answered_with_ours(peft, ours):
     with pytest.raises(TypeError, match=rf"{peft}.*spelled {ours}"):
@@ -123,6 +123,18 @@ def test_lamda_repo_start():
     assert not start["lora_B"].any()
     assert start["lora_A"].abs().max() <= 0.1
     assert 0 < start["lora_core"].abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("flag", ["rslora", "freeze_A", "lora_bias", "detach_norm", "cache_norm"])
+def test_flags_are_flags(flag):
+    with pytest.raises(TypeError, match=f"{flag}='no' must be True or False"):
+        DoRA(**{flag: "no"})
+
+
+@pytest.mark.parametrize("niter", [-1, 1.5, "a"])
+def test_iterations_are_a_count(niter):
+    with pytest.raises(ValueError, match="svd_niter="):
+        LaMDA(svd_niter=niter)
 
 
 def test_a_dropout_that_is_no_number():

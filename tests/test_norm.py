@@ -4,18 +4,15 @@ import pytest
 import torch
 
 import lorafast
-from lorafast import dispatch, functional, norm
-from lorafast.backends import eager
+from lorafast import functional, norm
 
 
 @pytest.fixture
 def computed(monkeypatch):
     """How often a norm was really computed."""
-    calls, real = [], eager.row_norm
-    monkeypatch.setattr(eager, "row_norm", lambda *args: calls.append(1) or real(*args))
-    dispatch._pick.cache_clear()
-    yield calls
-    dispatch._pick.cache_clear()
+    calls, real = [], norm._compute
+    monkeypatch.setattr(norm, "_compute", lambda *args: calls.append(1) or real(*args))
+    return calls
 
 
 def layer_of(**settings):

@@ -124,7 +124,7 @@ def test_a_state_with_holes_changes_nothing_and_a_users_own_freeze_stays():
     model = model_of()
     model[0].lora_B.requires_grad_(False)
     schedule = LaMDAFreeze(model, total_steps=10)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match=r"\['last_step'\] must hold"):
         schedule.load_state_dict({"last_step": 3})
     assert schedule.last_step == 0
     schedule.load_state_dict(schedule.state_dict())
@@ -152,10 +152,14 @@ def test_groups():
         ({"total_steps": 0}, "total_steps=0"),
         ({"total_steps": 5, "fraction": 0}, "fraction=0"),
         ({"total_steps": 5, "group": 0}, "group=0"),
+        ({"total_steps": "5"}, "total_steps='5'"),
+        ({"total_steps": 5, "group": 1.5}, r"group=1\.5"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         LaMDAFreeze(model_of(), **settings)
+    with pytest.raises(TypeError, match="model must be a"):
+        LaMDAFreeze([model_of()], total_steps=5)
     with pytest.raises(ValueError, match=r"no lorafast\.Linear with a LaMDA adapter"):
         LaMDAFreeze(nn.Linear(2, 2), total_steps=5)

@@ -17,6 +17,7 @@ _OTHER_NAMES = {
     "use_rslora": "rslora",
     "init_lora_weights": "init",
     "use_dora": "lorafast.DoRA(...)",
+    "rank": "r",
 }
 
 
@@ -56,8 +57,11 @@ class Adapter:
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r={self.r!r} must be an integer of at least 1")
-        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
             raise ValueError(f"alpha={self.alpha!r} must be a finite number")
+        for field in fields(self):
+            if isinstance(field.default, bool) and not isinstance(getattr(self, field.name), bool):
+                raise TypeError(f"{field.name}={getattr(self, field.name)!r} must be True or False")
         checks.probability(self.dropout)
 
     def __repr__(self) -> str:
@@ -75,7 +79,7 @@ class Adapter:
         return False
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
-        """The adapter tensors of a layer with weight [N,K], by the name of their Parameter."""
+        """The adapter tensors of a layer with weight [N,K], by the name of their Parameter, one of layer.NAMES."""
         raise NotImplementedError
 
     def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -39,6 +39,8 @@ class LaMDA(Adapter):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.word("init", self.init, INITS)
+        if self.svd_niter is not None and (not isinstance(self.svd_niter, int) or self.svd_niter < 0):
+            raise ValueError(f"svd_niter={self.svd_niter!r} must be None or an integer of at least 0")
         if self.init == "residual" and self.alpha == 0:
             raise ValueError("alpha=0 leaves nothing for init='residual' to take out of the weight; use init='zero'")
 

@@ -16,7 +16,10 @@ def top(weight: torch.Tensor, r: int, niter: int | None = None) -> tuple[torch.T
     randomised form always draws the same numbers and leaves torch's generators as they were.
     """
     if r > min(weight.shape):
-        raise ValueError(f"r={r} exceeds min(N, K)={min(weight.shape)} of weight {tuple(weight.shape)}, which an SVD needs")
+        raise ValueError(
+            f"r={r} exceeds min(N, K)={min(weight.shape)} of weight {tuple(weight.shape)}, as many as an SVD has; "
+            "take a smaller r, or an init without an SVD"
+        )
     wide = weight if weight.dtype == torch.float64 else weight.float()
     exact = niter == 0 or (niter is None and min(weight.shape) <= EXACT_UP_TO)
     if exact:

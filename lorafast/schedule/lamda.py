@@ -22,6 +22,8 @@ class LaMDAFreeze:
     """
 
     def __init__(self, model: nn.Module, total_steps: int, fraction: float = 0.3, group: int = 1) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         self.layers = [m for m in model.modules() if isinstance(m, Linear) and isinstance(m.adapter, LaMDA)]
         if not self.layers:
             raise ValueError(f"model {type(model).__name__} has no lorafast.Linear with a LaMDA adapter")
@@ -45,16 +47,17 @@ class LaMDAFreeze:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from a saved schedule. The model's state may be loaded before or after: what is frozen is frozen at its values."""
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(f"state {sorted(state)} must hold {sorted(self.state_dict())}")
         self._set(**state)
         self._freeze()
 
     def _set(self, last_step: int, total_steps: int, fraction: float, group: int) -> None:
-        if total_steps < 1:
-            raise ValueError(f"total_steps={total_steps} must be at least 1")
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fraction={fraction} must be in (0, 1]")
-        if group < 1:
-            raise ValueError(f"group={group} must be at least 1")
+        for name, value in (("total_steps", total_steps), ("group", group)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise ValueError(f"fraction={fraction!r} must be a number in (0, 1]")
         self.last_step, self.total_steps, self.fraction, self.group = last_step, total_steps, fraction, group
 
     def _freeze(self) -> None:
