@@ -43,6 +43,15 @@ def why_not(backend: str, primitive: str, problem: Problem) -> tuple[str, ...]:
     return reasons
 
 
+def candidates(asked: str) -> tuple[str, ...]:
+    """The backends to ask, in order, for a value of LORAFAST_BACKEND. ValueError for one that is none."""
+    if asked == "auto":
+        return ORDER
+    if asked not in ORDER:
+        raise ValueError(f"{env.BACKEND.name}={asked} is not one of auto, {', '.join(ORDER)}")
+    return (asked,)
+
+
 def pick(primitive: str, problem: Problem) -> ModuleType:
     """The backend that serves this primitive. ValueError for an unknown LORAFAST_BACKEND, RuntimeError if it cannot."""
     return _pick(primitive, problem, env.backend(), env.log())
@@ -50,10 +59,8 @@ def pick(primitive: str, problem: Problem) -> ModuleType:
 
 @functools.lru_cache(maxsize=4096)
 def _pick(primitive: str, problem: Problem, asked: str, log: bool) -> ModuleType:
-    if asked != "auto" and asked not in ORDER:
-        raise ValueError(f"{env.BACKEND.name}={asked} is not one of auto, {', '.join(ORDER)}")
     refusals = {}
-    for backend in ORDER if asked == "auto" else (asked,):
+    for backend in candidates(asked):
         refusals[backend] = why_not(backend, primitive, problem)
         if not refusals[backend]:
             if log:

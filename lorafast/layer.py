@@ -6,6 +6,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -96,7 +97,8 @@ class Linear(nn.Linear):
         self._merged: _Merged | None = None
         # Whether the weight lacks the delta the adapter started with, and that delta, if this layer saw the start.
         self._residual, self._start = False, None
-        self.frozen_columns = 0
+        # The columns of lora_B that no longer train, their values, and whether freezing them took lora_B's gradient away.
+        self.frozen_columns, self._froze_B = 0, False
         self.register_buffer("frozen_B", None, persistent=False)
         for name in NAMES:
             part = self._parts().get(name)
@@ -162,6 +164,9 @@ class Linear(nn.Linear):
         self._refuse_if_merged("reset_adapter()")
         if self.weight.is_meta:
             return
+        if parametrized := sorted(name for name in self._names_of(self.adapter) if name not in self._parameters):
+            raise RuntimeError(f"{', '.join(parametrized)} of this layer is parametrized, and cannot be started anew through that")
+        self._refuse_if_sharded("reset_adapter()")
         if self.adapter.residual and not self._residual and self.weight in _residual_weights:
             raise ValueError(
                 f"weight {tuple(self.weight.shape)} already holds the residual of another layer that shares it; "
@@ -214,19 +219,22 @@ class Linear(nn.Linear):
             raise ValueError(f"lora_bias {tuple(self.lora_bias.shape)} cannot be merged into a layer without a bias")
         t, c = self._tensors(), self._settings()
         if t.magnitude is not None:
+            self._refuse_if_sharded("merge()")
             t = t._replace(norm=functional.row_norm(t.weight, t.lora_A, t.lora_B, t.core, t.out_scale, self.scaling, c.axis))
         if not keep and not fold.invertible(t):
             raise ValueError(
                 f"magnitude {tuple(t.magnitude.shape)} makes a gain no unmerge() can undo (0, inf or nan): merge(keep=True)"
             )
         merged = fold.fold(t, c)
-        if not merged.isfinite().all() and t.weight.isfinite().all():
-            raise ValueError(f"weight {tuple(t.weight.shape)} with its adapter folded in is not finite in {t.weight.dtype}")
+        merged_bias = None if t.lora_bias is None else fold.fold_bias(t, c)
+        for name, old, new in (("weight", t.weight, merged), ("bias", t.bias, merged_bias)):
+            if new is not None and (old.isfinite() & ~new.isfinite()).any():
+                raise ValueError(f"{name} {tuple(old.shape)} with its adapter folded in is not finite in {old.dtype}")
         weight = self.weight.detach().to("cpu", copy=True) if keep else None
-        bias = None if self.lora_bias is None else self.bias.detach().clone()
+        bias = None if t.lora_bias is None else t.bias.detach().clone()
         self._merged = _Merged(bias, weight, None if keep else _folded(t._replace(bias=None, lora_bias=None), c))
-        if self.lora_bias is not None:
-            self.bias.copy_(fold.fold_bias(t, c))
+        if merged_bias is not None:
+            self.bias.copy_(merged_bias)
         self.weight.copy_(merged)
 
     @torch.no_grad()
@@ -245,15 +253,21 @@ class Linear(nn.Linear):
         """From now on the first `count` columns of lora_B are frozen at their values: no gradient, and no work for one.
 
         An optimizer may still move them by momentum or weight decay; restore_columns() after its step undoes that. Once all are
-        frozen, lora_B.requires_grad is False, and there is nothing to restore.
+        frozen, lora_B.requires_grad is False and there is nothing to restore; but in a process group lora_B keeps its (zero)
+        gradient, because a DDP reducer that was built with it waits for it.
         """
         if not isinstance(count, int) or not 0 <= count <= self.r:
             raise ValueError(f"count={count!r} must be between 0 and r={self.r} for lora_B {tuple(self.lora_B.shape)}")
-        if self.frozen_columns == self.r or count == self.r:
-            self.lora_B.requires_grad_(count < self.r)
+        whole = count == self.r and not (dist.is_available() and dist.is_initialized())
+        if whole and self.lora_B.requires_grad:
+            self.lora_B.requires_grad_(False)
             self.lora_B.grad = None
+            self._froze_B = True
+        elif not whole and self._froze_B:
+            self.lora_B.requires_grad_(True)
+            self._froze_B = False
         self.frozen_columns = count
-        self.frozen_B = self.lora_B[:, :count].detach().clone() if 0 < count < self.r else None
+        self.frozen_B = self.lora_B[:, :count].detach().clone() if count and not whole else None
 
     @torch.no_grad()
     def restore_columns(self) -> None:
@@ -284,6 +298,11 @@ class Linear(nn.Linear):
     def _apply(self, fn, recurse: bool = True):
         norm.forget(self._parameters.get("lora_B"))
         return super()._apply(fn, recurse)
+
+    def _refuse_if_sharded(self, what: str) -> None:
+        # A DTensor, asked for without importing torch.distributed.tensor for everybody.
+        if hasattr(self.weight, "full_tensor"):
+            raise NotImplementedError(f"weight {tuple(self.weight.shape)} is a sharded DTensor: {what} before sharding it")
 
     def _hold_residual(self, residual: bool) -> None:
         self._residual = residual
@@ -323,7 +342,7 @@ class Linear(nn.Linear):
         # A parametrized factor is no parameter of this module any more, and loads by its own name.
         held = [name for name in NAMES if self._parameters.get(name) is not None]
         given = [name for name in held if prefix + name in state_dict]
-        arguments = (state_dict, prefix, metadata, strict)
+        arguments, before = (state_dict, prefix, metadata, strict), len(errors)
         if self._merged is not None:
             errors.append(f"{prefix}weight: the layer is merged; unmerge() before loading")
         elif given and len(given) < len(held):
@@ -332,12 +351,13 @@ class Linear(nn.Linear):
         elif given or prefix + "weight" not in state_dict:
             super()._load_from_state_dict(*arguments, missing, unexpected, errors)
             if given:
-                self._hold_residual(self.adapter.residual)
-                self._start = None
+                if prefix + "weight" in state_dict and len(errors) == before:
+                    self._hold_residual(self.adapter.residual)
+                    self._start = None
                 if self.frozen_B is not None:
                     self.freeze_columns(self.frozen_columns)
         else:
-            before, lacking = len(errors), []
+            lacking: list[str] = []
             super()._load_from_state_dict(*arguments, lacking, unexpected, errors)
             missing.extend(key for key in lacking if key[len(prefix) :] not in held)
             if len(errors) == before:

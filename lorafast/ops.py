@@ -113,13 +113,19 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
+        y, version = ctx.output[0](), ctx.output[1]
+        modified = ctx.settings.keep == "output" and y is not None and y._version != version
         try:
             x, h, kept, *flat = ctx.saved_tensors
         except RuntimeError as error:
-            y, version = ctx.output[0](), ctx.output[1]
-            if ctx.settings.keep == "output" and y is not None and y._version != version:
+            # A y that nobody holds any more cannot be asked, but is the likeliest.
+            if modified or (y is None and ctx.settings.keep == "output" and "inplace" in str(error)):
                 raise RuntimeError(_MODIFIED.format(ctx.layer)) from error
             raise
+        # Under saved-tensor hooks, non-reentrant checkpointing among them, torch itself checks nothing: what comes back is a y
+        # that has been recomputed, and overwritten again by the op that follows.
+        if modified or (ctx.settings.keep == "output" and kept._version != version):
+            raise RuntimeError(_MODIFIED.format(ctx.layer))
         wants: Wants = ctx.wants
         found = torch.ops.lorafast.linear_backward(dy, x, h, kept, *flat, *ctx.settings, list(wants))
         grads = dict(zip(wants.names, found, strict=True))

@@ -43,6 +43,7 @@ FORMS = (
     Form("dora-output", magnitude=True, keep="output"),
     Form("dora-inner", magnitude=True, keep="inner"),
     Form("dora-recompute", magnitude=True, keep="recompute"),
+    Form("dora-recompute-bias", magnitude=True, keep="recompute", lora_bias=True),
     Form("dora-both", magnitude=True, dropout_on="both"),
     Form("dora-both-recompute", magnitude=True, dropout_on="both", keep="recompute"),
     Form("dora-exact", magnitude=True, detach_norm=False),

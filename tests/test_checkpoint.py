@@ -36,6 +36,25 @@ def test_checkpoint(adapter, reentrant):
         assert torch.equal(plain, again)
 
 
+@pytest.mark.parametrize("how", ["checkpoint", "hooks", "plain"])
+def test_an_in_place_op_on_a_kept_output_is_never_silent(how):
+    layer = lorafast.Linear(16, 16, bias=False, adapter=lorafast.DoRA(r=4, keep="output"))
+    x = torch.randn(5, 16, requires_grad=True)
+
+    def follow(x):
+        return layer(x).sigmoid_()
+
+    if how == "checkpoint":
+        loss = checkpoint(follow, x, use_reentrant=False).sum()
+    elif how == "hooks":
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            loss = follow(x).sum()
+    else:
+        loss = follow(x).sum()
+    with pytest.raises(RuntimeError, match=r"weight \(16, 16\): its output was modified in place.*keep='inner'"):
+        loss.backward()
+
+
 def _backward(y, leaves):
     for leaf in leaves:
         leaf.grad = None

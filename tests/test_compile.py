@@ -116,6 +116,19 @@ def test_a_tensor_scaling_changes_without_a_recompile():
     assert counter.frame_count == 1
 
 
+def test_freezing_columns_needs_three_graphs_with_dynamic_integers():
+    layer = lorafast.Linear(12, 16, adapter=lorafast.LaMDA(r=12))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    x = torch.randn(4, 12)
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+        for count in range(13):
+            layer.freeze_columns(count)
+            for got, want in zip(step(compiled, layer, x), step(layer, layer, x), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 3
+
+
 def test_a_merged_layer_compiles():
     layer = layer_of(ADAPTERS["dora"])
     layer.merge()

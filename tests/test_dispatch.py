@@ -7,7 +7,7 @@ import torch
 
 from lorafast import arch, dispatch, env, links
 from lorafast.backends import eager
-from lorafast.problem import PRIMITIVES, Problem
+from lorafast.problem import PRIMITIVES, Problem, Settings, Tensors
 
 X86 = Problem(arch.Arch("cpu", "cpu"), torch.float32, 8, 6, (5,), (2,), torch.float32, torch.float32)
 
@@ -30,6 +30,15 @@ def fake(**refusals):
 def with_backend(monkeypatch, module):
     real = dispatch.load
     monkeypatch.setattr(dispatch, "load", lambda backend: module if backend == "partial" else real(backend))
+
+
+@pytest.mark.parametrize(("shape", "transposed"), [((5, 6), False), ((1, 6), False), ((5, 1), False)])
+def test_the_weights_layout_is_part_of_the_problem(shape, transposed):
+    N, K = shape
+    t = Tensors(torch.empty(N, K), lora_A=torch.empty(2, K), lora_B=torch.empty(N, 2))
+    assert Problem.of(torch.empty(3, K), t, Settings()).transposed is transposed
+    lying = t._replace(weight=torch.empty(K, N).t())
+    assert Problem.of(torch.empty(3, K), lying, Settings()).transposed is (N > 1 and K > 1)
 
 
 @pytest.mark.parametrize("primitive", PRIMITIVES)

@@ -132,6 +132,15 @@ def test_in_place_on_something_else_is_not_blamed_on_the_output():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("scaling", [0.02, 0.25])
+def test_a_sum_beyond_half_precision_is_scaled_before_it_is_rounded(scaling):
+    B = torch.ones(3, 1, requires_grad=True)
+    x, dy = torch.full((64, 1), 2.0, dtype=torch.float16), torch.full((64, 3), 32.0, dtype=torch.float16)
+    A, W = torch.full((1, 1), 20.0), torch.ones(3, 1, dtype=torch.float16)
+    lorafast.linear(x, W, None, A, B, scaling=scaling).backward(dy)
+    torch.testing.assert_close(B.grad, torch.full((3, 1), 64 * 2 * 20 * 32 * scaling), rtol=1e-3, atol=0)
+
+
 def test_a_rare_survivor_does_not_overflow_in_half_precision():
     t = testing.make(Case(BY_NAME["lora"], 64, N, K, R, torch.float16))
     # scale·A would be 93,620, past fp16's 65,504; h is not.

@@ -95,12 +95,21 @@ def test_what_cannot_be_merged_says_so_and_stays():
     half = trained(LoRA(r=3), dtype=torch.float16)
     with torch.no_grad():
         half.lora_B[4] = 1e6
+    with torch.no_grad():
+        half.weight[0, 0] = float("inf")  # one that was there before hides nothing
     for keep in (True, False):
         before = half.weight.clone()
         with pytest.raises(ValueError, match=r"weight \(14, 10\).*not finite in torch\.float16"):
             half.merge(keep)
         assert torch.equal(half.weight, before)
         assert not half.merged
+    biased = trained(LoRA(r=3, lora_bias=True), dtype=torch.float16)
+    with torch.no_grad():
+        biased.lora_bias[1] = 1e6
+    before = biased.weight.clone()
+    with pytest.raises(ValueError, match=r"bias \(14,\).*not finite in torch\.float16"):
+        biased.merge()
+    assert torch.equal(biased.weight, before)
     with pytest.raises(ValueError, match=r"lora_bias \(14,\)"):
         trained(LoRA(r=3, lora_bias=True), bias=False).merge()
     with pytest.raises(RuntimeError, match="meta"):

@@ -160,12 +160,37 @@ def test_every_part_of_the_formula_is_part_of_the_key(computed):
         {"out_scale": torch.randn(8)},
     ]  # fmt: skip
     computed.clear()
-    for given in calls:
-        for weight in (W, W.t()):
+    for weight in (W, W.t()):
+        for given in calls:
             first = functional.row_norm(weight, A, B, **given, cache=True)
             assert torch.equal(first, functional.row_norm(weight, A, B, **given, cache=True))
             assert torch.equal(first, functional.row_norm(weight, A, B, **given))
     assert len(computed) == 2 * 2 * len(calls)
+
+
+@torch.no_grad()
+def test_writes_to_every_part_are_seen(computed):
+    W, A, B = torch.randn(8, 8), torch.randn(3, 8), torch.randn(8, 3)
+    parts = {"core": torch.randn(3, 3), "out_scale": torch.rand(8), "scaling": torch.tensor(2.0)}
+    both, layer = torch.randn(2, 8, 8), layer_of().eval()
+    computed.clear()
+    for part in (W, A, B, *parts.values()):
+        functional.row_norm(W, A, B, **parts, cache=True)
+        part.mul_(2)
+    layer.weight = torch.nn.Parameter(both[0])
+    layer.lora_A.data, layer.lora_B.data, layer.lora_magnitude.data = A, B, torch.ones(8)
+    for half in both:
+        layer.weight.data = half
+        functional.row_norm(layer.weight, layer.lora_A, layer.lora_B, cache=True)
+    assert len(computed) == 6 + 2
+
+
+@torch.no_grad()
+def test_the_exact_norm_is_cached_in_eval_too(computed):
+    layer = layer_of(detach_norm=False).eval()
+    computed.clear()
+    layer(X), layer(X)
+    assert len(computed) == 1
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ ROWS = (
     ("dora in", "dora-in", (), h, {"x"}),
     ("dora in both", "dora-in-both", (), h, {"x"}),
     ("dora, m frozen", "dora", ("magnitude",), h, {"x"}),
+    ("dora in, A and m frozen", "dora-in", ("magnitude", "lora_A"), h, set()),
     ("dora, A and m frozen", "dora", ("magnitude", "lora_A"), h, set()),
     ("nothing trains", "lora", ("lora_A", "lora_B", "bias"), lambda e: 0, set()),
 )

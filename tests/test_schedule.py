@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.multiprocessing import spawn
 
 import lorafast
 from lorafast.schedule import LaMDAFreeze
@@ -60,6 +62,47 @@ def test_live_columns_and_the_core_go_on_training():
     assert torch.equal(before["lora_B"][:, :2], after["lora_B"][:, :2])
     assert not (before["lora_B"][:, 2:] == after["lora_B"][:, 2:]).any()
     assert not torch.equal(before["lora_core"], after["lora_core"])
+
+
+def test_the_copy_is_gone_once_all_are_frozen_and_decay_cannot_reach_them():
+    model = model_of()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, LaMDAFreeze(model, total_steps=4, fraction=1.0), 4)
+    before = model[0].lora_B.detach().clone()
+    assert model[0].frozen_B is None
+    model(torch.randn(8, 10)).square().mean().backward()
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    assert torch.equal(model[0].lora_B, before)
+
+
+def test_ddp_goes_on_when_all_columns_are_frozen(tmp_path):
+    spawn(_train_in_a_group, args=(str(tmp_path / "rendezvous"),), nprocs=2)
+
+
+def _train_in_a_group(rank, rendezvous):
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = model_of()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer, schedule = optimizer_of(model), LaMDAFreeze(model, total_steps=4, fraction=0.5)
+    frozen = None
+    for step in range(5):
+        torch.manual_seed(100 + 10 * step + rank)
+        parallel(torch.randn(8, 10)).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if model[0].frozen_columns == R:
+            now = model[0].lora_B.detach().clone()
+            assert frozen is None or torch.equal(now, frozen)
+            frozen = now
+        for parameter in model.parameters():
+            theirs = parameter.detach().clone()
+            dist.broadcast(theirs, 0)
+            assert torch.equal(theirs, parameter)
+    assert frozen is not None
+    dist.destroy_process_group()
 
 
 def test_the_gradient_of_a_frozen_column_is_zero():

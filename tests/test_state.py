@@ -130,6 +130,60 @@ def test_a_residual_whose_start_was_not_seen_is_not_reset(device):
         assert torch.equal(value, state[name])
 
 
+def test_adapter_keys_alone_leave_the_start_known():
+    base, x = nn.Linear(K, N), x_of()
+    want = base(x)
+    layer = lorafast.Linear.from_linear(base, LaMDA(r=3)).eval()
+    factors = {name: value * 2 for name, value in layer.state_dict().items() if name.startswith("lora")}
+    with pytest.raises(RuntimeError, match="Missing"):
+        layer.load_state_dict(factors)
+    layer.load_state_dict(factors, strict=False)
+    assert torch.equal(layer.lora_B, factors["lora_B"])
+    layer.reset_adapter()
+    torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_alone_or_a_wrong_weight_leaves_the_adapter_alone():
+    layer = trained(DoRA(r=3))
+    before = copy.deepcopy(layer.state_dict())
+    layer.load_state_dict({"bias": torch.zeros(N)}, strict=False)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        layer.load_state_dict({"weight": torch.zeros(2, 2), "bias": torch.zeros(N)})
+    for name in ("lora_A", "lora_B", "lora_magnitude"):
+        assert torch.equal(layer.state_dict()[name], before[name])
+
+
+def test_a_meta_layer_keeps_what_was_frozen():
+    layer = lorafast.Linear(K, N, adapter=LoRA(r=3), device="meta")
+    layer.lora_A.requires_grad_(False)
+    layer.load_state_dict(nn.Linear(K, N).state_dict(), assign=True)
+    assert not layer.lora_A.requires_grad
+    assert layer.lora_B.requires_grad
+
+
+def test_fresh_parameters_owe_nothing_to_the_last_start():
+    layer = trained(LaMDA(r=3))
+    torch.manual_seed(5)
+    layer.reset_parameters()
+    torch.manual_seed(5)
+    torch.testing.assert_close(layer.weight + layer.scaling * layer.lora_B @ layer.core @ layer.lora_A, nn.Linear(K, N).weight)
+
+
+def test_a_user_who_froze_lora_B_finds_it_frozen():
+    layer = trained(LaMDA(r=3))
+    layer.lora_B.requires_grad_(False)
+    layer.freeze_columns(3)
+    layer.reset_adapter()
+    assert not layer.lora_B.requires_grad
+
+
+def test_a_parametrized_factor_is_not_reset():
+    layer = trained(LoRA(r=3))
+    nn.utils.parametrize.register_parametrization(layer, "lora_B", nn.Identity())
+    with pytest.raises(RuntimeError, match="lora_B of this layer is parametrized"):
+        layer.reset_adapter()
+
+
 def test_a_reset_that_fails_changes_nothing(monkeypatch):
     layer = trained(LaMDA(r=3))
     before = copy.deepcopy(layer.state_dict())

@@ -192,12 +192,20 @@ def _wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """aᵀ b, a sum over tokens, in the accumulator's dtype.  a [M,·], b [M,·]
 
-    Without a mixed GEMM, as on a CPU, a half-precision result is rounded once before it widens. A full-precision sum goes pairwise,
+    Without a mixed GEMM, as on a CPU, a bf16 result is rounded once before it widens. A full-precision sum goes pairwise,
     because a GEMM adds its terms one after another and a long sum would drift away from what torch.sum makes of it.
     """
     sums, M = accumulator(a.dtype), a.shape[0]
+    if a.dtype != sums and arch.has_mixed_gemm(a.device):
+        return torch.mm(a.t(), b, out_dtype=sums)
+    if a.dtype == torch.float16:
+        # The sum may pass fp16's range before the scaling that brings it back.
+        out = torch.zeros(a.shape[1], b.shape[1], dtype=sums, device=a.device)
+        for rows in panels(a):
+            out += _over_tokens(a[rows].to(sums), b[rows].to(sums))
+        return out
     if a.dtype != sums:
-        return torch.mm(a.t(), b, out_dtype=sums) if arch.has_mixed_gemm(a.device) else torch.mm(a.t(), b).to(sums)
+        return torch.mm(a.t(), b).to(sums)
     if M <= _SUM_ROWS:
         return torch.mm(a.t(), b)
     return _over_tokens(a[: M // 2], b[: M // 2]).add_(_over_tokens(a[M // 2 :], b[M // 2 :]))

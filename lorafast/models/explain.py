@@ -95,8 +95,8 @@ def _training_call(layer: Linear) -> tuple[Wants, Tensors, Settings]:
 
 def _route(primitive: str, problem: Problem) -> tuple[str, dict[str, tuple[str, ...]]]:
     """The backend that serves a primitive ("none" if a forced one cannot), and why those asked before it do not."""
-    asked, refusals = dispatch.ORDER if env.backend() == "auto" else (env.backend(),), {}
-    for backend in asked:
+    refusals = {}
+    for backend in dispatch.candidates(env.backend()):
         why = dispatch.why_not(backend, primitive, problem)
         if not why:
             return backend, refusals

@@ -17,8 +17,10 @@ class LaMDAFreeze:
 
     step() comes after optimizer.step() and before zero_grad(). A frozen column stays bitwise constant whatever the optimizer's
     momentum or weight decay does to it, since each step() writes it back; its gradient is exactly 0 and no longer computed. While
-    columns freeze one by one their values are kept once more; when all are, lora_B.requires_grad is False and the copy is gone.
-    group: how many columns freeze at a time; under torch.compile every change recompiles, so take r/4 or so there.
+    columns freeze one by one their values are kept once more; when all are, lora_B.requires_grad is False and the copy is gone
+    (in a process group both stay, because DDP waits for the gradients it was built with).
+    group: how many columns freeze at a time. Under torch.compile every change recompiles, and dynamo gives up after its
+    recompile_limit (8): take r/4 there, or set torch._dynamo.config.allow_unspec_int_on_nn_module = True, which needs 3 graphs.
     """
 
     def __init__(self, model: nn.Module, total_steps: int, fraction: float = 0.3, group: int = 1) -> None:
