@@ -305,11 +305,11 @@ class Linear(nn.Linear):
             raise NotImplementedError(f"weight {tuple(self.weight.shape)} is a sharded DTensor: {what} before sharding it")
 
     def _hold_residual(self, residual: bool) -> None:
-        self._residual = residual
         if residual:
             _residual_weights[self.weight] = True
-        else:
+        elif self._residual:  # only the layer that marked a shared weight may clear it
             _residual_weights.pop(self.weight, None)
+        self._residual = residual
 
     def _names_of(self, adapter: Adapter) -> set[str]:
         return set(adapter.parts(self.out_features, self.in_features))

@@ -75,7 +75,7 @@ def test_unmerge_takes_out_what_was_put_in_even_if_the_factors_moved():
     torch.testing.assert_close(layer.weight, before, rtol=1e-13, atol=1e-13)
 
 
-def test_what_cannot_be_merged_says_so_and_stays():
+def test_a_gain_that_cannot_be_undone_is_not_merged():
     layer = trained(DoRA(r=3))
     with torch.no_grad():
         layer.lora_magnitude[2] = 0
@@ -92,10 +92,12 @@ def test_what_cannot_be_merged_says_so_and_stays():
             layer.lora_magnitude[2] = unusable
         with pytest.raises(ValueError, match=r"magnitude \(14,\).*keep=True"):
             layer.merge()
+
+
+def test_an_overflow_is_not_merged():
     half = trained(LoRA(r=3), dtype=torch.float16)
     with torch.no_grad():
         half.lora_B[4] = 1e6
-    with torch.no_grad():
         half.weight[0, 0] = float("inf")  # one that was there before hides nothing
     for keep in (True, False):
         before = half.weight.clone()
@@ -110,6 +112,9 @@ def test_what_cannot_be_merged_says_so_and_stays():
     with pytest.raises(ValueError, match=r"bias \(14,\).*not finite in torch\.float16"):
         biased.merge()
     assert torch.equal(biased.weight, before)
+
+
+def test_what_has_nowhere_to_go_is_not_merged():
     with pytest.raises(ValueError, match=r"lora_bias \(14,\)"):
         trained(LoRA(r=3, lora_bias=True), bias=False).merge()
     with pytest.raises(RuntimeError, match="meta"):
