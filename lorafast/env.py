@@ -30,3 +30,8 @@ def backend() -> str:
 def log() -> bool:
     """Whether routes are printed."""
     return os.environ.get(LOG.name, LOG.default) not in ("", "0")
+
+
+def hush_profiler() -> None:
+    """Keep the lines torch's profiler writes about its own start and stop off the screen, unless its variable is set."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -202,12 +202,7 @@ def _no_batching(*_):
     raise NotImplementedError(_NO_TRANSFORM)
 
 
-# What runs behind each op, for a profiler that wants to look inside.
-KERNELS: dict[str, Callable] = {}
-
-
 def _register(op: str, kernel: Callable, fake: Callable, autograd: Callable) -> None:
-    KERNELS[op] = kernel
     _LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
     _LIBRARY.impl(op, autograd, "Autograd")
     _LIBRARY.impl(op, _no_batching, "FuncTorchBatched")

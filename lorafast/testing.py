@@ -5,14 +5,14 @@ Nothing here shares a line with reference.py or a backend: the chain is what a r
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from lorafast import functional, ops, philox
+from lorafast import env, functional, philox
 
 SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 GRADIENTS = ("x", "bias", "lora_A", "lora_B", "core", "magnitude", "out_scale", "lora_bias")
@@ -79,21 +79,25 @@ class Case:
         return not (self.form.keep == "output" and self.form.dropout_on == "both" and self.dropout)
 
 
-def make(case: Case, seed: int = 0) -> dict[str, torch.Tensor | None]:
+def make(case: Case, seed: int = 0, device: torch.device | str = "cpu", sliced: bool = True) -> dict[str, torch.Tensor | None]:
     """Every tensor of the case by the name lorafast.linear gives it, and dy. x and dy are slices of wider tensors, so no stride is
-    trivial; a transposed weight lies in memory as [K,N].
+    trivial, unless sliced=False; a transposed weight lies in memory as [K,N].
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    left, right = (1, 2) if sliced else (0, 0)
     form, factor = case.form, case.adapter_dtype or (torch.float64 if case.dtype == torch.float64 else torch.float32)
 
     def normal(*shape: int, dtype: torch.dtype = factor, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+        return (torch.randn(shape, generator=generator, dtype=torch.float64, device=device) * scale).to(dtype)
+
+    def rows(width: int) -> torch.Tensor:
+        return normal(case.M, left + width + right, dtype=case.dtype)[:, left : left + width]
 
     weight = normal(case.N, case.K, dtype=case.dtype, scale=case.K**-0.5)
     core = {"none": None, "diagonal": (case.R,), "full": (case.R, case.R)}[form.core]
     gains = case.N if form.axis == "out" else case.K
     return {
-        "x": normal(case.M, case.K + 3, dtype=case.dtype)[:, 1:-2],
+        "x": rows(case.K),
         "weight": weight.t().contiguous().t() if case.transposed else weight,
         "bias": normal(case.N, dtype=case.dtype) if case.bias else None,
         "lora_A": normal(case.R, case.K, scale=case.K**-0.5),
@@ -102,8 +106,8 @@ def make(case: Case, seed: int = 0) -> dict[str, torch.Tensor | None]:
         "magnitude": normal(gains).abs() + 0.5 if form.magnitude else None,
         "out_scale": normal(case.N) if form.out_scale else None,
         "lora_bias": normal(case.N) if form.lora_bias else None,
-        "seed": torch.randint(0, 2**62, (1,), generator=generator),
-        "dy": normal(case.M, case.N + 5, dtype=case.dtype)[:, 2:-3],
+        "seed": torch.randint(0, 2**62, (1,), generator=generator, device=device),
+        "dy": rows(case.N),
     }
 
 
@@ -156,25 +160,54 @@ def chain(case: Case, t: dict[str, torch.Tensor | None]) -> torch.Tensor:
     return F.linear(x, W, t["bias"]) + (gain - 1) * F.linear(x * mask, W) + gain * low_rank(x * mask)
 
 
-def run(function: Callable, case: Case, tensors: dict[str, torch.Tensor | None], wide: bool = False) -> dict[str, torch.Tensor]:
-    """y and every gradient of function(case, tensors), in float64 throughout if wide."""
-    t = {name: leaf(name, value, wide) for name, value in tensors.items()}
+def run(
+    function: Callable, case: Case, tensors: dict[str, torch.Tensor | None], wide: bool = False, trained: Iterable[str] = GRADIENTS
+) -> dict[str, torch.Tensor]:
+    """y and the gradient of every `trained` tensor of function(case, tensors), in float64 throughout if wide."""
+    t = {name: leaf(name, value, wide, trained) for name, value in tensors.items()}
     y = function(case, t)
     y.backward(t["dy"])
-    return {"y": y.detach()} | {name: t[name].grad for name in GRADIENTS if t[name] is not None}
+    return {"y": y.detach()} | {name: t[name].grad for name in trained if t[name] is not None}
+
+
+class Yardstick:
+    """The truth of a case in float64 over all seeds, and how far the eager chain is from it: what any function is held against."""
+
+    def __init__(
+        self,
+        case: Case,
+        made: Iterable[dict[str, torch.Tensor | None]],
+        function: Callable = chain,
+        trained: Iterable[str] = GRADIENTS,
+    ) -> None:
+        self.case, self.made = case, tuple(made)
+        self._truths = [run(function, case, tensors, True, trained) for tensors in self.made]
+        self._rms = {name: 0.0 for name in self._truths[0]}
+        for truth in self._truths:
+            for name, value in truth.items():
+                self._rms[name] += value.square().sum().item()
+        self._errors = self._squares(lambda tensors: run(function, case, tensors, False, trained))
+
+    def ratios(self, outcome: Callable[[dict[str, torch.Tensor | None]], dict[str, torch.Tensor]]) -> dict[str, float]:
+        """max(e, f) ÷ max(e_chain, f) of y and each gradient that outcome(tensors) gives: e the RMS error against float64 over all
+        seeds, f = eps/8·rms(truth).
+        """
+        floor, errors = torch.finfo(self.case.dtype).eps / 8, self._squares(outcome)
+        return {name: ratio(errors[name] ** 0.5, self._errors[name] ** 0.5, self._rms[name] ** 0.5, floor) for name in self._rms}
+
+    def _squares(self, outcome: Callable) -> dict[str, float]:
+        sums = {name: 0.0 for name in self._rms}
+        for tensors, truth in zip(self.made, self._truths, strict=True):
+            got = outcome(tensors)
+            for name, value in truth.items():
+                sums[name] += (got[name] - value).square().sum().item()
+        return sums
 
 
 def error_ratios(case: Case, function: Callable = ours, seeds: Iterable[int] = range(4)) -> dict[str, float]:
-    """max(e, f) ÷ max(e_chain, f) of y and each gradient: e the RMS error against float64 over all seeds, f = eps/8·rms(truth)."""
-    sums: dict[str, torch.Tensor] = {}
-    for seed in seeds:
-        tensors = make(case, seed)
-        got, yardstick, truth = run(function, case, tensors), run(chain, case, tensors), run(chain, case, tensors, wide=True)
-        for name, value in truth.items():
-            squares = [(got[name] - value), (yardstick[name] - value), value]
-            sums[name] = sums.get(name, 0) + torch.stack([square.double().square().sum() for square in squares])
-    floor = torch.finfo(case.dtype).eps / 8
-    return {name: ratio(*sums[name].sqrt().tolist(), floor) for name in sums}
+    """The error ratios of function(case, tensors) for y and each gradient."""
+    yardstick = Yardstick(case, (make(case, seed) for seed in seeds))
+    return yardstick.ratios(lambda tensors: run(function, case, tensors))
 
 
 def ratio(error: float, chain_error: float, truth: float, floor: float) -> float:
@@ -212,56 +245,41 @@ def saved(function: Callable[[], torch.Tensor], named: dict[str, torch.Tensor], 
     return Saved(sum(t.numel() * t.itemsize for t in own.values()), frozenset(names[key] for key in seen if key in names))
 
 
-def peak_live_bytes(function: Callable[[], object]) -> int:
-    """The most bytes of storages created while function runs that were alive at once, inside lorafast's own ops too.
+class Allocated(NamedTuple):
+    """Bytes a function allocated: `held` are alive when it has returned, its result among them; `peak` is the most at once."""
 
-    Counts what Python sees come and go; a workspace that lives and dies inside one stock op is not seen.
-    """
-    tracker = _Live()
-    with tracker:
-        function()
-    return tracker.peak
+    held: int
+    peak: int
 
 
-class _Live(torch.utils._python_dispatch.TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs or {}))}
-        if func.namespace == "lorafast":
-            # The kernel itself, under this mode: through the dispatcher its inside would be out of sight.
-            with self:
-                return ops.KERNELS[func._schema.name.split("::")[1]](*args)
-        out = func(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in inputs and storage._cdata not in self._known:
-                self._track(storage)
-        return out
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-        def gone() -> None:
-            self._known.discard(key)
-            self.now -= size
-
-        weakref.finalize(storage, gone)
+def allocated(function: Callable[[], object]) -> Allocated:
+    """Count the events of torch's CPU allocator while function runs: workspaces inside ops and compiled code are seen too."""
+    env.hush_profiler()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = function()
+    events: list[tuple[int, int, int]] = []
+    nodes = list(profile.profiler.kineto_results.experimental_event_tree())
+    while nodes:
+        node = nodes.pop()
+        nodes.extend(node.children)
+        if node.tag.name == "Allocation":
+            events.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
+    del kept
+    alive: dict[int, int] = {}
+    now = peak = 0
+    for _, address, size in sorted(events):
+        if size > 0:
+            alive[address] = size
+            now += size
+        else:  # what was there before does not count
+            now -= alive.pop(address, 0)
+        peak = max(peak, now)
+    return Allocated(now, peak)
 
 
-def _tensors(tree: object) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def leaf(name: str, value: torch.Tensor | None, wide: bool = False) -> torch.Tensor | None:
-    """The tensor as a leaf that requires grad if it is one of GRADIENTS; in float64 if wide."""
+def leaf(name: str, value: torch.Tensor | None, wide: bool = False, trained: Iterable[str] = GRADIENTS) -> torch.Tensor | None:
+    """The tensor as a leaf that requires grad if it is `trained`; in float64 if wide."""
     if value is None or name == "seed":
         return value
     value = value.double() if wide else value
-    return value.detach().requires_grad_(name in GRADIENTS)
+    return value.detach().requires_grad_(name in trained)

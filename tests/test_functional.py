@@ -182,7 +182,8 @@ def test_frozen_columns_shrink_the_gemm_of_dB():
         tensors, wants = Tensors(t["weight"], lora_A=t["lora_A"], lora_B=t["lora_B"], core=t["core"]), Wants(lora_B=True)
         with FlopCounterMode(display=False) as counter:
             settings = Settings(frozen_columns=frozen)
-            ops.KERNELS["linear_backward"](t["dy"], None, torch.randn(32, 8), None, *tensors, *settings, list(wants))
+            # Through the dispatcher the op is one node, and its inside out of the counter's sight.
+            ops._linear_backward(t["dy"], None, torch.randn(32, 8), None, *tensors, *settings, list(wants))
         flops.append(counter.get_total_flops())
     assert flops[0] - flops[1] == flops[1] - flops[2] == 2 * 32 * 16 * 4
 

@@ -136,8 +136,8 @@ def test_the_transient_peak_of_dropout_has_no_mask_of_x(form):
         pytest.skip("keep='output' and a mask on the base term exclude each other")
     t = testing.make(case)
     with torch.no_grad():
-        peak = testing.peak_live_bytes(lambda: testing.ours(case, t))
-        chain = testing.peak_live_bytes(lambda: testing.chain(case, t))
+        peak = testing.allocated(lambda: testing.ours(case, t)).peak
+        chain = testing.allocated(lambda: testing.chain(case, t)).peak
     x_bytes = 4096 * 1024 * 4
     # One or two GEMM operands of x's size where the method has them, and one panel's words; the mask's words alone are 8 times x.
     operands = 2 * (case.form.dropout_on == "both" or case.form.axis == "in")
