@@ -8,8 +8,9 @@ from lorafast.methods.catalog import list_methods
 from lorafast.methods.dora import DoRA
 from lorafast.methods.lamda import LaMDA
 from lorafast.methods.lora import LoRA
+from lorafast.models.adapt import adapt
 from lorafast.models.explain import explain
 
 __version__ = VERSION
 
-__all__ = ["DoRA", "LaMDA", "Linear", "LoRA", "explain", "linear", "list_methods"]
+__all__ = ["DoRA", "LaMDA", "Linear", "LoRA", "adapt", "explain", "linear", "list_methods"]

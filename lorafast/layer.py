@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafast import checks, fold, functional, norm
@@ -66,10 +67,8 @@ class Linear(nn.Linear):
 
         A subclass with a forward of its own, or a parametrized weight, is refused: neither would survive.
         """
-        plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-        if not plain or not isinstance(linear.weight, nn.Parameter):
-            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
-            raise TypeError(f"linear must be a plain torch.nn.Linear without an adapter, not {kind}")
+        if why := why_not_plain(linear):
+            raise TypeError(f"linear must be a plain torch.nn.Linear without an adapter; this one {why}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -203,6 +202,13 @@ class Linear(nn.Linear):
             )
         factors, settings = self._start
         return fold.add(_on(self.weight, factors), settings)
+
+    @torch.no_grad()
+    def restore_base(self) -> None:
+        """Give the weight back what a residual start took out of it, to within a rounding."""
+        if self._residual:
+            self.weight.copy_(self._base_weight())
+            self._hold_residual(False)
 
     @torch.no_grad()
     def merge(self, keep: bool = False) -> None:
@@ -369,6 +375,16 @@ class Linear(nn.Linear):
             # The weight is the caller's own tensor, and the start is going to change it.
             self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.weight.requires_grad)
         self.reset_adapter()
+
+
+def why_not_plain(linear: nn.Module) -> str | None:
+    """Why a lorafast.Linear cannot take this module's place, or None."""
+    kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        return f"is a {kind}"
+    if isinstance(linear, NonDynamicallyQuantizableLinear):
+        return f"is a {kind}, whose weight nn.MultiheadAttention reads without calling it"
+    return None if isinstance(linear.weight, nn.Parameter) else f"is a {kind} whose weight is no Parameter"
 
 
 def _folded(t: Tensors, c: Settings, device: torch.device | None = None) -> _Folded:
