@@ -1,10 +1,17 @@
-# make test | make lint | make env        PYTHON= the interpreter to build on, VENV= where the environment goes
+# make bench | make test | make lint | make env        PYTHON= the interpreter to build on, VENV= where the environment goes
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
+RESULTS ?= results
 
-.PHONY: test lint env clean
+.PHONY: bench test lint env clean
+
+# One layer, then a real encoder, then one page of both. A wrong row stops it.
+bench: env
+	$(BIN)/lorafast-bench linear --seconds 6 --warmup 1 --json $(RESULTS)/linear.json
+	$(BIN)/lorafast-bench model --seconds 6 --warmup 1 --json $(RESULTS)/model.json
+	$(BIN)/lorafast-bench report $(RESULTS)/linear.json $(RESULTS)/model.json --html $(RESULTS)/report.html
 
 test: env
 	$(BIN)/python -m pytest -q -n $(WORKERS)

@@ -5,6 +5,7 @@ Nothing here shares a line with reference.py or a backend: the chain is what a r
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -227,22 +228,41 @@ class Saved:
     referenced: frozenset[str]
 
 
+class _Kept:
+    """What the graph holds instead of a tensor: while it lives, autograd keeps the tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
 def saved(function: Callable[[], torch.Tensor], named: dict[str, torch.Tensor], constant: Iterable[torch.Tensor]) -> Saved:
-    """Count what saved_tensors_hooks see: numel·itemsize once per (data_ptr, shape), `constant` (parameters, buffers) left out,
-    `named` tensors and the output ("y") by reference.
+    """Count what saved_tensors_hooks see and the graph still holds once function has returned: numel·itemsize once per data_ptr,
+    and no more of a storage than it has (views and expanded tensors count once). `constant` (parameters, buffers) is left out;
+    `named` tensors and the output ("y") are kept by reference.
     """
-    seen: dict[tuple, torch.Tensor] = {}
+    packed: list[weakref.ref[_Kept]] = []
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        seen[tensor.data_ptr(), tuple(tensor.shape)] = tensor
-        return tensor
+    def pack(tensor: torch.Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        packed.append(weakref.ref(kept))
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         y = function()
-    names = {(t.data_ptr(), tuple(t.shape)): name for name, t in named.items()} | {(y.data_ptr(), tuple(y.shape)): "y"}
-    left_out = {t.data_ptr() for t in constant if t.numel()}
-    own = {key: t for key, t in seen.items() if key not in names and key[0] not in left_out}
-    return Saved(sum(t.numel() * t.itemsize for t in own.values()), frozenset(names[key] for key in seen if key in names))
+    storages: dict[int, dict[int, torch.Tensor]] = {}
+    for kept in filter(None, (reference() for reference in packed)):
+        views = storages.setdefault(kept.tensor.untyped_storage()._cdata, {})
+        largest = views.get(kept.tensor.data_ptr())
+        if largest is None or largest.numel() < kept.tensor.numel():
+            views[kept.tensor.data_ptr()] = kept.tensor
+    names = {t.untyped_storage()._cdata: name for name, t in (named | {"y": y}).items()}
+    left_out = {t.untyped_storage()._cdata for t in constant}
+    own = 0
+    for storage, views in storages.items():
+        if storage not in names and storage not in left_out:
+            whole = next(iter(views.values())).untyped_storage().nbytes()
+            own += min(whole, sum(t.numel() * t.itemsize for t in views.values()))
+    return Saved(own, frozenset(names[storage] for storage in storages if storage in names))
 
 
 class Allocated(NamedTuple):

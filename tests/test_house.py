@@ -28,7 +28,13 @@ FLOORS = (
 )
 PLACE = {name: (floor, position) for floor, names in enumerate(FLOORS) for position, name in enumerate(names)}
 # Inside a folder, what its other files may share, leftwards, and who may import everything beside it.
-SHARED = {"methods": ("adapter", "svd", "lora")}
+SHARED = {
+    "methods": ("adapter", "svd", "lora"),
+    "bench": (
+        *("record", "machine", "shapes", "impl", "clock", "memory", "progress", "corpus", "encoder", "peers", "contender", "row"),
+        *("trust", "textbook", "trainee", "linear", "model", "tables", "plots", "report", "options", "commands", "cli"),
+    ),
+}
 GATHERS = ("__init__", "catalog")
 
 

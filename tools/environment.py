@@ -37,7 +37,7 @@ def main(venv: Path) -> None:
         subprocess.run([*pip, *chosen, "torch"], check=True)
     # Not isolated: the build needs setuptools alone, and must never bring a torch of its own.
     subprocess.run([*pip, "setuptools>=77", "wheel"], check=True)
-    subprocess.run([*pip, *chosen, "--no-build-isolation", "--editable", f"{ROOT}[dev,triton]"], check=True)
+    subprocess.run([*pip, *chosen, "--no-build-isolation", "--editable", f"{ROOT}[bench,dev,triton]"], check=True)
 
 
 def _site_with_torch(python: str) -> str | None:

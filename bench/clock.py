@@ -1,0 +1,116 @@
+"""Time steps against each other: rounds of A B C, A B C, …, so that whatever the machine does meanwhile falls on all alike."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+
+# A step calls mark() where a phase begins and where the last one ends; what comes before the first mark is not timed.
+Mark = Callable[[], None]
+Step = Callable[[Mark], None]
+
+
+class Quantiles(NamedTuple):
+    """Median, 20th and 80th percentile."""
+
+    p50: float
+    p20: float
+    p80: float
+
+
+def quantiles(values: list[float]) -> Quantiles:
+    """Linear between order statistics."""
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    return Quantiles(statistics.median(ordered), at(0.2), at(0.8))
+
+
+class Clock:
+    """Milliseconds of each phase of a step on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            # Twice the cache: what the last step left in it is gone before the next begins.
+            size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 20)
+            self._flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def time(self, step: Step) -> tuple[float, ...]:
+        """Run the step once."""
+        return self._on_gpu(step) if self.device.type == "cuda" else self._on_cpu(step)
+
+    def _on_cpu(self, step: Step) -> tuple[float, ...]:
+        marks: list[int] = []
+        step(lambda: marks.append(time.perf_counter_ns()))
+        return tuple((b - a) / 1e6 for a, b in itertools.pairwise(marks))
+
+    def _on_gpu(self, step: Step) -> tuple[float, ...]:
+        marks: list[torch.cuda.Event] = []
+
+        def mark() -> None:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            marks.append(event)
+
+        # While the flush runs, the host gets ahead: what is timed is the device, launch gaps of a busy stream included.
+        self._flush.zero_()
+        step(mark)
+        torch.cuda.synchronize(self.device)
+        return tuple(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+
+    def repeat(self, step: Step, times: int) -> tuple[float, ...]:
+        """The mean of each phase over a few runs: one sample of a step too short to be timed alone."""
+        runs = [self.time(step) for _ in range(times)]
+        return tuple(statistics.fmean(phase) for phase in zip(*runs, strict=True))
+
+
+# One sample lasts at least this long, so that a clock's tick and an interrupt are small beside it.
+LEAST_MS = 2.0
+MOST_REPEATS = 50
+
+
+def interleave(
+    steps: dict[Hashable, Step],
+    clock: Clock,
+    rounds: int,
+    warmup: int,
+    failed: Callable[[Hashable, Exception], None],
+    seconds: float = math.inf,
+    least: int = 1,
+) -> dict[Hashable, list[tuple[float, ...]]]:
+    """`rounds` samples of every step, phase by phase, after `warmup` runs; fewer, but `least`, once `seconds` are over.
+
+    A step that raises is handed to `failed` and left out.
+    """
+    repeats: dict[Hashable, int] = {}
+    for key, step in steps.items():
+        try:
+            for _ in range(warmup):
+                spent = clock.time(step)
+            repeats[key] = min(max(1, math.ceil(LEAST_MS / max(sum(spent), 1e-6))), MOST_REPEATS)
+        except Exception as error:
+            failed(key, error)
+    samples: dict[Hashable, list[tuple[float, ...]]] = {key: [] for key in repeats}
+    begin = time.monotonic()
+    for done in range(rounds):
+        if done >= least and time.monotonic() - begin > seconds:
+            break
+        for key in tuple(samples):
+            try:
+                samples[key].append(clock.repeat(steps[key], repeats[key]))
+            except Exception as error:
+                failed(key, error)
+                del samples[key]
+    return samples

@@ -1,0 +1,156 @@
+"""What each command of lorafast-bench does. Results go to stdout and files, progress and complaints to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from lorafast.bench import impl as impls
+from lorafast.bench import linear, machine, model, options, plots, report, tables
+from lorafast.bench.contender import Problem
+from lorafast.bench.progress import Progress
+from lorafast.bench.record import Record, Results
+
+# Exit status.
+RIGHT, WRONG, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+# A table needs its width, and a pipe has none of its own.
+_PIPED_WIDTH = 170
+
+_OURS_AND_PEERS = ("frozen", "full", "lorafast", "peft")
+_HALF = ("peft-bf16",)
+_COMPILED = ("peft+compile",)
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command: 0 all rows right, 1 a row is wrong, 2 asked for what cannot be, 130 interrupted (finished rows are kept)."""
+    asked = options.parser().parse_args(arguments)
+    complaints = Console(stderr=True, soft_wrap=True)
+    try:
+        return {"linear": _linear, "model": _model, "report": _report, "env": _env}[asked.command](asked, arguments)
+    except (machine.DeviceError, ModuleNotFoundError, FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as error:
+        complaints.print(f"lorafast-bench {asked.command}: {error}", markup=False, highlight=False)
+        return REFUSED
+
+
+def _linear(asked: argparse.Namespace, arguments: list[str]) -> int:
+    device, dtype = _where(asked)
+    tokens = asked.tokens or ((512, 2048, 8192) if device.type == "cuda" else (64, 256, 1024))
+    problems = tuple(
+        Problem(shape.K, shape.N, R, M, p, dtype, device, asked.bias)
+        for shape, R, p, M in itertools.product(asked.shape, asked.rank, asked.dropout, tokens)
+    )
+    chosen = asked.impl or _defaults(device, dtype)
+    plan = linear.Plan(
+        problems, chosen, asked.methods, asked.dropout_on, asked.rounds, asked.seconds, asked.warmup, asked.seed
+    )  # fmt: skip
+    with Progress(linear.steps_of(plan)) as progress:
+        return _collect(linear.run(plan, progress), asked, device, arguments, progress)
+
+
+def _model(asked: argparse.Namespace, arguments: list[str]) -> int:
+    device, dtype = _where(asked)
+    chosen = asked.impl or tuple(map(impls.parse, ("frozen", "lorafast", "peft")))
+    plan = model.Plan(
+        asked.model, chosen, asked.methods, asked.batch_sizes, asked.seq, device, dtype, asked.rank, asked.dropout,
+        asked.dropout_on, asked.steps, asked.train_batch, asked.lr, asked.rounds, asked.seconds, asked.warmup, asked.seed,
+    )  # fmt: skip
+    with Progress(model.steps_of(plan)) as progress:
+        return _collect(model.run(plan, progress), asked, device, arguments, progress)
+
+
+def _report(asked: argparse.Namespace, _: list[str]) -> int:
+    results = [Results.read(file) for file in asked.files]
+    records = [record for one in results for record in one.records]
+    tables.show(tables.tables(records), _out())
+    if asked.plots:
+        asked.plots.mkdir(parents=True, exist_ok=True)
+        for name, figure in plots.figures(results).items():
+            (asked.plots / f"{name}.svg").write_text(plots.svg(figure))
+    if asked.html:
+        _write_page(asked.html, results)
+    return _verdict(records)
+
+
+def _env(asked: argparse.Namespace, arguments: list[str]) -> int:
+    facts = machine.environment(machine.device(asked.device), _command(arguments))
+    _out().print_json(json.dumps(facts))
+    return RIGHT
+
+
+def _where(asked: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    device = machine.device(asked.device)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    for path in (asked.json, asked.html):
+        if path is not None:
+            # Better now than after the rounds.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder")
+    return device, asked.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def _defaults(device: torch.device, dtype: torch.dtype) -> tuple[impls.Impl, ...]:
+    """peft-bf16 where it is another thing than peft; compiled peers where compiling is quick beside the rounds."""
+    half = _HALF if dtype in (torch.bfloat16, torch.float16) else ()
+    compiled = _COMPILED if device.type == "cuda" else ()
+    return tuple(map(impls.parse, _OURS_AND_PEERS + half + compiled))
+
+
+def _collect(
+    groups: Iterator[list[Record]], asked: argparse.Namespace, device: torch.device, arguments: list[str], progress: Progress
+) -> int:
+    """Take rows as they are finished; whatever ends the run, those that are finished are written and shown."""
+    results = Results(machine.environment(device, _command(arguments)), [])
+    interrupted = False
+    try:
+        for rows in groups:
+            results.records += rows
+            if asked.json:
+                results.write(asked.json)
+    except KeyboardInterrupt:
+        interrupted = True
+    progress.end()
+    tables.show(tables.tables(results.records), _out())
+    if asked.html and results.records:
+        _write_page(asked.html, [results])
+    if interrupted:
+        Console(stderr=True).print(f"interrupted; {len(results.records)} finished rows are kept")
+        return INTERRUPTED
+    return _verdict(results.records)
+
+
+def _verdict(records: list[Record]) -> int:
+    wrong = [record for record in records if record.status == "wrong"]
+    for record in wrong:
+        Console(stderr=True, soft_wrap=True).print(f"WRONG {record.label}: {record.reason}", style="bold red", markup=False)
+    return WRONG if wrong else RIGHT
+
+
+def _write_page(path: Path, results: list[Results]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(report.page(results))
+
+
+def _command(arguments: list[str]) -> str:
+    """What was run, without the files it wrote: they say where, not what."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        if word in ("--json", "--html"):
+            next(words, None)
+        elif not word.startswith(("--json=", "--html=")):
+            kept.append(word)
+    return shlex.join(["lorafast-bench", *kept])
+
+
+def _out() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=_PIPED_WIDTH, highlight=False)

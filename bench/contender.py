@@ -1,0 +1,155 @@
+"""One implementation of one layer: the module, the problem it solves, and its parameters by the names the truth has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import lorafast
+from lorafast import philox
+from lorafast.bench import peers
+from lorafast.bench.impl import Impl
+from lorafast.methods.adapter import Adapter
+from lorafast.testing import SHORT, Case, Form
+
+# Which part of the formula each Parameter of a lorafast.Linear is.
+PARTS = {
+    "lora_A": "lora_A",
+    "lora_B": "lora_B",
+    "lora_core": "core",
+    "lora_magnitude": "magnitude",
+    "lora_out_scale": "out_scale",
+    "lora_bias": "lora_bias",
+}
+
+
+class Unable(Exception):
+    """There is no such contender here. status: a record's."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Problem(NamedTuple):
+    """One layer under one load. s = 2."""
+
+    K: int
+    N: int
+    R: int
+    M: int
+    dropout: float
+    dtype: torch.dtype
+    device: torch.device
+    bias: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.K}x{self.N} R={self.R} M={self.M} p={self.dropout:g} {SHORT[self.dtype]}"
+
+
+@dataclass
+class Contender:
+    """module(x) is what is measured. parameters: all the truth knows, by its names; trained: x and those that get a gradient."""
+
+    impl: Impl
+    method: str
+    module: Callable[[torch.Tensor], torch.Tensor]
+    layer: nn.Module
+    case: Case
+    parameters: dict[str, torch.Tensor]
+    trained: tuple[str, ...]
+    route: str
+    masked: peers.Masked | None = None
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor | None]) -> None:
+        """Take the values of a made problem."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+
+    def outcome(self, tensors: dict[str, torch.Tensor | None], draw: int) -> dict[str, torch.Tensor]:
+        """y and every gradient of one step, with the mask that `seed_of(draw)` stands for."""
+        self.load(tensors)
+        case, x = self.case, tensors["x"].detach().requires_grad_()
+        if self.masked is not None:
+            kept = philox.kept(tensors["seed"], case.dropout, slice(0, x.shape[0]), case.K)
+            self.masked.mask = kept.to(case.dtype) * philox.scale(case.dropout)
+        self.clear()
+        torch.manual_seed(draw)
+        y = self.module(x)
+        y.backward(tensors["dy"])
+        grads = {name: self.parameters[name].grad for name in self.trained if name != "x"}
+        self.clear()
+        return {"y": y.detach(), "x": x.grad} | grads
+
+    def clear(self) -> None:
+        """Forget gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+
+def seed_of(draw: int, device: torch.device) -> torch.Tensor:
+    """The dropout seed the first layer draws after torch.manual_seed(draw)."""
+    torch.manual_seed(draw)
+    return philox.draw(device)
+
+
+def build(
+    impl: Impl, method: str, adapter: Adapter | None, problem: Problem, weight: torch.Tensor, bias: torch.Tensor | None,
+    mask: bool = False,
+) -> Contender:  # fmt: skip
+    """A contender on the given weight, which it shares. mask=True takes torch's dropout out for a mask of ours. Raises Unable."""
+    linear = nn.Linear(problem.K, problem.N, bias is not None, device="meta")
+    trains = impl.base == "full"
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=trains)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=trains)
+    masked, path = None, "torch"
+    if not impl.adapts:
+        layer, parts = linear, {}
+    elif impl.base == "lorafast":
+        layer = lorafast.Linear.from_linear(linear, adapter)
+        parts = {part: getattr(layer, name) for name, part in PARTS.items() if getattr(layer, name) is not None}
+        path = route(layer, problem.M)
+    else:
+        if why := peers.why_missing(adapter):
+            raise Unable("missing", why)
+        if why := peers.why_not(impl, problem.dtype):
+            raise Unable("unsupported", why)
+        layer = peers.layer(linear, impl, adapter)
+        held = dict(layer.named_parameters())
+        parts = {part: held[name] for part, name in peers.NAMES.items() if name in held}
+        masked = peers.mask(layer) if mask and problem.dropout else None
+    parameters = {"weight": linear.weight} | ({} if bias is None else {"bias": linear.bias}) | parts
+    if unknown := [name for name, p in layer.named_parameters() if all(p is not known for known in parameters.values())]:
+        raise Unable("unsupported", f"the truth has no {', '.join(unknown)}")
+    trained = ("x", *(name for name, parameter in parameters.items() if parameter.requires_grad))
+    module = torch.compile(layer, dynamic=False) if impl.compile else layer
+    case = Case(
+        form_of(impl, method, adapter, parts), problem.M, problem.N, problem.K, problem.R, problem.dtype,
+        problem.dropout if parts else 0.0, bias is not None, 2.0, parts["lora_A"].dtype if parts else None,
+    )  # fmt: skip
+    return Contender(impl, method, module, layer, case, parameters, trained, "inductor" if impl.compile else path, masked)
+
+
+def form_of(impl: Impl, method: str, adapter: Adapter | None, parts: dict[str, torch.Tensor]) -> Form:
+    """The part of the formula a contender with these parts computes."""
+    if not parts:
+        return Form(impl.base)
+    core = {None: "none", 1: "diagonal", 2: "full"}[parts["core"].dim() if "core" in parts else None]
+    theirs = impl.base != "lorafast" and "magnitude" in parts and adapter.dropout
+    return Form(
+        method, core, "magnitude" in parts, adapter.axis, peers.DROPOUT_ON if theirs else adapter.dropout_on, "auto",
+        "out_scale" in parts, "lora_bias" in parts, adapter.detach_norm,
+    )  # fmt: skip
+
+
+def route(layer: lorafast.Linear, M: int) -> str:
+    """The backend of every primitive, in a word if it is one."""
+    (row,) = lorafast.explain(layer, tokens=M).rows
+    used = set(row.backends.values())
+    return used.pop() if len(used) == 1 else ", ".join(f"{p}: {b}" for p, b in row.backends.items())

@@ -1,0 +1,48 @@
+"""Implementations by name: what is put beside what. `+compile` after any of them runs it through torch.compile."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import lorafast
+from lorafast.methods.adapter import Adapter
+
+BASES = ("frozen", "full", "lorafast", "peft", "peft-bf16")
+WITHOUT_ADAPTER = ("frozen", "full")
+
+
+class Impl(NamedTuple):
+    """base: one of BASES."""
+
+    base: str
+    compile: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.base}+compile" if self.compile else self.base
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it runs adapter methods, rather than the bare layer."""
+        return self.base not in WITHOUT_ADAPTER
+
+
+FROZEN = Impl("frozen")
+
+
+def parse(text: str) -> Impl:
+    """ "peft+compile" and the like. ValueError listing what there is."""
+    base, plus, tail = text.partition("+")
+    if base not in BASES or (plus and tail != "compile"):
+        raise ValueError(f"{text!r} is none of {', '.join(BASES)}, nor one of them with +compile")
+    return Impl(base, bool(plus))
+
+
+METHODS = {method.name: method.adapter for method in lorafast.list_methods()}
+
+
+def adapter(method: str, R: int, dropout: float, dropout_on: str = "adapter", **fields: object) -> Adapter:
+    """The method's spec with s = alpha/r = 2; dropout_on where the method has the choice."""
+    kind = METHODS[method]
+    if "dropout_on" in kind.__dataclass_fields__:
+        fields["dropout_on"] = dropout_on
+    return kind(r=R, alpha=2 * R, dropout=dropout, **fields)

@@ -1,0 +1,162 @@
+"""lorafast-bench linear: one layer, every implementation beside the frozen layer, by tokens, rank and dropout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from lorafast import testing
+from lorafast.bench import impl as impls
+from lorafast.bench import memory, row
+from lorafast.bench.clock import Clock, Mark, Step, interleave
+from lorafast.bench.contender import Contender, Problem, build
+from lorafast.bench.impl import FROZEN, Impl
+from lorafast.bench.progress import Progress
+from lorafast.bench.record import Record
+from lorafast.bench.trust import Jury
+from lorafast.testing import SHORT
+
+
+class Plan(NamedTuple):
+    """What to measure: every method by every implementation on every problem. `seconds` bounds the rounds of one problem."""
+
+    problems: tuple[Problem, ...]
+    impls: tuple[Impl, ...]
+    methods: tuple[str, ...]
+    dropout_on: str = "adapter"
+    rounds: int = 15
+    seconds: float = math.inf
+    warmup: int = 2
+    seed: int = 0
+
+    @property
+    def contenders(self) -> tuple[tuple[Impl, str], ...]:
+        """Implementation and method of every row of one problem, the frozen layer always first."""
+        named = (one for one in self.impls if one != FROZEN)
+        return ((FROZEN, "none"), *((one, method) for one in named for method in (self.methods if one.adapts else ("none",))))
+
+
+def run(plan: Plan, progress: Progress) -> Iterator[list[Record]]:
+    """The rows of one problem after another, each complete."""
+    for problem in plan.problems:
+        yield _Group(plan, problem, progress).measure()
+
+
+def steps_of(plan: Plan) -> int:
+    """How often a run calls progress.begin."""
+    return len(plan.problems) * (len(plan.contenders) + 1)
+
+
+class _Group:
+    """All contenders on one problem."""
+
+    def __init__(self, plan: Plan, problem: Problem, progress: Progress) -> None:
+        self.plan, self.problem, self.progress = plan, problem, progress
+        self.records = {key: self._record(*key) for key in plan.contenders}
+        self.contenders: dict[tuple[Impl, str], Contender] = {}
+
+    def measure(self) -> list[Record]:
+        p, plan, tensors = self.problem, self.plan, {}
+        try:
+            shared = testing.make(
+                testing.Case(testing.Form("frozen"), p.M, p.N, p.K, p.R, p.dtype, bias=p.bias), 0, p.device, False
+            )
+            tensors = {name: shared[name] for name in ("x", "dy", "weight", "bias")}
+        except Exception as error:
+            for key in self.records:
+                self._failed(key, error)
+            return list(self.records.values())
+        jury = Jury(tuple(range(plan.seed, plan.seed + _draws(p))), p.device)
+        for key in self.records:
+            self.progress.begin(f"{p}: {self.records[key].label}")
+            self._examine(key, jury, tensors)
+        del jury
+        row.release(p.device)
+        self._time(tensors)
+        return list(self.records.values())
+
+    def _record(self, impl: Impl, method: str) -> Record:
+        p, plan = self.problem, self.plan
+        return Record(
+            "linear", str(impl), method, str(p.device), SHORT[p.dtype], plan.seed, p.M, p.R, p.dropout, p.N, p.K, p.bias,
+            compile=impl.compile,
+        )  # fmt: skip
+
+    def _build(self, key: tuple[Impl, str], tensors: dict[str, torch.Tensor], mask: bool = False) -> Contender:
+        (impl, method), p = key, self.problem
+        adapter = None
+        if impl.adapts:
+            # The start is overwritten by the problem's own values: no SVD, and no residual taken out of the shared weight.
+            fields = {"init": "zero"} if method == "lamda" else {}
+            adapter = impls.adapter(method, p.R, p.dropout, self.plan.dropout_on, **fields)
+        return build(impl, method, adapter, p, tensors["weight"], tensors["bias"], mask)
+
+    def _examine(self, key: tuple[Impl, str], jury: Jury, tensors: dict[str, torch.Tensor]) -> None:
+        """Build it, hold it against the truth, count its bytes; whatever fails is this row's alone."""
+        record = self.records[key]
+        try:
+            if key[0].compile:
+                # Every problem compiles from scratch: a graph made general for two sizes would be timed otherwise.
+                torch._dynamo.reset()
+            contender = self._build(key, tensors, mask=True)
+            record.adapter_dtype = SHORT[contender.case.adapter_dtype] if contender.case.adapter_dtype else None
+            record.dropout_on = contender.case.form.dropout_on if contender.case.form.magnitude else None
+            record.route = contender.route
+            row.judge(record, *jury.verdict(contender))
+            if contender.masked is not None:
+                contender = self._build(key, tensors)
+            self._count(contender, record, tensors)
+            self.contenders[key] = contender
+        except Exception as error:
+            self._failed(key, error)
+
+    def _count(self, contender: Contender, record: Record, tensors: dict[str, torch.Tensor]) -> None:
+        x, dy, device = tensors["x"].detach().requires_grad_(), tensors["dy"], self.problem.device
+        step = _step(contender, x, dy)
+        step(lambda: None)  # compiles, and makes what is made once
+        contender.clear()
+        x.grad = None
+        named, constant = {"x": x}, [*contender.layer.parameters(), *contender.layer.buffers()]
+        kept = testing.saved(lambda: contender.module(x), named, constant)
+        sizes = {"x": x.numel() * x.itemsize, "y": dy.numel() * dy.itemsize}
+        record.saved_bytes, record.saved_by_reference = kept.own, {name: sizes[name] for name in sorted(kept.referenced)}
+        record.activation_bytes = memory.measured(lambda: contender.module(x), device).held
+        record.peak_bytes = memory.measured(lambda: step(lambda: None), device).peak
+        contender.clear()
+
+    def _time(self, tensors: dict[str, torch.Tensor]) -> None:
+        p, plan = self.problem, self.plan
+        self.progress.begin(f"{p}: rounds")
+        # A wrong row shows no speed; it is not timed either.
+        able = {key: one for key, one in self.contenders.items() if self.records[key].status == "ok"}
+        steps = {key: _step(one, tensors["x"].detach().requires_grad_(), tensors["dy"]) for key, one in able.items()}
+        samples = interleave(steps, Clock(p.device), plan.rounds, plan.warmup, self._failed, plan.seconds, row.LEAST_ROUNDS)
+        frozen = samples.get((FROZEN, "none"))
+        for key, phases in samples.items():
+            row.enter_times(self.records[key], phases, frozen, plan.warmup)
+
+    def _failed(self, key: tuple[Impl, str], error: Exception) -> None:
+        row.fail(self.records[key], error)
+        self.contenders.pop(key, None)
+        row.release(self.problem.device)
+
+
+def _step(contender: Contender, x: torch.Tensor, dy: torch.Tensor) -> Step:
+    def step(mark: Mark) -> None:
+        x.grad = None
+        contender.clear()
+        mark()
+        y = contender.module(x)
+        mark()
+        y.backward(dy)
+        mark()
+
+    return step
+
+
+def _draws(p: Problem) -> int:
+    """How many random problems an error is taken over: the fewer elements one has, the more."""
+    return 1 if p.M * p.K > 1 << 20 else 2 if p.M * p.K > 1 << 17 else 4

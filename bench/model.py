@@ -1,0 +1,241 @@
+"""lorafast-bench model: a whole pretrained model, trained on real text, then stepped at several batch sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from lorafast import testing
+from lorafast.bench import impl as impls
+from lorafast.bench import memory, row
+from lorafast.bench.clock import Clock, interleave
+from lorafast.bench.contender import form_of, route
+from lorafast.bench.corpus import corpus
+from lorafast.bench.encoder import Encoder
+from lorafast.bench.impl import FROZEN, Impl
+from lorafast.bench.progress import Progress
+from lorafast.bench.record import Record
+from lorafast.bench.trainee import RATES, Batch, Trainee, build
+from lorafast.testing import SHORT
+
+Key = tuple[Impl, str]
+FROZEN_KEY = (FROZEN, "none")
+
+# In fp32 without dropout two right implementations of one method walk the same way.
+MOST_APART = 1e-3
+# How many texts the error of a model's gradients is taken over.
+JUDGED = 4
+# The first steps of training, which are not timed.
+UNTIMED = 3
+
+
+class Plan(NamedTuple):
+    """What to train and to step: every method by every implementation."""
+
+    model: str
+    impls: tuple[Impl, ...]
+    methods: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    seq: int
+    device: torch.device
+    dtype: torch.dtype
+    R: int = 16
+    dropout: float = 0.0
+    dropout_on: str = "adapter"
+    steps: int = 200
+    train_batch: int = 8
+    lr: float | None = None
+    rounds: int = 7
+    seconds: float = math.inf
+    warmup: int = 1
+    seed: int = 0
+
+    @property
+    def contenders(self) -> tuple[tuple[Impl, str], ...]:
+        """Implementation and method of every row, the frozen model always first."""
+        named = (one for one in self.impls if one != FROZEN)
+        return (FROZEN_KEY, *((one, method) for one in named for method in (self.methods if one.adapts else ("none",))))
+
+
+def steps_of(plan: Plan) -> int:
+    """How often a run calls progress.begin."""
+    return len(plan.contenders) + math.ceil(plan.steps / 10) + len(plan.batch_sizes) * (len(plan.contenders) + 1)
+
+
+def run(plan: Plan, progress: Progress) -> Iterator[list[Record]]:
+    """First the rows of training, then those of every batch size."""
+    course = _Course(plan, progress)
+    if plan.steps:
+        yield course.train()
+    for batch_size in plan.batch_sizes:
+        yield course.step(batch_size)
+
+
+class _Course:
+    """The encoder, its text, and every trainee, kept from training to the last batch size."""
+
+    def __init__(self, plan: Plan, progress: Progress) -> None:
+        self.plan, self.progress = plan, progress
+        self.encoder = Encoder(plan.model, plan.dtype, plan.device)
+        self.text = corpus()
+        self.trainees: dict[Key, Trainee] = {}
+        self.refused: dict[Key, Exception] = {}
+        self.errors: dict[Key, tuple[float, str]] = {}
+        batch = self._batches(JUDGED, 1)[0]
+        for key in plan.contenders:
+            progress.begin(f"{plan.model}: {self._record('training', key, 1).label}")
+            try:
+                trainee = self.trainees[key] = self._build(*key)
+                self.errors[key] = trainee.error(batch)
+            except Exception as error:
+                self._failed(key, error)
+
+    def train(self) -> list[Record]:
+        """Every trainee sees the same batch before any sees the next."""
+        plan, clock = self.plan, Clock(self.plan.device)
+        records = self._records("training", plan.train_batch)
+        losses: dict[Key, list[torch.Tensor]] = {key: [] for key in self._able(records)}
+        times: dict[Key, list[tuple[float, ...]]] = {key: [] for key in losses}
+        for index, batch in enumerate(self._batches(plan.train_batch, plan.steps)):
+            if index % 10 == 0:
+                self.progress.begin(f"{plan.model}: training, step {index} of {plan.steps}")
+            for key in tuple(losses):
+                try:
+                    times[key].append(clock.time(self.trainees[key].step(batch, losses[key])))
+                except Exception as error:
+                    self._failed(key, error, records)
+                    del losses[key]
+        held_out = self._held_out()
+        frozen = times.get(FROZEN_KEY, [])
+        for key, values in losses.items():
+            record, curve = records[key], [round(value.item(), 6) for value in values]
+            row.enter_times(record, times[key][UNTIMED:], frozen[UNTIMED:], min(UNTIMED, plan.steps))
+            record.losses, record.accuracy, record.lr = (
+                curve,
+                self.trainees[key].accuracy(held_out),
+                self._rate(key[1]) if key != FROZEN_KEY else None,
+            )
+            self._weigh(record, self.trainees[key])
+        self._compare(records)
+        return list(records.values())
+
+    def step(self, batch_size: int) -> list[Record]:
+        """Bytes first, then time in rounds."""
+        plan = self.plan
+        batch = self._batches(batch_size, 1)[0]
+        records = self._records("step", batch_size)
+        for key in plan.contenders:
+            self.progress.begin(f"{plan.model}, batch {batch_size}: {records[key].label}")
+            if key in self._able(records):
+                try:
+                    self._count(self.trainees[key], records[key], batch)
+                except Exception as error:
+                    self._failed(key, error, records)
+        self.progress.begin(f"{plan.model}, batch {batch_size}: rounds")
+        steps = {key: self.trainees[key].step(batch) for key in self._able(records)}
+        samples = interleave(
+            steps, Clock(plan.device), plan.rounds, plan.warmup, lambda key, error: self._failed(key, error, records),
+            plan.seconds, row.LEAST_ROUNDS,
+        )  # fmt: skip
+        for key, phases in samples.items():
+            row.enter_times(records[key], phases, samples.get(FROZEN_KEY), plan.warmup)
+        return list(records.values())
+
+    def _build(self, impl: Impl, method: str) -> Trainee:
+        plan = self.plan
+        adapter = impls.adapter(method, plan.R, plan.dropout, plan.dropout_on) if impl.adapts else None
+        return build(impl, method, adapter, self.encoder, plan.seed, self._rate(method), plan.steps)
+
+    def _rate(self, method: str) -> float:
+        """AdamW's for what trains of the encoder."""
+        return RATES[method] if self.plan.lr is None else self.plan.lr
+
+    def _batches(self, size: int, count: int) -> list[Batch]:
+        """The same batches for everybody: a walk through the shuffled training text, again and again."""
+        generator = torch.Generator().manual_seed(self.plan.seed)
+        picked: list[int] = []
+        while len(picked) < size * count:
+            picked += torch.randperm(len(self.text.train), generator=generator).tolist()
+        chosen = [self.text.train[index] for index in picked[: size * count]]
+        return [self.encoder.batch(chosen[i * size : (i + 1) * size], self.plan.seq) for i in range(count)]
+
+    def _held_out(self) -> list[Batch]:
+        text = self.text.held_out
+        return [self.encoder.batch(list(text[i : i + 32]), self.plan.seq) for i in range(0, len(text), 32)]
+
+    def _record(self, bench: str, key: Key, batch_size: int) -> Record:
+        (impl, method), plan = key, self.plan
+        return Record(
+            bench, str(impl), method, str(plan.device), SHORT[plan.dtype], plan.seed, batch_size * plan.seq, plan.R, plan.dropout,
+            compile=impl.compile, model=plan.model, batch_size=batch_size, seq=plan.seq, optimizer="AdamW",
+            route="inductor" if impl.compile else "torch",
+        )  # fmt: skip
+
+    def _records(self, bench: str, batch_size: int) -> dict[Key, Record]:
+        records = {key: self._record(bench, key, batch_size) for key in self.plan.contenders}
+        for key, record in records.items():
+            if key in self.errors:
+                row.judge(record, *self.errors[key], JUDGED * self.plan.seq)
+            if key in self.refused:
+                row.fail(record, self.refused[key])
+            elif self.trainees[key].layers:
+                self._describe(record, self.trainees[key])
+        return records
+
+    def _describe(self, record: Record, trainee: Trainee) -> None:
+        first = next(iter(trainee.layers.values()))
+        record.adapter_dtype = SHORT[trainee.parts(first)["lora_A"].dtype]
+        form = form_of(trainee.impl, trainee.method, trainee.adapter, trainee.parts(first))
+        record.dropout_on = form.dropout_on if form.magnitude else None
+        if trainee.impl.base == "lorafast" and not trainee.impl.compile:
+            record.route = route(first, record.M)
+
+    def _able(self, records: dict[Key, Record]) -> list[Key]:
+        return [key for key, record in records.items() if record.status == "ok"]
+
+    def _failed(self, key: Key, error: Exception, records: dict[Key, Record] | None = None) -> None:
+        if records is None:
+            row.fail(self._record("step", key, 1), error)  # raises what is no refusal
+            self.refused[key] = error
+        else:
+            row.fail(records[key], error)
+        row.release(self.plan.device)
+
+    def _count(self, trainee: Trainee, record: Record, batch: Batch) -> None:
+        step, device = trainee.step(batch), self.plan.device
+        step(lambda: None)  # compiles, and makes the optimizer's state
+        self._weigh(record, trainee)
+        trainee.optimizer.zero_grad()
+        constant = [*trainee.model.parameters(), *trainee.model.buffers()]
+        record.saved_bytes = testing.saved(lambda: trainee.loss(batch), {}, constant).own
+        record.saved_by_reference = {}
+        record.activation_bytes = memory.measured(lambda: trainee.loss(batch), device).held
+        record.peak_bytes = memory.measured(lambda: step(lambda: None), device).peak
+
+    def _weigh(self, record: Record, trainee: Trainee) -> None:
+        """Bytes that do not depend on the batch."""
+        parameters = list(trainee.model.parameters())
+        record.trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        record.weight_bytes = _bytes([*parameters, *trainee.model.buffers()])
+        record.grad_bytes = _bytes([p for p in parameters if p.requires_grad])
+        state = [value for one in trainee.optimizer.state.values() for value in one.values() if isinstance(value, torch.Tensor)]
+        record.optimizer_bytes = _bytes(state)
+
+    def _compare(self, records: dict[Key, Record]) -> None:
+        """Two implementations of one method that do not walk together: ours is wrong until shown otherwise."""
+        if self.plan.dtype != torch.float32 or self.plan.dropout:
+            return
+        for method in self.plan.methods:
+            ours, theirs = (records.get((Impl(base), method)) for base in ("lorafast", "peft"))
+            if ours and theirs and ours.losses and theirs.losses:
+                apart = [abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
+                if not max(apart) <= MOST_APART:
+                    step = apart.index(max(apart))
+                    ours.fail("wrong", f"the loss of step {step} is {apart[step]:.2g} from PEFT's; at most {MOST_APART:g} is right")
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -1,0 +1,82 @@
+"""PEFT's layers and models, built as its users build them."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+
+import torch
+from torch import nn
+
+from lorafast.bench.impl import Impl
+from lorafast.methods.adapter import Adapter
+
+# How PEFT spells a method; what is not here it does not have.
+_CONFIG = {"LoRA": {}, "DoRA": {"use_dora": True}}
+# PEFT's parameters by the names lorafast.linear gives them.
+NAMES = {
+    "lora_A": "lora_A.default.weight",
+    "lora_B": "lora_B.default.weight",
+    "magnitude": "lora_magnitude_vector.default.weight",
+}
+DROPOUT_ON = "both"  # PEFT drops x in the correction of DoRA's base term too
+
+
+def why_missing(adapter: Adapter) -> str | None:
+    """Why there is nothing to compare with, or None."""
+    if importlib.util.find_spec("peft") is None:
+        return "peft is not installed: pip install 'lorafast[bench]'"
+    kind = type(adapter).__name__
+    return None if kind in _CONFIG else f"PEFT has no {kind}"
+
+
+def why_not(impl: Impl, dtype: torch.dtype) -> str | None:
+    """Why this variant of PEFT says nothing in this dtype, or None."""
+    if impl.base == "peft-bf16" and dtype not in (torch.bfloat16, torch.float16):
+        return "peft-bf16 keeps the adapter in the base's half precision; in this dtype it is peft"
+    return None
+
+
+def config(adapter: Adapter, target_modules: str | list[str]):
+    """PEFT's config for one of our specs."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=target_modules,
+        bias="none",
+        **_CONFIG[type(adapter).__name__],
+    )
+
+
+def model(base: nn.Module, impl: Impl, adapter: Adapter, target_modules: str | list[str]) -> nn.Module:
+    """get_peft_model; "peft" keeps PEFT's default, fp32 adapters on a half-precision base."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
+        return get_peft_model(base, config(adapter, target_modules), autocast_adapter_dtype=impl.base == "peft")
+
+
+def layer(base: nn.Linear, impl: Impl, adapter: Adapter) -> nn.Module:
+    """The one layer PEFT makes of a linear."""
+    return model(nn.Sequential(base), impl, adapter, ["0"]).base_model.model[0]
+
+
+class Masked(nn.Module):
+    """Dropout by a given mask: the only way to hold a layer with dropout against a truth. Forgotten where dropout is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.mask.to(x.dtype)
+
+
+def mask(layer: nn.Module) -> Masked:
+    """Put Masked where the layer's dropout is."""
+    layer.lora_dropout["default"] = Masked()
+    return layer.lora_dropout["default"]

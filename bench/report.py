@@ -1,0 +1,67 @@
+"""One self-contained page: the figures, the tables, and the machine they were measured on."""
+
+from __future__ import annotations
+
+import html
+
+from lorafast.bench import plots
+from lorafast.bench.record import Results
+from lorafast.bench.tables import Table, tables
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #fff; }
+body { max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.4rem; }
+p.lead { color: #4b5563; margin-top: 0; }
+figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
+th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #9ca3af; font-weight: 600; } tr.end td { border-bottom: 1px solid #d1d5db; }
+td.word, th.word { text-align: left; } td.bad { color: #b91c1c; font-weight: 600; }
+tr.ours td { background: #fdf2f4; } p.note { color: #4b5563; font-size: 13px; margin: .2rem 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1.2rem; font-size: 13px; }
+dt { color: #6b7280; } dd { margin: 0; }
+"""
+_WORDS = ("impl", "method")
+_READ = (
+    "error: RMS error against float64 ÷ the eager chain's, the worst over y and every gradient; above 2 a row is wrong and shows "
+    "no speed. × frozen: time of a step ÷ the frozen one's, round by round, median. saved: what autograd keeps beyond x, y and "
+    "weights; held: alive at the end of forward; peak: the most alive at once in a step."
+)
+
+
+def page(results: list[Results]) -> str:
+    """The page of one or more files."""
+    records = [record for one in results for record in one.records]
+    parts = [f"<h1>lorafast-bench</h1><p class=lead>{html.escape(_lead(results))}</p>"]
+    for figure in plots.figures(results).values():
+        parts.append(f"<figure>{plots.svg(figure)}</figure>")
+    parts += [_table(table) for table in tables(records)]
+    parts.append(f"<h2>How to read it</h2><p class=note>{html.escape(_READ)}</p>")
+    for one in results:
+        facts = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in one.env.items())
+        parts.append(f"<h2>Measured on</h2><dl>{facts}</dl>")
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>lorafast-bench</title>'
+    head += f"<style>{_STYLE}</style>"
+    return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+
+
+def _lead(results: list[Results]) -> str:
+    return "; ".join(dict.fromkeys(f"{one.env.get('device_name')}, torch {one.env.get('torch')}" for one in results))
+
+
+def _table(table: Table) -> str:
+    heads = "".join(f"<th{' class=word' if head in _WORDS else ''}>{html.escape(head)}</th>" for head in table.heads)
+    impl, rows = table.heads.index("impl"), []
+    for index, row in enumerate(table.rows):
+        kind = " ".join(["end"] * (index in table.sections) + ["ours"] * row[impl].startswith("lorafast"))
+        cells = []
+        for head, cell in zip(table.heads, row, strict=True):
+            named = "word" if head in _WORDS else "bad" if cell in ("wrong", "oom") else ""
+            cells.append(f"<td{f' class={named}' if named else ''}>{html.escape(cell)}</td>")
+        rows.append(f'<tr class="{kind}">{"".join(cells)}</tr>')
+    notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in table.notes)
+    body = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<h2>{html.escape(table.title)}</h2><div class=wide>{body}</div>{notes}"

@@ -1,0 +1,63 @@
+"""What a measurement, a verdict or a failure makes of a row."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import torch
+
+from lorafast.bench import machine
+from lorafast.bench.clock import quantiles
+from lorafast.bench.contender import Unable
+from lorafast.bench.record import TIMES, Record
+
+# More than this, and a row is wrong: it shows no speed.
+MOST = 2.0
+# Fewer rounds than this say little of a spread.
+LEAST_ROUNDS = 5
+
+
+def judge(record: Record, ratio: float, name: str, tokens: int) -> None:
+    """Enter the worst error ratio, of what, and over how many tokens."""
+    record.error_ratio, record.error_name, record.error_tokens = ratio if math.isfinite(ratio) else None, name, tokens
+    if not ratio <= MOST:
+        record.fail("wrong", f"{name} errs {ratio:.3g} times what eager errs; at most {MOST:g} is right")
+
+
+def enter_times(record: Record, phases: list[tuple[float, ...]], frozen: list[tuple[float, ...]] | None, warmup: int) -> None:
+    """Medians and percentiles of forward, backward, the whole step, and its ratio to the frozen one round by round."""
+    steps = [sum(sample) for sample in phases]
+    values = {"fwd_ms": [sample[0] for sample in phases], "bwd_ms": [sample[1] for sample in phases], "step_ms": steps}
+    if frozen and len(frozen) == len(steps):
+        values["ratio_to_frozen"] = [step / sum(base) for step, base in zip(steps, frozen, strict=True)]
+    for name in TIMES:
+        if name in values:
+            found = quantiles(values[name])
+            setattr(record, name, found.p50)
+            setattr(record, f"{name}_p20", found.p20)
+            setattr(record, f"{name}_p80", found.p80)
+    record.tokens_per_s = record.M / (record.step_ms / 1e3)
+    record.rounds, record.warmup = len(steps), warmup
+
+
+def fail(record: Record, error: Exception) -> None:
+    """Enter why it could not be measured; what is no refusal but a defect is raised again."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, Unable):
+        record.fail(error.status, first)
+    elif machine.is_out_of_memory(error):
+        record.fail("oom", first or "out of memory")
+    elif isinstance(error, RuntimeError | NotImplementedError | ValueError | TypeError | ImportError):
+        record.fail("unsupported", f"{type(error).__name__}: {first}")
+    else:
+        raise error
+    # A traceback holds the tensors that had no room beside others.
+    error.__traceback__ = None
+
+
+def release(device: torch.device) -> None:
+    """Give back what is no longer held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,175 @@
+"""One implementation of one method on a whole model: what trains, how a step goes, and whether its gradients are right."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lorafast
+from lorafast import testing
+from lorafast.bench import peers
+from lorafast.bench.clock import Mark, Step
+from lorafast.bench.contender import PARTS, Unable, form_of
+from lorafast.bench.encoder import Classifier, Encoder
+from lorafast.bench.impl import Impl
+from lorafast.bench.textbook import Textbook, textbook
+from lorafast.methods.adapter import Adapter
+from lorafast.schedule.lamda import LaMDAFreeze
+
+Batch = dict[str, torch.Tensor]
+
+# Learning rates of AdamW: the head's under every method, the encoder's by what trains. LaMDA moves the largest singular directions
+# of every weight, and full fine-tuning all of them.
+HEAD_RATE = 1e-3
+RATES = {"lora": 5e-4, "dora": 5e-4, "lamda": 3e-4, "none": 1e-4}
+
+
+@dataclass
+class Trainee:
+    """layers: every adapted layer by its path in the model. `module` is what is called, the model or its compiled form."""
+
+    impl: Impl
+    method: str
+    adapter: Adapter | None
+    model: Classifier
+    module: nn.Module
+    layers: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+    schedule: LaMDAFreeze | None
+
+    def parts(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        """The factors of a layer by the names lorafast.linear gives them."""
+        if isinstance(layer, lorafast.Linear):
+            return {part: getattr(layer, name) for name, part in PARTS.items() if getattr(layer, name) is not None}
+        held = dict(layer.named_parameters())
+        return {part: held[name] for part, name in peers.NAMES.items() if name in held}
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Cross entropy of a batch."""
+        return F.cross_entropy(self.module(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+
+    def step(self, batch: Batch, losses: list[torch.Tensor] | None = None) -> Step:
+        """Forward, backward, optimizer, in three phases."""
+
+        def step(mark: Mark) -> None:
+            self.optimizer.zero_grad()
+            mark()
+            loss = self.loss(batch)
+            mark()
+            loss.backward()
+            mark()
+            self.optimizer.step()
+            if self.schedule is not None:
+                self.schedule.step()
+            mark()
+            if losses is not None:
+                losses.append(loss.detach())
+
+        return step
+
+    @torch.no_grad()
+    def accuracy(self, batches: list[Batch]) -> float:
+        """The share of examples whose most likely label is theirs."""
+        self.model.eval()
+        right = sum((self.model(b["input_ids"], b["attention_mask"]).argmax(-1) == b["labels"]).sum().item() for b in batches)
+        self.model.train()
+        return right / sum(len(batch["labels"]) for batch in batches)
+
+    def error(self, batch: Batch) -> tuple[float, str]:
+        """The error ratio of the loss and of every kind of gradient over all layers, factors random, dropout off; the worst."""
+        copied = copy.deepcopy(self.model).eval()
+        layers = {path: copied.get_submodule(path) for path in self.layers}
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for layer in layers.values():
+                for part in self.parts(layer).values():
+                    # Where B is 0, A has no gradient to be wrong about.
+                    noise = torch.randn(part.shape, generator=generator) * 0.02
+                    part.add_(noise.to(part.device, part.dtype))
+        chained = {path: self._textbook(layer) for path, layer in layers.items()}
+        truth = _outcome(textbook(copied, chained, True), batch)
+        eager = _outcome(textbook(copied, chained, False), batch)
+        ours = _outcome(copied, batch)
+        floor = torch.finfo(next(self.model.encoder.parameters()).dtype).eps / 8
+        ratios = {name: _ratio(ours[name], eager[name], truth[name], floor) for name in truth}
+        worst = max(ratios, key=ratios.get)
+        return ratios[worst], worst
+
+    def _textbook(self, layer: nn.Module) -> Textbook:
+        parts = self.parts(layer)
+        form = form_of(self.impl, self.method, self.adapter, parts)
+        base = layer if isinstance(layer, lorafast.Linear) else layer.base_layer
+        return Textbook(form, self.adapter.scaling, base, parts)
+
+
+def _outcome(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """The loss and the gradients, all layers' gradients of one kind in one vector."""
+    model.zero_grad()
+    loss = F.cross_entropy(model(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+    loss.backward()
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            kind = next((part for part in PARTS.values() if part in name), "the rest")
+            found.setdefault(kind, []).append(parameter.grad.double().flatten())
+    return {"loss": loss.detach().double()} | {name: torch.cat(grads) for name, grads in found.items()}
+
+
+def _ratio(ours: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, floor: float) -> float:
+    if ours.shape != truth.shape:
+        return float("inf")
+    return testing.ratio((ours - truth).norm().item(), (eager - truth).norm().item(), truth.norm().item(), floor)
+
+
+def build(impl: Impl, method: str, adapter: Adapter | None, encoder: Encoder, seed: int, lr: float, total_steps: int) -> Trainee:
+    """A trainee on a copy of the encoder. Trained A factors start alike for all that have them. Raises Unable."""
+    base, dtype = copy.deepcopy(encoder.model), next(encoder.model.parameters()).dtype
+    # The frozen model's backward goes through every layer only if its input asks for a gradient; all others are treated alike.
+    base.enable_input_require_grads()
+    base.requires_grad_(impl.base == "full")
+    width, device = base.config.hidden_size, next(base.parameters()).device
+    torch.manual_seed(seed)
+    if impl.base == "lorafast":
+        base = lorafast.adapt(base, adapter)
+    elif impl.adapts:
+        if why := peers.why_missing(adapter):
+            raise Unable("missing", why)
+        if why := peers.why_not(impl, dtype):
+            raise Unable("unsupported", why)
+        base = peers.model(base, impl, adapter, "all-linear")
+    model = Classifier(base, width, seed, device).train()
+    layers = {path: module for path, module in model.named_modules() if _is_adapted(module)}
+    groups = [{"params": model.head.parameters(), "lr": HEAD_RATE}]
+    if trained := [parameter for parameter in base.parameters() if parameter.requires_grad]:
+        groups.append({"params": trained, "lr": lr})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = LaMDAFreeze(model, total_steps) if method == "lamda" and total_steps else None
+    module = torch.compile(model, dynamic=False) if impl.compile else model
+    trainee = Trainee(impl, method, adapter, model, module, layers, optimizer, schedule)
+    _start_alike(trainee, seed)
+    return trainee
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    if isinstance(module, lorafast.Linear):
+        return True
+    if importlib.util.find_spec("peft") is None:
+        return False
+    from peft.tuners.lora import Linear
+
+    return isinstance(module, Linear)
+
+
+@torch.no_grad()
+def _start_alike(trainee: Trainee, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for layer in trainee.layers.values():
+        A = trainee.parts(layer)["lora_A"]
+        if A.requires_grad:
+            start = (torch.rand(A.shape, generator=generator) * 2 - 1) / A.shape[1] ** 0.5
+            A.copy_(start)
