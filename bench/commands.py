@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from lorafast.bench import linear, machine, model, options, plots, report, table
 from lorafast.bench.contender import Problem
 from lorafast.bench.progress import Progress
 from lorafast.bench.record import Record, Results
+from lorafast.bench.refusal import Refused
 
 # Exit status.
 RIGHT, WRONG, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -35,7 +37,7 @@ def main(arguments: list[str]) -> int:
     complaints = Console(stderr=True, soft_wrap=True)
     try:
         return {"linear": _linear, "model": _model, "report": _report, "env": _env}[asked.command](asked, arguments)
-    except (machine.DeviceError, ModuleNotFoundError, FileNotFoundError, NotADirectoryError, PermissionError, ValueError) as error:
+    except (Refused, ModuleNotFoundError) as error:
         complaints.print(f"lorafast-bench {asked.command}: {error}", markup=False, highlight=False)
         return REFUSED
 
@@ -91,11 +93,20 @@ def _where(asked: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         torch.set_num_threads(asked.threads)
     for path in (asked.json, asked.html):
         if path is not None:
-            # Better now than after the rounds.
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise ValueError(f"{path} is a folder")
+            _check_writable(path)
     return device, asked.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def _check_writable(path: Path) -> None:
+    """Better now than after the rounds."""
+    if path.is_dir():
+        raise Refused(f"{path} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{path.parent}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise Refused(f"{path.parent}: cannot be written to")
 
 
 def _defaults(device: torch.device, dtype: torch.dtype) -> tuple[impls.Impl, ...]:

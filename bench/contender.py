@@ -53,7 +53,10 @@ class Problem(NamedTuple):
 
 @dataclass
 class Contender:
-    """module(x) is what is measured. parameters: all the truth knows, by its names; trained: x and those that get a gradient."""
+    """module(x) is what is measured. parameters: all the truth knows, by its names; trained: x and those that get a gradient.
+
+    A stand_in draws the truth's dropout mask where the real one would draw its own: it can be judged, and is not timed.
+    """
 
     impl: Impl
     method: str
@@ -64,6 +67,7 @@ class Contender:
     trained: tuple[str, ...]
     route: str
     masked: peers.Masked | None = None
+    stand_in: bool = False
 
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor | None]) -> None:
@@ -102,7 +106,7 @@ def build(
     impl: Impl, method: str, adapter: Adapter | None, problem: Problem, weight: torch.Tensor, bias: torch.Tensor | None,
     mask: bool = False,
 ) -> Contender:  # fmt: skip
-    """A contender on the given weight, which it shares. mask=True takes torch's dropout out for a mask of ours. Raises Unable."""
+    """A contender on the given weight, which it shares; with mask=True a stand-in, where there is need of one. Raises Unable."""
     linear = nn.Linear(problem.K, problem.N, bias is not None, device="meta")
     trains = impl.base == "full"
     linear.weight = nn.Parameter(weight.detach(), requires_grad=trains)
@@ -128,12 +132,15 @@ def build(
     if unknown := [name for name, p in layer.named_parameters() if all(p is not known for known in parameters.values())]:
         raise Unable("unsupported", f"the truth has no {', '.join(unknown)}")
     trained = ("x", *(name for name, parameter in parameters.items() if parameter.requires_grad))
-    module = torch.compile(layer, dynamic=False) if impl.compile else layer
+    stand_in = mask and problem.dropout > 0 and impl.adapts and (masked is not None or impl.compile)
+    # Compiled code draws seeds of its own, unless it is told to draw torch's.
+    options = {"fallback_random": True} if stand_in else None
+    module = torch.compile(layer, dynamic=False, options=options) if impl.compile else layer
     case = Case(
         form_of(impl, method, adapter, parts), problem.M, problem.N, problem.K, problem.R, problem.dtype,
         problem.dropout if parts else 0.0, bias is not None, 2.0, parts["lora_A"].dtype if parts else None,
     )  # fmt: skip
-    return Contender(impl, method, module, layer, case, parameters, trained, "inductor" if impl.compile else path, masked)
+    return Contender(impl, method, module, layer, case, parameters, trained, "inductor" if impl.compile else path, masked, stand_in)
 
 
 def form_of(impl: Impl, method: str, adapter: Adapter | None, parts: dict[str, torch.Tensor]) -> Form:

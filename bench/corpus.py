@@ -8,6 +8,8 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
+from lorafast.bench.refusal import Refused
+
 # In every Python from 3.11 on, each with some forty docstrings or more, and none of them an optional part of a distribution.
 LABELS = (
     "asyncio", "calendar", "collections", "concurrent", "configparser", "difflib", "doctest", "email", "ftplib", "http",
@@ -41,7 +43,7 @@ def corpus(library: Path | None = None) -> Corpus:
         for text in sorted(_docstrings(root, name), key=_hash)[:MOST]:
             (held_out if _hash(text) % 5 == 0 else train).append(Example(text, label))
     if not held_out or not train:
-        raise FileNotFoundError(f"no docstrings in {root.name}: this Python carries no sources of its standard library")
+        raise Refused(f"no docstrings in {root.name}: this Python carries no sources of its standard library")
     return Corpus(*(tuple(sorted(part, key=lambda example: _hash(example.text))) for part in (train, held_out)))
 
 

@@ -106,7 +106,7 @@ class _Group:
             record.dropout_on = contender.case.form.dropout_on if contender.case.form.magnitude else None
             record.route = contender.route
             row.judge(record, *jury.verdict(contender))
-            if contender.masked is not None:
+            if contender.stand_in:
                 contender = self._build(key, tensors)
             self._count(contender, record, tensors)
             self.contenders[key] = contender

@@ -13,34 +13,31 @@ import psutil
 import torch
 
 import lorafast
+from lorafast.bench.refusal import Refused
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 
 
-class DeviceError(Exception):
-    """The device asked for, or the one this machine has, cannot be measured on."""
-
-
 def device(asked: str | None) -> torch.device:
-    """The device to measure: the one asked for, else the GPU, else the CPU. DeviceError with the reason if that cannot be."""
+    """The device to measure: the one asked for, else the GPU, else the CPU. Refused with the reason if that cannot be."""
     if asked is None:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         if why := unseen_gpu():
-            raise DeviceError(f"{why}. --device cpu measures the CPU all the same")
+            raise Refused(f"{why}. --device cpu measures the CPU all the same")
         return torch.device("cpu")
     try:
         wanted = torch.device(asked)
     except RuntimeError as error:
-        raise DeviceError(f"--device {asked}: must be cpu, cuda or cuda:INDEX") from error
+        raise Refused(f"--device {asked}: must be cpu, cuda or cuda:INDEX") from error
     if wanted.type not in ("cpu", "cuda"):
-        raise DeviceError(f"--device {asked}: the bench measures cpu and cuda devices")
+        raise Refused(f"--device {asked}: the bench measures cpu and cuda devices")
     if wanted.type == "cuda":
         if not torch.cuda.is_available():
-            raise DeviceError(f"--device {asked}: {unseen_gpu() or 'torch sees no GPU, and neither does nvidia-smi'}")
+            raise Refused(f"--device {asked}: {unseen_gpu() or 'torch sees no GPU, and neither does nvidia-smi'}")
         index = torch.cuda.current_device() if wanted.index is None else wanted.index
         if index >= torch.cuda.device_count():
-            raise DeviceError(f"--device {asked}: torch sees {torch.cuda.device_count()} GPUs")
+            raise Refused(f"--device {asked}: torch sees {torch.cuda.device_count()} GPUs")
         wanted = torch.device("cuda", index)
     return wanted
 

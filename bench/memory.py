@@ -12,9 +12,9 @@ from lorafast.testing import Allocated, allocated
 
 def measured(function: Callable[[], object], device: torch.device) -> Allocated:
     """Bytes function allocates on the device: by the allocator's own statistics on a GPU, event by event on the CPU."""
-    gc.collect()
     if device.type != "cuda":
         return allocated(function)
+    gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -108,11 +108,11 @@ class _Course:
                 except Exception as error:
                     self._failed(key, error, records)
                     del losses[key]
-        held_out = self._held_out()
+        held_out, untimed = self._held_out(), min(UNTIMED, plan.steps - 1)
         frozen = times.get(FROZEN_KEY, [])
         for key, values in losses.items():
             record, curve = records[key], [round(value.item(), 6) for value in values]
-            row.enter_times(record, times[key][UNTIMED:], frozen[UNTIMED:], min(UNTIMED, plan.steps))
+            row.enter_times(record, times[key][untimed:], frozen[untimed:], untimed)
             record.losses, record.accuracy, record.lr = (
                 curve,
                 self.trainees[key].accuracy(held_out),
@@ -217,10 +217,8 @@ class _Course:
 
     def _weigh(self, record: Record, trainee: Trainee) -> None:
         """Bytes that do not depend on the batch."""
-        parameters = list(trainee.model.parameters())
-        record.trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        record.weight_bytes = _bytes([*parameters, *trainee.model.buffers()])
-        record.grad_bytes = _bytes([p for p in parameters if p.requires_grad])
+        record.trainable, record.grad_bytes = trainee.trainable
+        record.weight_bytes = _bytes([*trainee.model.parameters(), *trainee.model.buffers()])
         state = [value for one in trainee.optimizer.state.values() for value in one.values() if isinstance(value, torch.Tensor)]
         record.optimizer_bytes = _bytes(state)
 

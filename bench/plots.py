@@ -98,7 +98,9 @@ def _grid(rows: list[Record], axis: str, value: Value, across: str) -> Figure:
             _curves(panels[i][j], here, value, (lambda r: r.M) if across == _TOKENS else (lambda r: r.batch_size))
             panels[i][j].set_title(f"{method}, dropout {dropout:g}", fontsize=10)
     for j in range(len(methods)):
-        panels[0][j].set_ylim(0, 1.05 * max(panel.dataLim.ymax for panel in panels[:, j]))
+        tops = [panel.dataLim.ymax for panel in panels[:, j] if panel.has_data()]
+        if tops:
+            panels[0][j].set_ylim(0, 1.05 * max(tops))
         panels[-1][j].set_xlabel(across)
     for line in panels:
         line[0].set_ylabel(axis)

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import get_args, get_type_hints
 
+from lorafast.bench.refusal import Refused
+
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "oom", "wrong", "unsupported", "missing")
 BENCHES = ("linear", "step", "training")
@@ -123,13 +125,15 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """ValueError naming the file and everything in it that is not of the schema."""
+        """Refused, naming the file and what in it is not of the schema."""
         try:
             document = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not JSON: {error}") from error
+        except OSError as error:
+            raise Refused(f"{path}: {error.strerror}") from error
+        except ValueError as error:  # JSON's and the encoding's
+            raise Refused(f"{path}: not JSON: {error}") from error
         if wrong := faults(document):
-            raise ValueError(f"{path}: " + "; ".join(wrong[:5]) + ("; …" if len(wrong) > 5 else ""))
+            raise Refused(f"{path}: " + "; ".join(wrong[:5]) + ("; …" if len(wrong) > 5 else ""))
         return cls(document["env"], [Record(**record) for record in document["records"]])
 
 

@@ -41,6 +41,7 @@ class Trainee:
     layers: dict[str, nn.Module]
     optimizer: torch.optim.Optimizer
     schedule: LaMDAFreeze | None
+    trainable: tuple[int, int]  # elements and bytes at the start; LaMDA's grow fewer
 
     def parts(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         """The factors of a layer by the names lorafast.linear gives them."""
@@ -144,13 +145,15 @@ def build(impl: Impl, method: str, adapter: Adapter | None, encoder: Encoder, se
         base = peers.model(base, impl, adapter, "all-linear")
     model = Classifier(base, width, seed, device).train()
     layers = {path: module for path, module in model.named_modules() if _is_adapted(module)}
-    groups = [{"params": model.head.parameters(), "lr": HEAD_RATE}]
+    groups = [{"params": list(model.head.parameters()), "lr": HEAD_RATE}]
     if trained := [parameter for parameter in base.parameters() if parameter.requires_grad]:
         groups.append({"params": trained, "lr": lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    everything = [parameter for group in groups for parameter in group["params"]]
+    trainable = (sum(p.numel() for p in everything), sum(p.numel() * p.itemsize for p in everything))
     schedule = LaMDAFreeze(model, total_steps) if method == "lamda" and total_steps else None
     module = torch.compile(model, dynamic=False) if impl.compile else model
-    trainee = Trainee(impl, method, adapter, model, module, layers, optimizer, schedule)
+    trainee = Trainee(impl, method, adapter, model, module, layers, optimizer, schedule, trainable)
     _start_alike(trainee, seed)
     return trainee
 

@@ -232,7 +232,8 @@ class _Kept:
     """What the graph holds instead of a tensor: while it lives, autograd keeps the tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+        # Detached: an output would hold the graph that holds it.
+        self.tensor = tensor.detach()
 
 
 def saved(function: Callable[[], torch.Tensor], named: dict[str, torch.Tensor], constant: Iterable[torch.Tensor]) -> Saved:

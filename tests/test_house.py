@@ -31,7 +31,21 @@ PLACE = {name: (floor, position) for floor, names in enumerate(FLOORS) for posit
 SHARED = {
     "methods": ("adapter", "svd", "lora"),
     "bench": (
-        *("record", "machine", "shapes", "impl", "clock", "memory", "progress", "corpus", "encoder", "peers", "contender", "row"),
+        *(
+            "refusal",
+            "record",
+            "machine",
+            "shapes",
+            "impl",
+            "clock",
+            "memory",
+            "progress",
+            "corpus",
+            "encoder",
+            "peers",
+            "contender",
+            "row",
+        ),
         *("trust", "textbook", "trainee", "linear", "model", "tables", "plots", "report", "options", "commands", "cli"),
     ),
 }
