@@ -78,7 +78,7 @@ class Clock:
 
 # One sample lasts at least this long, so that a clock's tick and an interrupt are small beside it.
 LEAST_MS = 2.0
-MOST_REPEATS = 50
+MAX_REPEATS = 50
 
 
 def interleave(
@@ -99,7 +99,7 @@ def interleave(
         try:
             for _ in range(warmup):
                 spent = clock.time(step)
-            repeats[key] = min(max(1, math.ceil(LEAST_MS / max(sum(spent), 1e-6))), MOST_REPEATS)
+            repeats[key] = min(max(1, math.ceil(LEAST_MS / max(sum(spent), 1e-6))), MAX_REPEATS)
         except Exception as error:
             failed(key, error)
     samples: dict[Hashable, list[tuple[float, ...]]] = {key: [] for key in repeats}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import shlex
 from collections.abc import Iterator
@@ -27,58 +28,59 @@ RIGHT, WRONG, REFUSED, INTERRUPTED = 0, 1, 2, 130
 _PIPED_WIDTH = 170
 
 _OURS_AND_PEERS = ("frozen", "full", "lorafast", "peft")
+_OF_A_MODEL = ("frozen", "lorafast", "peft")
 _HALF = ("peft-bf16",)
 _COMPILED = ("peft+compile",)
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command: 0 all rows right, 1 a row is wrong, 2 asked for what cannot be, 130 interrupted (finished rows are kept)."""
+    """Run one command: 0 no row is wrong, 1 a row is, 2 asked for what cannot be, 130 interrupted (finished rows are kept)."""
     asked = options.parser().parse_args(arguments)
-    complaints = Console(stderr=True, soft_wrap=True)
     try:
         return {"linear": _linear, "model": _model, "report": _report, "env": _env}[asked.command](asked, arguments)
-    except (Refused, ModuleNotFoundError) as error:
-        complaints.print(f"lorafast-bench {asked.command}: {error}", markup=False, highlight=False)
+    except Refused as error:
+        Console(stderr=True, soft_wrap=True).print(f"lorafast-bench {asked.command}: {error}", markup=False, highlight=False)
         return REFUSED
 
 
 def _linear(asked: argparse.Namespace, arguments: list[str]) -> int:
-    device, dtype = _where(asked)
+    device, dtype = _prepare(asked)
     tokens = asked.tokens or ((512, 2048, 8192) if device.type == "cuda" else (64, 256, 1024))
     problems = tuple(
         Problem(shape.K, shape.N, R, M, p, dtype, device, asked.bias)
         for shape, R, p, M in itertools.product(asked.shape, asked.rank, asked.dropout, tokens)
     )
-    chosen = asked.impl or _defaults(device, dtype)
     plan = linear.Plan(
-        problems, chosen, asked.methods, asked.dropout_on, asked.rounds, asked.seconds, asked.warmup, asked.seed
+        problems=problems, impls=asked.impl or _defaults(device, dtype), methods=asked.methods, dropout_on=asked.dropout_on,
+        rounds=asked.rounds, seconds=asked.seconds or math.inf, warmup=asked.warmup, seed=asked.seed,
     )  # fmt: skip
-    with Progress(linear.steps_of(plan)) as progress:
+    with Progress(linear.progress_total(plan)) as progress:
         return _collect(linear.run(plan, progress), asked, device, arguments, progress)
 
 
 def _model(asked: argparse.Namespace, arguments: list[str]) -> int:
-    device, dtype = _where(asked)
-    chosen = asked.impl or tuple(map(impls.parse, ("frozen", "lorafast", "peft")))
+    device, dtype = _prepare(asked)
     plan = model.Plan(
-        asked.model, chosen, asked.methods, asked.batch_sizes, asked.seq, device, dtype, asked.rank, asked.dropout,
-        asked.dropout_on, asked.steps, asked.train_batch, asked.lr, asked.rounds, asked.seconds, asked.warmup, asked.seed,
+        model=asked.model, impls=asked.impl or tuple(map(impls.parse, _OF_A_MODEL)), methods=asked.methods,
+        batch_sizes=asked.batch_sizes, seq=asked.seq, device=device, dtype=dtype, R=asked.rank, dropout=asked.dropout,
+        dropout_on=asked.dropout_on, steps=asked.steps, train_batch=asked.train_batch, lr=asked.lr, rounds=asked.rounds,
+        seconds=asked.seconds or math.inf, warmup=asked.warmup, seed=asked.seed,
     )  # fmt: skip
-    with Progress(model.steps_of(plan)) as progress:
+    with Progress(model.progress_total(plan)) as progress:
         return _collect(model.run(plan, progress), asked, device, arguments, progress)
 
 
 def _report(asked: argparse.Namespace, _: list[str]) -> int:
     results = [Results.read(file) for file in asked.files]
-    records = [record for one in results for record in one.records]
-    tables.show(tables.tables(records), _out())
+    if asked.html:
+        _check_writable("--html", asked.html)
+        _write_page(asked.html, results)
     if asked.plots:
-        asked.plots.mkdir(parents=True, exist_ok=True)
+        _make_folder("--plots", asked.plots)
         for name, figure in plots.figures(results).items():
             (asked.plots / f"{name}.svg").write_text(plots.svg(figure))
-    if asked.html:
-        _write_page(asked.html, results)
-    return _verdict(records)
+    tables.show(tables.tables(results), _out())
+    return _verdict([record for one in results for record in one.records])
 
 
 def _env(asked: argparse.Namespace, arguments: list[str]) -> int:
@@ -87,26 +89,30 @@ def _env(asked: argparse.Namespace, arguments: list[str]) -> int:
     return RIGHT
 
 
-def _where(asked: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+def _prepare(asked: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype to measure; what would fail after the rounds fails here."""
     device = machine.device(asked.device)
+    for option, path in (("--json", asked.json), ("--html", asked.html)):
+        if path is not None:
+            _check_writable(option, path)
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    for path in (asked.json, asked.html):
-        if path is not None:
-            _check_writable(path)
     return device, asked.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def _check_writable(path: Path) -> None:
-    """Better now than after the rounds."""
+def _check_writable(option: str, path: Path) -> None:
     if path.is_dir():
-        raise Refused(f"{path} is a folder")
+        raise Refused(f"{option}: {path} is a folder")
+    _make_folder(option, path.parent)
+
+
+def _make_folder(option: str, path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refused(f"{path.parent}: {error.strerror}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise Refused(f"{path.parent}: cannot be written to")
+        raise Refused(f"{option}: {path}: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise Refused(f"{option}: {path} cannot be written to")
 
 
 def _defaults(device: torch.device, dtype: torch.dtype) -> tuple[impls.Impl, ...]:
@@ -130,9 +136,10 @@ def _collect(
     except KeyboardInterrupt:
         interrupted = True
     progress.end()
-    tables.show(tables.tables(results.records), _out())
+    # Files first: a reader of the tables may close the pipe.
     if asked.html and results.records:
         _write_page(asked.html, [results])
+    tables.show(tables.tables([results]), _out())
     if interrupted:
         Console(stderr=True).print(f"interrupted; {len(results.records)} finished rows are kept")
         return INTERRUPTED
@@ -147,7 +154,6 @@ def _verdict(records: list[Record]) -> int:
 
 
 def _write_page(path: Path, results: list[Results]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(report.page(results))
 
 

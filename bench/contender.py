@@ -27,14 +27,6 @@ PARTS = {
 }
 
 
-class Unable(Exception):
-    """There is no such contender here. status: a record's."""
-
-    def __init__(self, status: str, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
 class Problem(NamedTuple):
     """One layer under one load. s = 2."""
 
@@ -106,7 +98,10 @@ def build(
     impl: Impl, method: str, adapter: Adapter | None, problem: Problem, weight: torch.Tensor, bias: torch.Tensor | None,
     mask: bool = False,
 ) -> Contender:  # fmt: skip
-    """A contender on the given weight, which it shares; with mask=True a stand-in, where there is need of one. Raises Unable."""
+    """A contender on the given weight, which it shares. mask=True builds a stand-in where its own dropout mask cannot be known.
+
+    Raises Unable.
+    """
     linear = nn.Linear(problem.K, problem.N, bias is not None, device="meta")
     trains = impl.base == "full"
     linear.weight = nn.Parameter(weight.detach(), requires_grad=trains)
@@ -114,23 +109,18 @@ def build(
         linear.bias = nn.Parameter(bias.detach(), requires_grad=trains)
     masked, path = None, "torch"
     if not impl.adapts:
-        layer, parts = linear, {}
+        layer = linear
     elif impl.base == "lorafast":
         layer = lorafast.Linear.from_linear(linear, adapter)
-        parts = {part: getattr(layer, name) for name, part in PARTS.items() if getattr(layer, name) is not None}
         path = route(layer, problem.M)
     else:
-        if why := peers.why_missing(adapter):
-            raise Unable("missing", why)
-        if why := peers.why_not(impl, problem.dtype):
-            raise Unable("unsupported", why)
+        peers.check(impl, adapter, problem.dtype)
         layer = peers.layer(linear, impl, adapter)
-        held = dict(layer.named_parameters())
-        parts = {part: held[name] for part, name in peers.NAMES.items() if name in held}
         masked = peers.mask(layer) if mask and problem.dropout else None
+    parts = parts_of(layer)
     parameters = {"weight": linear.weight} | ({} if bias is None else {"bias": linear.bias}) | parts
     if unknown := [name for name, p in layer.named_parameters() if all(p is not known for known in parameters.values())]:
-        raise Unable("unsupported", f"the truth has no {', '.join(unknown)}")
+        raise NotImplementedError(f"the truth has no {', '.join(unknown)}")
     trained = ("x", *(name for name, parameter in parameters.items() if parameter.requires_grad))
     stand_in = mask and problem.dropout > 0 and impl.adapts and (masked is not None or impl.compile)
     # Compiled code draws seeds of its own, unless it is told to draw torch's.
@@ -141,6 +131,14 @@ def build(
         problem.dropout if parts else 0.0, bias is not None, 2.0, parts["lora_A"].dtype if parts else None,
     )  # fmt: skip
     return Contender(impl, method, module, layer, case, parameters, trained, "inductor" if impl.compile else path, masked, stand_in)
+
+
+def parts_of(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The factors of a layer, ours or PEFT's, by the names lorafast.linear gives them; none of a bare one."""
+    if isinstance(layer, lorafast.Linear):
+        return {part: getattr(layer, name) for name, part in PARTS.items() if getattr(layer, name) is not None}
+    held = dict(layer.named_parameters())
+    return {part: held[name] for part, name in peers.NAMES.items() if name in held}
 
 
 def form_of(impl: Impl, method: str, adapter: Adapter | None, parts: dict[str, torch.Tensor]) -> Form:

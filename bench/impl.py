@@ -27,6 +27,7 @@ class Impl(NamedTuple):
 
 
 FROZEN = Impl("frozen")
+NO_METHOD = "none"
 
 
 def parse(text: str) -> Impl:
@@ -35,6 +36,12 @@ def parse(text: str) -> Impl:
     if base not in BASES or (plus and tail != "compile"):
         raise ValueError(f"{text!r} is none of {', '.join(BASES)}, nor one of them with +compile")
     return Impl(base, bool(plus))
+
+
+def contenders(impls: tuple[Impl, ...], methods: tuple[str, ...]) -> tuple[tuple[Impl, str], ...]:
+    """Implementation and method of every row of one problem, the bare frozen layer always first."""
+    named = (one for one in impls if one != FROZEN)
+    return ((FROZEN, NO_METHOD), *((one, method) for one in named for method in (methods if one.adapts else (NO_METHOD,))))
 
 
 METHODS = {method.name: method.adapter for method in lorafast.list_methods()}

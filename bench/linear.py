@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,8 +15,10 @@ from lorafast.bench.contender import Contender, Problem, build
 from lorafast.bench.impl import FROZEN, Impl
 from lorafast.bench.progress import Progress
 from lorafast.bench.record import Record
-from lorafast.bench.trust import Jury
+from lorafast.bench.trust import Verifier
 from lorafast.testing import SHORT
+
+FROZEN_KEY = (FROZEN, impls.NO_METHOD)
 
 
 class Plan(NamedTuple):
@@ -26,31 +27,30 @@ class Plan(NamedTuple):
     problems: tuple[Problem, ...]
     impls: tuple[Impl, ...]
     methods: tuple[str, ...]
-    dropout_on: str = "adapter"
-    rounds: int = 15
-    seconds: float = math.inf
-    warmup: int = 2
-    seed: int = 0
+    dropout_on: str
+    rounds: int
+    seconds: float
+    warmup: int
+    seed: int
 
     @property
     def contenders(self) -> tuple[tuple[Impl, str], ...]:
-        """Implementation and method of every row of one problem, the frozen layer always first."""
-        named = (one for one in self.impls if one != FROZEN)
-        return ((FROZEN, "none"), *((one, method) for one in named for method in (self.methods if one.adapts else ("none",))))
+        """Implementation and method of every row of one problem."""
+        return impls.contenders(self.impls, self.methods)
 
 
 def run(plan: Plan, progress: Progress) -> Iterator[list[Record]]:
     """The rows of one problem after another, each complete."""
     for problem in plan.problems:
-        yield _Group(plan, problem, progress).measure()
+        yield _ProblemRun(plan, problem, progress).measure()
 
 
-def steps_of(plan: Plan) -> int:
+def progress_total(plan: Plan) -> int:
     """How often a run calls progress.begin."""
     return len(plan.problems) * (len(plan.contenders) + 1)
 
 
-class _Group:
+class _ProblemRun:
     """All contenders on one problem."""
 
     def __init__(self, plan: Plan, problem: Problem, progress: Progress) -> None:
@@ -62,18 +62,18 @@ class _Group:
         p, plan, tensors = self.problem, self.plan, {}
         try:
             shared = testing.make(
-                testing.Case(testing.Form("frozen"), p.M, p.N, p.K, p.R, p.dtype, bias=p.bias), 0, p.device, False
+                testing.Case(testing.Form("frozen"), p.M, p.N, p.K, p.R, p.dtype, bias=p.bias), plan.seed, p.device, False
             )
             tensors = {name: shared[name] for name in ("x", "dy", "weight", "bias")}
         except Exception as error:
             for key in self.records:
                 self._failed(key, error)
             return list(self.records.values())
-        jury = Jury(tuple(range(plan.seed, plan.seed + _draws(p))), p.device)
+        verifier = Verifier(tuple(range(plan.seed, plan.seed + _draws(p))), p.device)
         for key in self.records:
             self.progress.begin(f"{p}: {self.records[key].label}")
-            self._examine(key, jury, tensors)
-        del jury
+            self._examine(key, verifier, tensors)
+        del verifier
         row.release(p.device)
         self._time(tensors)
         return list(self.records.values())
@@ -94,7 +94,7 @@ class _Group:
             adapter = impls.adapter(method, p.R, p.dropout, self.plan.dropout_on, **fields)
         return build(impl, method, adapter, p, tensors["weight"], tensors["bias"], mask)
 
-    def _examine(self, key: tuple[Impl, str], jury: Jury, tensors: dict[str, torch.Tensor]) -> None:
+    def _examine(self, key: tuple[Impl, str], verifier: Verifier, tensors: dict[str, torch.Tensor]) -> None:
         """Build it, hold it against the truth, count its bytes; whatever fails is this row's alone."""
         record = self.records[key]
         try:
@@ -105,7 +105,7 @@ class _Group:
             record.adapter_dtype = SHORT[contender.case.adapter_dtype] if contender.case.adapter_dtype else None
             record.dropout_on = contender.case.form.dropout_on if contender.case.form.magnitude else None
             record.route = contender.route
-            row.judge(record, *jury.verdict(contender))
+            row.judge(record, *verifier.worst(contender))
             if contender.stand_in:
                 contender = self._build(key, tensors)
             self._count(contender, record, tensors)
@@ -134,12 +134,12 @@ class _Group:
         able = {key: one for key, one in self.contenders.items() if self.records[key].status == "ok"}
         steps = {key: _step(one, tensors["x"].detach().requires_grad_(), tensors["dy"]) for key, one in able.items()}
         samples = interleave(steps, Clock(p.device), plan.rounds, plan.warmup, self._failed, plan.seconds, row.LEAST_ROUNDS)
-        frozen = samples.get((FROZEN, "none"))
+        frozen = samples.get(FROZEN_KEY)
         for key, phases in samples.items():
             row.enter_times(self.records[key], phases, frozen, plan.warmup)
 
     def _failed(self, key: tuple[Impl, str], error: Exception) -> None:
-        row.fail(self.records[key], error)
+        row.fail(self.records[key], error, key[0])
         self.contenders.pop(key, None)
         row.release(self.problem.device)
 

@@ -96,7 +96,7 @@ def device_name(where: torch.device) -> str:
     """As a table's head calls it."""
     if where.type == "cuda":
         return torch.cuda.get_device_name(where)
-    return f"{_cpu()}, {torch.get_num_threads()} threads"
+    return f"{_cpu()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
 
 
 def _cpu() -> str:
@@ -149,11 +149,3 @@ def _gpu(where: torch.device) -> dict:
     except Exception as error:
         known["nvml"] = f"{type(error).__name__}: {error}"
     return known
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device or the machine has no memory left."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in said or "out of memory" in said)
-    )

@@ -1,4 +1,4 @@
-"""Bytes of a step: what is alive at the end of forward, and the most at once."""
+"""Bytes of a step: what is alive at the end of forward, the most at once, and what it looks like when there are none left."""
 
 from __future__ import annotations
 
@@ -23,3 +23,11 @@ def measured(function: Callable[[], object], device: torch.device) -> Allocated:
     found = Allocated(torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before)
     del kept
     return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device or the machine has no memory left."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in said or "out of memory" in said)
+    )

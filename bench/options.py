@@ -9,70 +9,90 @@ from pathlib import Path
 
 import torch
 
+import lorafast
 from lorafast import checks
 from lorafast.bench import impl as impls
 from lorafast.bench import shapes
-from lorafast.bench.encoder import PACKAGES
+from lorafast.bench.encoder import MODELS
 from lorafast.testing import SHORT
 
 DTYPES = {name: dtype for dtype, name in SHORT.items() if dtype != torch.float64}
+_LONG = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     main = argparse.ArgumentParser("lorafast-bench", description="What an adapted layer costs, and whether it is right.")
+    main.add_argument("--version", action="version", version=f"lorafast {lorafast.__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    linear = commands.add_parser("linear", help="one layer, by tokens, rank and dropout", formatter_class=_Help)
-    linear.add_argument("--shape", type=_each(shapes.parse), default="1024x4096", help="INxOUT, or a model's linears, or several")
-    linear.add_argument("--rank", type=_each(_count), default="16", help="ranks R")
-    linear.add_argument("--tokens", type=_each(_count), help="tokens per batch M; default 64,256,1024, on a GPU 512,2048,8192")
-    linear.add_argument("--dropout", type=_each(_probability), default="0,0.05", help="of the adapter's input")
-    linear.add_argument("--bias", action="store_true", help="a layer with a bias")
-    _common(linear, rounds=15)
-    model = commands.add_parser("model", help="a whole pretrained model: trained, and stepped by batch size", formatter_class=_Help)
-    model.add_argument("--model", choices=PACKAGES, default="minilm", help="which; its weights come with a package")
-    model.add_argument("--batch-sizes", type=_each(_count), default="1,4,16", help="batch sizes to step at")
-    model.add_argument("--seq", type=_count, default=16, help="tokens per text")
-    model.add_argument("--rank", type=_count, default=16, help="rank R")
-    model.add_argument("--dropout", type=_probability, default=0.0, help="of the adapters' input")
-    model.add_argument("--steps", type=_whole, default=200, help="training steps; 0 trains nothing")
-    model.add_argument("--train-batch", type=_count, default=8, help="batch size of training")
-    model.add_argument("--lr", type=_positive, help="learning rate of the adapters; default by method")
-    _common(model, rounds=7)
-    report = commands.add_parser("report", help="tables and one page of files measured before", formatter_class=_Help)
-    report.add_argument("files", nargs="+", type=Path, help="JSON files")
-    _outputs(report, json=False)
-    report.add_argument("--plots", type=Path, help="write every figure into this folder, as SVG")
-    env = commands.add_parser("env", help="the machine, as it stands beside every figure", formatter_class=_Help)
-    env.add_argument("--device", help="cpu, cuda or cuda:INDEX; default the GPU if there is one")
+
+    def command(name: str, does: str) -> argparse.ArgumentParser:
+        # No abbreviations: what was run is kept beside the figures, less the names of files.
+        return commands.add_parser(name, help=does, description=does, formatter_class=_Help, allow_abbrev=False)
+
+    linear = command("linear", "Measure one layer, by tokens, rank and dropout. Lists are separated by commas.")
+    add = linear.add_argument
+    add(
+        "--shape",
+        type=_each(shapes.parse),
+        default="1024x4096",
+        metavar="INxOUT,…",
+        help=f"or the linears of {', '.join(shapes.MODELS)}",
+    )
+    add("--rank", type=_each(_count), default="16", metavar="R,…", help="ranks; alpha is 2R")
+    add("--tokens", type=_each(_count), metavar="M,…", help="tokens per batch (default: 64,256,1024, on a GPU 512,2048,8192)")
+    add("--dropout", type=_each(_probability), default="0,0.05", metavar="P,…", help="on the adapter's input")
+    add("--bias", action="store_true", help="a layer with a bias")
+    _common(linear, 15, "frozen,full,lorafast,peft; in half precision peft-bf16 too, on a GPU peft+compile")
+    model = command("model", "Train a whole pretrained model, then step it by batch size. Lists are separated by commas.")
+    add = model.add_argument
+    add("--model", choices=MODELS, default="minilm", help="its weights come with a package")
+    add("--batch-sizes", type=_each(_count), default="1,4,16", metavar="B,…", help="batch sizes to step at")
+    add("--seq", type=_count, default=16, metavar="TOKENS", help="tokens per text")
+    add("--rank", type=_count, default=16, metavar="R", help="one rank; alpha is 2R")
+    add("--dropout", type=_probability, default=0.0, metavar="P", help="one, on the adapters' input")
+    add("--steps", type=_whole, default=200, help="training steps; 0 trains nothing")
+    add("--train-batch", type=_count, default=8, metavar="B", help="batch size of training")
+    add(
+        "--lr",
+        type=_positive,
+        help="learning rate of the adapters, or of the encoder under full (default: by method); the head's is 1e-3",
+    )
+    _common(model, 7, "frozen,lorafast,peft")
+    report = command("report", "Print the tables of JSON files measured before, and draw them.")
+    report.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON files")
+    report.add_argument("--html", type=Path, metavar="FILE", help="write one page with figures and tables")
+    report.add_argument("--plots", type=Path, metavar="FOLDER", help="write every figure, as SVG")
+    env = command("env", "Print the facts of this machine that stand beside every figure, as JSON.")
+    env.add_argument("--device", help=_DEVICE)
     return main
+
+
+_DEVICE = "cpu, cuda or cuda:INDEX (default: the GPU if there is one)"
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults are told, except those that are none."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
-def _common(command: argparse.ArgumentParser, rounds: int) -> None:
-    command.add_argument("--methods", type=_methods, default="lora,dora,lamda", help=f"all, or some of {', '.join(impls.METHODS)}")
-    command.add_argument("--impl", type=_each(impls.parse), help=f"some of {', '.join(impls.BASES)}, each also as NAME+compile")
-    command.add_argument("--dropout-on", choices=checks.DROPOUT_ON, default="adapter", help="what lorafast's DoRA drops")
-    command.add_argument("--dtype", type=_dtype, help=f"one of {', '.join(DTYPES)}; default fp32, on a GPU bf16")
-    command.add_argument("--device", help="cpu, cuda or cuda:INDEX; default the GPU if there is one")
-    command.add_argument("--threads", type=_count, help="threads of torch on the CPU")
-    command.add_argument("--rounds", type=_count, default=rounds, help="timed rounds")
-    command.add_argument("--seconds", type=_positive, default=math.inf, help="begin no more rounds of one problem after so long")
-    command.add_argument("--warmup", type=_count, default=2, help="runs before the rounds")
-    command.add_argument("--seed", type=_whole, default=0, help="of every random number")
-    _outputs(command)
-
-
-def _outputs(command: argparse.ArgumentParser, json: bool = True) -> None:
-    if json:
-        command.add_argument("--json", type=Path, help="write the rows here, after every problem")
-    command.add_argument("--html", type=Path, help="write one page with figures and tables here")
+def _common(command: argparse.ArgumentParser, rounds: int, implementations: str) -> None:
+    add = command.add_argument
+    add("--methods", type=_methods, default="lora,dora,lamda", metavar="NAME,…", help=f"all, or some of {', '.join(impls.METHODS)}")
+    told = f"some of {', '.join(impls.BASES)}, each also as NAME+compile; frozen always runs (default: {implementations})"
+    add("--impl", type=_each(impls.parse), metavar="NAME,…", help=told)
+    add("--dropout-on", choices=checks.DROPOUT_ON, default="adapter", help="what lorafast's DoRA drops; PEFT's is always both")
+    add("--dtype", type=_dtype, help=f"{', '.join(DTYPES)} (default: fp32, on a GPU bf16)")
+    add("--device", help=_DEVICE)
+    add("--threads", type=_count, help="torch's threads on the CPU")
+    add("--rounds", type=_count, default=rounds, help="timed rounds")
+    add("--seconds", type=_positive, help="begin no more rounds of one problem after so long, but not before 5")
+    add("--warmup", type=_count, default=2, help="runs before the rounds")
+    add("--seed", type=_whole, default=0, help="of weights, inputs, masks and the order of texts")
+    add("--json", type=Path, metavar="FILE", help="write the rows here, after every problem")
+    add("--html", type=Path, metavar="FILE", help="write one page with figures and tables")
 
 
 def _each(parse: Callable[[str], object]) -> Callable[[str], tuple]:
@@ -138,17 +158,18 @@ def _probability(text: str) -> float:
 
 @_told
 def _dtype(text: str) -> torch.dtype:
-    if text not in DTYPES:
+    found = DTYPES.get(text) or _LONG.get(text)
+    if found is None:
         raise ValueError(f"{text!r} is none of {', '.join(DTYPES)}")
-    return DTYPES[text]
+    return found
 
 
-@_told
-def _methods(text: str) -> tuple[str, ...]:
+def _method(text: str) -> str | tuple[str, ...]:
     if text == "all":
         return tuple(impls.METHODS)
-    words = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
-    for word in words:
-        if word not in impls.METHODS:
-            raise ValueError(f"{word!r} is none of {', '.join(impls.METHODS)}, nor all")
-    return words
+    if text not in impls.METHODS:
+        raise ValueError(f"{text!r} is none of {', '.join(impls.METHODS)}, nor all")
+    return text
+
+
+_methods = _each(_method)

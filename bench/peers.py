@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lorafast.bench.impl import Impl
+from lorafast.bench.refusal import Unable
 from lorafast.methods.adapter import Adapter
 
 # How PEFT spells a method; what is not here it does not have.
@@ -22,19 +23,20 @@ NAMES = {
 DROPOUT_ON = "both"  # PEFT drops x in the correction of DoRA's base term too
 
 
-def why_missing(adapter: Adapter) -> str | None:
-    """Why there is nothing to compare with, or None."""
+def check(impl: Impl, adapter: Adapter, dtype: torch.dtype) -> None:
+    """Raise Unable where there is nothing to compare with, or nothing that would be another thing than peft."""
     if importlib.util.find_spec("peft") is None:
-        return "peft is not installed: pip install 'lorafast[bench]'"
-    kind = type(adapter).__name__
-    return None if kind in _CONFIG else f"PEFT has no {kind}"
-
-
-def why_not(impl: Impl, dtype: torch.dtype) -> str | None:
-    """Why this variant of PEFT says nothing in this dtype, or None."""
+        raise Unable("missing", "peft is not installed: pip install 'lorafast[bench]'")
+    if (kind := type(adapter).__name__) not in _CONFIG:
+        raise Unable("missing", f"PEFT has no {kind}")
     if impl.base == "peft-bf16" and dtype not in (torch.bfloat16, torch.float16):
-        return "peft-bf16 keeps the adapter in the base's half precision; in this dtype it is peft"
-    return None
+        raise Unable("unsupported", "peft-bf16 keeps the adapter in the base's half precision; in this dtype it is peft")
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's LoRA linears."""
+    # Not asked of PEFT, which takes seconds to import and is not there in every environment.
+    return any(f"{kind.__module__}.{kind.__qualname__}" == "peft.tuners.lora.layer.Linear" for kind in type(module).__mro__)
 
 
 def config(adapter: Adapter, target_modules: str | list[str]):

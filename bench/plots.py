@@ -21,37 +21,39 @@ STYLE = {
     "lorafast": ("#d1495b", "D"),
     "peft": ("#2e6f95", "^"),
     "peft-bf16": ("#58a4b0", "v"),
-    "peft+compile": ("#7b5ea7", "P"),
 }
-_OTHER = ("#111827", "x")
+# Its compiled form is the same, dashed.
+_DASHED = (0, (4, 2))
 _WIDTH, _HEIGHT = 3.9, 3.0
 _MIB = 1 << 20
-_PEAK, _TOKENS = "peak memory of a step, MiB", "tokens per batch M"
 
 
 def figures(results: Iterable[Results]) -> dict[str, Figure]:
-    """Every figure the rows allow, by name; rows of different machines, shapes, ranks and dtypes never share one."""
+    """Every figure the rows allow, by name; rows of different files, shapes, ranks and dtypes never share one."""
     kinds: dict[tuple, list[Record]] = {}
-    for one in results:
+    where = []
+    for file, one in enumerate(results):
+        where.append(one.env.get("device_name", ""))
         for r in one.records:
             if r.status == "ok":
-                what = f"{r.K}→{r.N}" if r.bench == "linear" else r.model
-                key = (r.bench, what, r.seq, r.R, r.dtype, one.env.get("device_name", r.device))
-                kinds.setdefault(key, []).append(r)
+                what = f"{r.K}→{r.N}{' with bias' * bool(r.bias)}" if r.bench == "linear" else r.model
+                size = r.batch_size if r.bench == "training" else None
+                kinds.setdefault((file, r.bench, what, r.seq, r.R, r.dtype, size), []).append(r)
     found = {}
-    for (bench, what, _, R, dtype, machine), rows in kinds.items():
+    for (file, bench, what, _, R, dtype, _), rows in kinds.items():
         for name, figure in _drawn(bench, rows).items():
-            figure.suptitle(f"{what}, {_batch(rows[0])}R={R}, {dtype} on {machine}", fontsize=11)
-            found[_unique(f"{bench}-{what.replace('→', 'x')}-r{R}-{dtype}-{name}", found)] = figure
+            figure.suptitle(f"{what}, {_batch(rows[0])}R={R}, {dtype} on {where[file]}", fontsize=11)
+            found[_unique(f"{bench}-{what.replace('→', 'x').replace(' ', '-')}-r{R}-{dtype}-{name}", found)] = figure
     return found
 
 
 def _drawn(bench: str, rows: list[Record]) -> dict[str, Figure]:
     if bench == "training":
         return {"loss": _losses(rows)}
-    if bench == "step":
-        return {"time": _grid(rows, "step time, ms", _time, "batch size"), "peak": _grid(rows, _PEAK, _peak, "batch size")}
-    return {"ratio": _grid(rows, "step time ÷ frozen layer's", _ratio, _TOKENS), "peak": _grid(rows, _PEAK, _peak, _TOKENS)}
+    x, across = (_batch_size, "batch size") if bench == "step" else (_tokens, "tokens per batch M")
+    value, axis = (_time, "step time, ms") if bench == "step" else (_ratio, "step time ÷ frozen layer's")
+    name = "time" if bench == "step" else "ratio"
+    return {name: _grid(rows, axis, value, across, x), "peak": _grid(rows, "peak memory of a step, MiB", _peak, across, x)}
 
 
 def _batch(r: Record) -> str:
@@ -78,6 +80,14 @@ def _ratio(r: Record) -> tuple[float, float, float] | None:
     return None if r.ratio_to_frozen is None else (r.ratio_to_frozen, r.ratio_to_frozen_p20, r.ratio_to_frozen_p80)
 
 
+def _tokens(r: Record) -> int:
+    return r.M
+
+
+def _batch_size(r: Record) -> int:
+    return r.batch_size
+
+
 def _time(r: Record) -> tuple[float, float, float] | None:
     return r.step_ms, r.step_ms_p20, r.step_ms_p80
 
@@ -86,7 +96,7 @@ def _peak(r: Record) -> tuple[float, float, float] | None:
     return None if r.peak_bytes is None else (r.peak_bytes / _MIB,) * 3
 
 
-def _grid(rows: list[Record], axis: str, value: Value, across: str) -> Figure:
+def _grid(rows: list[Record], axis: str, value: Value, across: str, x: Callable[[Record], int]) -> Figure:
     """One panel a method and dropout; the bare layers, which have neither method nor dropout, are in all of them."""
     methods, dropouts = _methods(rows), list(dict.fromkeys(r.dropout for r in rows))
     figure = Figure((_WIDTH * len(methods), _HEIGHT * len(dropouts) + 0.9), layout="constrained")
@@ -95,7 +105,7 @@ def _grid(rows: list[Record], axis: str, value: Value, across: str) -> Figure:
     for i, dropout in enumerate(dropouts):
         for j, method in enumerate(methods):
             here = [r for r in rows if r.dropout == dropout and r.method in (method, "none")]
-            _curves(panels[i][j], here, value, (lambda r: r.M) if across == _TOKENS else (lambda r: r.batch_size))
+            _curves(panels[i][j], here, value, x)
             panels[i][j].set_title(f"{method}, dropout {dropout:g}", fontsize=10)
     for j in range(len(methods)):
         tops = [panel.dataLim.ymax for panel in panels[:, j] if panel.has_data()]
@@ -112,19 +122,19 @@ def _methods(rows: list[Record]) -> list[str]:
 
 
 def _losses(rows: list[Record]) -> Figure:
-    """Loss by step, each point the mean of the ten steps around it; one column a method."""
-    methods = _methods(rows)
-    figure = Figure((_WIDTH * len(methods), _HEIGHT + 0.9), layout="constrained")
-    panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
-    for panel, method in zip(panels, methods, strict=True):
+    """Loss by step, each point the mean of the ten steps around it; one panel a method and dropout."""
+    columns = [(method, dropout) for method in _methods(rows) for dropout in dict.fromkeys(r.dropout for r in rows)]
+    figure = Figure((_WIDTH * len(columns), _HEIGHT + 0.9), layout="constrained")
+    panels = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
+    for panel, (method, dropout) in zip(panels, columns, strict=True):
         for r in rows:
-            if r.method in (method, "none"):
-                color, _ = STYLE.get(r.impl, _OTHER)
-                # Two right implementations walk the same way: the one drawn later is dashed, so that both are seen.
-                style = (0, (4, 3)) if r.impl.startswith("peft") else "-"
+            if r.method in (method, "none") and r.dropout == dropout:
+                color, _, _ = _style(r.impl)
+                # Two right implementations follow one curve: PEFT's is dashed, so that both are seen.
+                style = _DASHED if r.impl.startswith("peft") else "-"
                 smooth = [statistics.fmean(r.losses[max(0, i - 5) : i + 5]) for i in range(len(r.losses))]
                 panel.plot(range(1, len(smooth) + 1), smooth, color=color, linestyle=style, linewidth=1.8, label=r.impl)
-        panel.set_title(method, fontsize=10)
+        panel.set_title(f"{method}, dropout {dropout:g}", fontsize=10)
         panel.set_xlabel("step")
         _plain(panel)
     panels[0].set_ylabel("training loss, mean of 10 steps")
@@ -137,8 +147,8 @@ def _curves(panel: Axes, rows: list[Record], value: Value, x: Callable[[Record],
         if not points:
             continue
         xs, (middle, low, high) = [at for at, _ in points], zip(*(found for _, found in points), strict=True)
-        color, mark = STYLE.get(impl, _OTHER)
-        panel.plot(xs, middle, color=color, marker=mark, markersize=4.5, linewidth=1.6, label=impl)
+        color, mark, style = _style(impl)
+        panel.plot(xs, middle, color=color, marker=mark, linestyle=style, markersize=4.5, linewidth=1.6, label=impl)
         panel.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
     ticks = sorted({x(r) for r in rows})
     panel.set_xscale("log", base=2)
@@ -146,6 +156,11 @@ def _curves(panel: Axes, rows: list[Record], value: Value, x: Callable[[Record],
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}"))
     _plain(panel)
+
+
+def _style(impl: str) -> tuple[str, str, object]:
+    base, compiled, _ = impl.partition("+compile")
+    return *STYLE[base], _DASHED if compiled else "-"
 
 
 def _plain(panel: Axes) -> None:

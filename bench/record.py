@@ -90,6 +90,10 @@ class Record:
             setattr(self, name, None)
         return self
 
+    def loss_gap(self, other: Record) -> tuple[float, int]:
+        """The largest distance of two trained rows' losses, and at which step."""
+        return max((abs(a - b), step) for step, (a, b) in enumerate(zip(self.losses, other.losses, strict=True)))
+
     @property
     def label(self) -> str:
         """impl and method, as tables and plots call the row."""

@@ -6,7 +6,7 @@ import html
 
 from lorafast.bench import plots
 from lorafast.bench.record import Results
-from lorafast.bench.tables import Table, tables
+from lorafast.bench.tables import LEGEND, WORDS, Table, tables
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -24,22 +24,15 @@ tr.ours td { background: #fdf2f4; } p.note { color: #4b5563; font-size: 13px; ma
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1.2rem; font-size: 13px; }
 dt { color: #6b7280; } dd { margin: 0; }
 """
-_WORDS = ("impl", "method")
-_READ = (
-    "error: RMS error against float64 ÷ the eager chain's, the worst over y and every gradient; above 2 a row is wrong and shows "
-    "no speed. × frozen: time of a step ÷ the frozen one's, round by round, median. saved: what autograd keeps beyond x, y and "
-    "weights; held: alive at the end of forward; peak: the most alive at once in a step."
-)
 
 
 def page(results: list[Results]) -> str:
     """The page of one or more files."""
-    records = [record for one in results for record in one.records]
     parts = [f"<h1>lorafast-bench</h1><p class=lead>{html.escape(_lead(results))}</p>"]
     for figure in plots.figures(results).values():
         parts.append(f"<figure>{plots.svg(figure)}</figure>")
-    parts += [_table(table) for table in tables(records)]
-    parts.append(f"<h2>How to read it</h2><p class=note>{html.escape(_READ)}</p>")
+    parts.append("<h2>How to read the tables</h2>" + "".join(f"<p class=note>{html.escape(line)}</p>" for line in LEGEND))
+    parts += [_table(table) for table in tables(results)]
     for one in results:
         facts = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in one.env.items())
         parts.append(f"<h2>Measured on</h2><dl>{facts}</dl>")
@@ -53,13 +46,13 @@ def _lead(results: list[Results]) -> str:
 
 
 def _table(table: Table) -> str:
-    heads = "".join(f"<th{' class=word' if head in _WORDS else ''}>{html.escape(head)}</th>" for head in table.heads)
+    heads = "".join(f"<th{' class=word' if head in WORDS else ''}>{html.escape(head)}</th>" for head in table.heads)
     impl, rows = table.heads.index("impl"), []
     for index, row in enumerate(table.rows):
         kind = " ".join(["end"] * (index in table.sections) + ["ours"] * row[impl].startswith("lorafast"))
         cells = []
         for head, cell in zip(table.heads, row, strict=True):
-            named = "word" if head in _WORDS else "bad" if cell in ("wrong", "oom") else ""
+            named = "word" if head in WORDS else "bad" if cell in ("wrong", "oom") else ""
             cells.append(f"<td{f' class={named}' if named else ''}>{html.escape(cell)}</td>")
         rows.append(f'<tr class="{kind}">{"".join(cells)}</tr>')
     notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in table.notes)

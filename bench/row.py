@@ -7,13 +7,15 @@ import math
 
 import torch
 
-from lorafast.bench import machine
+from lorafast import env
+from lorafast.bench import memory
 from lorafast.bench.clock import quantiles
-from lorafast.bench.contender import Unable
+from lorafast.bench.impl import Impl
 from lorafast.bench.record import TIMES, Record
+from lorafast.bench.refusal import Unable
 
 # More than this, and a row is wrong: it shows no speed.
-MOST = 2.0
+MAX_ERROR_RATIO = 2.0
 # Fewer rounds than this say little of a spread.
 LEAST_ROUNDS = 5
 
@@ -21,8 +23,8 @@ LEAST_ROUNDS = 5
 def judge(record: Record, ratio: float, name: str, tokens: int) -> None:
     """Enter the worst error ratio, of what, and over how many tokens."""
     record.error_ratio, record.error_name, record.error_tokens = ratio if math.isfinite(ratio) else None, name, tokens
-    if not ratio <= MOST:
-        record.fail("wrong", f"{name} errs {ratio:.3g} times what eager errs; at most {MOST:g} is right")
+    if not ratio <= MAX_ERROR_RATIO:
+        record.fail("wrong", f"{name} errs {ratio:.3g} times what eager errs; at most {MAX_ERROR_RATIO:g} is right")
 
 
 def enter_times(record: Record, phases: list[tuple[float, ...]], frozen: list[tuple[float, ...]] | None, warmup: int) -> None:
@@ -41,19 +43,28 @@ def enter_times(record: Record, phases: list[tuple[float, ...]], frozen: list[tu
     record.rounds, record.warmup = len(steps), warmup
 
 
-def fail(record: Record, error: Exception) -> None:
-    """Enter why it could not be measured; what is no refusal but a defect is raised again."""
+def fail(record: Record, error: Exception, impl: Impl) -> None:
+    """Enter why it could not be measured; a defect is raised again."""
     first = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, Unable):
         record.fail(error.status, first)
-    elif machine.is_out_of_memory(error):
+    elif memory.is_out_of_memory(error):
         record.fail("oom", first or "out of memory")
-    elif isinstance(error, RuntimeError | NotImplementedError | ValueError | TypeError | ImportError):
+    elif _is_refusal(error, impl):
         record.fail("unsupported", f"{type(error).__name__}: {first}")
     else:
         raise error
     # A traceback holds the tensors that had no room beside others.
     error.__traceback__ = None
+
+
+def _is_refusal(error: Exception, impl: Impl) -> bool:
+    """What a peer or a compiler raises is its way to say no. Ours says NotImplementedError, or why a forced backend cannot."""
+    if isinstance(error, NotImplementedError):
+        return True
+    if impl.base.startswith("peft") or impl.compile:
+        return isinstance(error, RuntimeError | ValueError | TypeError | ImportError)
+    return isinstance(error, RuntimeError) and env.backend() != "auto"
 
 
 def release(device: torch.device) -> None:

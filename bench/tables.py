@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lorafast.bench.record import Record
+from lorafast.bench.record import Record, Results
+from lorafast.bench.row import LEAST_ROUNDS
 
 
 class Table(NamedTuple):
@@ -27,98 +28,101 @@ class Table(NamedTuple):
 
 NOTHING = "–"
 # Trust stands before speed.
-_LINEAR = (
-    "M",
-    "impl",
-    "method",
-    "error",
-    "× frozen",
-    "p20–p80",
-    "step ms",
-    "fwd ms",
-    "bwd ms",
-    "tokens/s",
-    "saved",
-    "+ by ref",
-    "held",
-    "peak",
-)
-_STEP = (
-    "batch",
-    "impl",
-    "method",
-    "error",
-    "× frozen",
-    "p20–p80",
-    "step ms",
-    "fwd ms",
-    "bwd ms",
-    "tokens/s",
-    "saved",
-    "held",
-    "peak",
-)
+_SPEED = ("err ratio", "× frozen", "its p20–p80", "step ms", "fwd ms", "bwd ms", "tokens/s")
+_PHASES = ("fwd ms", "bwd ms")
+_BYTES = ("saved", "keeps", "activations", "peak")
+_LINEAR = ("M", "impl", "method", *_SPEED, *_BYTES)
+_STEP = ("batch", "impl", "method", *_SPEED, *_BYTES)
 _TRAINING = (
-    "impl",
-    "method",
-    "error",
-    "loss: first 10",
-    "last 10",
-    "accuracy",
-    "× frozen",
-    "step ms",
-    "lr",
-    "trainable",
-    "optimizer",
+    *("impl", "method", "err ratio", "loss: first 10", "last 10", "held-out accuracy", "× frozen", "step ms", "lr"),
+    *("trained params", "optimizer state"),
+)
+WORDS = ("impl", "method")
+
+LEGEND = (
+    "err ratio: RMS error against float64 ÷ the eager chain's, the worst over y and every gradient; above 2 a row is wrong and "
+    "shows no speed. Of a model: over the loss and each kind of gradient, for 4 texts, factors random, dropout off.",
+    "× frozen: time of a step ÷ the frozen one's of the same round, median, and its 20th and 80th percentiles. A step is forward "
+    "and backward with dx; of a model, the optimizer's step too, and its frozen row trains the head alone.",
+    "saved: bytes autograd keeps beyond x, y and weights (of a model: beyond weights); keeps: x or y, by reference.",
+    "activations: bytes alive at the end of forward, y included; peak: the most alive at once in a step, beyond weights, inputs "
+    "and optimizer state. (both): DoRA that drops x in the correction of its base term too, as PEFT does.",
 )
 
 
-def tables(records: Iterable[Record]) -> list[Table]:
-    """One table a kind of problem, rows in the order they were measured."""
-    kinds: dict[tuple, list[Record]] = {}
-    for record in records:
-        kinds.setdefault(_kind(record), []).append(record)
+def tables(results: Iterable[Results]) -> list[Table]:
+    """One table a kind of problem and a file, rows in the order they were measured."""
     makers = {"linear": _linear, "step": _step, "training": _training}
-    return [makers[kind[0]](rows) for kind, rows in kinds.items()]
+    found, titles = [], []
+    for one in results:
+        kinds: dict[tuple, list[Record]] = {}
+        for record in one.records:
+            kinds.setdefault(_kind(record), []).append(record)
+        where = one.env.get("device_name", "")
+        for kind, rows in kinds.items():
+            table = makers[kind[0]](rows)
+            title = f"{table.title}, on {where}"
+            # Before and after: the same problem measured twice is told apart by what was measured, and when.
+            again = f" ({one.env.get('commit')}, {one.env.get('time')})" if title in titles else ""
+            titles.append(title)
+            found.append(table._replace(title=title + again))
+    return found
 
 
 def show(found: list[Table], console: Console) -> None:
-    """Print them."""
+    """Print them; one that is wider than the console in two, speeds before bytes."""
     for table in found:
-        drawn = RichTable(title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, head in enumerate(table.heads):
-            drawn.add_column(Text(head), justify="left" if head in ("impl", "method") else "right", no_wrap=index < 6)
-        for index, row in enumerate(table.rows):
-            drawn.add_row(*(Text(cell) for cell in row), end_section=index in table.sections)
-        console.print(drawn)
+        widths = [
+            max(len(head), *(len(row[i]) for row in table.rows), 0) if table.rows else len(head)
+            for i, head in enumerate(table.heads)
+        ]
+        parts = [table.heads]
+        if sum(widths) + 2 * len(widths) > console.width and set(_BYTES) <= set(table.heads):
+            named = tuple(head for head in table.heads if head not in _SPEED + _BYTES)
+            parts = [named + tuple(head for head in _SPEED if head not in _PHASES), named + _PHASES + _BYTES]
+        for heads in parts:
+            console.print(_drawn(table, heads, space=2 if len(parts) == 1 else 1))
         for note in table.notes:
             console.print(Text(note, style="dim"))
+    if found:
+        console.print(Text("\n".join(LEGEND), style="dim"))
+
+
+def _drawn(table: Table, heads: tuple[str, ...], space: int) -> RichTable:
+    drawn = RichTable(
+        title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+    )
+    for head in heads:
+        drawn.add_column(Text(head), justify="left" if head in WORDS else "right", no_wrap=True)
+    for index, row in enumerate(table.rows):
+        cells = dict(zip(table.heads, row, strict=True))
+        drawn.add_row(*(Text(cells[head]) for head in heads), end_section=index in table.sections)
+    return drawn
 
 
 def _kind(r: Record) -> tuple:
+    """What the rows of one table have in common."""
     if r.bench == "linear":
-        return "linear", r.K, r.N, r.R, r.dtype, r.dropout, r.bias, r.device
-    return r.bench, r.model, r.seq, r.R, r.dtype, r.dropout, r.device
+        return "linear", r.K, r.N, r.R, r.dtype, r.dropout, r.bias
+    return r.bench, r.model, r.seq, r.R, r.dtype, r.dropout, r.batch_size if r.bench == "training" else None
 
 
 def _linear(rows: list[Record]) -> Table:
     r = rows[0]
-    title = f"one layer {r.K} → {r.N}, R={r.R}, {r.dtype}, dropout {r.dropout:g}{', bias' if r.bias else ''}, on {r.device}"
+    title = f"one layer {r.K} → {r.N}, R={r.R}, {r.dtype}, dropout {r.dropout:g}{', bias' if r.bias else ''}"
 
     def cells(r: Record) -> tuple[str, ...]:
-        bytes_ = (size(r.saved_bytes), _referenced(r), size(r.activation_bytes), size(r.peak_bytes))
-        return (str(r.M), r.impl, _method(r), *_speed(r), *bytes_)
+        return (str(r.M), r.impl, _method(r), *_speed(r), *_bytes(r))
 
     return _table(title, _LINEAR, rows, cells, lambda r: r.M)
 
 
 def _step(rows: list[Record]) -> Table:
     r = rows[0]
-    title = f"{r.model}, one step by batch size, {r.seq} tokens each, R={r.R}, {r.dtype}, dropout {r.dropout:g}, on {r.device}"
+    title = f"{r.model}, one step by batch size, {r.seq} tokens each, R={r.R}, {r.dtype}, dropout {r.dropout:g}"
 
     def cells(r: Record) -> tuple[str, ...]:
-        bytes_ = (size(r.saved_bytes), size(r.activation_bytes), size(r.peak_bytes))
-        return (str(r.batch_size), r.impl, _method(r), *_speed(r), *bytes_)
+        return (str(r.batch_size), r.impl, _method(r), *_speed(r), *_bytes(r))
 
     return _table(title, _STEP, rows, cells, lambda r: r.batch_size)
 
@@ -126,7 +130,7 @@ def _step(rows: list[Record]) -> Table:
 def _training(rows: list[Record]) -> Table:
     r = rows[0]
     steps = max((len(r.losses) for r in rows if r.losses), default=0)
-    title = f"{r.model}, {steps} steps of {r.batch_size} × {r.seq} tokens, R={r.R}, {r.dtype}, dropout {r.dropout:g}, on {r.device}"
+    title = f"{r.model}, {steps} steps of {r.batch_size} × {r.seq} tokens, R={r.R}, {r.dtype}, dropout {r.dropout:g}"
 
     def cells(r: Record) -> tuple[str, ...]:
         first, last = (f"{statistics.fmean(part):.3f}" for part in (r.losses[:10], r.losses[-10:])) if r.losses else (NOTHING,) * 2
@@ -141,19 +145,22 @@ def _training(rows: list[Record]) -> Table:
 
 
 def _apart(rows: list[Record]) -> tuple[str, ...]:
-    """How far our loss ever was from PEFT's."""
-    curves = {(r.impl, r.method): r.losses for r in rows if r.losses}
+    """How far our loss ever was from PEFT's; with dropout, or in half precision, that says nothing."""
+    if rows[0].dropout or rows[0].dtype != "fp32":
+        return ()
+    trained = {(r.impl, r.method): r for r in rows if r.status == "ok"}
     notes = []
-    for (impl, method), ours in curves.items():
-        theirs = curves.get(("peft", method)) if impl == "lorafast" else None
+    for (impl, method), ours in trained.items():
+        theirs = trained.get(("peft", method)) if impl == "lorafast" else None
         if theirs:
-            most = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-            notes.append(f"{method}: the loss is at most {most:.2g} from PEFT's at any of {len(ours)} steps")
+            notes.append(
+                f"{method}: the loss is at most {ours.loss_gap(theirs)[0]:.2g} from PEFT's at any of {len(ours.losses)} steps"
+            )
     return tuple(notes)
 
 
 def _table(title: str, heads: tuple[str, ...], rows: list[Record], cells: Callable, section: Callable[[Record], int]) -> Table:
-    # What there is nothing to measure of is a note, not a row of dashes at every size.
+    # What cannot be measured is one note, not a row of dashes at every size.
     shown = [r for r in rows if r.status not in ("missing", "unsupported")]
     ends = itertools.accumulate(len(list(group)) for _, group in itertools.groupby(shown, key=section))
     notes = dict.fromkeys(f"{r.label}: {r.status}: {r.reason}" for r in rows if r.status in ("missing", "unsupported"))
@@ -167,7 +174,7 @@ def _table(title: str, heads: tuple[str, ...], rows: list[Record], cells: Callab
 def _method(r: Record) -> str:
     if r.method == "none":
         return ""
-    return f"{r.method} (drops both)" if r.dropout and r.dropout_on == "both" else r.method
+    return f"{r.method} (both)" if r.dropout and r.dropout_on == "both" else r.method
 
 
 def _error(r: Record) -> str:
@@ -180,13 +187,17 @@ def _speed(r: Record) -> tuple[str, ...]:
     """error, ratio, its spread, step, forward, backward, tokens a second; a row that is not ok shows its status instead."""
     if r.status != "ok":
         return (_error(r), r.status, *(NOTHING,) * 5)
-    spread = NOTHING if r.ratio_to_frozen is None else f"{r.ratio_to_frozen_p20:.2f}–{r.ratio_to_frozen_p80:.2f}"
+    # Of a few rounds there is no spread to speak of.
+    told = r.ratio_to_frozen is not None and r.rounds >= LEAST_ROUNDS
+    spread = f"{r.ratio_to_frozen_p20:.2f}–{r.ratio_to_frozen_p80:.2f}" if told else NOTHING
     times = (number(value, ".3g") if value is None or value < 100 else f"{value:.0f}" for value in (r.step_ms, r.fwd_ms, r.bwd_ms))
     return (_error(r), number(r.ratio_to_frozen, ".2f"), spread, *times, number(r.tokens_per_s, ",.0f"))
 
 
-def _referenced(r: Record) -> str:
-    return NOTHING if r.saved_by_reference is None else "+".join(r.saved_by_reference) or "none"
+def _bytes(r: Record) -> tuple[str, ...]:
+    """saved, what is kept by reference, activations, peak."""
+    kept = NOTHING if r.saved_by_reference is None else "+".join(r.saved_by_reference) or "none"
+    return (size(r.saved_bytes), kept, size(r.activation_bytes), size(r.peak_bytes))
 
 
 def number(value: float | None, form: str) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from lorafast.testing import Case, Form, chain
 
 
-class Textbook(nn.Module):
+class EagerLinear(nn.Module):
     """One adapted layer, without dropout, as stock ops: x [...,K] -> [...,N]."""
 
     def __init__(self, form: Form, scaling: float, base: nn.Linear, parts: dict[str, torch.Tensor]) -> None:
@@ -27,7 +27,7 @@ class Textbook(nn.Module):
         return chain(self._case, self._parameters | {"x": x})
 
 
-def textbook(model: nn.Module, layers: dict[str, Textbook], wide: bool) -> nn.Module:
+def replaced(model: nn.Module, layers: dict[str, EagerLinear], wide: bool) -> nn.Module:
     """A copy of the model with these layers, by their path, put in; in float64 if wide."""
     copied = copy.deepcopy(model)
     for path, layer in layers.items():

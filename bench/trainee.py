@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +13,10 @@ import lorafast
 from lorafast import testing
 from lorafast.bench import peers
 from lorafast.bench.clock import Mark, Step
-from lorafast.bench.contender import PARTS, Unable, form_of
+from lorafast.bench.contender import PARTS, form_of, parts_of
 from lorafast.bench.encoder import Classifier, Encoder
 from lorafast.bench.impl import Impl
-from lorafast.bench.textbook import Textbook, textbook
+from lorafast.bench.textbook import EagerLinear, replaced
 from lorafast.methods.adapter import Adapter
 from lorafast.schedule.lamda import LaMDAFreeze
 
@@ -41,14 +40,7 @@ class Trainee:
     layers: dict[str, nn.Module]
     optimizer: torch.optim.Optimizer
     schedule: LaMDAFreeze | None
-    trainable: tuple[int, int]  # elements and bytes at the start; LaMDA's grow fewer
-
-    def parts(self, layer: nn.Module) -> dict[str, nn.Parameter]:
-        """The factors of a layer by the names lorafast.linear gives them."""
-        if isinstance(layer, lorafast.Linear):
-            return {part: getattr(layer, name) for name, part in PARTS.items() if getattr(layer, name) is not None}
-        held = dict(layer.named_parameters())
-        return {part: held[name] for part, name in peers.NAMES.items() if name in held}
+    trainable: tuple[int, int]  # elements and bytes at the start; LaMDA's shrink as it freezes columns
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Cross entropy of a batch."""
@@ -81,31 +73,31 @@ class Trainee:
         self.model.train()
         return right / sum(len(batch["labels"]) for batch in batches)
 
-    def error(self, batch: Batch) -> tuple[float, str]:
+    def error(self, batch: Batch, seed: int) -> tuple[float, str]:
         """The error ratio of the loss and of every kind of gradient over all layers, factors random, dropout off; the worst."""
         copied = copy.deepcopy(self.model).eval()
         layers = {path: copied.get_submodule(path) for path in self.layers}
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for layer in layers.values():
-                for part in self.parts(layer).values():
+                for part in parts_of(layer).values():
                     # Where B is 0, A has no gradient to be wrong about.
                     noise = torch.randn(part.shape, generator=generator) * 0.02
                     part.add_(noise.to(part.device, part.dtype))
-        chained = {path: self._textbook(layer) for path, layer in layers.items()}
-        truth = _outcome(textbook(copied, chained, True), batch)
-        eager = _outcome(textbook(copied, chained, False), batch)
-        ours = _outcome(copied, batch)
+        chained = {path: self._eager_linear(layer) for path, layer in layers.items()}
+        truth = _outcome(replaced(copied, chained, True), batch)
+        eager = _outcome(replaced(copied, chained, False), batch)
+        ours = _outcome(torch.compile(copied, dynamic=False) if self.impl.compile else copied, batch)
         floor = torch.finfo(next(self.model.encoder.parameters()).dtype).eps / 8
         ratios = {name: _ratio(ours[name], eager[name], truth[name], floor) for name in truth}
         worst = max(ratios, key=ratios.get)
         return ratios[worst], worst
 
-    def _textbook(self, layer: nn.Module) -> Textbook:
-        parts = self.parts(layer)
+    def _eager_linear(self, layer: nn.Module) -> EagerLinear:
+        parts = parts_of(layer)
         form = form_of(self.impl, self.method, self.adapter, parts)
         base = layer if isinstance(layer, lorafast.Linear) else layer.base_layer
-        return Textbook(form, self.adapter.scaling, base, parts)
+        return EagerLinear(form, self.adapter.scaling, base, parts)
 
 
 def _outcome(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
@@ -114,9 +106,9 @@ def _outcome(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     loss = F.cross_entropy(model(batch["input_ids"], batch["attention_mask"]), batch["labels"])
     loss.backward()
     found: dict[str, list[torch.Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters():  # a compiled model's are those of the model
         if parameter.grad is not None:
-            kind = next((part for part in PARTS.values() if part in name), "the rest")
+            kind = next((part for part in PARTS.values() if part in name), "other parameters")
             found.setdefault(kind, []).append(parameter.grad.double().flatten())
     return {"loss": loss.detach().double()} | {name: torch.cat(grads) for name, grads in found.items()}
 
@@ -138,13 +130,11 @@ def build(impl: Impl, method: str, adapter: Adapter | None, encoder: Encoder, se
     if impl.base == "lorafast":
         base = lorafast.adapt(base, adapter)
     elif impl.adapts:
-        if why := peers.why_missing(adapter):
-            raise Unable("missing", why)
-        if why := peers.why_not(impl, dtype):
-            raise Unable("unsupported", why)
+        peers.check(impl, adapter, dtype)
         base = peers.model(base, impl, adapter, "all-linear")
     model = Classifier(base, width, seed, device).train()
-    layers = {path: module for path, module in model.named_modules() if _is_adapted(module)}
+    named = model.named_modules()
+    layers = {path: module for path, module in named if isinstance(module, lorafast.Linear) or peers.is_layer(module)}
     groups = [{"params": list(model.head.parameters()), "lr": HEAD_RATE}]
     if trained := [parameter for parameter in base.parameters() if parameter.requires_grad]:
         groups.append({"params": trained, "lr": lr})
@@ -158,21 +148,11 @@ def build(impl: Impl, method: str, adapter: Adapter | None, encoder: Encoder, se
     return trainee
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    if isinstance(module, lorafast.Linear):
-        return True
-    if importlib.util.find_spec("peft") is None:
-        return False
-    from peft.tuners.lora import Linear
-
-    return isinstance(module, Linear)
-
-
 @torch.no_grad()
 def _start_alike(trainee: Trainee, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in trainee.layers.values():
-        A = trainee.parts(layer)["lora_A"]
+        A = parts_of(layer)["lora_A"]
         if A.requires_grad:
             start = (torch.rand(A.shape, generator=generator) * 2 - 1) / A.shape[1] ** 0.5
             A.copy_(start)

@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from lorafast.bench.contender import Contender, seed_of
-from lorafast.bench.machine import is_out_of_memory
+from lorafast.bench.memory import is_out_of_memory
 from lorafast.testing import Case, Yardstick, chain, make
 
 
-class Jury:
+class Verifier:
     """The yardsticks of one problem: one per formula, kept while contenders that compute the same come by."""
 
     def __init__(self, draws: tuple[int, ...], device: torch.device) -> None:
         self._draws, self._device, self._kept = draws, device, {}
 
-    def verdict(self, contender: Contender) -> tuple[float, str, int]:
+    def worst(self, contender: Contender) -> tuple[float, str, int]:
         """The worst error ratio, of what, and over how many tokens: all, or as many as float64 has room for."""
         case = contender.case
         while True:

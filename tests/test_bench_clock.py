@@ -45,7 +45,7 @@ def test_rounds_are_interleaved(monkeypatch):
 def test_a_short_step_is_repeated_within_one_sample():
     calls = []
     interleave({"A": recorder(calls, "A")}, Clock(CPU), 2, 1, refuse)
-    assert len(calls) == 1 + 2 * clock.MOST_REPEATS
+    assert len(calls) == 1 + 2 * clock.MAX_REPEATS
 
 
 def test_phases_end_where_they_are_marked():

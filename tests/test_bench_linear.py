@@ -139,7 +139,7 @@ def fail_where(monkeypatch, impl, error):
     ("error", "status"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), "oom"),
-        (RuntimeError("no kernel for this\nmore"), "unsupported"),
+        (NotImplementedError("no kernel for this\nmore"), "unsupported"),
     ],
 )
 def test_what_cannot_be_measured_is_a_row_of_its_own(error, status, monkeypatch, tmp_path):
@@ -185,21 +185,30 @@ def test_a_step_that_runs_out_of_memory_in_the_rounds_leaves_the_others(monkeypa
     assert by_label(rows)["lorafast lora"].status == "ok"
 
 
-def test_a_defect_is_no_row(monkeypatch, tmp_path):
-    fail_where(monkeypatch, "lorafast", AttributeError("a slip of ours"))
-    with pytest.raises(AttributeError):
-        run(tmp_path, "--impl", "lorafast")
+@pytest.mark.parametrize(("impl", "error"), [("lorafast", TypeError), ("lorafast", RuntimeError), ("peft", AttributeError)])
+def test_a_defect_is_no_row(impl, error, monkeypatch, tmp_path):
+    fail_where(monkeypatch, impl, error("a slip"))
+    with pytest.raises(error):
+        run(tmp_path, "--impl", impl, "--methods", "lora")
+
+
+def test_a_forced_backend_that_cannot_is_a_row(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAFAST_BACKEND", "cuda")
+    code, rows, _ = run(tmp_path, "--dropout", "0", "--impl", "lorafast", "--methods", "lora")
+    assert code == 0
+    assert by_label(rows)["lorafast lora"].status == "unsupported"
+    assert "LORAFAST_BACKEND=cuda cannot" in by_label(rows)["lorafast lora"].reason
 
 
 def test_an_interruption_keeps_finished_rows(monkeypatch, tmp_path, capsys):
-    right = linear._Group.measure
+    right = linear._ProblemRun.measure
 
     def measure(group):
         if group.problem.M == 3:
             raise KeyboardInterrupt
         return right(group)
 
-    monkeypatch.setattr(linear._Group, "measure", measure)
+    monkeypatch.setattr(linear._ProblemRun, "measure", measure)
     page = tmp_path / "page.html"
     status, rows, _ = run(tmp_path, "--dropout", "0", "--impl", "lorafast", "--html", str(page))
     assert status == 130

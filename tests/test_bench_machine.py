@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorafast.bench import commands, machine
+from lorafast.bench import commands, machine, memory
 from lorafast.bench.refusal import Refused
 
 
@@ -89,4 +89,4 @@ def test_the_environment_names_versions_and_no_path(capsys, monkeypatch):
     ],
 )
 def test_out_of_memory_is_known_by_what_it_says(error, is_oom):
-    assert machine.is_out_of_memory(error) == is_oom
+    assert memory.is_out_of_memory(error) == is_oom

@@ -1,6 +1,7 @@
 """lorafast-bench model: a real encoder trained as PEFT trains it, its text, and planted faults."""
 
 import json
+import re
 import statistics
 
 import pytest
@@ -36,11 +37,11 @@ def test_two_hundred_steps_walk_as_pefts_do_and_learn(tmp_path, capsys):
 
 
 def test_rows_of_a_model_carry_every_key(tmp_path):
-    status, rows, out = run(tmp_path, "--impl", "full,lorafast,peft", "--batch-sizes", "1,2", "--steps", "2", "--train-batch", "2")
+    status, rows, out = run(tmp_path, "--impl", "full,lorafast,peft", "--batch-sizes", "2", "--steps", "2", "--train-batch", "1")
     assert status == 0
     assert record.faults(json.loads(out.read_text())) == []
     labels = ["frozen", "full", *(f"{impl} {m}" for impl in ("lorafast", "peft") for m in ("lora", "dora", "lamda"))]
-    assert [r.label for r in rows] == labels * 3
+    assert [r.label for r in rows] == labels * 2
     for r in rows:
         assert r.status == ("missing" if r.label == "peft lamda" else "ok")
         if r.status == "ok":
@@ -68,12 +69,35 @@ def test_a_planted_fault_in_a_model_is_found(monkeypatch, tmp_path, capsys):
 
 
 def test_a_walk_apart_from_pefts_is_wrong(monkeypatch, tmp_path):
-    monkeypatch.setattr(model, "MOST_APART", -1.0)
+    monkeypatch.setattr(model, "MAX_LOSS_GAP", -1.0)
     status, rows, _ = run(tmp_path, "--methods", "lora", "--batch-sizes", "1", "--steps", "4", "--train-batch", "1")
     assert status == 1
     (r,) = [r for r in rows if r.bench == "training" and r.label == "lorafast lora"]
     assert r.status == "wrong"
     assert "from PEFT's" in r.reason
+
+
+def test_a_loss_that_is_not_finite_is_wrong(tmp_path):
+    status, rows, _ = run(
+        tmp_path,
+        "--impl",
+        "lorafast",
+        "--methods",
+        "lora",
+        "--lr",
+        "1e30",
+        "--steps",
+        "4",
+        "--train-batch",
+        "1",
+        "--batch-sizes",
+        "1",
+    )
+    assert status == 1
+    (r,) = [r for r in rows if r.bench == "training" and r.label == "lorafast lora"]
+    assert r.status == "wrong"
+    assert re.fullmatch(r"the loss of step \d is (nan|inf)", r.reason)
+    assert len(r.losses) < 4
 
 
 def test_a_batch_without_room_is_a_row(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import rows
+import torch
 from rich.console import Console
 
 from lorafast.bench import cli, commands, options, plots, report, tables
@@ -29,8 +30,8 @@ RESULTS = [Results({"device_name": "a CPU & more", "torch": "2"}, RECORDS)]
 
 
 def test_rows_of_one_problem_share_a_table_with_sections_by_tokens():
-    first, second, third = tables.tables(RECORDS)
-    assert first.title == "one layer 4 → 6, R=2, fp32, dropout 0, on cpu"
+    first, second, third = tables.tables(RESULTS)
+    assert first.title == "one layer 4 → 6, R=2, fp32, dropout 0, on a CPU & more"
     assert [row[:3] for row in first.rows] == [
         ("8", "frozen", ""), ("8", "lorafast", "lora"), ("16", "lorafast", "lora"), ("16", "frozen", ""), ("16", "full", ""),
     ]  # fmt: skip
@@ -38,15 +39,16 @@ def test_rows_of_one_problem_share_a_table_with_sections_by_tokens():
     assert first.notes == ("peft lamda: missing: PEFT has no LaMDA", "M=16, full: oom: no room")
     assert first.rows[4][3:6] == ("1.25", "oom", tables.NOTHING)
     assert first.rows[2][6] == "123"
-    assert second.rows[0][2] == "dora (drops both)"
+    assert second.rows[0][2] == "dora (both)"
     assert "lora: the loss is at most 0.25 from PEFT's at any of 20 steps" in third.notes
 
 
 def test_a_table_in_a_pipe_is_not_squeezed():
     file = io.StringIO()
-    tables.show(tables.tables(RECORDS), Console(file=file, width=170))
+    tables.show(tables.tables(RESULTS), Console(file=file, width=170))
     assert "1.25" in file.getvalue()
     assert "…" not in file.getvalue()
+    assert tables.LEGEND[0] in " ".join(file.getvalue().split())
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,7 @@ def test_a_file_that_is_none_is_refused_in_a_line(text, tmp_path, capsys):
         (["--dropout", "1e-9"], "dropout"),
         (["--methods", "lora,qlora"], "'qlora' is none of lora, dora, lamda, nor all"),
         (["--dtype", "fp8"], "'fp8' is none of fp32, bf16, fp16"),
+        (["--js", "a.json"], "unrecognized arguments: --js a.json"),
         (["--seconds", "0"], "'0' must be a number above 0"),
     ],
 )
@@ -144,6 +147,50 @@ def test_lists_are_laid_flat_and_nothing_comes_twice():
     assert asked.shape == ((384, 384), (384, 1536), (1536, 384), (8, 4))
     assert asked.tokens == (8, 4)
     assert asked.methods == ("lora", "dora", "lamda")
+
+
+def test_torchs_names_of_dtypes_are_known():
+    assert options.parser().parse_args(["linear", "--dtype", "bfloat16"]).dtype == torch.bfloat16
+
+
+def test_a_narrow_console_gets_speeds_and_bytes_one_after_the_other():
+    for width in (80, 130):
+        file = io.StringIO()
+        tables.show(tables.tables(RESULTS), Console(file=file, width=width))
+        shown = file.getvalue()
+        assert "…" not in shown
+        assert all(head in shown for head in ("step ms", "tokens/s", "activations", "peak"))
+        assert max(map(len, shown.splitlines())) <= width
+
+
+def test_files_that_measured_the_same_are_told_apart():
+    first, second = (
+        Results({"device_name": "a", "commit": "1"}, RECORDS[:2]),
+        Results({"device_name": "a", "commit": "2"}, RECORDS[:2]),
+    )
+    one, two = tables.tables([first, second])
+    assert len(one.rows) == len(two.rows) == 2
+    assert one.title != two.title
+    assert "(2, " in two.title
+
+
+def test_a_spread_of_few_rounds_is_not_told():
+    (table,) = tables.tables([Results({}, [rows.linear(rounds=4), rows.linear(rounds=5)])])
+    at = table.heads.index("its p20–p80")
+    assert [row[at] for row in table.rows] == [tables.NOTHING, "2.00–2.00"]
+
+
+def test_outputs_that_cannot_be_are_refused_by_option(tmp_path, capsys):
+    file, taken = tmp_path / "a.json", tmp_path / "taken"
+    RESULTS[0].write(file)
+    taken.write_text("")
+    for words, complaint in (
+        (["--html", str(tmp_path)], "--html: .* is a folder"),
+        (["--html", str(taken / "page.html")], "--html: .*taken: File exists"),
+        (["--plots", str(taken)], "--plots: .*taken: File exists"),
+    ):
+        assert commands.main(["report", str(file), *words]) == 2
+        assert re.search(complaint, capsys.readouterr().err)
 
 
 def test_help_shows_without_a_machine(capsys):

@@ -18,14 +18,14 @@ ALL_LINEAR = "all-linear"
 
 
 def adapt(model: nn.Module, adapter: Adapter, target_modules: str | Collection[str] = ALL_LINEAR) -> nn.Module:
-    """Replace the nn.Linear modules that target_modules names by lorafast.Linear, in place; everything but adapters is frozen.
+    """Replace, in place, every nn.Linear that target_modules names with a lorafast.Linear, and freeze everything but the adapters.
 
     target_modules: "all-linear" (every nn.Linear but the model's output embeddings), a regular expression that must match a whole
     name, or a collection of names, each whole or the end of one after a dot. Weights and biases stay the same Parameters; a linear
     used in several places is replaced in all. Adapters start in module order from torch's generator. Returns the model.
     Raises ValueError or TypeError, and changes nothing, where a target matches no module, a match is no plain nn.Linear or carries
-    hooks, an init would change a weight that others share, or the model is adapted already. Should an init fail midway, weights it
-    had taken a residual from are given it back to within a rounding.
+    hooks, an init would change a weight that others share, or the model is adapted already. If an init fails midway, weights it
+    has already changed are restored to within one rounding.
     """
     places = _places(model, adapter, target_modules)
     layers: dict[nn.Linear, Linear] = {}
@@ -50,7 +50,7 @@ def adapt(model: nn.Module, adapter: Adapter, target_modules: str | Collection[s
 
 def _adapted(linear: nn.Linear, adapter: Adapter, name: str) -> Linear:
     with warnings.catch_warnings():
-        # That the weight is shared with the linear: the linear is about to go.
+        # Not the user's concern that linear and layer share a weight: the linear is about to be dropped.
         warnings.filterwarnings("ignore", message=".* now holds the residual")
         layer = Linear.from_linear(linear, adapter)
     if layer.lora_magnitude is not None:
@@ -122,7 +122,7 @@ def _carried(linear: nn.Linear) -> str | None:
     """What replacing the module would lose: hooks, or a forward somebody put on this one object."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(linear, kind) for kind in hooks) or "forward" in vars(linear):
-        return "carries hooks (offloading, pruning?) that its replacement would lose"
+        return "has hooks or a patched forward (offloading, pruning?) that its replacement would lose"
     return None
 
 
