@@ -29,7 +29,6 @@ class Table(NamedTuple):
 NOTHING = "–"
 # Trust stands before speed.
 _SPEED = ("err ratio", "× frozen", "its p20–p80", "step ms", "fwd ms", "bwd ms", "tokens/s")
-_PHASES = ("fwd ms", "bwd ms")
 _BYTES = ("saved", "keeps", "activations", "peak")
 _LINEAR = ("M", "impl", "method", *_SPEED, *_BYTES)
 _STEP = ("batch", "impl", "method", *_SPEED, *_BYTES)
@@ -70,27 +69,38 @@ def tables(results: Iterable[Results]) -> list[Table]:
 
 
 def show(found: list[Table], console: Console) -> None:
-    """Print them; one that is wider than the console in two, speeds before bytes."""
+    """Print them; one that is wider than the console in several, each with the columns that name the row."""
     for table in found:
-        widths = [
-            max(len(head), *(len(row[i]) for row in table.rows), 0) if table.rows else len(head)
-            for i, head in enumerate(table.heads)
-        ]
-        parts = [table.heads]
-        if sum(widths) + 2 * len(widths) > console.width and set(_BYTES) <= set(table.heads):
-            named = tuple(head for head in table.heads if head not in _SPEED + _BYTES)
-            parts = [named + tuple(head for head in _SPEED if head not in _PHASES), named + _PHASES + _BYTES]
-        for heads in parts:
-            console.print(_drawn(table, heads, space=2 if len(parts) == 1 else 1))
+        for heads, space in _parts(table, console):
+            console.print(_drawn(table, heads, space))
         for note in table.notes:
             console.print(Text(note, style="dim"))
     if found:
         console.print(Text("\n".join(LEGEND), style="dim"))
 
 
+def _parts(table: Table, console: Console) -> list[tuple[tuple[str, ...], int]]:
+    """Columns that fit the console together, and the space between them."""
+    unbounded = console.options.update(width=1000)
+
+    def fits(heads: tuple[str, ...], space: int) -> bool:
+        return console.measure(_drawn(table, heads, space), options=unbounded).maximum <= console.width
+
+    if fits(table.heads, 2):
+        return [(table.heads, 2)]
+    names = table.heads.index("method") + 1
+    parts = [table.heads[: names + 1]]
+    for head in table.heads[names + 1 :]:
+        if fits((*parts[-1], head), 1):
+            parts[-1] = (*parts[-1], head)
+        else:
+            parts.append((*table.heads[:names], head))
+    return [(part, 1) for part in parts]
+
+
 def _drawn(table: Table, heads: tuple[str, ...], space: int) -> RichTable:
     drawn = RichTable(
-        title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+        title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, space, 0, 0)
     )
     for head in heads:
         drawn.add_column(Text(head), justify="left" if head in WORDS else "right", no_wrap=True)
