@@ -42,10 +42,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        if device.type == "cuda":
-            # Twice the cache: what the last step left in it is gone before the next begins.
-            size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 20)
-            self._flush = torch.empty(size, dtype=torch.int8, device=device)
+        self._flushed: torch.Tensor | None = None
 
     def time(self, step: Step) -> tuple[float, ...]:
         """Run the step once."""
@@ -65,10 +62,18 @@ class Clock:
             marks.append(event)
 
         # While the flush runs, the host gets ahead: what is timed is the device, launch gaps of a busy stream included.
-        self._flush.zero_()
+        self._flush()
         step(mark)
         torch.cuda.synchronize(self.device)
         return tuple(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+
+    def _flush(self) -> None:
+        # Made with the first step, so that where it has no room it is that step's failure.
+        if self._flushed is None:
+            # Twice the cache: what the last step left in it is gone before the next begins.
+            size = max(2 * torch.cuda.get_device_properties(self.device).L2_cache_size, 1 << 20)
+            self._flushed = torch.empty(size, dtype=torch.int8, device=self.device)
+        self._flushed.zero_()
 
     def repeat(self, step: Step, times: int) -> tuple[float, ...]:
         """The mean of each phase over a few runs: one sample of a step too short to be timed alone."""

@@ -28,7 +28,7 @@ FROZEN_KEY = (FROZEN, impls.NO_METHOD)
 # them 1e-5 apart in 200 steps.
 MAX_LOSS_GAP = 1e-3
 # How many texts the error of a model's gradients is taken over.
-JUDGED = 4
+JUDGED = 16
 # The first steps of training, which are not timed.
 UNTIMED = 3
 

@@ -74,7 +74,7 @@ class Trainee:
         return right / sum(len(batch["labels"]) for batch in batches)
 
     def error(self, batch: Batch, seed: int) -> tuple[float, str]:
-        """The error ratio of the loss and of every kind of gradient over all layers, factors random, dropout off; the worst."""
+        """The error ratio of the logits and of every kind of gradient over all layers, factors random, dropout off; the worst."""
         copied = copy.deepcopy(self.model).eval()
         layers = {path: copied.get_submodule(path) for path in self.layers}
         generator = torch.Generator().manual_seed(seed)
@@ -101,16 +101,16 @@ class Trainee:
 
 
 def _outcome(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    """The loss and the gradients, all layers' gradients of one kind in one vector."""
+    """The logits, and the gradients by kind over all layers: of a single number an error ratio says nothing."""
     model.zero_grad()
-    loss = F.cross_entropy(model(batch["input_ids"], batch["attention_mask"]), batch["labels"])
-    loss.backward()
+    logits = model(batch["input_ids"], batch["attention_mask"])
+    F.cross_entropy(logits, batch["labels"]).backward()
     found: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():  # a compiled model's are those of the model
         if parameter.grad is not None:
             kind = next((part for part in PARTS.values() if part in name), "other parameters")
             found.setdefault(kind, []).append(parameter.grad.double().flatten())
-    return {"loss": loss.detach().double()} | {name: torch.cat(grads) for name, grads in found.items()}
+    return {"logits": logits.detach().double()} | {name: torch.cat(grads) for name, grads in found.items()}
 
 
 def _ratio(ours: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, floor: float) -> float:

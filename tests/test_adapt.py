@@ -148,6 +148,19 @@ def offloaded(model):
     model.blocks[1].value.forward = lambda x: x
 
 
+def buffered(model):
+    model.blocks[0].value.register_buffer("mask", torch.ones(8))
+
+
+def listened(model):
+    model.blocks[0].query.register_state_dict_post_hook(lambda *_: None)
+
+
+def encoding(model):
+    model.blocks[1].encoder = nn.TransformerEncoderLayer(8, 2, 16)
+    model.blocks[1].encoder.self_attn = nn.Identity()
+
+
 def parametrized(model):
     parametrizations.weight_norm(model.blocks[0].out[0])
 
@@ -170,6 +183,9 @@ def attending(model):
         ("all-linear", hooked, TypeError, "matches blocks.0.query, which has hooks"),
         ("all-linear", offloaded, TypeError, "matches blocks.1.value, which has hooks"),
         ("all-linear", parametrized, TypeError, "blocks.0.out.0, which is a .*ParametrizedLinear"),
+        ("all-linear", buffered, TypeError, "matches blocks.0.value, which holds mask besides weight and bias"),
+        ("all-linear", listened, TypeError, "matches blocks.0.query, which has hooks"),
+        ("all-linear", encoding, TypeError, "encoder.linear1, which nn.TransformerEncoderLayer does not call in eval"),
         ("all-linear", attending, TypeError, "out_proj, which .* nn.MultiheadAttention reads"),
     ],
 )

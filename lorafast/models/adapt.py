@@ -72,7 +72,7 @@ def _places(model: nn.Module, adapter: Adapter, target_modules: str | Collection
         raise TypeError("model is itself an nn.Linear and cannot be replaced in place: lorafast.Linear.from_linear(model, adapter)")
     names = _matches(model, [name for name, _ in modules if name], target_modules)
     for name, module in modules:
-        if name in names and (why := why_not_plain(module) or _carried(module)):
+        if name in names and (why := why_not_plain(module) or _carried(module) or _bypassed(model, name)):
             raise TypeError(f"target_modules={target_modules!r} matches {name}, which {why}")
     matched = {module for name, module in modules if name in names}
     places: dict[nn.Linear, list[str]] = {}
@@ -119,10 +119,19 @@ def _near(target: str, names: list[str]) -> str:
 
 
 def _carried(linear: nn.Linear) -> str | None:
-    """What replacing the module would lose: hooks, or a forward somebody put on this one object."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(linear, kind) for kind in hooks) or "forward" in vars(linear):
+    """What replacing the module would lose: hooks, a forward somebody put on this one object, more than weight and bias."""
+    if any(value for kind, value in vars(linear).items() if kind.endswith("_hooks")) or "forward" in vars(linear):
         return "has hooks or a patched forward (offloading, pruning?) that its replacement would lose"
+    if more := [name for name, _ in [*linear.named_parameters(), *linear.named_buffers()] if name not in ("weight", "bias")]:
+        return f"holds {', '.join(more)} besides weight and bias, which its replacement would lose"
+    return None
+
+
+def _bypassed(model: nn.Module, name: str) -> str | None:
+    """Whether the owner of the module reads its weight without calling it: an adapter there would be skipped."""
+    parent, _, child = name.rpartition(".")
+    if isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
+        return "nn.TransformerEncoderLayer does not call in eval, but reads its weight"
     return None
 
 
