@@ -13,6 +13,7 @@ import lorafast
 from lorafast import philox
 from lorafast.bench import peers
 from lorafast.bench.impl import Impl
+from lorafast.bench.refusal import Unable
 from lorafast.methods.adapter import Adapter
 from lorafast.testing import SHORT, Case, Form
 
@@ -111,7 +112,10 @@ def build(
     if not impl.adapts:
         layer = linear
     elif impl.base == "lorafast":
-        layer = lorafast.Linear.from_linear(linear, adapter)
+        try:
+            layer = lorafast.Linear.from_linear(linear, adapter)
+        except ValueError as error:  # a rank the shape has no room for
+            raise Unable("unsupported", str(error)) from None
         path = route(layer, problem.M)
     else:
         peers.check(impl, adapter, problem.dtype)

@@ -83,6 +83,7 @@ class _ModelRun:
         self.text = corpus()
         self.trainees: dict[Key, Trainee] = {}
         self.refused: dict[Key, Exception] = {}
+        self.wrong: dict[Key, str] = {}
         self.errors: dict[Key, tuple[float, str]] = {}
         batch = self._batches(JUDGED, 1)[0]
         for key in plan.contenders:
@@ -120,6 +121,8 @@ class _ModelRun:
             record.losses = curve[:astray]
             self._weigh(record, self.trainees[key])
         self._compare(records)
+        # What went wrong in training is wrong at every batch size.
+        self.wrong = {key: record.reason for key, record in records.items() if record.status == "wrong"}
         return list(records.values())
 
     def step(self, batch_size: int) -> list[Record]:
@@ -179,6 +182,8 @@ class _ModelRun:
         for key, record in records.items():
             if key in self.errors:
                 row.judge(record, *self.errors[key], JUDGED * self.plan.seq)
+            if key in self.wrong:
+                record.fail("wrong", self.wrong[key])
             if key in self.refused:
                 row.fail(record, self.refused[key], key[0])
             elif self.trainees[key].layers:

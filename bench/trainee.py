@@ -16,6 +16,7 @@ from lorafast.bench.clock import Mark, Step
 from lorafast.bench.contender import PARTS, form_of, parts_of
 from lorafast.bench.encoder import Classifier, Encoder
 from lorafast.bench.impl import Impl
+from lorafast.bench.refusal import Unable
 from lorafast.bench.textbook import EagerLinear, replaced
 from lorafast.methods.adapter import Adapter
 from lorafast.schedule.lamda import LaMDAFreeze
@@ -128,7 +129,10 @@ def build(impl: Impl, method: str, adapter: Adapter | None, encoder: Encoder, se
     width, device = base.config.hidden_size, next(base.parameters()).device
     torch.manual_seed(seed)
     if impl.base == "lorafast":
-        base = lorafast.adapt(base, adapter)
+        try:
+            base = lorafast.adapt(base, adapter)
+        except ValueError as error:  # a rank some shape has no room for
+            raise Unable("unsupported", str(error)) from None
     elif impl.adapts:
         peers.check(impl, adapter, dtype)
         base = peers.model(base, impl, adapter, "all-linear")

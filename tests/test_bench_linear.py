@@ -247,3 +247,12 @@ def test_compiled_contenders_are_right_and_say_so(tmp_path):
     r = by_label(rows)["lorafast+compile lora"]
     assert (r.status, r.compile, r.route) == ("ok", True, "inductor")
     assert r.saved_bytes >= 8 * R * 4
+
+
+def test_a_rank_the_shape_has_no_room_for_is_a_row(tmp_path):
+    code, rows, _ = run(
+        tmp_path, "--dropout", "0", "--impl", "lorafast", "--methods", "lora,lamda", "--rank", "32", "--tokens", "8"
+    )
+    assert code == 0
+    assert {r.label: r.status for r in rows} == {"frozen": "ok", "lorafast lora": "ok", "lorafast lamda": "unsupported"}
+    assert "r=32 exceeds" in by_label(rows)["lorafast lamda"].reason

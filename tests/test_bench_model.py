@@ -75,6 +75,8 @@ def test_a_walk_apart_from_pefts_is_wrong(monkeypatch, tmp_path):
     (r,) = [r for r in rows if r.bench == "training" and r.label == "lorafast lora"]
     assert r.status == "wrong"
     assert "from PEFT's" in r.reason
+    (stepped,) = [r for r in rows if r.bench == "step" and r.label == "lorafast lora"]
+    assert (stepped.status, stepped.step_ms) == ("wrong", None)
 
 
 def test_a_loss_that_is_not_finite_is_wrong(tmp_path):
