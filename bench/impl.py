@@ -28,6 +28,7 @@ class Impl(NamedTuple):
 
 FROZEN = Impl("frozen")
 NO_METHOD = "none"
+FROZEN_KEY = (FROZEN, NO_METHOD)
 
 
 def parse(text: str) -> Impl:
@@ -41,7 +42,7 @@ def parse(text: str) -> Impl:
 def contenders(impls: tuple[Impl, ...], methods: tuple[str, ...]) -> tuple[tuple[Impl, str], ...]:
     """Implementation and method of every row of one problem, the bare frozen layer always first."""
     named = (one for one in impls if one != FROZEN)
-    return ((FROZEN, NO_METHOD), *((one, method) for one in named for method in (methods if one.adapts else (NO_METHOD,))))
+    return (FROZEN_KEY, *((one, method) for one in named for method in (methods if one.adapts else (NO_METHOD,))))
 
 
 METHODS = {method.name: method.adapter for method in lorafast.list_methods()}

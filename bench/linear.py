@@ -12,13 +12,11 @@ from lorafast.bench import impl as impls
 from lorafast.bench import memory, row
 from lorafast.bench.clock import Clock, Mark, Step, interleave
 from lorafast.bench.contender import Contender, Problem, build
-from lorafast.bench.impl import FROZEN, Impl
+from lorafast.bench.impl import FROZEN_KEY, Impl
 from lorafast.bench.progress import Progress
 from lorafast.bench.record import Record
 from lorafast.bench.trust import Verifier
 from lorafast.testing import SHORT
-
-FROZEN_KEY = (FROZEN, impls.NO_METHOD)
 
 
 class Plan(NamedTuple):
@@ -89,7 +87,7 @@ class _ProblemRun:
         (impl, method), p = key, self.problem
         adapter = None
         if impl.adapts:
-            # The start is overwritten by the problem's own values: no SVD, and no residual taken out of the shared weight.
+            # The start is overwritten by the problem's own values; a residual would be taken out of the weight all share.
             fields = {"init": "zero"} if method == "lamda" else {}
             adapter = impls.adapter(method, p.R, p.dropout, self.plan.dropout_on, **fields)
         return build(impl, method, adapter, p, tensors["weight"], tensors["bias"], mask)
@@ -107,7 +105,8 @@ class _ProblemRun:
             record.route = contender.route
             row.judge(record, *verifier.worst(contender))
             if contender.stand_in:
-                contender = self._build(key, tensors)
+                values, contender = contender.parameters, self._build(key, tensors)
+                contender.load(values)  # as everybody else's: a B of zeros may run faster
             self._count(contender, record, tensors)
             self.contenders[key] = contender
         except Exception as error:

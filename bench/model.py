@@ -15,14 +15,13 @@ from lorafast.bench.clock import Clock, interleave
 from lorafast.bench.contender import form_of, parts_of, route
 from lorafast.bench.corpus import corpus
 from lorafast.bench.encoder import Encoder
-from lorafast.bench.impl import FROZEN, Impl
+from lorafast.bench.impl import FROZEN_KEY, Impl
 from lorafast.bench.progress import Progress
 from lorafast.bench.record import Record
 from lorafast.bench.trainee import RATES, Batch, Trainee, build
 from lorafast.testing import SHORT
 
 Key = tuple[Impl, str]
-FROZEN_KEY = (FROZEN, impls.NO_METHOD)
 
 # In fp32 without dropout two right implementations of one method follow the same curve: at the default rates rounding alone sets
 # them 1e-5 apart in 200 steps.
