@@ -97,24 +97,25 @@ def interleave(
 ) -> dict[Hashable, list[tuple[float, ...]]]:
     """`rounds` samples of every step, phase by phase, after `warmup` runs; fewer, but `least`, once `seconds` are over.
 
-    A step that raises is handed to `failed` and left out.
+    Samples of a short step are means of several runs, as many for every step as the shortest needs: a step runs faster after
+    itself than after others, and all must have that alike. A step that raises is handed to `failed` and left out.
     """
-    repeats: dict[Hashable, int] = {}
+    shortest, samples = math.inf, {}
     for key, step in steps.items():
         try:
             for _ in range(warmup):
-                spent = clock.time(step)
-            repeats[key] = min(max(1, math.ceil(LEAST_MS / max(sum(spent), 1e-6))), MAX_REPEATS)
+                shortest = min(shortest, sum(clock.time(step)))
+            samples[key] = []
         except Exception as error:
             failed(key, error)
-    samples: dict[Hashable, list[tuple[float, ...]]] = {key: [] for key in repeats}
+    repeats = min(max(1, math.ceil(LEAST_MS / max(shortest, 1e-6))), MAX_REPEATS)
     begin = time.monotonic()
     for done in range(rounds):
         if done >= least and time.monotonic() - begin > seconds:
             break
         for key in tuple(samples):
             try:
-                samples[key].append(clock.repeat(steps[key], repeats[key]))
+                samples[key].append(clock.repeat(steps[key], repeats))
             except Exception as error:
                 failed(key, error)
                 del samples[key]

@@ -6,9 +6,9 @@ import argparse
 import itertools
 import json
 import math
-import os
 import shlex
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -103,16 +103,17 @@ def _prepare(asked: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 def _check_writable(option: str, path: Path) -> None:
     if path.is_dir():
         raise Refused(f"{option}: {path} is a folder")
-    _make_folder(option, path.parent)
+    path = path.resolve()
+    if not path.exists() or path.is_file():
+        _make_folder(option, path.parent)
 
 
 def _make_folder(option: str, path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise Refused(f"{option}: {path}: {error.strerror}") from error
-    if not os.access(path, os.W_OK):
-        raise Refused(f"{option}: {path} cannot be written to")
+        raise Refused(f"{option}: {path} cannot be written to: {error.strerror}") from error
 
 
 def _defaults(device: torch.device, dtype: torch.dtype) -> tuple[impls.Impl, ...]:
@@ -127,23 +128,35 @@ def _collect(
 ) -> int:
     """Take rows as they are finished; whatever ends the run, those that are finished are written and shown."""
     results = Results(machine.environment(device, _command(arguments)), [])
-    interrupted = False
+    interrupted, unwritten = False, []
     try:
         for rows in groups:
             results.records += rows
-            if asked.json:
-                results.write(asked.json)
+            # After every problem, for the next may end the machine. A disk that is full may have room then.
+            unwritten = _unwritten("--json", asked.json, results.write)
     except KeyboardInterrupt:
         interrupted = True
     progress.end()
     # Files first: a reader of the tables may close the pipe.
-    if asked.html and results.records:
-        _write_page(asked.html, [results])
+    if results.records:
+        unwritten += _unwritten("--html", asked.html, lambda path: _write_page(path, [results]))
     tables.show(tables.tables([results]), _out())
+    for complaint in unwritten:
+        Console(stderr=True, soft_wrap=True).print(complaint, style="bold red", markup=False)
     if interrupted:
         Console(stderr=True).print(f"interrupted; {len(results.records)} finished rows are kept")
         return INTERRUPTED
-    return _verdict(results.records)
+    return _verdict(results.records) or (REFUSED if unwritten else RIGHT)
+
+
+def _unwritten(option: str, path: Path | None, write: Callable[[Path], None]) -> list[str]:
+    """Write a file, if one is asked for; the complaint if that cannot be."""
+    try:
+        if path is not None:
+            write(path)
+    except OSError as error:
+        return [f"{option}: {path} is not written: {error.strerror}"]
+    return []
 
 
 def _verdict(records: list[Record]) -> int:

@@ -11,9 +11,10 @@ from torch import nn
 
 import lorafast
 from lorafast import philox
-from lorafast.bench import peers
+from lorafast.bench import compiled, peers
 from lorafast.bench.impl import Impl
 from lorafast.bench.refusal import Unable
+from lorafast.bench.textbook import TRAINS
 from lorafast.methods.adapter import Adapter
 from lorafast.testing import SHORT, Case, Form
 
@@ -46,8 +47,9 @@ class Problem(NamedTuple):
 
 @dataclass
 class Contender:
-    """module(x) is what is measured. parameters: all the truth knows, by its names; trained: x and those that get a gradient.
+    """module(x) is what is measured. parameters: all the truth knows, by its names; trained: x and those that must get a gradient.
 
+    astray: those that ask for a gradient and must not. frozen: how many columns of lora_B are frozen.
     A stand_in draws the truth's dropout mask where the real one would draw its own: it can be judged, and is not timed.
     """
 
@@ -59,8 +61,9 @@ class Contender:
     parameters: dict[str, torch.Tensor]
     trained: tuple[str, ...]
     route: str
-    masked: peers.Masked | None = None
+    astray: tuple[str, ...] = ()
     stand_in: bool = False
+    frozen: int = 0
 
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor | None]) -> None:
@@ -71,10 +74,7 @@ class Contender:
     def outcome(self, tensors: dict[str, torch.Tensor | None], draw: int) -> dict[str, torch.Tensor]:
         """y and every gradient of one step, with the mask that `seed_of(draw)` stands for."""
         self.load(tensors)
-        case, x = self.case, tensors["x"].detach().requires_grad_()
-        if self.masked is not None:
-            kept = philox.kept(tensors["seed"], case.dropout, slice(0, x.shape[0]), case.K)
-            self.masked.mask = kept.to(case.dtype) * philox.scale(case.dropout)
+        x = tensors["x"].detach().requires_grad_()
         self.clear()
         torch.manual_seed(draw)
         y = self.module(x)
@@ -82,6 +82,13 @@ class Contender:
         grads = {name: self.parameters[name].grad for name in self.trained if name != "x"}
         self.clear()
         return {"y": y.detach(), "x": x.grad} | grads
+
+    def freeze(self, count: int) -> None:
+        """Freeze the first columns of lora_B, as LaMDA's schedule does; all of them, and it asks for no gradient any more."""
+        self.layer.freeze_columns(count)
+        self.frozen = count
+        kept = tuple(name for name in self.trained if name != "lora_B")
+        self.trained = kept if count == self.case.R else (*kept, "lora_B")
 
     def clear(self) -> None:
         """Forget gradients."""
@@ -108,7 +115,7 @@ def build(
     linear.weight = nn.Parameter(weight.detach(), requires_grad=trains)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=trains)
-    masked, path = None, "torch"
+    path = "torch"
     if not impl.adapts:
         layer = linear
     elif impl.base == "lorafast":
@@ -120,21 +127,22 @@ def build(
     else:
         peers.check(impl, adapter, problem.dtype)
         layer = peers.layer(linear, impl, adapter)
-        masked = peers.mask(layer) if mask and problem.dropout else None
+        if mask:
+            peers.mask(layer)
     parts = parts_of(layer)
     parameters = {"weight": linear.weight} | ({} if bias is None else {"bias": linear.bias}) | parts
     if unknown := [name for name, p in layer.named_parameters() if all(p is not known for known in parameters.values())]:
         raise NotImplementedError(f"the truth has no {', '.join(unknown)}")
-    trained = ("x", *(name for name, parameter in parameters.items() if parameter.requires_grad))
-    stand_in = mask and problem.dropout > 0 and impl.adapts and (masked is not None or impl.compile)
-    # Compiled code draws seeds of its own, unless it is told to draw torch's.
-    options = {"fallback_random": True} if stand_in else None
-    module = torch.compile(layer, dynamic=False, options=options) if impl.compile else layer
+    must = TRAINS[method] if impl.adapts else frozenset(("weight", "bias") if trains else ())
+    trained = ("x", *(name for name in parameters if name in must))
+    astray = tuple(name for name, parameter in parameters.items() if parameter.requires_grad and name not in must)
+    stand_in = mask and problem.dropout > 0 and impl.adapts and (impl.base != "lorafast" or impl.compile)
+    module = compiled.compiled(layer, torchs_draws=stand_in) if impl.compile else layer
     case = Case(
         form_of(impl, method, adapter, parts), problem.M, problem.N, problem.K, problem.R, problem.dtype,
         problem.dropout if parts else 0.0, bias is not None, 2.0, parts["lora_A"].dtype if parts else None,
     )  # fmt: skip
-    return Contender(impl, method, module, layer, case, parameters, trained, "inductor" if impl.compile else path, masked, stand_in)
+    return Contender(impl, method, module, layer, case, parameters, trained, "inductor" if impl.compile else path, astray, stand_in)
 
 
 def parts_of(layer: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from lorafast import testing
+from lorafast.bench import compiled, memory, row
 from lorafast.bench import impl as impls
-from lorafast.bench import memory, row
 from lorafast.bench.clock import Clock, Mark, Step, interleave
 from lorafast.bench.contender import Contender, Problem, build
 from lorafast.bench.impl import FROZEN_KEY, Impl
@@ -39,8 +39,9 @@ class Plan(NamedTuple):
 
 def run(plan: Plan, progress: Progress) -> Iterator[list[Record]]:
     """The rows of one problem after another, each complete."""
-    for problem in plan.problems:
-        yield _ProblemRun(plan, problem, progress).measure()
+    with compiled.strict(plan.impls):
+        for problem in plan.problems:
+            yield _ProblemRun(plan, problem, progress).measure()
 
 
 def progress_total(plan: Plan) -> int:
@@ -97,8 +98,7 @@ class _ProblemRun:
         record = self.records[key]
         try:
             if key[0].compile:
-                # Every problem compiles from scratch: a graph made general for two sizes would be timed otherwise.
-                torch._dynamo.reset()
+                compiled.forget()
             contender = self._build(key, tensors, mask=True)
             record.adapter_dtype = SHORT[contender.case.adapter_dtype] if contender.case.adapter_dtype else None
             record.dropout_on = contender.case.form.dropout_on if contender.case.form.magnitude else None

@@ -25,9 +25,13 @@ def measured(function: Callable[[], object], device: torch.device) -> Allocated:
     return found
 
 
+# By torch's allocator on the CPU, by CUDA, and by cuBLAS, which asks CUDA for its workspace itself.
+_NO_ROOM = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device or the machine has no memory left."""
     said = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in said or "out of memory" in said)
+        isinstance(error, RuntimeError) and any(words in said for words in _NO_ROOM)
     )

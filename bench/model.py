@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from lorafast import testing
+from lorafast.bench import compiled, memory, row
 from lorafast.bench import impl as impls
-from lorafast.bench import memory, row
 from lorafast.bench.clock import Clock, interleave
 from lorafast.bench.contender import form_of, parts_of, route
 from lorafast.bench.corpus import corpus
@@ -66,11 +66,12 @@ def progress_total(plan: Plan) -> int:
 
 def run(plan: Plan, progress: Progress) -> Iterator[list[Record]]:
     """First the rows of training, then those of every batch size."""
-    whole = _ModelRun(plan, progress)
-    if plan.steps:
-        yield whole.train()
-    for batch_size in plan.batch_sizes:
-        yield whole.step(batch_size)
+    with compiled.strict(plan.impls):
+        whole = _ModelRun(plan, progress)
+        if plan.steps:
+            yield whole.train()
+        for batch_size in plan.batch_sizes:
+            yield whole.step(batch_size)
 
 
 class _ModelRun:
@@ -81,7 +82,7 @@ class _ModelRun:
         self.encoder = Encoder(plan.model, plan.dtype, plan.device)
         self.text = corpus()
         self.trainees: dict[Key, Trainee] = {}
-        self.refused: dict[Key, Exception] = {}
+        self.refused: dict[Key, Record] = {}
         self.wrong: dict[Key, str] = {}
         self.errors: dict[Key, tuple[float, str]] = {}
         batch = self._batches(JUDGED, 1)[0]
@@ -104,7 +105,7 @@ class _ModelRun:
                 self.progress.begin(f"{plan.model}: training, step {index} of {plan.steps}")
             for key in tuple(losses):
                 try:
-                    times[key].append(clock.time(self.trainees[key].step(batch, losses[key])))
+                    times[key].append(clock.time(self.trainees[key].step(batch, self._seed(index), losses[key])))
                 except Exception as error:
                     self._failed(key, error, records)
                     del losses[key]
@@ -122,6 +123,8 @@ class _ModelRun:
         self._compare(records)
         # What went wrong in training is wrong at every batch size.
         self.wrong = {key: record.reason for key, record in records.items() if record.status == "wrong"}
+        for trainee in self.trainees.values():
+            trainee.thaw()
         return list(records.values())
 
     def step(self, batch_size: int) -> list[Record]:
@@ -129,6 +132,8 @@ class _ModelRun:
         plan = self.plan
         batch = self._batches(batch_size, 1)[0]
         records = self._records("step", batch_size)
+        if any(impl.compile for impl in plan.impls):
+            compiled.forget()
         for key in plan.contenders:
             self.progress.begin(f"{plan.model}, batch {batch_size}: {records[key].label}")
             if key in self._able(records):
@@ -137,7 +142,7 @@ class _ModelRun:
                 except Exception as error:
                     self._failed(key, error, records)
         self.progress.begin(f"{plan.model}, batch {batch_size}: rounds")
-        steps = {key: self.trainees[key].step(batch) for key in self._able(records)}
+        steps = {key: self.trainees[key].step(batch, plan.seed) for key in self._able(records)}
         samples = interleave(
             steps, Clock(plan.device), plan.rounds, plan.warmup, lambda key, error: self._failed(key, error, records),
             plan.seconds, row.LEAST_ROUNDS,
@@ -154,6 +159,10 @@ class _ModelRun:
     def _rate(self, method: str) -> float:
         """AdamW's learning rate for what trains of the encoder."""
         return RATES.get(method, RATES["lora"]) if self.plan.lr is None else self.plan.lr
+
+    def _seed(self, index: int) -> int:
+        """Of the masks of one training step."""
+        return self.plan.seed * self.plan.steps + index
 
     def _batches(self, size: int, count: int) -> list[Batch]:
         """The same batches for everybody: a walk through the shuffled training text, again and again."""
@@ -184,7 +193,7 @@ class _ModelRun:
             if key in self.wrong:
                 record.fail("wrong", self.wrong[key])
             if key in self.refused:
-                row.fail(record, self.refused[key], key[0])
+                record.fail(self.refused[key].status, self.refused[key].reason)
             elif self.trainees[key].layers:
                 self._describe(record, self.trainees[key])
         return records
@@ -202,14 +211,14 @@ class _ModelRun:
 
     def _failed(self, key: Key, error: Exception, records: dict[Key, Record] | None = None) -> None:
         if records is None:
-            row.fail(self._record("step", key, 1), error, key[0])  # raises what is a defect
-            self.refused[key] = error
+            self.refused[key] = self._record("step", key, 1)
+            row.fail(self.refused[key], error, key[0])
         else:
             row.fail(records[key], error, key[0])
         row.release(self.plan.device)
 
     def _count(self, trainee: Trainee, record: Record, batch: Batch) -> None:
-        step, device = trainee.step(batch), self.plan.device
+        step, device = trainee.step(batch, self.plan.seed), self.plan.device
         step(lambda: None)  # compiles, and makes the optimizer's state
         self._weigh(record, trainee)
         trainee.optimizer.zero_grad()

@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import nn
 
+from lorafast import philox
 from lorafast.bench.impl import Impl
 from lorafast.bench.refusal import Unable
 from lorafast.methods.adapter import Adapter
@@ -68,17 +69,17 @@ def layer(base: nn.Linear, impl: Impl, adapter: Adapter) -> nn.Module:
 
 
 class Masked(nn.Module):
-    """Dropout by a given mask: the only way to hold a layer with dropout against a truth. Forgotten where dropout is 0."""
+    """Dropout by the mask that lorafast draws from the same seed: the only way to hold a layer with dropout against a truth."""
 
-    def __init__(self) -> None:
+    def __init__(self, p: float) -> None:
         super().__init__()
-        self.mask: torch.Tensor | None = None
+        self.p = p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.mask.to(x.dtype)
+        return philox.drop(x, philox.draw(x.device), self.p) if self.training else x
 
 
-def mask(layer: nn.Module) -> Masked:
-    """Put Masked where the layer's dropout is."""
-    layer.lora_dropout["default"] = Masked()
-    return layer.lora_dropout["default"]
+def mask(layer: nn.Module) -> None:
+    """Put Masked where the layer drops anything."""
+    if isinstance(dropout := layer.lora_dropout["default"], nn.Dropout):
+        layer.lora_dropout["default"] = Masked(dropout.p)

@@ -114,9 +114,13 @@ class Results:
         return {"schema_version": SCHEMA_VERSION, "env": self.env, "records": [asdict(record) for record in self.records]}
 
     def write(self, path: Path) -> None:
-        """Whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Whole or not at all; a link stays a link, and what is no regular file (a pipe, /dev/stdout) is written to plainly."""
         text = json.dumps(self.document(), indent=1, allow_nan=False) + "\n"
+        path = path.resolve()
+        if path.exists() and not path.is_file():
+            path.write_text(text)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "w") as file:

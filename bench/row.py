@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import traceback
 
 import torch
 
@@ -44,7 +45,7 @@ def enter_times(record: Record, phases: list[tuple[float, ...]], frozen: list[tu
 
 
 def fail(record: Record, error: Exception, impl: Impl) -> None:
-    """Enter why it could not be measured; a defect is raised again."""
+    """Enter why it could not be measured; a defect of ours, or of the bench, is as wrong as a wrong figure, and told whole."""
     first = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, Unable):
         record.fail(error.status, first)
@@ -53,7 +54,8 @@ def fail(record: Record, error: Exception, impl: Impl) -> None:
     elif _is_refusal(error, impl):
         record.fail("unsupported", f"{type(error).__name__}: {first}")
     else:
-        raise error
+        traceback.print_exception(error)
+        record.fail("wrong", f"raised {type(error).__name__}: {first}")
     # A traceback holds the tensors that had no room beside others.
     error.__traceback__ = None
 

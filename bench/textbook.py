@@ -1,4 +1,4 @@
-"""The eager chain as a module: what stands in for every adapted layer of a model when the model is held against the truth."""
+"""What the papers say: which factors a method trains, and its layer as the eager chain, to hold a whole model against the truth."""
 
 from __future__ import annotations
 
@@ -7,30 +7,55 @@ import copy
 import torch
 from torch import nn
 
+from lorafast import philox
 from lorafast.testing import Case, Form, chain
+
+# arXiv 2106.09685, 2402.09353, 2406.12832. Read from no implementation: one that forgets a factor must not be its own witness.
+TRAINS = {
+    "lora": frozenset({"lora_A", "lora_B"}),
+    "dora": frozenset({"lora_A", "lora_B", "magnitude"}),
+    "lamda": frozenset({"core", "lora_B"}),
+}
 
 
 class EagerLinear(nn.Module):
-    """One adapted layer, without dropout, as stock ops: x [...,K] -> [...,N]."""
+    """One adapted layer as stock ops, its mask the one lorafast draws from the same generator: x [...,K] -> [...,N].
 
-    def __init__(self, form: Form, scaling: float, base: nn.Linear, parts: dict[str, torch.Tensor]) -> None:
+    frozen: how many of lora_B's columns get no gradient.
+    """
+
+    def __init__(
+        self, form: Form, scaling: float, dropout: float, base: nn.Linear, parts: dict[str, torch.Tensor], frozen: int = 0
+    ) -> None:
         super().__init__()
         (N, K), R = base.weight.shape, parts["lora_A"].shape[0]
-        self._case = Case(form, 0, N, K, R, base.weight.dtype, bias=base.bias is not None, scaling=scaling)
+        self._case = Case(form, 0, N, K, R, base.weight.dtype, dropout, base.bias is not None, scaling)
+        self._frozen = frozen
         held = {"weight": base.weight, "bias": base.bias} | parts
         for name in ("weight", "bias", "lora_A", "lora_B", "core", "magnitude", "out_scale", "lora_bias"):
             value = held.get(name)
-            copied = None if value is None else nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
-            self.register_parameter(name, copied)
+            self.register_parameter(name, None if value is None else nn.Parameter(value.detach().clone()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return chain(self._case, self._parameters | {"x": x})
+        seed = philox.draw(x.device) if self._case.dropout else None
+        t = self._parameters | {"x": x.flatten(0, -2), "seed": seed, "lora_B": frozen_columns(self.lora_B, self._frozen)}
+        return chain(self._case, t).unflatten(0, x.shape[:-1])
 
 
-def replaced(model: nn.Module, layers: dict[str, EagerLinear], wide: bool) -> nn.Module:
-    """A copy of the model with these layers, by their path, put in; in float64 if wide."""
+def frozen_columns(B: torch.Tensor, count: int) -> torch.Tensor:
+    """B [N,R], no gradient for its first `count` columns."""
+    return torch.cat((B[:, :count].detach(), B[:, count:]), 1) if count else B
+
+
+def replaced(model: nn.Module, layers: dict[str, EagerLinear], trains: frozenset[str], whole: bool, wide: bool) -> nn.Module:
+    """A copy of the model, in float64 if wide, with these layers, by their path, put in. `trains` of them train, and the head; if
+    `whole`, everything.
+    """
     copied = copy.deepcopy(model)
     for path, layer in layers.items():
         parent, _, child = path.rpartition(".")
         setattr(copied.get_submodule(parent), child, copy.deepcopy(layer))
+    for name, parameter in copied.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        parameter.requires_grad_(whole or path == "head" or (path in layers and leaf in trains))
     return copied.double() if wide else copied

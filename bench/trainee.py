@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +12,13 @@ from torch import nn
 
 import lorafast
 from lorafast import testing
-from lorafast.bench import peers
+from lorafast.bench import compiled, peers, trust
 from lorafast.bench.clock import Mark, Step
 from lorafast.bench.contender import PARTS, form_of, parts_of
 from lorafast.bench.encoder import Classifier, Encoder
 from lorafast.bench.impl import Impl
 from lorafast.bench.refusal import Unable
-from lorafast.bench.textbook import EagerLinear, replaced
+from lorafast.bench.textbook import TRAINS, EagerLinear, replaced
 from lorafast.methods.adapter import Adapter
 from lorafast.schedule.lamda import LaMDAFreeze
 
@@ -47,11 +48,12 @@ class Trainee:
         """Cross entropy of a batch."""
         return F.cross_entropy(self.module(batch["input_ids"], batch["attention_mask"]), batch["labels"])
 
-    def step(self, batch: Batch, losses: list[torch.Tensor] | None = None) -> Step:
-        """Forward, backward, optimizer, in three phases."""
+    def step(self, batch: Batch, seed: int, losses: list[torch.Tensor] | None = None) -> Step:
+        """Forward, backward, optimizer, in three phases; its dropout masks follow from the seed, whoever went before."""
 
         def step(mark: Mark) -> None:
             self.optimizer.zero_grad()
+            torch.manual_seed(seed)
             mark()
             loss = self.loss(batch)
             mark()
@@ -74,9 +76,20 @@ class Trainee:
         self.model.train()
         return right / sum(len(batch["labels"]) for batch in batches)
 
+    def thaw(self) -> None:
+        """As at the start of training: no schedule, and no column of lora_B frozen."""
+        self.schedule = None
+        if self.method == "lamda":
+            for layer in self.layers.values():
+                layer.freeze_columns(0)
+
     def error(self, batch: Batch, seed: int) -> tuple[float, str]:
-        """The error ratio of the logits and of every kind of gradient over all layers, factors random, dropout off; the worst."""
-        copied = copy.deepcopy(self.model).eval()
+        """The worst error ratio of the logits and of every kind of gradient over all layers, as in training, factors random."""
+        R = self.adapter.r if self.adapter else 0
+        return trust.worst(self._error(batch, seed, count) for count in trust.stages(self.impl, self.method, R))
+
+    def _error(self, batch: Batch, seed: int, frozen: int) -> tuple[float, str]:
+        copied = copy.deepcopy(self.model)
         layers = {path: copied.get_submodule(path) for path in self.layers}
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -85,25 +98,38 @@ class Trainee:
                     # Where B is 0, A has no gradient to be wrong about.
                     noise = torch.randn(part.shape, generator=generator) * 0.02
                     part.add_(noise.to(part.device, part.dtype))
-        chained = {path: self._eager_linear(layer) for path, layer in layers.items()}
-        truth = _outcome(replaced(copied, chained, True), batch)
-        eager = _outcome(replaced(copied, chained, False), batch)
-        ours = _outcome(torch.compile(copied, dynamic=False) if self.impl.compile else copied, batch)
+        chained = {path: self._eager_linear(layer, frozen) for path, layer in layers.items()}
+        trains = TRAINS[self.method] if self.impl.adapts else frozenset()
+        trains -= {"lora_B"} if self.adapter and frozen == self.adapter.r else set()
+        truth, eager = (
+            _outcome(replaced(copied, chained, trains, self.impl.base == "full", wide), batch, seed) for wide in (True, False)
+        )
+        for layer in layers.values():
+            if frozen:
+                layer.freeze_columns(frozen)
+            if self.impl.base != "lorafast":
+                peers.mask(layer)
+        if self.impl.compile:
+            compiled.forget()
+            copied = compiled.compiled(copied, torchs_draws=True)
+        ours = _outcome(copied, batch, seed)
         floor = torch.finfo(next(self.model.encoder.parameters()).dtype).eps / 8
-        ratios = {name: _ratio(ours[name], eager[name], truth[name], floor) for name in truth}
+        # What is there on one side alone is a factor that does not train, or one that must not.
+        ratios = {name: _ratio(ours.get(name), eager.get(name), truth.get(name), floor) for name in truth | ours}
         worst = max(ratios, key=ratios.get)
-        return ratios[worst], worst
+        return ratios[worst], trust.at_stage(worst, frozen, self.adapter.r if self.adapter else 0)
 
-    def _eager_linear(self, layer: nn.Module) -> EagerLinear:
+    def _eager_linear(self, layer: nn.Module, frozen: int) -> EagerLinear:
         parts = parts_of(layer)
         form = form_of(self.impl, self.method, self.adapter, parts)
         base = layer if isinstance(layer, lorafast.Linear) else layer.base_layer
-        return EagerLinear(form, self.adapter.scaling, base, parts)
+        return EagerLinear(form, self.adapter.scaling, self.adapter.dropout, base, parts, frozen)
 
 
-def _outcome(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+def _outcome(model: nn.Module, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
     """The logits, and the gradients by kind over all layers: of a single number an error ratio says nothing."""
     model.zero_grad()
+    torch.manual_seed(seed)
     logits = model(batch["input_ids"], batch["attention_mask"])
     F.cross_entropy(logits, batch["labels"]).backward()
     found: dict[str, list[torch.Tensor]] = {}
@@ -114,9 +140,9 @@ def _outcome(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     return {"logits": logits.detach().double()} | {name: torch.cat(grads) for name, grads in found.items()}
 
 
-def _ratio(ours: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, floor: float) -> float:
-    if ours.shape != truth.shape:
-        return float("inf")
+def _ratio(ours: torch.Tensor | None, eager: torch.Tensor | None, truth: torch.Tensor | None, floor: float) -> float:
+    if ours is None or truth is None or ours.shape != truth.shape:
+        return math.inf
     return testing.ratio((ours - truth).norm().item(), (eager - truth).norm().item(), truth.norm().item(), floor)
 
 
@@ -145,8 +171,11 @@ def build(impl: Impl, method: str, adapter: Adapter | None, encoder: Encoder, se
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     everything = [parameter for group in groups for parameter in group["params"]]
     trainable = (sum(p.numel() for p in everything), sum(p.numel() * p.itemsize for p in everything))
-    schedule = LaMDAFreeze(model, total_steps) if method == "lamda" and total_steps else None
-    module = torch.compile(model, dynamic=False) if impl.compile else model
+    schedule = None
+    if method == "lamda" and total_steps:
+        # Every change of how many are frozen is compiled anew, a model in half a minute.
+        schedule = LaMDAFreeze(model, total_steps, group=max(1, adapter.r // 4) if impl.compile else 1)
+    module = compiled.compiled(model) if impl.compile else model
     trainee = Trainee(impl, method, adapter, model, module, layers, optimizer, schedule, trainable)
     _start_alike(trainee, seed)
     return trainee

@@ -5,6 +5,7 @@ Nothing here shares a line with reference.py or a backend: the chain is what a r
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -201,7 +202,8 @@ class Yardstick:
         for tensors, truth in zip(self.made, self._truths, strict=True):
             got = outcome(tensors)
             for name, value in truth.items():
-                sums[name] += (got[name] - value).square().sum().item()
+                # What should have a gradient and has none is as wrong as can be.
+                sums[name] += math.inf if got.get(name) is None else (got[name] - value).square().sum().item()
         return sums
 
 
@@ -212,11 +214,15 @@ def error_ratios(case: Case, function: Callable = ours, seeds: Iterable[int] = r
 
 
 def ratio(error: float, chain_error: float, truth: float, floor: float) -> float:
-    """The error ratio of the contract; NaN counts as infinite, and 0 against 0 as 1."""
+    """The error ratio of the contract, never NaN: an error that is not finite counts as infinite, and 0 against 0 as 1."""
+    if not math.isfinite(error):
+        return math.inf
+    if not math.isfinite(chain_error):
+        return 0.0
     least = floor * truth
     top, bottom = max(error, least), max(chain_error, least)
-    if error != error or bottom == 0:
-        return 1.0 if top == 0 else float("inf")
+    if bottom == 0:
+        return 1.0 if top == 0 else math.inf
     return top / bottom
 
 

@@ -169,6 +169,11 @@ def attending(model):
     model.blocks[1].attention = nn.MultiheadAttention(8, 2)
 
 
+def pefted(model):
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["query"]), model)
+
+
 @pytest.mark.parametrize(
     ("target", "spoil", "error", "message"),
     [
@@ -187,6 +192,7 @@ def attending(model):
         ("all-linear", listened, TypeError, "matches blocks.0.query, which has hooks"),
         ("all-linear", encoding, TypeError, "encoder.linear1, which nn.TransformerEncoderLayer does not call in eval"),
         ("all-linear", attending, TypeError, "out_proj, which .* nn.MultiheadAttention reads"),
+        (["value"], pefted, ValueError, r"carries PEFT adapters already: blocks\.0\.query is a Linear"),
     ],
 )
 def test_refusals_change_nothing(target, spoil, error, message):

@@ -48,6 +48,18 @@ def test_a_short_step_is_repeated_within_one_sample():
     assert len(calls) == 1 + 2 * clock.MAX_REPEATS
 
 
+def test_every_step_is_repeated_as_often_as_the_shortest_needs():
+    calls, lasts = [], {"short": 0.4, "long": 3.0}
+
+    class Told(Clock):
+        def time(self, step):
+            step(lambda: None)
+            return (lasts[calls[-1]],)
+
+    interleave({name: recorder(calls, name) for name in lasts}, Told(CPU), 2, 1, refuse)
+    assert calls == [*lasts, *(["short"] * 5 + ["long"] * 5) * 2]
+
+
 def test_phases_end_where_they_are_marked():
     times = iter(itertools.chain([0, 5, 6], [0, 0, 0]))
     patched = pytest.MonkeyPatch()

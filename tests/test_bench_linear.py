@@ -1,12 +1,15 @@
 """lorafast-bench linear: every row of a small run, planted faults, rows that cannot be, and what an interruption keeps."""
 
 import json
+import os
 
 import pytest
+import rows
 import torch
+from faults import FAULTS
 
-from lorafast.backends import eager
-from lorafast.bench import commands, contender, linear, peers, record
+import lorafast
+from lorafast.bench import commands, contender, linear, peers, record, row
 from lorafast.bench import impl as impls
 from lorafast.bench.contender import Problem
 from lorafast.bench.record import Results
@@ -47,6 +50,8 @@ def test_every_contender_is_measured_beside_the_frozen_layer(dtype, tmp_path, ca
             assert r.step_ms >= r.step_ms_p20 > 0
             assert r.tokens_per_s == pytest.approx(r.M / r.step_ms * 1e3)
             assert (r.rounds, r.warmup, r.error_tokens) == (2, 1, r.M)
+            if r.impl != "full" and r.method != "none":
+                assert r.adapter_dtype == (dtype if r.impl == "peft-bf16" else "fp32")
     assert by_label(rows, M=8, dropout=0.0)["frozen"].ratio_to_frozen == 1
     printed = capsys.readouterr().out
     assert "PEFT has no LaMDA" in printed
@@ -91,36 +96,82 @@ def test_the_peer_that_is_timed_drops_for_itself():
     assert kinds == [peers.Masked, torch.nn.Dropout]
 
 
-def spoil(monkeypatch, primitive, scale):
-    """Plant a fault: the primitive's first result is off by a factor."""
-    right = getattr(eager, primitive)
-
-    def wrong(*args, **kwargs):
-        found = right(*args, **kwargs)
-        return [part * scale for part in found] if isinstance(found, list) else found * scale
-
-    monkeypatch.setattr(eager, primitive, wrong)
-
-
-@pytest.mark.parametrize(
-    ("primitive", "scale", "name"), [("grad_project", 1.001, "lora_A"), ("grad_project", float("nan"), "lora_A")]
-)
-def test_a_planted_fault_shows_no_speed_and_ends_in_an_error(primitive, scale, name, monkeypatch, tmp_path, capsys):
-    spoil(monkeypatch, primitive, scale)
-    status, rows, out = run(tmp_path, "--dropout", "0", "--impl", "frozen,lorafast,peft", "--html", str(tmp_path / "page.html"))
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_where_it_is_and_nowhere_else(fault, monkeypatch, tmp_path):
+    FAULTS[fault].plant(monkeypatch)
+    status, rows, _ = run(tmp_path, "--dropout", "0.3", "--impl", "lorafast,peft", "--tokens", "37")
     assert status == commands.WRONG == 1
-    said = capsys.readouterr()
     for r in rows:
-        if r.label in ("lorafast lora", "lorafast dora"):
-            assert (r.status, r.error_name) == ("wrong", name)
+        names = FAULTS[fault].found.get(r.method, ()) if r.impl == "lorafast" else ()
+        assert (r.label, r.status) == (r.label, "wrong" if names else "missing" if r.label == "peft lamda" else "ok")
+        if names:
+            assert r.error_name in names
+            assert r.error_ratio is None or r.error_ratio > 2
             assert all(getattr(r, speed) is None for speed in record.SPEEDS)
-            assert f"WRONG {r.label}: {name} errs" in said.err
-        elif r.status != "missing":
-            assert r.status == "ok"
+
+
+def test_a_wrong_row_is_told_everywhere(monkeypatch, tmp_path, capsys):
+    FAULTS["dA"].plant(monkeypatch)
+    _, _, out = run(tmp_path, "--dropout", "0", "--impl", "lorafast", "--tokens", "8", "--html", str(tmp_path / "page.html"))
+    said = capsys.readouterr()
+    assert "WRONG lorafast lora: lora_A errs" in said.err
     (line, *_) = [line for line in said.out.splitlines() if "lorafast   lora" in line]
     assert "wrong" in line
     assert "class=bad>wrong" in (tmp_path / "page.html").read_text()
     assert commands.main(["report", str(out)]) == 1
+
+
+@pytest.mark.parametrize(("ratio", "status"), [(2.0, "ok"), (2.001, "wrong"), (float("inf"), "wrong")])
+def test_twice_the_eager_error_is_the_limit(ratio, status):
+    judged = rows.linear()
+    row.judge(judged, ratio, "y", 8)
+    assert judged.status == status
+    assert judged.error_ratio == (None if ratio == float("inf") else ratio)
+
+
+@pytest.mark.parametrize(("method", "name"), [("lora", "lora_A"), ("dora", "lora_magnitude"), ("lamda", "lora_core")])
+def test_a_factor_that_does_not_train_is_wrong(method, name, monkeypatch, tmp_path):
+    right = lorafast.Linear.from_linear
+
+    def from_linear(*args):
+        layer = right(*args)
+        getattr(layer, name).requires_grad_(False)
+        return layer
+
+    monkeypatch.setattr(lorafast.Linear, "from_linear", from_linear)
+    status, found, _ = run(tmp_path, "--dropout", "0", "--impl", "lorafast", "--methods", method, "--tokens", "8")
+    assert status == 1
+    r = by_label(found)[f"lorafast {method}"]
+    assert (r.status, r.error_ratio, r.error_name) == ("wrong", None, contender.PARTS[name])
+
+
+def test_a_factor_that_trains_and_must_not_is_wrong(monkeypatch, tmp_path):
+    right = lorafast.Linear.from_linear
+
+    def from_linear(*args):
+        layer = right(*args)
+        layer.lora_A.requires_grad_(True)
+        return layer
+
+    monkeypatch.setattr(lorafast.Linear, "from_linear", from_linear)
+    status, found, _ = run(tmp_path, "--dropout", "0", "--impl", "lorafast", "--methods", "lora,lamda", "--tokens", "8")
+    assert status == 1
+    assert by_label(found)["lorafast lora"].status == "ok"
+    assert by_label(found)["lorafast lamda"].reason.startswith("lora_A, which must not train, errs inf times")
+
+
+def test_what_is_timed_is_no_stand_in(monkeypatch, tmp_path):
+    right, timed = linear._step, []
+
+    def step(one, x, dy):
+        timed.append(one)
+        return right(one, x, dy)
+
+    monkeypatch.setattr(linear, "_step", step)
+    run(tmp_path, "--dropout", "0.3", "--impl", "peft,lorafast", "--methods", "lora", "--tokens", "8")
+    assert {one.impl.base for one in timed} == {"frozen", "lorafast", "peft"}
+    assert not any(one.stand_in for one in timed)
+    assert all(one.parameters["lora_B"].abs().sum() > 0 for one in timed if one.impl.adapts)
 
 
 def fail_where(monkeypatch, impl, error):
@@ -186,10 +237,17 @@ def test_a_step_that_runs_out_of_memory_in_the_rounds_leaves_the_others(monkeypa
 
 
 @pytest.mark.parametrize(("impl", "error"), [("lorafast", TypeError), ("lorafast", RuntimeError), ("peft", AttributeError)])
-def test_a_defect_is_no_row(impl, error, monkeypatch, tmp_path):
-    fail_where(monkeypatch, impl, error("a slip"))
-    with pytest.raises(error):
-        run(tmp_path, "--impl", impl, "--methods", "lora")
+def test_a_defect_is_a_wrong_row_told_whole_and_the_others_are_kept(impl, error, monkeypatch, tmp_path, capsys):
+    fail_where(monkeypatch, impl, error("a slip\nof the pen"))
+    status, found, _ = run(tmp_path, "--dropout", "0", "--impl", "full,lorafast,peft", "--methods", "lora", "--tokens", "8")
+    assert status == 1
+    assert {r.label: r.status for r in found} == dict.fromkeys(("frozen", "full", "lorafast lora", "peft lora"), "ok") | {
+        f"{impl} lora": "wrong"
+    }
+    assert by_label(found)[f"{impl} lora"].reason == f"raised {error.__name__}: a slip"
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "of the pen" in said
 
 
 def test_a_forced_backend_that_cannot_is_a_row(monkeypatch, tmp_path):
@@ -217,6 +275,16 @@ def test_an_interruption_keeps_finished_rows(monkeypatch, tmp_path, capsys):
     assert "interrupted; 4 finished rows are kept" in said.err
     assert "lorafast" in said.out
     assert page.exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_disk_that_is_full_loses_no_table(capsys):
+    words = ["--dropout", "0", "--impl", "lorafast", "--methods", "lora"]
+    assert commands.main([*SMALL, *words, "--json", "/dev/full", "--html", "/dev/full"]) == 2
+    said = capsys.readouterr()
+    assert "--json: /dev/full is not written: No space left on device" in said.err
+    assert "--html: /dev/full is not written: No space left on device" in said.err
+    assert "lorafast   lora" in said.out
 
 
 def test_progress_is_plain_lines_in_a_pipe(tmp_path, capsys):

@@ -6,9 +6,11 @@ import statistics
 
 import pytest
 import torch
-from test_bench_linear import spoil
+from faults import FAULTS
 
-from lorafast.bench import commands, corpus, encoder, model, record
+import lorafast
+from lorafast.bench import commands, corpus, encoder, model, record, trainee
+from lorafast.bench import impl as impls
 from lorafast.bench.record import Results
 from lorafast.bench.refusal import Refused
 
@@ -54,18 +56,81 @@ def test_rows_of_a_model_carry_every_key(tmp_path):
     step = {r.label: r for r in rows if r.bench == "step" and r.batch_size == 2}
     assert step["lorafast lamda"].saved_bytes < step["lorafast lora"].saved_bytes <= step["peft lora"].saved_bytes
     assert step["lorafast dora"].peak_bytes < step["peft dora"].peak_bytes
+    hidden = 16 * 384 * 4  # bytes of one activation
+    # The frozen model's backward goes through all of its layers.
+    assert step["frozen"].saved_bytes > 12 * hidden
+    for r in step.values():
+        # What is alive after forward is what is saved, give or take the input and the output.
+        assert r.status != "ok" or abs(r.activation_bytes - r.saved_bytes) < 2 * hidden < r.peak_bytes - r.activation_bytes
     assert step["full"].grad_bytes > 80e6 > 4e6 > step["lorafast lora"].grad_bytes
 
 
-def test_a_planted_fault_in_a_model_is_found(monkeypatch, tmp_path, capsys):
-    spoil(monkeypatch, "grad_project", 1.01)
-    status, rows, _ = run(tmp_path, "--impl", "lorafast", "--methods", "lora,lamda", "--batch-sizes", "1", "--steps", "0")
+@pytest.mark.parametrize("fault", ["mask", "dB of live columns", "dot", "d_core once frozen", "dB", "dA"])
+def test_a_planted_fault_in_a_model_is_found(fault, monkeypatch, tmp_path, capsys):
+    FAULTS[fault].plant(monkeypatch)
+    found = FAULTS[fault].found
+    asked = [*("--impl", "lorafast"), *("--methods", ",".join(found)), *("--batch-sizes", "1"), *("--steps", "0"), *("--rank", "4")]
+    status, rows, _ = run(tmp_path, *asked, "--dropout", "0.1")
     assert status == 1
-    found = {r.label: r for r in rows}
-    assert (found["lorafast lora"].status, found["lorafast lora"].error_name) == ("wrong", "lora_A")
-    assert found["lorafast lora"].step_ms is None
-    assert found["lorafast lamda"].status == found["frozen"].status == "ok"  # its A is frozen
-    assert "WRONG lorafast lora" in capsys.readouterr().err
+    for r in rows:
+        assert (r.label, r.status) == (r.label, "wrong" if r.method in found else "ok")
+        if r.status == "wrong":
+            assert r.step_ms is None
+            # Another mask is another model: whatever is asked of it errs.
+            assert fault == "mask" or r.error_name in found[r.method]
+            assert f"WRONG {r.label}" in capsys.readouterr().err or len(found) > 1
+
+
+def test_a_factor_of_a_model_that_does_not_train_is_wrong(monkeypatch, tmp_path):
+    right = trainee.lorafast.adapt
+
+    def adapt(*args):
+        adapted = right(*args)
+        layer = next(module for module in adapted.modules() if isinstance(module, lorafast.Linear))
+        layer.lora_A.requires_grad_(False)  # one of 36
+        return adapted
+
+    monkeypatch.setattr(trainee.lorafast, "adapt", adapt)
+    status, rows, _ = run(tmp_path, "--impl", "lorafast", "--methods", "lora", "--batch-sizes", "1", "--steps", "0")
+    assert status == 1
+    assert {r.label: (r.status, r.error_name) for r in rows if r.method == "lora"} == {"lorafast lora": ("wrong", "lora_A")}
+
+
+def test_with_dropout_a_model_is_judged_as_it_trains_and_steps_alike_whoever_went_before(tmp_path):
+    asked = ["--dropout", "0.3", "--batch-sizes", "1", "--steps", "2", "--train-batch", "2", "--methods", "dora"]
+    walks = []
+    for impl in ("lorafast,peft", "peft,lorafast"):
+        status, rows, _ = run(tmp_path, "--impl", impl, *asked)
+        assert status == 0
+        assert all(r.error_ratio <= 2 for r in rows)
+        walks.append({r.label: r.losses for r in rows if r.bench == "training"})
+    assert walks[0] == walks[1]
+    assert walks[0]["lorafast dora"] != walks[0]["peft dora"]
+
+
+def test_lamda_freezes_as_it_trains_and_is_stepped_as_it_began():
+    plan = model.Plan(
+        "minilm", (impls.parse("lorafast"),), ("lamda",), (1,), 8, torch.device("cpu"), torch.float32, 4, 0.0, "adapter", 5, 1,
+        None, 1, 60.0, 1, 0,
+    )  # fmt: skip
+    whole = model._ModelRun(plan, model.Progress(model.progress_total(plan)))
+    (lamda,) = [one for key, one in whole.trainees.items() if key[1] == "lamda"]
+    seen, right = [], lamda.thaw
+
+    def thaw():
+        seen.extend(layer.frozen_columns for layer in lamda.layers.values())
+        right()
+
+    lamda.thaw = thaw
+    whole.train()
+    assert set(seen) == {4}
+    trained = next(iter(lamda.layers.values())).lora_B.detach().clone()
+    (stepped,) = [r for r in whole.step(1) if r.method == "lamda"]
+    layer = next(iter(lamda.layers.values()))
+    assert layer.frozen_columns == 0
+    assert layer.lora_B.requires_grad
+    assert (layer.lora_B != trained).all(0).all()
+    assert stepped.grad_bytes == sum(p.numel() * p.itemsize for p in lamda.model.parameters() if p.requires_grad)
 
 
 def test_a_walk_apart_from_pefts_is_wrong(monkeypatch, tmp_path):

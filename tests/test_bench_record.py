@@ -1,6 +1,8 @@
 """The file format: every key of the contract, and nothing that departs from it is read."""
 
 import json
+import os
+import stat
 
 import pytest
 import rows
@@ -78,6 +80,25 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         Results({}, [rows.linear(step_ms=float("nan"))]).write(file)
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "real" / "a.json")
+    Results({}, [rows.linear()]).write(link)
+    assert link.is_symlink()
+    assert len(Results.read(tmp_path / "real" / "a.json").records) == 1
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    Results({}, [rows.linear()]).write(pipe)
+    assert len(json.loads(os.read(reader, 1 << 20))["records"]) == 1
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
 def drop(name):

@@ -186,8 +186,8 @@ def test_outputs_that_cannot_be_are_refused_by_option(tmp_path, capsys):
     taken.write_text("")
     for words, complaint in (
         (["--html", str(tmp_path)], "--html: .* is a folder"),
-        (["--html", str(taken / "page.html")], "--html: .*taken: File exists"),
-        (["--plots", str(taken)], "--plots: .*taken: File exists"),
+        (["--html", str(taken / "page.html")], "--html: .*taken cannot be written to: File exists"),
+        (["--plots", str(taken)], "--plots: .*taken cannot be written to: File exists"),
     ):
         assert commands.main(["report", str(file), *words]) == 2
         assert re.search(complaint, capsys.readouterr().err)

@@ -37,6 +37,8 @@ SHARED = {
             "machine",
             "shapes",
             "impl",
+            "compiled",
+            "textbook",
             "clock",
             "memory",
             "progress",
@@ -46,7 +48,7 @@ SHARED = {
             "contender",
             "row",
         ),
-        *("trust", "textbook", "trainee", "linear", "model", "tables", "plots", "report", "options", "commands", "cli"),
+        *("trust", "trainee", "linear", "model", "tables", "plots", "report", "options", "commands", "cli"),
     ),
 }
 GATHERS = ("__init__", "catalog")
