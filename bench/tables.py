@@ -40,7 +40,7 @@ WORDS = ("impl", "method")
 
 LEGEND = (
     "err ratio: RMS error against float64 ÷ the eager chain's, the worst over y and every gradient; above 2 a row is wrong and "
-    "shows no speed. Of a model: over the logits and each kind of gradient, for 16 texts, factors random, dropout off.",
+    "shows no speed. Of a model: over the logits and each kind of gradient, for 16 texts, factors random, masks included.",
     "× frozen: time of a step ÷ the frozen one's of the same round, median, and its 20th and 80th percentiles. A step is forward "
     "and backward with dx; of a model, the optimizer's step too, and its frozen row trains the head alone.",
     "saved: bytes autograd keeps beyond x, y and weights (of a model: beyond weights); keeps: x or y, by reference.",

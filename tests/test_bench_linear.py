@@ -9,7 +9,7 @@ import torch
 from faults import FAULTS
 
 import lorafast
-from lorafast.bench import commands, contender, linear, peers, record, row
+from lorafast.bench import commands, contender, linear, peers, record, row, textbook
 from lorafast.bench import impl as impls
 from lorafast.bench.contender import Problem
 from lorafast.bench.record import Results
@@ -143,6 +143,10 @@ def test_a_factor_that_does_not_train_is_wrong(method, name, monkeypatch, tmp_pa
     assert status == 1
     r = by_label(found)[f"lorafast {method}"]
     assert (r.status, r.error_ratio, r.error_name) == ("wrong", None, contender.PARTS[name])
+
+
+def test_what_every_method_trains_is_told_by_its_paper():
+    assert textbook.TRAINS.keys() == impls.METHODS.keys()
 
 
 def test_a_factor_that_trains_and_must_not_is_wrong(monkeypatch, tmp_path):
