@@ -9,8 +9,8 @@ RESULTS ?= results
 
 # One layer, then a real encoder, then one page of both. A wrong row stops it.
 bench: env
-	$(BIN)/lorafast-bench linear --seconds 6 --warmup 1 --json $(RESULTS)/linear.json
-	$(BIN)/lorafast-bench model --seconds 6 --warmup 1 --json $(RESULTS)/model.json
+	$(BIN)/lorafast-bench linear --seconds 5 --warmup 1 --json $(RESULTS)/linear.json
+	$(BIN)/lorafast-bench model --seconds 5 --warmup 1 --json $(RESULTS)/model.json
 	$(BIN)/lorafast-bench report $(RESULTS)/linear.json $(RESULTS)/model.json --html $(RESULTS)/report.html
 
 test: env

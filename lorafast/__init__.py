@@ -8,9 +8,12 @@ from lorafast.methods.catalog import list_methods
 from lorafast.methods.dora import DoRA
 from lorafast.methods.lamda import LaMDA
 from lorafast.methods.lora import LoRA
+from lorafast.models.accelerate import accelerate, patch_peft, restore
 from lorafast.models.adapt import adapt
 from lorafast.models.explain import explain
 
 __version__ = VERSION
 
-__all__ = ["DoRA", "LaMDA", "Linear", "LoRA", "adapt", "explain", "linear", "list_methods"]
+__all__ = [
+    "DoRA", "LaMDA", "Linear", "LoRA", "accelerate", "adapt", "explain", "linear", "list_methods", "patch_peft", "restore",
+]  # fmt: skip

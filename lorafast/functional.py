@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lorafast import checks, ops, philox, reference  # noqa: F401  (ops registers what torch.ops.lorafast calls)
 from lorafast.problem import Scaling, Settings, Tensors, activation_dtype, resolved_keep, split_scaling
+from lorafast.several import Factors
+from lorafast.several import several as call_several
 
 
 def linear(
@@ -57,6 +61,30 @@ def linear(
     settings = settings._replace(keep=resolved_keep(keep, settings, trains_gain, bias is None and lora_bias is None, x.dtype))
     tensors = parts._replace(norm=norm, seed=seed if p else None, scale=scale)
     return torch.ops.lorafast.linear(x, *tensors, *settings)[0]
+
+
+def several(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Sequence[Factors], training: bool = True
+) -> torch.Tensor:
+    """y = x Wᵀ + Σᵢ sᵢ(dropᵢ(x) Aᵢᵀ Bᵢᵀ + lora_biasᵢ) + bias: several LoRA adapters on one frozen weight, in one call.
+
+    Shapes and dtypes as in linear, each adapter with a rank, scaling and dropout of its own. Saved for backward: x by reference if
+    an A trains, M·Rᵢ for every B that trains. An adapter that drops without a seed gets one, in their order. Errors as linear's.
+    """
+    if not adapters:
+        raise ValueError(f"adapters is empty; weight {tuple(weight.shape)} alone is torch.nn.functional.linear")
+    ready = []
+    for one in adapters:
+        parts = Tensors(weight, bias, one.lora_A, one.lora_B, lora_bias=one.lora_bias, seed=one.seed)
+        checks.call(x, parts._asdict(), one.s, one.dropout, "out", "adapter", "auto", 0)
+        p = float(one.dropout) if training else 0.0
+        seed = (philox.draw(x.device) if one.seed is None else one.seed) if p else None
+        number, scale = split_scaling(one.s)
+        ready.append(one._replace(seed=seed, dropout=p, scaling=number, scale=scale))
+    trained = weight.requires_grad or any(one.scale is not None and one.scale.requires_grad for one in ready)
+    if trained and torch.is_grad_enabled():
+        raise ValueError(f"weight {tuple(weight.shape)} and tensor scalings must be frozen where several adapters share a call")
+    return call_several(x.to(activation_dtype(x)), weight, bias, ready)
 
 
 def row_norm(

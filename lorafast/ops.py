@@ -7,6 +7,7 @@ laid flat; it returns what backward needs beside y, so that nothing is computed 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable
 
@@ -25,12 +26,12 @@ _T, _S = len(Tensors._fields), len(Settings._fields)
 _TENSORS = "Tensor weight, " + ", ".join(f"Tensor? {name}" for name in Tensors._fields[1:])
 _SETTINGS = "float scaling, float dropout, str axis, str dropout_on, str keep, SymInt frozen_columns"
 
-_LIBRARY.define(f"linear(Tensor x, {_TENSORS}, {_SETTINGS}) -> (Tensor y, Tensor h, Tensor z)")
-_LIBRARY.define(
+_LINEAR = f"linear(Tensor x, {_TENSORS}, {_SETTINGS}) -> (Tensor y, Tensor h, Tensor z)"
+_LINEAR_BACKWARD = (
     f"linear_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? kept, {_TENSORS}, {_SETTINGS}, bool[] wants) -> Tensor[]"
 )
-_LIBRARY.define(f"row_norm({_TENSORS}, {_SETTINGS}, bool detach, bool cache) -> Tensor")
-_LIBRARY.define(f"row_norm_backward(Tensor d_norm, Tensor value, {_TENSORS}, {_SETTINGS}, bool[] wants) -> Tensor[]")
+_ROW_NORM = f"row_norm({_TENSORS}, {_SETTINGS}, bool detach, bool cache) -> Tensor"
+_ROW_NORM_BACKWARD = f"row_norm_backward(Tensor d_norm, Tensor value, {_TENSORS}, {_SETTINGS}, bool[] wants) -> Tensor[]"
 
 # Autocast sits above every kernel and would re-cast the fp32 sums inside one; the dtypes were fixed at the door.
 _AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU)
@@ -38,27 +39,28 @@ for _device in ("CUDA", "XPU", "MPS", "HPU", "PrivateUse1"):
     _AUTOCAST = _AUTOCAST | DispatchKeySet(getattr(DispatchKey, f"Autocast{_device}"))
 
 
-def _below_autocast() -> contextlib.AbstractContextManager:
+def below_autocast() -> contextlib.AbstractContextManager:
+    """Inside, dtypes are what they are."""
     return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
 
 
 def _linear(x: torch.Tensor, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    with _below_autocast():
+    with below_autocast():
         return forward(x, Tensors(*flat[:_T]), Settings(*flat[_T:]))
 
 
 def _linear_backward(dy, x, h, kept, *flat) -> list[torch.Tensor]:
-    with _below_autocast():
+    with below_autocast():
         return backward(dy, x, h, kept, Tensors(*flat[:_T]), Settings(*flat[_T : _T + _S]), Wants(*flat[-1]))
 
 
 def _row_norm(*flat) -> torch.Tensor:
-    with _below_autocast():
+    with below_autocast():
         return norm.row_norm(Tensors(*flat[:_T]), Settings(*flat[_T : _T + _S]), flat[-1])
 
 
 def _row_norm_backward(d_norm, value, *flat) -> list[torch.Tensor]:
-    with _below_autocast():
+    with below_autocast():
         return norm.row_norm_backward(d_norm, value, Tensors(*flat[:_T]), Settings(*flat[_T : _T + _S]), Wants(*flat[-1]))
 
 
@@ -165,13 +167,14 @@ _TRAINED = "this op has no gradient for weight or a tensor scaling; lorafast.lin
 _NO_DOUBLE = "double backward unsupported, use lorafast.reference.linear, which is plain torch"
 
 
-def _differentiable(apply: Callable, op: str, plain_if: Callable[[tuple], bool] | None = None) -> Callable:
+def differentiable(apply: Callable, op: str, plain_if: Callable[[tuple], bool] | None = None) -> Callable:
     """The Autograd kernel of a forward op: the Function where a gradient can be asked for, else straight below autograd."""
 
     def kernel(*args):
-        if torch._C._are_functorch_transforms_active() or _has_tangent(args):
+        tensors = _tensors_of(args)
+        if torch._C._are_functorch_transforms_active() or _has_tangent(tensors):
             raise NotImplementedError(_NO_TRANSFORM)
-        wanted = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if wanted and not (plain_if and plain_if(args)):
             return apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -180,17 +183,21 @@ def _differentiable(apply: Callable, op: str, plain_if: Callable[[tuple], bool] 
     return kernel
 
 
-def _has_tangent(args: tuple) -> bool:
-    if forward_ad._current_level < 0:
-        return False
-    return any(isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args)
+def _tensors_of(args: tuple) -> list[torch.Tensor]:
+    """The tensors among arguments, those in lists included."""
+    laid_flat = itertools.chain.from_iterable(a if isinstance(a, list) else (a,) for a in args)
+    return [a for a in laid_flat if isinstance(a, torch.Tensor)]
 
 
-def _once(op: str) -> Callable:
+def _has_tangent(tensors: list[torch.Tensor]) -> bool:
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def once(op: str) -> Callable:
     """The Autograd kernel of a backward op: without one, torch would warn and return wrong second derivatives."""
 
     def kernel(*args):
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors_of(args)):
             raise RuntimeError(_NO_DOUBLE)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.lorafast, op)(*args)
@@ -202,14 +209,17 @@ def _no_batching(*_):
     raise NotImplementedError(_NO_TRANSFORM)
 
 
-def _register(op: str, kernel: Callable, fake: Callable, autograd: Callable) -> None:
+def register(schema: str, kernel: Callable, fake: Callable, autograd: Callable) -> None:
+    """Define lorafast::NAME and all its kernels."""
+    op = schema.partition("(")[0]
+    _LIBRARY.define(schema)
     _LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
     _LIBRARY.impl(op, autograd, "Autograd")
     _LIBRARY.impl(op, _no_batching, "FuncTorchBatched")
     torch.library.register_fake(f"lorafast::{op}", fake, lib=_LIBRARY)
 
 
-_register("linear", _linear, _fake_linear, _differentiable(_Linear.apply, "linear"))
-_register("linear_backward", _linear_backward, _fake_linear_backward, _once("linear_backward"))
-_register("row_norm", _row_norm, _fake_row_norm, _differentiable(_RowNorm.apply, "row_norm", lambda args: args[-2]))
-_register("row_norm_backward", _row_norm_backward, _fake_row_norm_backward, _once("row_norm_backward"))
+register(_LINEAR, _linear, _fake_linear, differentiable(_Linear.apply, "linear"))
+register(_LINEAR_BACKWARD, _linear_backward, _fake_linear_backward, once("linear_backward"))
+register(_ROW_NORM, _row_norm, _fake_row_norm, differentiable(_RowNorm.apply, "row_norm", lambda args: args[-2]))
+register(_ROW_NORM_BACKWARD, _row_norm_backward, _fake_row_norm_backward, once("row_norm_backward"))

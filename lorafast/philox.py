@@ -12,6 +12,8 @@ from lorafast.problem import tokens
 
 ROUNDS = 7
 GROUP = 8
+# A half is 16 bits: probabilities come in so many steps.
+STEPS = 65536
 _LOW = 0xFFFFFFFF
 _MULTIPLY = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -19,15 +21,15 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 def threshold(p: float) -> int:
     """t = round(p·65536): an element is kept when its 16-bit half is ≥ t. Refuses a p that would drop nothing or all."""
-    t = round(p * 65536)
-    if p and not 0 < t < 65536:
-        raise ValueError(f"dropout {p} rounds to {t}/65536, which drops {'everything' if t else 'nothing'}; use 0 or a p between")
+    t = round(p * STEPS)
+    if p and not 0 < t < STEPS:
+        raise ValueError(f"dropout {p} rounds to {t}/{STEPS}, which drops {'everything' if t else 'nothing'}; use 0 or a p between")
     return t
 
 
 def scale(p: float) -> float:
     """What kept elements are multiplied by: the exact inverse of the share kept."""
-    return 65536 / (65536 - threshold(p))
+    return STEPS / (STEPS - threshold(p))
 
 
 def words(seed: torch.Tensor, counter: torch.Tensor) -> tuple[torch.Tensor, ...]:

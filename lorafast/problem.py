@@ -152,7 +152,7 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The key a backend is chosen by: device, shapes, dtypes and flags, no tensors. N and R have one entry per sibling.
+    """The key a backend is chosen by: device, shapes, dtypes and flags, no tensors. N has an entry per weight, R one per adapter.
 
     transposed: the weight lies in memory as [K,N]. row_norm, which sees no activation, is asked with M = 0.
     """
@@ -194,6 +194,10 @@ class Problem:
             keep=c.keep,
             out_scale=t.out_scale is not None,
         )
+
+    def with_ranks(self, R: tuple[int, ...]) -> Problem:
+        """The same with these adapters on the one weight."""
+        return replace(self, R=R)
 
     @classmethod
     def of_norm(cls, t: Tensors, c: Settings) -> Problem:

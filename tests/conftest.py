@@ -20,3 +20,24 @@ def poisoned_and_seeded():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often PEFT's layers ran on our ops, and why they did not."""
+    from lorafast.models import peft as ours
+
+    found = {"fast": 0, "why": []}
+    fast, fallback = ours.fast, ours.fallback
+
+    def counted(layer, x):
+        found["fast"] += 1
+        return fast(layer, x)
+
+    def told(layer, why, *args, **kwargs):
+        found["why"].append(why)
+        return fallback(layer, why, *args, **kwargs)
+
+    monkeypatch.setattr(ours, "fast", counted)
+    monkeypatch.setattr(ours, "fallback", told)
+    return found

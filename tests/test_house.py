@@ -19,7 +19,7 @@ FLOORS = (
     ("problem", "panels", "philox", "reference"),
     ("extension", "kernels"),
     ("backends",),
-    ("dispatch", "norm", "quant", "forward", "backward", "ops", "checks"),
+    ("dispatch", "norm", "quant", "forward", "backward", "ops", "several", "checks"),
     ("functional", "fold", "methods", "testing"),
     ("layer",),
     ("models", "optim", "schedule"),
@@ -30,6 +30,7 @@ PLACE = {name: (floor, position) for floor, names in enumerate(FLOORS) for posit
 # Inside a folder, what its other files may share, leftwards, and who may import everything beside it.
 SHARED = {
     "methods": ("adapter", "svd", "lora"),
+    "models": ("peft",),
     "bench": (
         *(
             "refusal",

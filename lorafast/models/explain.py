@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -51,22 +52,63 @@ class Explanation(NamedTuple):
         return "\n".join(table + [f"not {remark}" for remark in sorted(remarks)] + sorted(notes) + list(self.missing))
 
 
+class Call(NamedTuple):
+    """What a training step asks of the op for one adapter of a layer: x and everything that trains get a gradient.
+
+    keep and detach_norm as asked for. merged: the layer runs as a plain linear. elsewhere: why it runs on somebody else's forward.
+    """
+
+    method: str
+    t: Tensors
+    c: Settings
+    keep: str = "auto"
+    detach_norm: bool = True
+    merged: bool = False
+    elsewhere: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether no op of ours is called."""
+        return self.merged or self.elsewhere is not None or self.t.weight.requires_grad
+
+    def resolved(self) -> tuple[Wants, Settings]:
+        """The gradients asked for, and the settings with keep resolved."""
+        trains = {name: part is not None and part.requires_grad for name, part in self.t._asdict().items()}
+        trains |= {"x": True, "norm": not self.detach_norm and (trains["lora_A"] or trains["lora_B"])}
+        wants = Wants(**{name: trains[name] for name in Wants._fields})
+        unbiased = self.t.bias is None and self.t.lora_bias is None
+        trains_gain = self.t.magnitude is not None and wants.gain
+        return wants, self.c._replace(keep=resolved_keep(self.keep, self.c, trains_gain, unbiased, self.t.weight.dtype))
+
+
 def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
-    """Every lorafast.Linear of the model: method, bytes saved per token, backend per primitive for calls of `tokens` rows, why
-    not the others, and what its settings cost. Activations are taken to have the weight's dtype.
+    """Every lorafast.Linear of the model, and every adapter of a PEFT layer that accelerate() took: method, bytes saved per token,
+    backend per primitive for calls of `tokens` rows, why not the others, and what its settings cost. Activations are taken to have
+    the weight's dtype.
     """
     missing = tuple(why for room in links.ROOMS if (why := links.why_missing(room)))
-    return Explanation(tuple(_row(name, m, tokens) for name, m in model.named_modules() if isinstance(m, Linear)), missing)
+    rows = (_row(name, call, tokens) for name, module in model.named_modules() for call in _calls(module))
+    return Explanation(tuple(rows), missing)
 
 
-def _row(name: str, layer: Linear, tokens: int) -> Row:
-    N, K = layer.weight.shape
-    wants, t, c = _training_call(layer)
-    kept, e = saves(wants, c, t.magnitude is not None), layer.weight.element_size()
-    saved, referenced = (layer.r * kept.h + N * kept.z) * e, [name for name in ("x", "y") if getattr(kept, name)]
+def _calls(module: nn.Module) -> list[Call]:
+    if isinstance(module, Linear):
+        a, t, c = module.adapter, module._tensors(), module._settings()
+        c = c._replace(dropout=a.dropout, dropout_on=a.dropout_on, frozen_columns=module.frozen_columns)
+        return [Call(type(a).__name__, t, c, a.keep, a.detach_norm, module.merged)]
+    # A layer can be PEFT's and ours only once that room has been entered; PEFT takes seconds to import.
+    peft = sys.modules.get("lorafast.models.peft")
+    return [Call(*one) for one in peft.explained(module)] if peft and isinstance(module, peft.Linear) else []
+
+
+def _row(name: str, call: Call, tokens: int) -> Row:
+    t, (wants, c) = call.t, call.resolved()
+    (N, K), R = t.weight.shape, t.lora_A.shape[0]
+    kept, e = saves(wants, c, t.magnitude is not None), t.weight.element_size()
+    saved, referenced = (R * kept.h + N * kept.z) * e, [name for name in ("x", "y") if getattr(kept, name)]
     backends, why_not = {}, {}
-    if layer.merged or t.weight.requires_grad:
-        saved, referenced = (0 if layer.merged else None), []
+    if call.plain:
+        saved, referenced = (0 if call.merged else None), []
     else:
         problem = replace(Problem.of(t.weight.new_empty(0, K), t, c), M=tokens)
         for primitive in PRIMITIVES:
@@ -76,21 +118,8 @@ def _row(name: str, layer: Linear, tokens: int) -> Row:
                 for other, why in refusals.items():
                     why_not[other] = tuple(dict.fromkeys(why_not.get(other, ()) + why))
     return Row(
-        name or "(this layer)", type(layer.adapter).__name__, (N, K), layer.r, saved, tuple(referenced), backends, why_not,
-        _notes(layer, c.keep),
+        name or "(this layer)", call.method, (N, K), R, saved, tuple(referenced), backends, why_not, _notes(call, c)
     )  # fmt: skip
-
-
-def _training_call(layer: Linear) -> tuple[Wants, Tensors, Settings]:
-    """What a training step asks of the layer's op: x and everything that trains get a gradient."""
-    a, t, c = layer.adapter, layer._tensors(), layer._settings()
-    c = c._replace(dropout=a.dropout, dropout_on=a.dropout_on, frozen_columns=layer.frozen_columns)
-    trains = {name: part is not None and part.requires_grad for name, part in t._asdict().items()}
-    trains |= {"x": True, "norm": not a.detach_norm and (trains["lora_A"] or trains["lora_B"])}
-    wants = Wants(**{name: trains[name] for name in Wants._fields})
-    unbiased = t.bias is None and t.lora_bias is None
-    keep = resolved_keep(a.keep, c, t.magnitude is not None and wants.gain, unbiased, t.weight.dtype)
-    return wants, t, c._replace(keep=keep)
 
 
 def _route(primitive: str, problem: Problem) -> tuple[str, dict[str, tuple[str, ...]]]:
@@ -104,22 +133,24 @@ def _route(primitive: str, problem: Problem) -> tuple[str, dict[str, tuple[str, 
     return "none", refusals
 
 
-def _notes(layer: Linear, keep: str) -> tuple[str, ...]:
-    a, notes = layer.adapter, []
-    if layer.merged:
+def _notes(call: Call, c: Settings) -> tuple[str, ...]:
+    notes = []
+    if call.merged:
         notes.append("merged: the layer runs as a plain linear, and its adapter does not train")
-    if layer.weight.requires_grad:
+    if call.elsewhere:
+        return (*notes, f"PEFT's own forward: {call.elsewhere}")
+    if call.t.weight.requires_grad:
         notes.append("weight.requires_grad: the layer runs on plain autograd, with what torch saves")
-    if layer.lora_magnitude is None:
+    if call.t.magnitude is None:
         return tuple(notes)
-    if layer._settings()._replace(dropout=a.dropout, dropout_on=a.dropout_on).drops_base:
+    if c.drops_base:
         notes.append("dropout_on='both': a second base GEMM forward and backward; 'adapter' needs one")
-    if keep == "output":
+    if c.keep == "output":
         notes.append("keep='output': no in-place op may follow the layer; y costs nothing where its consumer keeps it too")
-    if keep == "inner":
+    if c.keep == "inner":
         notes.append("keep='inner': z, as large as the output, is saved; 'recompute' trades it for one more GEMM")
-    if keep == "recompute":
+    if c.keep == "recompute":
         notes.append("keep='recompute': one more base GEMM in backward")
-    if a.axis == "in":
+    if c.axis == "in":
         notes.append("axis='in': gain⊙x is made in forward and again in backward, on the eager backend")
     return tuple(notes)
