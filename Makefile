@@ -1,11 +1,11 @@
-# make bench | make test | make lint | make env        PYTHON= the interpreter to build on, VENV= where the environment goes
+# make bench | make test | make lint | make conformance | make env        PYTHON= the interpreter to build on, VENV= where the environment goes
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
 RESULTS ?= results
 
-.PHONY: bench test lint env clean
+.PHONY: bench test lint conformance env clean
 
 # One layer, then a real encoder, then one page of both. A wrong row stops it.
 bench: env
@@ -19,6 +19,11 @@ test: env
 lint: env
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+# PEFT's own tests, plainly and with our class in place; downloads them, and what they import. Some ten minutes.
+conformance: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check attrs datasets diffusers parameterized scipy
+	$(BIN)/python tools/conformance.py
 
 env: $(VENV)/.installed
 

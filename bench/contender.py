@@ -123,12 +123,13 @@ def build(
             layer = lorafast.Linear.from_linear(linear, adapter)
         except ValueError as error:  # a rank the shape has no room for
             raise Unable("unsupported", str(error)) from None
-        path = route(layer, problem.M)
     else:
         peers.check(impl, adapter, problem.dtype)
         layer = peers.layer(linear, impl, adapter)
-        if mask:
+        if mask and not impl.ours:
             peers.mask(layer)
+    if impl.ours:
+        path = route(layer, problem.M)
     parts = parts_of(layer)
     parameters = {"weight": linear.weight} | ({} if bias is None else {"bias": linear.bias}) | parts
     if unknown := [name for name, p in layer.named_parameters() if all(p is not known for known in parameters.values())]:
@@ -136,7 +137,7 @@ def build(
     must = TRAINS[method] if impl.adapts else frozenset(("weight", "bias") if trains else ())
     trained = ("x", *(name for name in parameters if name in must))
     astray = tuple(name for name, parameter in parameters.items() if parameter.requires_grad and name not in must)
-    stand_in = mask and problem.dropout > 0 and impl.adapts and (impl.base != "lorafast" or impl.compile)
+    stand_in = mask and problem.dropout > 0 and impl.adapts and (not impl.ours or impl.compile)
     module = compiled.compiled(layer, torchs_draws=stand_in) if impl.compile else layer
     case = Case(
         form_of(impl, method, adapter, parts), problem.M, problem.N, problem.K, problem.R, problem.dtype,
@@ -165,7 +166,7 @@ def form_of(impl: Impl, method: str, adapter: Adapter | None, parts: dict[str, t
     )  # fmt: skip
 
 
-def route(layer: lorafast.Linear, M: int) -> str:
+def route(layer: nn.Module, M: int) -> str:
     """The backend of every primitive, in a word if it is one."""
     (row,) = lorafast.explain(layer, tokens=M).rows
     used = set(row.backends.values())

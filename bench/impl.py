@@ -7,7 +7,7 @@ from typing import NamedTuple
 import lorafast
 from lorafast.methods.adapter import Adapter
 
-BASES = ("frozen", "full", "lorafast", "peft", "peft-bf16")
+BASES = ("frozen", "full", "lorafast", "accelerated", "peft", "peft-bf16")
 WITHOUT_ADAPTER = ("frozen", "full")
 
 
@@ -24,6 +24,11 @@ class Impl(NamedTuple):
     def adapts(self) -> bool:
         """Whether it runs adapter methods, rather than the bare layer."""
         return self.base not in WITHOUT_ADAPTER
+
+    @property
+    def ours(self) -> bool:
+        """Whether lorafast's ops run, whoever built the layers."""
+        return self.base in ("lorafast", "accelerated")
 
 
 FROZEN = Impl("frozen")

@@ -203,7 +203,7 @@ class _ModelRun:
         record.adapter_dtype = SHORT[parts_of(first)["lora_A"].dtype]
         form = form_of(trainee.impl, trainee.method, trainee.adapter, parts_of(first))
         record.dropout_on = form.dropout_on if form.magnitude else None
-        if trainee.impl.base == "lorafast" and not trainee.impl.compile:
+        if trainee.impl.ours and not trainee.impl.compile:
             record.route = route(first, record.M)
 
     def _able(self, records: dict[Key, Record]) -> list[Key]:
@@ -239,11 +239,12 @@ class _ModelRun:
         if self.plan.dtype != torch.float32 or self.plan.dropout:
             return
         for method in self.plan.methods:
-            ours, theirs = (records.get((Impl(base), method)) for base in ("lorafast", "peft"))
-            if ours and theirs and ours.status == theirs.status == "ok":
-                gap, step = ours.loss_gap(theirs)
-                if not gap <= MAX_LOSS_GAP:
-                    ours.fail("wrong", f"the loss of step {step} is {gap:.2g} from PEFT's; at most {MAX_LOSS_GAP:g} is right")
+            theirs = records.get((Impl("peft"), method))
+            for (impl, other), ours in records.items():
+                if impl.ours and other == method and theirs and ours.status == theirs.status == "ok":
+                    gap, step = ours.loss_gap(theirs)
+                    if not gap <= MAX_LOSS_GAP:
+                        ours.fail("wrong", f"the loss of step {step} is {gap:.2g} from PEFT's; at most {MAX_LOSS_GAP:g} is right")
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:

@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import nn
 
+import lorafast
 from lorafast import philox
 from lorafast.bench.impl import Impl
 from lorafast.bench.refusal import Unable
@@ -55,12 +56,15 @@ def config(adapter: Adapter, target_modules: str | list[str]):
 
 
 def model(base: nn.Module, impl: Impl, adapter: Adapter, target_modules: str | list[str]) -> nn.Module:
-    """get_peft_model; "peft" keeps PEFT's default, fp32 adapters on a half-precision base."""
+    """get_peft_model; "peft" keeps PEFT's default, fp32 adapters on a half-precision base, and so does what is "accelerated"."""
     from peft import get_peft_model
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
-        return get_peft_model(base, config(adapter, target_modules), autocast_adapter_dtype=impl.base == "peft")
+        made = get_peft_model(base, config(adapter, target_modules), autocast_adapter_dtype=impl.base != "peft-bf16")
+    if impl.base == "accelerated":
+        lorafast.accelerate(made)
+    return made
 
 
 def layer(base: nn.Linear, impl: Impl, adapter: Adapter) -> nn.Module:

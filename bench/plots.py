@@ -19,6 +19,7 @@ STYLE = {
     "frozen": ("#6b7280", "o"),
     "full": ("#b08968", "s"),
     "lorafast": ("#d1495b", "D"),
+    "accelerated": ("#e9a23b", "P"),
     "peft": ("#2e6f95", "^"),
     "peft-bf16": ("#58a4b0", "v"),
 }

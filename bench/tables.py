@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from lorafast.bench import impl as impls
 from lorafast.bench.record import Record, Results
 from lorafast.bench.row import LEAST_ROUNDS
 
@@ -161,10 +162,10 @@ def _apart(rows: list[Record]) -> tuple[str, ...]:
     trained = {(r.impl, r.method): r for r in rows if r.status == "ok"}
     notes = []
     for (impl, method), ours in trained.items():
-        theirs = trained.get(("peft", method)) if impl == "lorafast" else None
+        theirs = trained.get(("peft", method)) if impls.parse(impl).ours else None
         if theirs:
             notes.append(
-                f"{method}: the loss is at most {ours.loss_gap(theirs)[0]:.2g} from PEFT's at any of {len(ours.losses)} steps"
+                f"{ours.label}: the loss is at most {ours.loss_gap(theirs)[0]:.2g} from PEFT's at any of {len(ours.losses)} steps"
             )
     return tuple(notes)
 

@@ -107,7 +107,7 @@ class Trainee:
         for layer in layers.values():
             if frozen:
                 layer.freeze_columns(frozen)
-            if self.impl.base != "lorafast":
+            if not self.impl.ours:
                 peers.mask(layer)
         if self.impl.compile:
             compiled.forget()

@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from pefted import TARGETS, K, N, Net, X, added, assert_same, config, outcome, wrapped
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lorafast
 from lorafast import testing
@@ -217,6 +218,37 @@ def test_wrapped_models_are_looked_into():
     model = torch.compile(wrapped(), backend="eager")
     assert len(lorafast.accelerate(model).taken) == 2
     assert lorafast.restore(nn.Sequential(model)) == 2
+
+
+def test_a_model_inside_ddp_is_taken(tmp_path, calls):
+    model = wrapped(use_dora=True)
+    want = outcome(model, X)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        assert len(lorafast.accelerate(parallel).taken) == 2
+        assert_same({name.removeprefix("module."): value for name, value in outcome(parallel, X).items()}, want)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (calls["fast"], calls["why"]) == (2, [])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_draws_the_same_mask_again(reentrant, calls):
+    model = wrapped(use_dora=True, lora_dropout=0.3)
+    lorafast.accelerate(model)
+    want = outcome(model, X)
+    assert_same(outcome(Checkpointed(model, reentrant), X), {f"model.{n}" if "." in n else n: g for n, g in want.items()})
+    assert (calls["fast"], calls["why"]) == (6, [])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model, reentrant):
+        super().__init__()
+        self.model, self.reentrant = model, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.model, x, use_reentrant=self.reentrant)
 
 
 def test_a_model_without_peftmodel_is_taken_too(calls):

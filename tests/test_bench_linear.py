@@ -86,6 +86,32 @@ def test_peft_is_held_against_its_own_reading_of_dropout(tmp_path):
     assert by_label(rows)["lorafast dora"].dropout_on == "both"
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_accelerated_layers_are_pefts_on_our_ops(dtype, tmp_path):
+    asked = ["--dropout", "0,0.3", "--dropout-on", "both", "--dtype", dtype, "--methods", "lora,dora", "--tokens", "64"]
+    status, rows, _ = run(tmp_path, "--impl", "lorafast,accelerated,peft", *asked)
+    assert status == 0
+    for p in (0.0, 0.3):
+        found = by_label(rows, dropout=p)
+        for method in ("lora", "dora"):
+            ours, swapped, theirs = (found[f"{impl} {method}"] for impl in ("lorafast", "accelerated", "peft"))
+            assert swapped.status == "ok"
+            assert (swapped.route, swapped.adapter_dtype) == ("eager", "fp32")
+            assert swapped.dropout_on == theirs.dropout_on == ("both" if method == "dora" else None)
+            # accelerate keeps z, since what follows PEFT's layers may write into y.
+            more = 64 * N * (4 if dtype == "fp32" else 2) * (method == "dora" and ours.saved_by_reference.get("y", 0) > 0)
+            assert swapped.saved_bytes == ours.saved_bytes + more
+            assert swapped.saved_bytes <= theirs.saved_bytes
+
+
+def test_a_fault_of_ours_is_found_in_accelerated_layers_too(monkeypatch, tmp_path):
+    FAULTS["dB"].plant(monkeypatch)
+    status, rows, _ = run(tmp_path, "--dropout", "0.3", "--impl", "accelerated,peft", "--methods", "lora", "--tokens", "8")
+    assert status == 1
+    found = {r.label: r.status for r in rows}
+    assert found == {"frozen": "ok", "accelerated lora": "wrong", "peft lora": "ok"}
+
+
 def test_the_peer_that_is_timed_drops_for_itself():
     problem = Problem(K, N, R, 8, 0.3, torch.float32, torch.device("cpu"))
     adapter = impls.adapter("lora", R, 0.3)

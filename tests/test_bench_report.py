@@ -40,7 +40,7 @@ def test_rows_of_one_problem_share_a_table_with_sections_by_tokens():
     assert first.rows[4][3:6] == ("1.25", "oom", tables.NOTHING)
     assert first.rows[2][6] == "123"
     assert second.rows[0][2] == "dora (both)"
-    assert "lora: the loss is at most 0.25 from PEFT's at any of 20 steps" in third.notes
+    assert "lorafast lora: the loss is at most 0.25 from PEFT's at any of 20 steps" in third.notes
 
 
 def test_a_table_in_a_pipe_is_not_squeezed():
