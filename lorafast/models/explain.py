@@ -98,7 +98,7 @@ def _calls(module: nn.Module) -> list[Call]:
         return [Call(type(a).__name__, t, c, a.keep, a.detach_norm, module.merged)]
     # A layer can be PEFT's and ours only once that room has been entered; PEFT takes seconds to import.
     peft = sys.modules.get("lorafast.models.peft")
-    return [Call(*one) for one in peft.explained(module)] if peft and isinstance(module, peft.Linear) else []
+    return peft.explained(module) if peft and isinstance(module, peft.Linear) else []
 
 
 def _row(name: str, call: Call, tokens: int) -> Row:

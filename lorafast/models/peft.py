@@ -5,8 +5,6 @@ Only forward differs, and only where the ops can serve the call; everything else
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as PeftLinear  # by name: patch_peft puts ours in the module's place
@@ -17,21 +15,13 @@ from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from lorafast import checks, functional, philox
+from lorafast.models.explain import Call
 from lorafast.problem import Settings, Tensors, activation_dtype, split_scaling
 from lorafast.several import Factors
 
-# Their own forward, on one object: how accelerate's offloading and others take a module over.
+# Whoever hangs one of these on a part of the layer expects that part to be called.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = ("Tensor", "Parameter", "FakeTensor")
-
-
-class Served(NamedTuple):
-    """One adapter of a layer as the ops take it. weight [N,K], a view where PEFT's layer holds [K,N]."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    factors: Factors
-    magnitude: torch.Tensor | None
 
 
 class Linear(PeftLinear):
@@ -56,11 +46,10 @@ def fallback(layer: Linear, why: str, x: torch.Tensor, *args, **kwargs) -> torch
 
 def fast(layer: Linear, x: torch.Tensor) -> torch.Tensor:
     """The call on lorafast's ops. why_not_call must have found nothing against it."""
-    called = [served(layer, name) for name in active(layer)]
-    if len(called) > 1:
-        return functional.several(x, called[0].weight, called[0].bias, [one.factors for one in called])
-    ((weight, bias, f, magnitude),) = called
-    norm = None
+    weight, bias, names = _weight(layer), layer.base_layer.bias, active(layer)
+    if len(names) > 1:
+        return functional.several(x, weight, bias, [factors(layer, name) for name in names])
+    f, norm, magnitude = factors(layer, names[0]), None, _magnitude(layer, names[0])
     if magnitude is not None:
         cache = dora.ENABLE_DORA_CACHING and not layer.training
         norm = functional.row_norm(weight, f.lora_A, f.lora_B, scaling=f.s, cache=cache)
@@ -75,20 +64,13 @@ def active(layer: PeftLinear) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def served(layer: PeftLinear, name: str) -> Served:
+def factors(layer: PeftLinear, name: str) -> Factors:
     """One adapter's tensors and settings, read where they are now: nothing of a layer outlives a call."""
-    base, A, B = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name]
-    weight = base.weight.t() if layer.fan_in_fan_out else base.weight
-    number = layer.scaling[name]
-    scale, scaling = (number, 1.0) if isinstance(number, torch.Tensor) else (None, number)
-    with_magnitude = name in layer.lora_variant
-    magnitude = layer.lora_magnitude_vector[name].weight if with_magnitude else None
-    dropout = layer.lora_dropout[name]
+    A, B, dropout, number = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
     # DoRA's dropout asks the layer whether it trains, LoRA's asks the dropout.
-    drops = isinstance(dropout, nn.Dropout) and dropout.training and (layer.training or not with_magnitude)
-    return Served(
-        weight, base.bias, Factors(A, B.weight, B.bias, None, scale, scaling, dropout.p if drops else 0.0), magnitude
-    )  # fmt: skip
+    drops = _drops(dropout) and dropout.training and (layer.training or name not in layer.lora_variant)
+    scaling, scale = split_scaling(number)
+    return Factors(A.weight, B.weight, B.bias, None, scale, scaling, dropout.p if drops else 0.0)
 
 
 def why_not_call(layer: PeftLinear, x: torch.Tensor, args: tuple, kwargs: dict) -> str | None:
@@ -209,21 +191,28 @@ def _kind(thing: object) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
-def explained(layer: Linear) -> list[tuple]:
-    """What lorafast.explain tells of every active adapter, in the fields of its Call: the op of a training step."""
-    told, names = [], active(layer)
+def explained(layer: Linear) -> list[Call]:
+    """What lorafast.explain tells: one call for every active adapter."""
+    names, told = active(layer), []
     why = why_not_adapters(layer, names, layer.lorafast_dropout_on, layer.lorafast_keep)
     for name in names:
-        A, B, number, dropout = layer.lora_A[name].weight, layer.lora_B[name], layer.scaling[name], layer.lora_dropout[name]
-        magnitude = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
-        base = layer.get_base_layer()
-        weight = base.weight.t() if layer.fan_in_fan_out else base.weight
-        scaling, scale = split_scaling(number)
-        t = Tensors(weight, base.bias, A, B.weight, magnitude=magnitude, lora_bias=B.bias, scale=scale)
-        c = Settings(scaling, dropout.p if _drops(dropout) else 0.0, dropout_on=layer.lorafast_dropout_on)
+        f, magnitude, dropout = factors(layer, name), _magnitude(layer, name), layer.lora_dropout[name]
+        bias = layer.get_base_layer().bias
+        t = Tensors(_weight(layer), bias, f.lora_A, f.lora_B, magnitude=magnitude, lora_bias=f.lora_bias, scale=f.scale)
+        c = Settings(f.scaling, dropout.p if _drops(dropout) else 0.0, dropout_on=layer.lorafast_dropout_on)
         method = f"{'LoRA' if magnitude is None else 'DoRA'} of PEFT ({name})"
-        told.append((method, t, c, layer.lorafast_keep, True, layer.merged, why))
+        told.append(Call(method, t, c, layer.lorafast_keep, merged=layer.merged, elsewhere=why))
     return told
+
+
+def _weight(layer: PeftLinear) -> torch.Tensor:
+    """The base weight as [N,K]: a view where PEFT's layer holds [K,N]."""
+    weight = layer.get_base_layer().weight
+    return weight.t() if layer.fan_in_fan_out else weight
+
+
+def _magnitude(layer: PeftLinear, name: str) -> torch.Tensor | None:
+    return layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
 
 
 class LoraModel(PeftLoraModel):
