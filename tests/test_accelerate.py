@@ -56,6 +56,16 @@ def test_results_are_pefts_and_nothing_else_changes(fields, calls):
     assert_same(outcome(model, X), want, 0, 0)
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_a_fresh_adapter_is_the_base_model_bit_for_bit(fields, calls):
+    model = Net()
+    want = model(X)
+    model = peft.get_peft_model(model, config(**fields))
+    lorafast.accelerate(model)
+    assert torch.equal(model(X), want)
+    assert calls["fast"] == 2
+
+
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dropout_on", [None, "adapter"])
 def test_dropout_is_pefts_reading_unless_asked_otherwise(dora, dropout_on, calls):

@@ -50,6 +50,22 @@ def test_linear_adds_several_adapters():
     close(eager.linear(x, W, [])[0].reshape(M, N), x.reshape(M, K) @ W.t())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [None, torch.randn(N)])
+def test_a_gain_of_one_is_the_frozen_layer_bit_for_bit(dtype, bias):
+    # More terms than a BLAS adds in one go, so that the order of the sum shows.
+    x, W, low = torch.randn(M, 1000).to(dtype), torch.randn(N, 1000).to(dtype), Up(torch.randn(M, 2).to(dtype), torch.zeros(N, 2))
+    bias = None if bias is None else bias.to(dtype)
+    want = torch.nn.functional.linear(x, W, bias)
+    for keep_inner in (False, True):
+        y, z = eager.linear(x, W, [low], torch.ones(N), bias, keep_inner)
+        assert torch.equal(y, want)
+        assert (z is not None) == keep_inner
+    assert z.dtype == dtype
+    assert z.data_ptr() != y.data_ptr()
+    torch.testing.assert_close(z, torch.nn.functional.linear(x, W))
+
+
 def test_grad_output_serves_several_adapters_in_one_call():
     dy, kept, gain = normal(3, 3, N), normal(M, N), normal(N)
     flat = dy.reshape(M, N)

@@ -59,6 +59,10 @@ def linear(
 
     keep_inner, which needs a gain, returns z beside y.
     """
+    if _is_one(gain):
+        y, _ = linear(x, weight, ups, None, bias)
+        z = torch.sub(flat(y), 0 if bias is None else bias.to(y.dtype)) if keep_inner else None
+        return y, z
     x2, N = flat(x), weight.shape[0]
     y = x.new_empty(*x.shape[:-1], N)
     y2 = y.view(x2.shape[0], N)
@@ -130,15 +134,16 @@ def grad_project(x: torch.Tensor, low_ranks: list[LowRank]) -> list[torch.Tensor
 def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Scaling = 1.0, axis: str = "out") -> torch.Tensor:
     """‖W + sBA‖ per row (axis="out", [N]) or per column (axis="in", [K]), summed in fp32 (fp64 for fp64)."""
     sums, by_row = accumulator(weight.dtype), axis == "out"
-    squares = torch.zeros(weight.shape[0 if by_row else 1], dtype=sums, device=weight.device)
+    found = torch.zeros(weight.shape[0 if by_row else 1], dtype=sums, device=weight.device)
     A = A.to(sums)
     for rows in panels(weight):
-        part = torch.addmm(weight[rows].to(sums), B[rows].to(sums) * scaling, A).square_()
+        part = torch.addmm(weight[rows].to(sums), B[rows].to(sums) * scaling, A)
         if by_row:
-            torch.sum(part, 1, out=squares[rows])
+            # torch's own norm, by which PEFT starts its magnitudes: at the start the gain is exactly 1.
+            torch.linalg.vector_norm(part, dim=1, out=found[rows])
         else:
-            squares += part.sum(0)
-    return squares.sqrt_()
+            found += part.square_().sum(0)
+    return found if by_row else found.sqrt_()
 
 
 def _unscaled(x2: torch.Tensor, rows: slice, seed: torch.Tensor, p: float) -> torch.Tensor:
@@ -209,6 +214,11 @@ def _over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if M <= _SUM_ROWS:
         return torch.mm(a.t(), b)
     return _over_tokens(a[: M // 2], b[: M // 2]).add_(_over_tokens(a[M // 2 :], b[M // 2 :]))
+
+
+def _is_one(gain: torch.Tensor | None) -> bool:
+    """DoRA at its start, which is then the frozen layer bit for bit. Not asked where the answer would have to be waited for."""
+    return gain is not None and gain.device.type == "cpu" and bool((gain == 1).all())
 
 
 def _gained(z: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
