@@ -14,7 +14,7 @@ import torch
 
 from lorafast import dispatch
 from lorafast.ops import below_autocast, differentiable, once, register
-from lorafast.problem import Down, LowRank, Problem, Return, Scaling, Segment, Settings, Tensors, Up, accumulator
+from lorafast.problem import Down, LowRank, Problem, Return, Scaling, Segment, Settings, Tensors, Up, accumulator, tokens
 
 
 class Factors(NamedTuple):
@@ -104,8 +104,7 @@ def _unpacked(wants: Sequence[bool]) -> tuple[bool, bool, list[tuple[bool, ...]]
 
 
 def _fake_several(x, weight, bias, *lists):
-    rows = x.shape[:-1].numel()
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), [x.new_empty(rows, A.shape[0]) for A in lists[0]]
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), [x.new_empty(tokens(x), A.shape[0]) for A in lists[0]]
 
 
 def _fake_several_backward(dy, x, hs, weight, *rest):
@@ -136,7 +135,9 @@ class _Several(torch.autograd.Function):
         ctx.wants = [asked_x, asked_bias, *(flag for one in each for flag in one)]
         kept_x = x if any(want_A for want_A, _, _ in each) else None
         kept_h = [h if want_B else None for h, (_, want_B, _) in zip(hs, each, strict=True)]
-        ctx.save_for_backward(kept_x, weight, *kept_h, *flat[: _TENSORS * count])
+        # Backward reads no lora_bias, which may change before it.
+        lists[2] = [None] * count
+        ctx.save_for_backward(kept_x, weight, *kept_h, *(one for some in lists[:_TENSORS] for one in some))
         ctx.count, ctx.numbers = count, lists[_TENSORS:]
         ctx.mark_non_differentiable(*hs)
         return y, *hs

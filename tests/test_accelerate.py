@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lorafast
-from lorafast import testing
+from lorafast import philox, testing
 from lorafast.models import peft as ours
 
 
@@ -79,7 +79,7 @@ def test_dropout_is_pefts_reading_unless_asked_otherwise(dora, dropout_on, calls
     torch.manual_seed(11)
     y = layer(x)
     torch.manual_seed(11)
-    seed = ours.philox.draw(x.device)
+    seed = philox.draw(x.device)
     tensors = {name: None for name in ("core", "out_scale", "lora_bias", "magnitude")}
     tensors |= {"x": x, "weight": layer.weight, "bias": layer.bias, "seed": seed}
     tensors |= {"lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}
@@ -326,17 +326,28 @@ def test_keep_output_steps_aside_where_it_cannot_serve():
     assert "a second base GEMM" in str(lorafast.explain(model))
 
 
-def test_the_cache_of_doras_norm_is_pefts_switch(monkeypatch):
+def test_the_cache_of_doras_norm_is_pefts_switch_and_forgets_when_pefts_does(monkeypatch):
     model = wrapped(targets=["up"], use_dora=True).eval()
     lorafast.accelerate(model)
     seen, right = [], ours.functional.row_norm
 
     def row_norm(*args, **kwargs):
-        seen.append(kwargs["cache"])
+        seen.append(1)
         return right(*args, **kwargs)
 
     monkeypatch.setattr(ours.functional, "row_norm", row_norm)
     model(X)
+    model(X)
+    assert len(seen) == 2
     with peft.helpers.DoraCaching():
-        model(X)
-    assert seen == [False, True]
+        first = model(X)
+        assert torch.equal(model(X), first)
+        assert len(seen) == 3
+        model.base_model.model.up.lora_B["default"].weight.data.mul_(3)
+        model.train().eval()
+        again = model(X)
+        assert len(seen) == 4
+        model.train()(X)
+        assert len(seen) == 5
+    model.eval()
+    torch.testing.assert_close(model(X), again)

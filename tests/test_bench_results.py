@@ -13,6 +13,7 @@ from lorafast.bench.record import Results
 ROOT = Path(lorafast.__file__).resolve().parent.parent
 FILES = sorted((ROOT / "bench" / "results").glob("*.json"))
 LAYER = Results.read(ROOT / "bench" / "results" / "amd-epyc-2-cores.json").records
+ACCELERATED = Results.read(ROOT / "bench" / "results" / "amd-epyc-2-cores-minilm-accelerated.json").records
 MODEL = Results.read(ROOT / "bench" / "results" / "amd-epyc-2-cores-minilm.json").records
 
 
@@ -47,8 +48,16 @@ def model_row(label):
     ]  # fmt: skip
 
 
+def accelerated_row(label):
+    r = only(ACCELERATED, label, bench="step", batch_size=16)
+    sizes = (tables.size(count) for count in (r.saved_bytes, r.activation_bytes, r.peak_bytes))
+    return [f"{r.error_ratio:.2f}", tables.number(r.ratio_to_frozen, ".2f"), *sizes]
+
+
 @pytest.mark.parametrize(
-    ("head", "row", "count"), [("| one layer |", layer_row, 7), ("| MiniLM |", model_row, 6)], ids=["layer", "model"]
+    ("head", "row", "count"),
+    [("| one layer |", layer_row, 7), ("| MiniLM |", model_row, 6), ("| PEFT's MiniLM |", accelerated_row, 4)],
+    ids=["layer", "model", "accelerated"],
 )
 def test_the_readme_says_what_was_measured(head, row, count):
     text = (ROOT / "README.md").read_text()

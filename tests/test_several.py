@@ -163,6 +163,52 @@ def test_torch_sees_an_op():
     opcheck(torch.ops.lorafast.several, (t["x"], t["weight"], t["bias"], *lists))
 
 
+def test_any_batch_size_is_one_graph_once_the_first_has_changed():
+    t, graphs = problem(), []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: functional.several(x, t["weight"], t["bias"], factors(t, 0.0)), backend=counting, fullgraph=True
+    )
+    for M in (2, 3, 5, 8, 13, 21):
+        compiled(torch.randn(M, 21))
+    assert len(graphs) == 2
+
+
+def test_autocast_decides_the_dtype():
+    t = problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = functional.several(t["x"], t["weight"], t["bias"], factors(t, 0.0))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), ours(t, 0.0), rtol=5e-2, atol=1e-1)
+    leaf = t["x"].detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        functional.several(leaf, t["weight"], t["bias"], factors(t, 0.0)).float().sum().backward()
+    assert leaf.grad.dtype == torch.float32
+
+
+def test_lora_bias_may_change_before_backward():
+    t = problem()
+    low = t["lora_bias1"].detach().clone().requires_grad_()
+    adapters = [one._replace(lora_bias=low) if i == 1 else one for i, one in enumerate(factors(t, 0.0))]
+    y = functional.several(t["x"], t["weight"], t["bias"], adapters)
+    with torch.no_grad():
+        low.add_(1)
+    y.backward(t["dy"])
+    torch.testing.assert_close(low.grad, t["dy"].sum(0) * SCALINGS[1])
+
+
+def test_a_frozen_call_asks_nothing_of_a_trained_weight():
+    t = problem()
+    weight = t["weight"].detach().requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(functional.several(t["x"], weight, t["bias"], factors(t, 0.0)), ours(t, 0.0))
+
+
 def test_it_compiles_whole():
     t = {
         name: value.detach().requires_grad_(name != "weight") if value.is_floating_point() else value

@@ -16,7 +16,9 @@ from lorafast import checks
 
 @dataclass(frozen=True)
 class Report:
-    """taken: names of the layers that run on lorafast's ops now. left: names of those that do not, each with the reason."""
+    """taken: names of the layers whose calls lorafast's ops serve (once no more merged or disabled, if they are). left: names of those
+    that stay on PEFT's forward, each with the reason.
+    """
 
     taken: tuple[str, ...]
     left: dict[str, str]
@@ -50,7 +52,10 @@ def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inn
 
 
 def restore(model: nn.Module) -> int:
-    """Undo accelerate(), or patch_peft(): every layer is PEFT's own class again. How many were ours."""
+    """Undo accelerate(), or patch_peft(): every layer is PEFT's own class again. How many were ours.
+
+    RuntimeError, and nothing is undone, if a layer's class has been changed since (fully_shard does).
+    """
     _refuse_what_is_no_module(model)
     return _ours().give_back(model)
 
@@ -62,7 +67,8 @@ def patch_peft() -> Iterator[None]:
         with lorafast.patch_peft():
             trainer = SFTTrainer(..., peft_config=config)
 
-    Quantised and other layers are PEFT's as ever. What was built stays ours afterwards; restore() undoes it.
+    Quantised and other layers are PEFT's as ever. What was built stays ours afterwards; restore() undoes it, and accelerate() makes
+    later adapters on other modules ours too. Keep the block short: inside it models PEFT built before cannot be pickled.
     """
     ours = _ours()
     from peft.tuners.lora import layer
