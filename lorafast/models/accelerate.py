@@ -16,8 +16,10 @@ from lorafast import checks
 
 @dataclass(frozen=True)
 class Report:
-    """taken: names of the layers whose calls lorafast's ops serve (once no more merged or disabled, if they are). left: names of those
-    that stay on PEFT's forward, each with the reason.
+    """What accelerate() found.
+
+    taken: names of the layers whose calls lorafast's ops serve (while neither merged nor disabled). left: names of those that stay
+    on PEFT's forward, each with the reason.
     """
 
     taken: tuple[str, ...]
