@@ -15,7 +15,7 @@ class Variable(NamedTuple):
 BACKEND = Variable(
     "LORAFAST_BACKEND",
     "auto",
-    "`auto` walks the backends and may fall back; a name (`eager`) forces that one, which raises with every reason if it cannot",
+    "`auto` walks the backends and may fall back; a name (`eager`, `triton`) forces that one, which raises with every reason if it cannot",
 )
 LOG = Variable("LORAFAST_LOG", "0", "`1` prints, once per problem and primitive, which backend was chosen and why not the others")
 
@@ -25,6 +25,11 @@ VARIABLES = (BACKEND, LOG)
 def backend() -> str:
     """The backend asked for, `auto` unless set."""
     return os.environ.get(BACKEND.name, "").strip().lower() or BACKEND.default
+
+
+def interprets() -> bool:
+    """Whether Triton's kernels are asked for on CPU tensors: Triton's interpreter is on, and its backend is forced."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1" and backend() == "triton"
 
 
 def log() -> bool:

@@ -120,7 +120,10 @@ def test_a_file_that_is_none_is_refused_in_a_line(text, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--impl", "peft,speedy"], "'speedy' is none of frozen, full, lorafast, peft, peft-bf16, nor one of them with +compile"),
+        (
+            ["--impl", "peft,speedy"],
+            "'speedy' is none of frozen, full, lorafast, accelerated, peft, peft-bf16",
+        ),
         (["--impl", "peft+jit"], "'peft+jit' is none of"),
         (["--shape", "4096"], "'4096' is no INxOUT such as 4096x14336, and none of minilm, bart-large, llama3-8b"),
         (["--shape", "0x4"], "'0x4' is no INxOUT"),

@@ -29,6 +29,8 @@ FLOORS = (
 PLACE = {name: (floor, position) for floor, names in enumerate(FLOORS) for position, name in enumerate(names)}
 # Inside a folder, what its other files may share, leftwards, and who may import everything beside it.
 SHARED = {
+    "backends": ("eager",),
+    "kernels": ("philox", "configs"),
     "methods": ("adapter", "svd", "lora"),
     "models": ("explain", "aside", "peft"),
     "bench": (

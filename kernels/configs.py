@@ -1,0 +1,109 @@
+"""Tiles of the Triton kernels: which rows there are, and a pure choice among them. Imports no triton.
+
+Rows are written down, never searched at call time, so every rank of a job makes the same choice. None has been measured yet: the
+choices follow from how many programs fill a GPU, and from what compiles without spills (tests/test_compiles.py).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Streaming multiprocessors by architecture; what is not listed is taken for the smallest.
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+# Ranks a kernel's tile may hold; R is padded to the next.
+BLOCKS_R = (16, 64, 128, 256)
+MAX_RANK = BLOCKS_R[-1]
+
+
+class Tile(NamedTuple):
+    """One compiled form of a kernel: its block sizes (0 where it has none), warps and pipeline stages."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_R: int
+    warps: int
+    stages: int
+
+    def blocks(self, *names: str) -> dict[str, int]:
+        """The block sizes a kernel takes, by name."""
+        return {name: getattr(self, name) for name in (*names, "BLOCK_R")}
+
+
+class Share(NamedTuple):
+    """A tile, and how the axis that is summed over is shared: `splits` programs of `steps` blocks each."""
+
+    tile: Tile
+    splits: int
+    steps: int
+
+
+def block_r(R: int) -> int:
+    """R padded to a tile. ValueError beyond MAX_RANK."""
+    for block in BLOCKS_R:
+        if block >= R:
+            return block
+    raise ValueError(f"R={R} exceeds {MAX_RANK}, the largest rank a kernel's tile holds")
+
+
+def mixes(R: int, dtype: torch.dtype) -> bool:
+    """Whether an R×R core is multiplied inside project, from registers."""
+    widest = 16 if dtype == torch.float32 else 64
+    return R <= widest
+
+
+def project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> Share:
+    """Rows of x on the grid; K is split where they are too few to fill the GPU."""
+    BR = block_r(R)
+    # fp32 in full precision has no tensor cores, and its products want registers.
+    filled = 64 * _multiprocessors(arch) <= M
+    BM = 64 if filled and dtype != torch.float32 else 16
+    BK = _depth(BR, dtype)
+    return _shared(Tile(BM, 0, BK, BR, 8 if BM * BR >= 8192 else 4, 3 if BR < 128 else 2), _blocks(M, BM), _blocks(K, BK), arch)
+
+
+def grad_project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> Share:
+    """Columns of x on the grid; the rows are split until they fill the GPU."""
+    BR = block_r(R)
+    tile = Tile(_depth(BR, dtype), 0, 64, BR, 8 if BR >= 128 else 4, 3 if BR < 128 else 2)
+    return _shared(tile, _blocks(K, tile.BLOCK_K), _blocks(M, tile.BLOCK_M), arch)
+
+
+def row_norm(R: int, dtype: torch.dtype) -> Tile:
+    """Enough rows in flight to keep memory busy, few enough for fp32 factors of any rank."""
+    BR = block_r(R)
+    if dtype == torch.float32:
+        return Tile(0, 16, 32 if BR < 128 else 16, BR, 8, 2)
+    return Tile(0, 32, 64 if BR < 128 else 32, BR, 8 if BR == 256 else 4, 2)
+
+
+def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """Every tile a kernel can be asked for in a dtype, whatever the problem."""
+    if kernel == "row_norm":
+        return tuple(row_norm(R, dtype) for R in BLOCKS_R)
+    pick = {"project": project, "grad_project": grad_project}[kernel]
+    found = (pick(M, 4096, R, dtype, "sm_90").tile for R in BLOCKS_R for M in (16, 1 << 16))
+    return tuple(dict.fromkeys(found))
+
+
+def _depth(BR: int, dtype: torch.dtype) -> int:
+    """How much of the summed axis one step reads: as many bytes for every dtype, fewer beside a wide factor."""
+    return (128 if BR == 16 else 64 if BR <= 128 else 32) // (2 if dtype == torch.float32 else 1)
+
+
+def _shared(tile: Tile, programs: int, blocks: int, arch: str) -> Share:
+    """Split `blocks` steps so that two programs sit on every multiprocessor, each with at least four steps."""
+    wanted = max(1, 2 * _multiprocessors(arch) // max(1, programs))
+    splits = max(1, min(wanted, blocks // 4))
+    steps = _blocks(blocks, splits)
+    return Share(tile, max(1, _blocks(blocks, steps)) if steps else 1, steps)
+
+
+def _multiprocessors(arch: str) -> int:
+    return MULTIPROCESSORS.get(arch, min(MULTIPROCESSORS.values()))
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
