@@ -51,7 +51,7 @@ def block_r(R: int) -> int:
 def mixes(R: int, dtype: torch.dtype) -> bool:
     """Whether an R×R core is multiplied inside project, from registers."""
     widest = 16 if dtype == torch.float32 else 64
-    return R <= widest
+    return widest >= R
 
 
 def project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> Share:
