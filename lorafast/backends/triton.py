@@ -69,7 +69,7 @@ def _project(x2: torch.Tensor, down: Down) -> tuple[torch.Tensor, torch.Tensor]:
         held, strides = (core, (core.stride(0), core.stride(-1))) if inside else (h, (0, 0))
         fixed = {"CORE": core.dim() if inside else 0, "SPLITS": splits, "PRECISION": _precision(x2)}
         launch = {"num_warps": tile.warps, "num_stages": tile.stages}
-        grid, scale = _blocks(M, tile.BLOCK_M), philox.scale(down.p)
+        grid, scale = triton.cdiv(M, tile.BLOCK_M), philox.scale(down.p)
         with _on(x2):
             project_kernel[grid, splits](
                 x2, down.A, held, *_seed(down.seed, x2), sums, mixed, M, K, R, *x2.stride(), *down.A.stride(), *strides,
@@ -94,7 +94,7 @@ def _grad_project(x2: torch.Tensor, low: LowRank) -> torch.Tensor:
     tile, splits, steps = configs.grad_project(M, K, R, x2.dtype, _arch(x2))
     out = x2.new_empty(splits, R, K, dtype=torch.float32)
     with _on(x2):
-        grad_project_kernel[_blocks(K, tile.BLOCK_K), splits](
+        grad_project_kernel[triton.cdiv(K, tile.BLOCK_K), splits](
             x2, low.v, *_seed(low.seed, x2), out, M, K, R, *x2.stride(), *low.v.stride(), _groups(K), philox.threshold(low.p),
             philox.scale(low.p), steps, DROPS=low.p > 0, PRECISION=_precision(x2),
             **tile.blocks("BLOCK_M", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
@@ -108,7 +108,7 @@ def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Sc
     tile = configs.row_norm(R, weight.dtype)
     out = weight.new_empty(N if by_row else K, dtype=torch.float32)
     scaled = isinstance(scaling, torch.Tensor)
-    grid = _blocks(N, tile.BLOCK_N) if by_row else _blocks(K, tile.BLOCK_K)
+    grid = triton.cdiv(N, tile.BLOCK_N) if by_row else triton.cdiv(K, tile.BLOCK_K)
     if grid:
         with _on(weight):
             row_norm_kernel[(grid,)](
@@ -126,11 +126,7 @@ def _seed(seed: torch.Tensor | None, x2: torch.Tensor) -> tuple[torch.Tensor]:
 
 
 def _groups(K: int) -> int:
-    return _blocks(K, philox.GROUP)
-
-
-def _blocks(length: int, block: int) -> int:
-    return -(-length // block)
+    return triton.cdiv(K, philox.GROUP)
 
 
 def _precision(x: torch.Tensor) -> str:
