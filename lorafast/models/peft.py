@@ -89,14 +89,15 @@ def _magnitude(layer: PeftLinear, name: str) -> torch.Tensor | None:
 def _norm(layer: Linear, name: str, weight: torch.Tensor, f: Factors) -> torch.Tensor:
     """‖W + sBA‖ per row, kept where PEFT keeps its own, and forgotten when PEFT forgets: in training, and with its caching off."""
     held = layer.lora_magnitude_vector[name]
-    caches = dora.ENABLE_DORA_CACHING and not held.training
-    if not caches:
-        held._cache_clear()
-    found = held._cache_get(_CACHED, None) if caches else None
+    # Older PEFTs cache nothing, and have no switch.
+    caches = getattr(dora, "ENABLE_DORA_CACHING", None)
+    found = held._cache_get(_CACHED, None) if caches and not held.training else None
     if found is None:
         found = functional.row_norm(weight, f.lora_A, f.lora_B, scaling=f.s)
-        if caches:
+        if caches and not held.training:
             held._cache_store(_CACHED, found)
+        elif caches is not None:
+            held._cache_clear()
     return found
 
 
