@@ -14,10 +14,13 @@ from lorafast.kernels.philox import keep_tile
 def project_kernel(
     x_ptr, A_ptr, core_ptr, seed_ptr, h_ptr, mixed_ptr, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, stride_ci, stride_cj,
     groups, threshold, scale, steps,
-    DROPS: tl.constexpr, CORE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    DROPS: tl.constexpr, CORE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈M/BLOCK_M⌉, SPLITS). With SPLITS > 1, h_ptr takes fp32 sums [SPLITS,M,R], and finish_kernel does the rest."""
+    """Grid (⌈M/BLOCK_M⌉, splits). SPLIT: h_ptr takes fp32 sums [splits,M,R], and finish_kernel does the rest.
+
+    How many splits there are changes with M and is no part of what is compiled: every length of a batch would compile anew.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * steps * BLOCK_K
@@ -35,25 +38,24 @@ def project_kernel(
         inside = (ranks[:, None] < R) & (cols[None, :] < K)
         A = tl.load(A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak, mask=inside, other=0.0)
         acc = tl.dot(x, tl.trans(A.to(x.dtype)), acc, input_precision=PRECISION)
-    if SPLITS == 1:
-        _finish(acc * scale, core_ptr, h_ptr, mixed_ptr, rows, ranks, M, R, stride_ci, stride_cj, CORE, PRECISION)
-    else:
-        # The same rows of every split lie M·R apart.
+    if SPLIT:
         where = (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * R + ranks[None, :]
         tl.store(h_ptr + where, acc, mask=(rows[:, None] < M) & (ranks[None, :] < R))
+    else:
+        _finish(acc * scale, core_ptr, h_ptr, mixed_ptr, rows, ranks, M, R, stride_ci, stride_cj, CORE, PRECISION)
 
 
 @triton.jit
 def finish_kernel(
-    sums_ptr, core_ptr, h_ptr, mixed_ptr, M, R, stride_ci, stride_cj, scale,
-    CORE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    sums_ptr, core_ptr, h_ptr, mixed_ptr, M, R, stride_ci, stride_cj, scale, splits,
+    CORE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Grid (⌈M/BLOCK_M⌉): the splits' sums added in order, then what project_kernel does with its own."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
     inside = (rows[:, None] < M) & (ranks[None, :] < R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for split in range(SPLITS):
+    for split in range(splits):
         acc += tl.load(sums_ptr + (split * M + rows[:, None]) * R + ranks[None, :], mask=inside, other=0.0)
     _finish(acc * scale, core_ptr, h_ptr, mixed_ptr, rows, ranks, M, R, stride_ci, stride_cj, CORE, PRECISION)
 

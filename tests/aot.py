@@ -35,11 +35,11 @@ def forms(kernel, dtype):
     for tile in tiles:
         if kernel == "project":
             cores = (0, 1, 2) if configs.mixes(tile.BLOCK_R, DTYPES[dtype]) else (0,)
-            for drops, (core, splits) in itertools.product((False, True), [(0, 4), *((core, 1) for core in cores)]):
-                yield project_kernel, tile, {"DROPS": drops, "CORE": core, "SPLITS": splits, "PRECISION": precision}
+            for drops, (core, split) in itertools.product((False, True), [(0, True), *((core, False) for core in cores)]):
+                yield project_kernel, tile, {"DROPS": drops, "CORE": core, "SPLIT": split, "PRECISION": precision}
         elif kernel == "finish":
             for core in (0, 1, 2) if configs.mixes(tile.BLOCK_R, DTYPES[dtype]) else (0,):
-                yield finish_kernel, tile, {"CORE": core, "SPLITS": 4, "PRECISION": precision}
+                yield finish_kernel, tile, {"CORE": core, "PRECISION": precision}
         elif kernel == "grad_project":
             for drops in (False, True):
                 yield grad_project_kernel, tile, {"DROPS": drops, "PRECISION": precision}
@@ -63,7 +63,7 @@ def compiled(function, tile, flags, dtype, capability):
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = "*i64" if name == "seed_ptr" else "*fp32" if name in wide else f"*{dtype}"
-            if name == "h_ptr" and flags.get("SPLITS", 1) > 1 and function is project_kernel:
+            if name == "h_ptr" and flags.get("SPLIT"):
                 signature[name] = "*fp32"
         elif name in ("stride_xk", "stride_ak", "stride_vr", "stride_br", "stride_cj", "stride_wk"):
             signature[name], constants[name] = "constexpr", 1

@@ -174,7 +174,7 @@ def test_what_is_beyond_the_end_is_not_written():
     guarded = torch.full((M * R + 64,), 7.0)
     project_kernel[1, 1](
         x, A, x, x, guarded, guarded, M, K, R, K, 1, K, 1, 0, 0, 3, 0, 1.0, 1,
-        DROPS=False, CORE=0, SPLITS=1, PRECISION="ieee", BLOCK_M=16, BLOCK_K=64, BLOCK_R=16,
+        DROPS=False, CORE=0, SPLIT=False, PRECISION="ieee", BLOCK_M=16, BLOCK_K=64, BLOCK_R=16,
     )  # fmt: skip
     torch.testing.assert_close(guarded[: M * R].view(M, R), x @ A.t())
     assert (guarded[M * R :] == 7).all()

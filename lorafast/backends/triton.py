@@ -67,18 +67,18 @@ def _project(x2: torch.Tensor, down: Down) -> tuple[torch.Tensor, torch.Tensor]:
     if M:
         sums = h if splits == 1 else x2.new_empty(splits, M, R, dtype=torch.float32)
         held, strides = (core, (core.stride(0), core.stride(-1))) if inside else (h, (0, 0))
-        fixed = {"CORE": core.dim() if inside else 0, "SPLITS": splits, "PRECISION": _precision(x2)}
+        fixed = {"CORE": core.dim() if inside else 0, "PRECISION": _precision(x2)}
         launch = {"num_warps": tile.warps, "num_stages": tile.stages}
         grid, scale = triton.cdiv(M, tile.BLOCK_M), philox.scale(down.p)
         with _on(x2):
             project_kernel[grid, splits](
                 x2, down.A, held, *_seed(down.seed, x2), sums, mixed, M, K, R, *x2.stride(), *down.A.stride(), *strides,
                 _groups(K), philox.threshold(down.p), scale, steps,
-                DROPS=down.p > 0, **fixed, **tile.blocks("BLOCK_M", "BLOCK_K"), **launch,
+                DROPS=down.p > 0, SPLIT=splits > 1, **fixed, **tile.blocks("BLOCK_M", "BLOCK_K"), **launch,
             )  # fmt: skip
             if splits > 1:
                 finish_kernel[(grid,)](
-                    sums, held, h, mixed, M, R, *strides, scale, **fixed, **tile.blocks("BLOCK_M"), **launch
+                    sums, held, h, mixed, M, R, *strides, scale, splits, **fixed, **tile.blocks("BLOCK_M"), **launch
                 )  # fmt: skip
     return h, mixed if inside else mix(h, core)
 

@@ -34,10 +34,11 @@ class Report:
 def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inner") -> Report:
     """Put every PEFT lora.Linear of the model on lorafast's ops, in place, by changing its class; restore() undoes it.
 
-    model: a PeftModel, a transformers or diffusers model with adapters, or either inside DDP or torch.compile. Parameters, names,
-    state dict, config, hooks and every method but forward stay PEFT's; each call looks whether the ops can serve it, and is PEFT's
-    own where they cannot. Adapters a PeftModel gets later are covered; after a transformers model's add_adapter() on new modules
-    call accelerate again. dropout_on=None is PEFT's reading of DoRA's dropout, "both"; "adapter" spares its second base GEMM.
+    model: a PeftModel, a model with injected adapters (transformers' add_adapter), or either inside DDP or torch.compile.
+    Parameters, names, state dict, config, hooks and every method but forward stay PEFT's; each call looks whether the ops can
+    serve it, and is PEFT's own where they cannot. Adapters a PeftModel gets later are covered; after a transformers model's
+    add_adapter() on new modules call accelerate again. dropout_on=None is PEFT's reading of DoRA's dropout, "both"; "adapter"
+    spares its second base GEMM.
     keep: what DoRA keeps for its magnitude, as in lorafast.DoRA.
     Warns once if layers are left. Raises TypeError or ValueError, and changes nothing, if no layer can be taken.
     """
