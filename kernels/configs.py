@@ -15,6 +15,8 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 # Ranks a kernel's tile may hold; R is padded to the next.
 BLOCKS_R = (16, 64, 128, 256)
 MAX_RANK = BLOCKS_R[-1]
+# The widest tile of ranks whose u is found in grad_output's one pass over dy: its parts are BLOCK_R/BLOCK_N of what dy is.
+ONE_PASS = 64
 
 
 class Tile(NamedTuple):
@@ -28,8 +30,12 @@ class Tile(NamedTuple):
     stages: int
 
     def blocks(self, *names: str) -> dict[str, int]:
-        """The block sizes a kernel takes, by name."""
-        return {name: getattr(self, name) for name in (*names, "BLOCK_R")}
+        """The block sizes a streaming kernel takes, by name, that of the ranks among them."""
+        return self.edges(*names, "BLOCK_R")
+
+    def edges(self, *names: str) -> dict[str, int]:
+        """Block sizes by name."""
+        return {name: getattr(self, name) for name in names}
 
 
 class Share(NamedTuple):
@@ -79,18 +85,71 @@ def row_norm(R: int, dtype: torch.dtype) -> Tile:
     return Tile(0, 32, 64 if BR < 128 else 32, BR, 8 if BR == 256 else 4, 2)
 
 
+def finish(R: int, dtype: torch.dtype) -> Tile:
+    """Few rows a program: the parts to add are many, the work on each is small."""
+    return Tile(16, 0, 0, block_r(R), 4, 1)
+
+
+def grad_output(M: int, N: int, R: int, dtype: torch.dtype, arch: str) -> Share:
+    """Columns of dy on the grid, wide ones, because every block of columns writes parts of u; the rows are split."""
+    BR, wide = block_r(R), dtype == torch.float32
+    tile = Tile(32 if wide else 64, _columns(BR, wide), 0, BR, 8, 2)
+    return _shared(tile, _blocks(N, tile.BLOCK_N), _blocks(M, tile.BLOCK_M), arch)
+
+
+def finish_P(R: int) -> Tile:
+    """Rows of dB, and all its ranks."""
+    return Tile(0, 16, 0, block_r(R), 4, 1)
+
+
+def masked_add(dtype: torch.dtype) -> Tile:
+    """A tile of dx; the ranks in steps of 16."""
+    return Tile(64, 0, 64, 16, 4, 1) if dtype == torch.float32 else Tile(64, 0, 128, 16, 4, 1)
+
+
+# The GEMMs' tiles, largest first; under a mask the largest has a stage less, and room for one base summand only.
+_TMA = (Tile(128, 256, 64, 0, 8, 4), Tile(128, 128, 64, 0, 8, 4))
+_TMA_MASKED = (Tile(128, 256, 64, 0, 8, 3), Tile(128, 128, 64, 0, 8, 4))
+_HALF = (Tile(128, 128, 64, 0, 8, 3), Tile(64, 64, 64, 0, 4, 4), Tile(16, 64, 128, 0, 4, 4))
+_FULL = (Tile(64, 64, 32, 0, 4, 3), Tile(16, 64, 64, 0, 4, 3))
+GEMM_FINISH = Tile(16, 128, 0, 0, 4, 1)
+# What a library's GEMM is taken to choose among, by a roofline.
+LIBRARY_TILES = (*_TMA, *_HALF[1:])
+
+
+def gemm(form: str, dtype: torch.dtype, masked: bool, many: bool) -> tuple[Tile, ...]:
+    """Tiles by form (tma, pointers), whether a low-rank summand is masked, and whether there are more than it and one base."""
+    if form == "tma":
+        return (_TMA_MASKED[many:] if masked else _TMA) if dtype != torch.float32 else ()
+    able = _FULL if dtype == torch.float32 else _HALF
+    # Sixteen rows are for decoding, which neither drops nor differentiates.
+    return able[:-1] if masked or many else able
+
+
 def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """Every tile a kernel can be asked for in a dtype, whatever the problem."""
-    if kernel == "row_norm":
-        return tuple(row_norm(R, dtype) for R in BLOCKS_R)
-    pick = {"project": project, "grad_project": grad_project}[kernel]
-    found = (pick(M, 4096, R, dtype, "sm_90").tile for R in BLOCKS_R for M in (16, 1 << 16))
-    return tuple(dict.fromkeys(found))
+    """Every tile a streaming kernel can be asked for in a dtype, whatever the problem."""
+    few_and_many, length = (16, 1 << 16), 4096
+    by_rank = {
+        "project": lambda R: [project(M, length, R, dtype, "sm_90").tile for M in few_and_many],
+        "finish": lambda R: [finish(R, dtype)],
+        "grad_project": lambda R: [grad_project(M, length, R, dtype, "sm_90").tile for M in few_and_many],
+        "grad_output": lambda R: [grad_output(M, length, R, dtype, "sm_90").tile for M in few_and_many],
+        "finish_P": lambda R: [finish_P(R)],
+        "masked_add": lambda R: [masked_add(dtype)],
+        "row_norm": lambda R: [row_norm(R, dtype)],
+    }[kernel]
+    return tuple(dict.fromkeys(tile for R in BLOCKS_R for tile in by_rank(R)))
 
 
 def _depth(BR: int, dtype: torch.dtype) -> int:
     """How much of the summed axis one step reads: as many bytes for every dtype, fewer beside a wide factor."""
     return (128 if BR == 16 else 64 if BR <= 128 else 32) // (2 if dtype == torch.float32 else 1)
+
+
+def _columns(BR: int, wide: bool) -> int:
+    """How many columns of dy fit beside their part of B and of P."""
+    columns = {16: 256, 64: 128, 128: 128, 256: 64}[BR]
+    return columns // (4 if BR == 256 else 2) if wide else columns
 
 
 def _shared(tile: Tile, programs: int, blocks: int, arch: str) -> Share:

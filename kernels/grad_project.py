@@ -4,10 +4,14 @@ A program owns BLOCK_K columns of x, which lie on the tensor cores' long axis (R
 split of the rows writes its own [R,K]; they are added in order afterwards. No atomics.
 """
 
+import torch
 import triton
 import triton.language as tl
 
+from lorafast import philox
+from lorafast.kernels import configs, launch
 from lorafast.kernels.philox import keep_tile
+from lorafast.problem import LowRank
 
 
 @triton.jit
@@ -35,3 +39,22 @@ def grad_project_kernel(
         acc = tl.dot(tl.trans(x), v.to(x.dtype), acc, input_precision=PRECISION)
     where = (split * R + ranks[:, None]) * K + cols[None, :]
     tl.store(out_ptr + where, tl.trans(acc) * scale, mask=(ranks[:, None] < R) & (cols[None, :] < K))
+
+
+def grad_project(x2: torch.Tensor, low: LowRank) -> torch.Tensor:
+    """dA = vᵀ drop(x), in fp32.  x [M,K], v [M,R] -> [R,K]"""
+    return sum_over_rows(x2, low.v, low.seed, low.p)
+
+
+def sum_over_rows(x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0) -> torch.Tensor:
+    """vᵀ drop(x), in fp32.  x [M,K], v [M,R] -> [R,K]"""
+    (M, K), R = x2.shape, v.shape[1]
+    tile, splits, steps = configs.grad_project(M, K, R, x2.dtype, launch.arch_of(x2))
+    out = x2.new_empty(splits, R, K, dtype=torch.float32)
+    with launch.on(x2):
+        grad_project_kernel[triton.cdiv(K, tile.BLOCK_K), splits](
+            x2, v, launch.seed_of(seed, x2), out, M, K, R, *x2.stride(), *v.stride(), launch.groups(K), philox.threshold(p),
+            philox.scale(p), steps, DROPS=p > 0, PRECISION=launch.precision(x2),
+            **tile.blocks("BLOCK_M", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out[0] if splits == 1 else out.sum(0)

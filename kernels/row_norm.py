@@ -4,8 +4,12 @@ A program owns BLOCK rows (or columns) of W and walks along them; the tile of BA
 multiplied in tf32 beside a half-precision W, whose own rounding is coarser; beside an fp32 W as PRECISION says.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from lorafast.kernels import configs, launch
+from lorafast.problem import Scaling
 
 
 @triton.jit
@@ -52,3 +56,21 @@ def _weight(ptr, rows, cols, N, K, stride_n, stride_k):
     """A tile of W as fp32, zero beyond its ends."""
     inside = (rows[:, None] < N) & (cols[None, :] < K)
     return tl.load(ptr + rows[:, None] * stride_n + cols[None, :] * stride_k, mask=inside, other=0.0).to(tl.float32)
+
+
+def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Scaling = 1.0, axis: str = "out") -> torch.Tensor:
+    """‖W + sBA‖ per row (axis="out", [N]) or per column (axis="in", [K]), in fp32."""
+    (N, K), R, by_row = weight.shape, A.shape[0], axis == "out"
+    tile = configs.row_norm(R, weight.dtype)
+    out = weight.new_empty(N if by_row else K, dtype=torch.float32)
+    scaled = isinstance(scaling, torch.Tensor)
+    grid = triton.cdiv(N, tile.BLOCK_N) if by_row else triton.cdiv(K, tile.BLOCK_K)
+    if grid:
+        with launch.on(weight):
+            row_norm_kernel[(grid,)](
+                weight, A, B, scaling if scaled else out, out, N, K, R, *weight.stride(), *A.stride(), *B.stride(),
+                0.0 if scaled else float(scaling), SCALED=scaled, BY_ROW=by_row,
+                PRECISION=launch.precision(weight) if weight.dtype == torch.float32 else "tf32",
+                **tile.blocks("BLOCK_N", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+    return out

@@ -30,7 +30,7 @@ PLACE = {name: (floor, position) for floor, names in enumerate(FLOORS) for posit
 # Inside a folder, what its other files may share, leftwards, and who may import everything beside it.
 SHARED = {
     "backends": ("eager",),
-    "kernels": ("philox", "configs"),
+    "kernels": ("philox", "configs", "routes", "launch", "factor", "project", "grad_project"),
     "methods": ("adapter", "svd", "lora"),
     "models": ("explain", "aside", "peft"),
     "bench": (

@@ -167,7 +167,7 @@ def test_rows_lie_beyond_two_to_the_thirty_first_element(tmp_path):
 
 def test_what_is_beyond_the_end_is_not_written():
     """Guards around every output of a launch with ragged ends."""
-    from lorafast.backends.triton import project_kernel
+    from lorafast.kernels.project import project_kernel
 
     M, K, R = 9, 20, 3
     x, A = torch.randn(M, K), torch.randn(R, K)

@@ -54,13 +54,14 @@ def linear(
     gain: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     keep_inner: bool = False,
+    low_first: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """z = x Wᵀ + Σ h' (s·out_scale⊙B)ᵀ and y = gain⊙z + bias.  x [...,K], weight [N,K] -> y [...,N], z [M,N] or None.
 
-    keep_inner, which needs a gain, returns z beside y.
+    keep_inner, which needs a gain, returns z beside y. low_first: which product comes first, if not the one that rounds least.
     """
     if _is_one(gain):
-        y, _ = linear(x, weight, ups, None, bias)
+        y, _ = linear(x, weight, ups, None, bias, low_first=low_first)
         z = torch.sub(flat(y), 0 if bias is None else bias.to(y.dtype)) if keep_inner else None
         return y, z
     x2, N = flat(x), weight.shape[0]
@@ -71,7 +72,7 @@ def linear(
     if started:
         z.copy_(bias)
     products = [(up.mixed, _scaled(up.B, up.scaling, x.dtype, up.out_scale).t()) for up in ups]
-    _add_products(z, [*products, (x2, weight.to(x.dtype).t())], started)
+    add_products(z, [*products, (x2, weight.to(x.dtype).t())], started, _rounds_often(z) if low_first is None else low_first)
     if gain is not None:
         for rows in panels(z):
             _gained(z[rows], gain, bias, y2[rows])
@@ -107,12 +108,12 @@ def grad_input(segments: list[Segment], low_ranks: list[LowRank]) -> torch.Tenso
     dx2 = dx.view(tokens(dy), K)
     masked = [low for low in low_ranks if low.p]
     products = [(v, A.to(dy.dtype)) for v, A, _, p in low_ranks if not p]
-    products += map(_with_gain, segments)
+    products += map(with_gain, segments)
     if _rounds_often(dx2):
         started = _add_masked(dx2, masked, started=False)
-        _add_products(dx2, products, started)
+        add_products(dx2, products, started, low_first=True)
     else:
-        _add_products(dx2, products, started=False)
+        add_products(dx2, products, started=False, low_first=False)
         _add_masked(dx2, masked, started=True)
     return dx
 
@@ -168,9 +169,9 @@ def _rounds_often(out: torch.Tensor) -> bool:
     return out.dtype.itemsize == 2
 
 
-def _add_products(out: torch.Tensor, products: list[tuple[torch.Tensor, torch.Tensor]], started: bool) -> None:
+def add_products(out: torch.Tensor, products: list[tuple[torch.Tensor, torch.Tensor]], started: bool, low_first: bool) -> None:
     """out = out (if started) + Σ a b over the products, the low-rank ones given before the base's."""
-    for a, b in products if _rounds_often(out) else reversed(products):
+    for a, b in products if low_first else reversed(products):
         out.addmm_(a, b, beta=int(started))
         started = True
 
@@ -229,7 +230,7 @@ def _gained(z: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, out:
         torch.addcmul(bias.to(gain.dtype), z, gain, out=out)
 
 
-def _with_gain(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+def with_gain(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
     """The two operands of (gain⊙dy) W in dy's dtype, the gain rounded into the smaller one."""
     dy2, weight = flat(segment.dy), segment.weight.to(segment.dy.dtype)
     if segment.gain is None:

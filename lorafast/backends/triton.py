@@ -1,4 +1,4 @@
-"""The Triton backend: kernels/ launched on tensors, and torch's own matrix products where there is no kernel yet.
+"""The Triton backend: the kernels in kernels/, and torch's own matrix products where these are held to be faster.
 
 On a GPU through a driver, on CPU tensors through Triton's interpreter. Nothing here has run on a GPU yet: so it is never picked
 unasked, and LORAFAST_BACKEND=triton asks for it.
@@ -6,27 +6,24 @@ unasked, and LORAFAST_BACKEND=triton asks for it.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 
-from lorafast import arch, env, philox
+from lorafast import env
 from lorafast.backends import eager
-from lorafast.kernels import configs
-from lorafast.kernels.grad_project import grad_project_kernel
-from lorafast.kernels.project import finish_kernel, project_kernel
-from lorafast.kernels.row_norm import row_norm_kernel
+from lorafast.kernels import configs, launch, routes
+from lorafast.kernels import grad_output as on_output
+from lorafast.kernels import grad_project as on_A
+from lorafast.kernels import project as down
+from lorafast.kernels.factor import factor
+from lorafast.kernels.gemm import Summand, gemm
+from lorafast.kernels.masked_add import masked_add
+from lorafast.kernels.row_norm import row_norm as norms
 from lorafast.panels import flat
-from lorafast.problem import Down, LowRank, Problem, Scaling
-from lorafast.reference import mix
+from lorafast.problem import Down, LowRank, OutputGrads, Problem, Return, Scaling, Segment, Up, tokens
 
 ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-# torch's matrix products with addmm_ for the low-rank part: a route like any other, and the only one here as yet.
-linear, grad_output, grad_input = eager.linear, eager.grad_output, eager.grad_input
 
 
 def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
@@ -53,91 +50,121 @@ def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
 
 def project(x: torch.Tensor, downs: list[Down]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """h = drop(x) Aᵀ rounded to x's dtype, and h' = core(h).  x [...,K] -> h, h' [M,R] for each way down."""
-    x2 = flat(x)
-    return [_project(x2, down) for down in downs]
+    return down.project(flat(x), downs)
 
 
-def _project(x2: torch.Tensor, down: Down) -> tuple[torch.Tensor, torch.Tensor]:
-    (M, K), R, core = x2.shape, down.A.shape[0], down.core
-    h = x2.new_empty(M, R)
-    # A core too wide for registers is a product of its own.
-    inside = core is not None and configs.mixes(R, x2.dtype)
-    mixed = x2.new_empty(M, R) if inside else h
-    tile, splits, steps = configs.project(M, K, R, x2.dtype, _arch(x2))
-    if M:
-        sums = h if splits == 1 else x2.new_empty(splits, M, R, dtype=torch.float32)
-        held, strides = (core, (core.stride(0), core.stride(-1))) if inside else (h, (0, 0))
-        fixed = {"CORE": core.dim() if inside else 0, "PRECISION": _precision(x2)}
-        launch = {"num_warps": tile.warps, "num_stages": tile.stages}
-        grid, scale = triton.cdiv(M, tile.BLOCK_M), philox.scale(down.p)
-        with _on(x2):
-            project_kernel[grid, splits](
-                x2, down.A, held, *_seed(down.seed, x2), sums, mixed, M, K, R, *x2.stride(), *down.A.stride(), *strides,
-                _groups(K), philox.threshold(down.p), scale, steps,
-                DROPS=down.p > 0, SPLIT=splits > 1, **fixed, **tile.blocks("BLOCK_M", "BLOCK_K"), **launch,
-            )  # fmt: skip
-            if splits > 1:
-                finish_kernel[(grid,)](
-                    sums, held, h, mixed, M, R, *strides, scale, splits, **fixed, **tile.blocks("BLOCK_M"), **launch
-                )  # fmt: skip
-    return h, mixed if inside else mix(h, core)
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ups: list[Up],
+    gain: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    keep_inner: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """z = x Wᵀ + Σ h' (s·out_scale⊙B)ᵀ and y = gain⊙z + bias.  x [...,K], weight [N,K] -> y [...,N], z [M,N] or None.
+
+    keep_inner, which needs a gain, returns z beside y.
+    """
+    x2, (N, K) = flat(x), weight.shape
+    base = _base(x2, weight)
+    asked = _asked(x2, N, (base,), sum(up.B.shape[1] for up in ups), ends=int(gain is not None) + int(keep_inner))
+    route = routes.pick(asked)
+    if not route.fused or not x2.shape[0] * N * K:
+        low_first = None if route.fused else route.form == "low first"
+        return eager.linear(x, weight, ups, gain, bias, keep_inner, low_first)
+    y = x.new_empty(*x.shape[:-1], N)
+    z = x2.new_empty(x2.shape[0], N) if keep_inner else None
+    by_row = launch.dense(base.b, 1)
+    lows = [Summand(up.mixed, factor(up.B, x.dtype, up.scaling, up.out_scale, by_row)) for up in ups]
+    gemm(y.view(x2.shape[0], N), [base, *_joined(lows, route, by_row)], None, route, gain, bias, z)
+    return y, z
+
+
+def grad_output(
+    dy: torch.Tensor,
+    returns: list[Return],
+    gain: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    want_bias: bool = False,
+) -> OutputGrads:
+    """u = s(gain⊙out_scale⊙dy)B, v = u·core, d_core = uᵀh, dB = out_scale⊙P with P = s(gain⊙dy)ᵀh', Σdy and Σdy⊙kept.
+
+    dy [...,N], kept [...,N] or None. Columns of dB before frozen_columns are zero and cost nothing.
+    """
+    return on_output.grad_output(flat(dy), returns, gain, None if kept is None else flat(kept), want_bias)
+
+
+def grad_input(segments: list[Segment], low_ranks: list[LowRank]) -> torch.Tensor:
+    """dx = Σ (gain⊙dy) W + Σ mask⊙(v A).  dy [...,N] -> dx [...,K]."""
+    dy, K = segments[0].dy, segments[0].weight.shape[1]
+    M, dropped = tokens(dy), [low for low in low_ranks if low.p]
+    dx = dy.new_empty(*dy.shape[:-1], K)
+    dx2 = dx.view(M, K)
+    bases = [_base(a, b.t()) for a, b in map(eager.with_gain, segments)]
+    plain = [low for low in low_ranks if not low.p]
+    by_row = launch.dense(bases[0].b, 1)
+    alike = all(launch.dense(base.b, 1 if by_row else 0) for base in bases)
+    asked = _asked(
+        dx2, K, tuple(bases), sum(low.A.shape[0] for low in low_ranks), masked=bool(dropped),
+        fusable=alike and len(dropped) <= 1 and len(bases) + bool(plain) + bool(dropped) <= 4,
+    )  # fmt: skip
+    route = routes.pick(asked)
+    if route.fused and M * K * min(base.a.shape[1] for base in bases):
+        lows = [Summand(v, factor(A.t(), dy.dtype, by_row=by_row), seed, p) for v, A, seed, p in low_ranks]
+        masked = _joined([low for low in lows if low.p], route, by_row)
+        gemm(dx2, [*bases, *_joined([low for low in lows if not low.p], route, by_row)], masked[0] if masked else None, route)
+        return dx
+    low_first = route.form == "low first"
+    products = [(v, A.to(dy.dtype)) for v, A, _, _ in plain] + [(base.a, base.b.t()) for base in bases]
+    if low_first:
+        for i, low in enumerate(dropped):
+            masked_add(dx2, low, started=i > 0)
+    eager.add_products(dx2, products, low_first and bool(dropped), low_first)
+    if not low_first:
+        for low in dropped:
+            masked_add(dx2, low, started=True)
+    return dx
 
 
 def grad_project(x: torch.Tensor, low_ranks: list[LowRank]) -> list[torch.Tensor]:
     """dA = vᵀ drop(x), in fp32.  x [...,K], v [M,R] -> [R,K] each."""
     x2 = flat(x)
-    return [_grad_project(x2, low) for low in low_ranks]
-
-
-def _grad_project(x2: torch.Tensor, low: LowRank) -> torch.Tensor:
-    (M, K), R = x2.shape, low.A.shape[0]
-    tile, splits, steps = configs.grad_project(M, K, R, x2.dtype, _arch(x2))
-    out = x2.new_empty(splits, R, K, dtype=torch.float32)
-    with _on(x2):
-        grad_project_kernel[triton.cdiv(K, tile.BLOCK_K), splits](
-            x2, low.v, *_seed(low.seed, x2), out, M, K, R, *x2.stride(), *low.v.stride(), _groups(K), philox.threshold(low.p),
-            philox.scale(low.p), steps, DROPS=low.p > 0, PRECISION=_precision(x2),
-            **tile.blocks("BLOCK_M", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(0)
+    return [on_A.grad_project(x2, low) for low in low_ranks]
 
 
 def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Scaling = 1.0, axis: str = "out") -> torch.Tensor:
     """‖W + sBA‖ per row (axis="out", [N]) or per column (axis="in", [K]), in fp32."""
-    (N, K), R, by_row = weight.shape, A.shape[0], axis == "out"
-    tile = configs.row_norm(R, weight.dtype)
-    out = weight.new_empty(N if by_row else K, dtype=torch.float32)
-    scaled = isinstance(scaling, torch.Tensor)
-    grid = triton.cdiv(N, tile.BLOCK_N) if by_row else triton.cdiv(K, tile.BLOCK_K)
-    if grid:
-        with _on(weight):
-            row_norm_kernel[(grid,)](
-                weight, A, B, scaling if scaled else out, out, N, K, R, *weight.stride(), *A.stride(), *B.stride(),
-                0.0 if scaled else float(scaling), SCALED=scaled, BY_ROW=by_row,
-                PRECISION=_precision(weight) if weight.dtype == torch.float32 else "tf32",
-                **tile.blocks("BLOCK_N", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
-    return out
+    return norms(weight, A, B, scaling, axis)
 
 
-def _seed(seed: torch.Tensor | None, x2: torch.Tensor) -> tuple[torch.Tensor]:
-    """The seed's pointer, or any other where nothing is dropped and none is read."""
-    return (x2 if seed is None else seed,)
+def _base(a: torch.Tensor, b: torch.Tensor) -> Summand:
+    """a bᵀ in a's dtype, both dense along an axis a GEMM of ours reads them by.  a [M,K], b [N,K]"""
+    b = b.to(a.dtype)
+    b = b if launch.dense(b, 1) or launch.dense(b, 0) else b.contiguous()
+    return Summand(a if launch.dense(a, 1) else a.contiguous(), b)
 
 
-def _groups(K: int) -> int:
-    return triton.cdiv(K, philox.GROUP)
+def _joined(lows: list[Summand], route: routes.Route, by_row: bool) -> list[Summand]:
+    """Low-rank summands side by side as one, padded until its rows are as far apart as its form of reading wants them."""
+    if not lows:
+        return []
+    a = lows[0].a if len(lows) == 1 else torch.cat([low.a for low in lows], dim=1)
+    b = lows[0].b if len(lows) == 1 else torch.cat([low.b for low in lows], dim=1)
+    apart = 1 if a.dtype == torch.float32 else 8 if route.form == "tma" else 16
+    missing = -a.shape[1] % apart
+    if missing or not launch.dense(a, 1):
+        a = torch.nn.functional.pad(a, (0, missing)).contiguous()
+    if missing:
+        b = torch.nn.functional.pad(b, (0, missing))
+    if not launch.dense(b, 1 if by_row else 0):
+        b = b.contiguous() if by_row else b.t().contiguous().t()
+    return [Summand(a, b, lows[0].seed, lows[0].p)]
 
 
-def _precision(x: torch.Tensor) -> str:
-    """tf32 only where torch's own matrix products use it."""
-    return "tf32" if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _arch(x: torch.Tensor) -> str:
-    return arch.of(x.device).name
-
-
-def _on(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Kernels launch on the current device, which need not be x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def _asked(
+    like: torch.Tensor, N: int, bases: tuple[Summand, ...], R: int, masked: bool = False, ends: int = 0, fusable: bool = True
+) -> routes.Asked:
+    # Rows of y and z are as long as N; the low-rank operands are made to fit.
+    aligned = N * like.itemsize % 16 == 0 and all(launch.aligned(base.a) and launch.aligned(base.b) for base in bases)
+    lengths = tuple(base.a.shape[1] for base in bases)
+    return routes.Asked(like.shape[0], N, lengths, R, like.dtype, launch.arch_of(like), masked, ends, aligned, fusable)
