@@ -62,39 +62,31 @@ def mixes(R: int, dtype: torch.dtype) -> bool:
 
 def project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> Share:
     """Rows of x on the grid; K is split where they are too few to fill the GPU."""
-    BR = block_r(R)
-    # fp32 in full precision has no tensor cores, and its products want registers.
-    filled = 64 * _multiprocessors(arch) <= M
-    BM = 64 if filled and dtype != torch.float32 else 16
-    BK = _depth(BR, dtype)
-    return _shared(Tile(BM, 0, BK, BR, 8 if BM * BR >= 8192 else 4, 3 if BR < 128 else 2), _blocks(M, BM), _blocks(K, BK), arch)
+    few, many = _PROJECT[dtype == torch.float32][block_r(R)]
+    tile = many if 64 * _multiprocessors(arch) <= M else few
+    return _shared(tile, _blocks(M, tile.BLOCK_M), _blocks(K, tile.BLOCK_K), arch)
 
 
 def grad_project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> Share:
     """Columns of x on the grid; the rows are split until they fill the GPU."""
-    BR = block_r(R)
-    tile = Tile(_depth(BR, dtype), 0, 64, BR, 8 if BR >= 128 else 4, 3 if BR < 128 else 2)
+    tile = _GRAD_PROJECT[dtype == torch.float32][block_r(R)]
     return _shared(tile, _blocks(K, tile.BLOCK_K), _blocks(M, tile.BLOCK_M), arch)
-
-
-def row_norm(R: int, dtype: torch.dtype) -> Tile:
-    """Enough rows in flight to keep memory busy, few enough for fp32 factors of any rank."""
-    BR = block_r(R)
-    if dtype == torch.float32:
-        return Tile(0, 16, 32 if BR < 128 else 16, BR, 8, 2)
-    return Tile(0, 32, 64 if BR < 128 else 32, BR, 8 if BR == 256 else 4, 2)
-
-
-def finish(R: int, dtype: torch.dtype) -> Tile:
-    """Few rows a program: the parts to add are many, the work on each is small."""
-    return Tile(16, 0, 0, block_r(R), 4, 1)
 
 
 def grad_output(M: int, N: int, R: int, dtype: torch.dtype, arch: str) -> Share:
     """Columns of dy on the grid, wide ones, because every block of columns writes parts of u; the rows are split."""
-    BR, wide = block_r(R), dtype == torch.float32
-    tile = Tile(32 if wide else 64, _columns(BR, wide), 0, BR, 8, 2)
+    tile = _GRAD_OUTPUT[dtype == torch.float32][block_r(R)]
     return _shared(tile, _blocks(N, tile.BLOCK_N), _blocks(M, tile.BLOCK_M), arch)
+
+
+def row_norm(R: int, dtype: torch.dtype) -> Tile:
+    """Rows (or columns) of W on the grid."""
+    return _ROW_NORM[dtype == torch.float32][block_r(R)]
+
+
+def finish(R: int) -> Tile:
+    """Few rows a program: the parts to add are many, the work on each is small."""
+    return Tile(16, 0, 0, block_r(R), 4, 1)
 
 
 def finish_P(R: int) -> Tile:
@@ -104,17 +96,81 @@ def finish_P(R: int) -> Tile:
 
 def masked_add(dtype: torch.dtype) -> Tile:
     """A tile of dx; the ranks in steps of 16."""
-    return Tile(64, 0, 64, 16, 4, 1) if dtype == torch.float32 else Tile(64, 0, 128, 16, 4, 1)
+    return Tile(64, 0, 64 if dtype == torch.float32 else 128, 16, 4, 1)
 
+
+# A square of a factor.
+FACTOR = Tile(0, 32, 32, 0, 4, 1)
+
+# By whether x is fp32, which in full precision has no tensor cores and wants registers, and by tile of ranks. Each of these
+# compiles without a spill on every architecture and in every form; many a neighbour does not.
+_PROJECT = {  # few rows, many rows
+    False: {
+        16: (Tile(16, 0, 128, 16, 4, 3), Tile(64, 0, 128, 16, 4, 3)),
+        64: (Tile(16, 0, 64, 64, 4, 3), Tile(64, 0, 64, 64, 8, 3)),
+        128: (Tile(16, 0, 32, 128, 4, 3), Tile(64, 0, 64, 128, 8, 2)),
+        256: (Tile(16, 0, 32, 256, 4, 2), Tile(64, 0, 32, 256, 8, 2)),
+    },
+    True: {
+        16: (Tile(16, 0, 64, 16, 4, 3),) * 2,
+        64: (Tile(16, 0, 32, 64, 4, 3),) * 2,
+        128: (Tile(16, 0, 32, 128, 8, 2),) * 2,
+        256: (Tile(16, 0, 16, 256, 4, 2),) * 2,
+    },
+}
+_GRAD_PROJECT = {
+    False: {
+        16: Tile(64, 0, 128, 16, 4, 3),
+        64: Tile(64, 0, 64, 64, 4, 3),
+        128: Tile(64, 0, 64, 128, 8, 2),
+        256: Tile(64, 0, 32, 256, 8, 2),
+    },
+    True: {
+        16: Tile(64, 0, 64, 16, 4, 3),
+        64: Tile(32, 0, 32, 64, 4, 3),
+        128: Tile(32, 0, 32, 128, 8, 2),
+        256: Tile(64, 0, 16, 256, 8, 2),
+    },
+}
+_GRAD_OUTPUT = {
+    False: {
+        16: Tile(64, 256, 0, 16, 8, 2),
+        64: Tile(64, 128, 0, 64, 8, 2),
+        128: Tile(64, 64, 0, 128, 8, 2),
+        256: Tile(64, 64, 0, 256, 8, 2),
+    },
+    True: {
+        16: Tile(32, 128, 0, 16, 8, 2),
+        64: Tile(32, 64, 0, 64, 8, 2),
+        128: Tile(32, 64, 0, 128, 8, 2),
+        256: Tile(32, 16, 0, 256, 8, 2),
+    },
+}
+_ROW_NORM = {
+    False: {
+        16: Tile(0, 32, 64, 16, 4, 2),
+        64: Tile(0, 32, 64, 64, 4, 2),
+        128: Tile(0, 32, 32, 128, 4, 2),
+        256: Tile(0, 32, 32, 256, 8, 2),
+    },
+    True: {
+        16: Tile(0, 16, 32, 16, 8, 2),
+        64: Tile(0, 16, 32, 64, 8, 2),
+        128: Tile(0, 16, 16, 128, 8, 2),
+        256: Tile(0, 16, 16, 256, 8, 2),
+    },
+}
 
 # The GEMMs' tiles, largest first; under a mask the largest has a stage less, and room for one base summand only.
 _TMA = (Tile(128, 256, 64, 0, 8, 4), Tile(128, 128, 64, 0, 8, 4))
 _TMA_MASKED = (Tile(128, 256, 64, 0, 8, 3), Tile(128, 128, 64, 0, 8, 4))
-_HALF = (Tile(128, 128, 64, 0, 8, 3), Tile(64, 64, 64, 0, 4, 4), Tile(16, 64, 128, 0, 4, 4))
-_FULL = (Tile(64, 64, 32, 0, 4, 3), Tile(16, 64, 64, 0, 4, 3))
+_HALF = (Tile(128, 128, 64, 0, 8, 3), Tile(64, 64, 64, 0, 4, 4), Tile(16, 64, 128, 0, 4, 4), Tile(16, 32, 128, 0, 4, 4))
+_FULL = (Tile(64, 64, 16, 0, 4, 3), Tile(16, 64, 64, 0, 4, 3))
 GEMM_FINISH = Tile(16, 128, 0, 0, 4, 1)
+# The tallest tile whose sum may be split among programs: taller ones are asked for where there are enough of them.
+SPLIT_ROWS = 64
 # What a library's GEMM is taken to choose among, by a roofline.
-LIBRARY_TILES = (*_TMA, *_HALF[1:])
+LIBRARY_TILES = (*_TMA, *_HALF)
 
 
 def gemm(form: str, dtype: torch.dtype, masked: bool, many: bool) -> tuple[Tile, ...]:
@@ -123,33 +179,23 @@ def gemm(form: str, dtype: torch.dtype, masked: bool, many: bool) -> tuple[Tile,
         return (_TMA_MASKED[many:] if masked else _TMA) if dtype != torch.float32 else ()
     able = _FULL if dtype == torch.float32 else _HALF
     # Sixteen rows are for decoding, which neither drops nor differentiates.
-    return able[:-1] if masked or many else able
+    return tuple(tile for tile in able if tile.BLOCK_M > 16) if masked or many else able
 
 
 def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """Every tile a streaming kernel can be asked for in a dtype, whatever the problem."""
-    few_and_many, length = (16, 1 << 16), 4096
-    by_rank = {
-        "project": lambda R: [project(M, length, R, dtype, "sm_90").tile for M in few_and_many],
-        "finish": lambda R: [finish(R, dtype)],
-        "grad_project": lambda R: [grad_project(M, length, R, dtype, "sm_90").tile for M in few_and_many],
-        "grad_output": lambda R: [grad_output(M, length, R, dtype, "sm_90").tile for M in few_and_many],
-        "finish_P": lambda R: [finish_P(R)],
-        "masked_add": lambda R: [masked_add(dtype)],
-        "row_norm": lambda R: [row_norm(R, dtype)],
-    }[kernel]
-    return tuple(dict.fromkeys(tile for R in BLOCKS_R for tile in by_rank(R)))
-
-
-def _depth(BR: int, dtype: torch.dtype) -> int:
-    """How much of the summed axis one step reads: as many bytes for every dtype, fewer beside a wide factor."""
-    return (128 if BR == 16 else 64 if BR <= 128 else 32) // (2 if dtype == torch.float32 else 1)
-
-
-def _columns(BR: int, wide: bool) -> int:
-    """How many columns of dy fit beside their part of B and of P."""
-    columns = {16: 256, 64: 128, 128: 128, 256: 64}[BR]
-    return columns // (4 if BR == 256 else 2) if wide else columns
+    wide = dtype == torch.float32
+    found = {
+        "project": [tile for pair in _PROJECT[wide].values() for tile in pair],
+        "finish": [finish(R) for R in BLOCKS_R],
+        "grad_project": _GRAD_PROJECT[wide].values(),
+        "grad_output": _GRAD_OUTPUT[wide].values(),
+        "finish_P": [finish_P(R) for R in BLOCKS_R],
+        "factor": [FACTOR],
+        "masked_add": [masked_add(dtype)],
+        "row_norm": _ROW_NORM[wide].values(),
+    }
+    return tuple(dict.fromkeys(found[kernel]))
 
 
 def _shared(tile: Tile, programs: int, blocks: int, arch: str) -> Share:

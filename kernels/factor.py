@@ -7,23 +7,21 @@ import torch
 import triton
 import triton.language as tl
 
-from lorafast.kernels import launch
+from lorafast.kernels import configs, launch
 from lorafast.problem import Scaling
-
-BLOCK = 32
 
 
 @triton.jit
 def factor_kernel(
-    factor_ptr, row_ptr, scale_ptr, out_ptr, rows, cols, width, stride_fi, stride_fj, stride_oi, stride_oj, scaled_rows, scaling,
-    SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    factor_ptr, row_ptr, scale_ptr, out_ptr, rows, cols, width, stride_fi, stride_fj, stride_oi, stride_oj,
+    scaled_rows, scaled, scaling, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈rows/BLOCK⌉, ⌈width/BLOCK⌉). SCALED: s is at scale_ptr, not in scaling."""
-    i = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    j = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    """Grid (⌈rows/BLOCK_N⌉, ⌈width/BLOCK_K⌉). scaled: s is at scale_ptr, and scaling is 1."""
+    i = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    j = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
     inside = (i[:, None] < rows) & (j[None, :] < cols)
     value = tl.load(factor_ptr + i[:, None] * stride_fi + j[None, :] * stride_fj, mask=inside, other=0.0).to(tl.float32)
-    value *= tl.load(scale_ptr).to(tl.float32) if SCALED else scaling
+    value *= scaling * tl.load(scale_ptr, mask=scaled != 0, other=1.0).to(tl.float32)
     value *= tl.load(row_ptr + i, mask=(i < rows) & (scaled_rows != 0), other=1.0).to(tl.float32)[:, None]
     where = out_ptr + i[:, None] * stride_oi + j[None, :] * stride_oj
     tl.store(where, value.to(out_ptr.dtype.element_ty), mask=(i[:, None] < rows) & (j[None, :] < width))
@@ -46,9 +44,10 @@ def factor(
         return F
     out = F.new_empty(I, width, dtype=dtype) if by_row else F.new_empty(width, I, dtype=dtype).t()
     if out.numel():
+        tile = configs.FACTOR
         with launch.on(F):
-            factor_kernel[triton.cdiv(I, BLOCK), triton.cdiv(width, BLOCK)](
+            factor_kernel[triton.cdiv(I, tile.BLOCK_N), triton.cdiv(width, tile.BLOCK_K)](
                 F, F if row_scale is None else row_scale, scaling if scaled else F, out, I, J, width, *F.stride(), *out.stride(),
-                int(row_scale is not None), 0.0 if scaled else float(scaling), SCALED=scaled, BLOCK=BLOCK,
+                int(row_scale is not None), int(scaled), 1.0 if scaled else float(scaling), **tile.edges("BLOCK_N", "BLOCK_K"),
             )  # fmt: skip
     return out

@@ -141,15 +141,16 @@ def _finished(acc, gain_ptr, bias_ptr, cols, N, gains, biased):
 
 @triton.jit
 def gemm_kernel(
-    a0_ptr, b0_ptr, a1_ptr, b1_ptr, a2_ptr, b2_ptr, a3_ptr, b3_ptr, gain_ptr, bias_ptr, seed_ptr, y_ptr, z_ptr, M, N, K0, K1, K2, K3,
-    stride_a0, stride_b0, stride_a1, stride_b1, stride_a2, stride_b2, stride_a3, stride_b3,
+    a0_ptr, b0_ptr, a1_ptr, b1_ptr, a2_ptr, b2_ptr, a3_ptr, b3_ptr, gain_ptr, bias_ptr, seed_ptr, y_ptr, z_ptr,
+    M, N, K0, K1, K2, K3, stride_a0, stride_b0, stride_a1, stride_b1, stride_a2, stride_b2, stride_a3, stride_b3,
     gains, biased, inner, groups, threshold, scale, share,
     SEGMENTS: tl.constexpr, MASKED: tl.constexpr, BY_ROW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, splits): a program does `share` steps of one tile. aᵢ, bᵢ, y and z are dense along their rows, y and z all over.
 
-    bᵢ [N,Kᵢ] (BY_ROW) or [Kᵢ,N]; a stride is that from one row to the next. SPLIT: y_ptr takes fp32 sums [splits,M,N].
+    bᵢ [N,Kᵢ] (BY_ROW) or [Kᵢ,N]; a stride is that from one row to the next. SPLIT, never with MASKED: y_ptr takes fp32
+    sums [splits,M,N].
     """
     first_row, first_col = _place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     split = tl.program_id(1)
@@ -157,10 +158,7 @@ def gemm_kernel(
     cols = first_col + tl.arange(0, BLOCK_N).to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if MASKED:
-        low_steps = tl.cdiv(K3, BLOCK_K)
-        if SPLIT:
-            low_steps = tl.where(split == 0, low_steps, 0)
-        for step in range(low_steps):
+        for step in range(tl.cdiv(K3, BLOCK_K)):
             acc = _step_at(a3_ptr, b3_ptr, stride_a3, stride_b3, K3, acc, rows, cols, step, M, N, BY_ROW, PRECISION, BLOCK_K)
         acc = _masked(acc, seed_ptr, first_row, first_col, groups, threshold, scale, BLOCK_M, BLOCK_N)
     end0, end1, end2, steps = _ends(K0, K1, K2, K3, SEGMENTS, BLOCK_K)

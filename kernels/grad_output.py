@@ -24,13 +24,14 @@ from lorafast.reference import mix
 @triton.jit
 def grad_output_kernel(
     dy_ptr, kept_ptr, mixed_ptr, B_ptr, u_ptr, P_ptr, sums_ptr, M, N, R, live,
-    stride_dm, stride_dn, stride_km, stride_kn, stride_hm, stride_hr, steps,
-    U: tl.constexpr, P: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    stride_dm, stride_dn, stride_km, stride_kn, stride_hm, stride_hr, asked, steps,
+    U: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Grid (⌈N/BLOCK_N⌉, splits) -> u fp32 [⌈N/BLOCK_N⌉,M,R], P fp32 [splits,N,live], sums fp32 [splits,2,N].
 
-    h' [M,live], B [N,R] dense along its rows. SUMS: 1 for Σ dy, 2 for Σ dy⊙kept too.
+    h' [M,live], B [N,R] dense along its rows. asked: 0, 1 for Σ dy, 2 for Σ dy⊙kept too. They are always summed,
+    which beside the reading is nothing.
     """
     own, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     cols = own.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -55,28 +56,24 @@ def grad_output_kernel(
                 mask=(rows[:, None] < M) & (ranks[None, :] < live), other=0.0,
             )  # fmt: skip
             found = tl.dot(tl.trans(dy), mixed, found, input_precision=PRECISION)
-        if SUMS > 0:
-            total += tl.sum(dy.to(tl.float32), axis=0)
-        if SUMS > 1:
-            kept = tl.load(kept_ptr + rows[:, None] * stride_km + cols[None, :] * stride_kn, mask=inside, other=0.0)
-            dot += tl.sum(dy.to(tl.float32) * kept.to(tl.float32), axis=0)
+        total += tl.sum(dy.to(tl.float32), axis=0)
+        kept = tl.load(kept_ptr + rows[:, None] * stride_km + cols[None, :] * stride_kn, mask=inside & (asked > 1), other=0.0)
+        dot += tl.sum(dy.to(tl.float32) * kept.to(tl.float32), axis=0)
     if P:
         where = (split * N + cols[:, None]) * live + ranks[None, :]
         tl.store(P_ptr + where, found, mask=(cols[:, None] < N) & (ranks[None, :] < live))
-    if SUMS > 0:
-        tl.store(sums_ptr + 2 * split * N + cols, total, mask=cols < N)
-    if SUMS > 1:
-        tl.store(sums_ptr + (2 * split + 1) * N + cols, dot, mask=cols < N)
+    tl.store(sums_ptr + 2 * split * N + cols, total, mask=(cols < N) & (asked > 0))
+    tl.store(sums_ptr + (2 * split + 1) * N + cols, dot, mask=(cols < N) & (asked > 1))
 
 
 @triton.jit
 def finish_P_kernel(
-    P_ptr, gain_ptr, out_scale_ptr, B_ptr, scale_ptr, dB_ptr, d_out_scale_ptr, N, R, width, stride_bn, stride_br, skipped, frozen, splits,
-    gains, scales, wants_B, wants_out_scale, scaling, SCALED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    P_ptr, gain_ptr, out_scale_ptr, B_ptr, scale_ptr, dB_ptr, d_out_scale_ptr, N, R, width, stride_bn, stride_br, skipped, frozen,
+    splits, gains, scales, wants_B, wants_out_scale, scaled, scaling, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Grid (⌈N/BLOCK_N⌉,): P = s·gain⊙Σ parts, dB = out_scale⊙P with its first `frozen` columns 0, d_out_scale = rowsum(P⊙B).
 
-    The parts [splits,N,width] begin at column `skipped` of B. SCALED: s is at scale_ptr, not in scaling.
+    The parts [splits,N,width] begin at column `skipped` of B. scaled: s is at scale_ptr, and scaling is 1.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
@@ -85,7 +82,7 @@ def finish_P_kernel(
     P = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for split in range(splits):
         P += tl.load(P_ptr + (split * N + rows[:, None]) * width + ranks[None, :] - skipped, mask=there, other=0.0)
-    P *= tl.load(scale_ptr).to(tl.float32) if SCALED else scaling
+    P *= scaling * tl.load(scale_ptr, mask=scaled != 0, other=1.0).to(tl.float32)
     P *= tl.load(gain_ptr + rows, mask=(rows < N) & (gains != 0), other=1.0).to(tl.float32)[:, None]
     if wants_out_scale:
         B = tl.load(B_ptr + rows[:, None] * stride_bn + ranks[None, :] * stride_br, mask=inside, other=0.0).to(tl.float32)
@@ -165,8 +162,8 @@ def _launch(dy2, kept2, mixed, B, u, P, sums, asked, share) -> None:
         grad_output_kernel[triton.cdiv(N, tile.BLOCK_N), share.splits](
             dy2, like if kept2 is None else kept2, like if P is None else mixed, like if u is None else B, like if u is None else u,
             like if P is None else P, like if sums is None else sums, M, N, R, live, *dy2.stride(),
-            *((0, 0) if kept2 is None else kept2.stride()), *((0, 0) if P is None else mixed.stride()), share.steps,
-            U=u is not None, P=P is not None, SUMS=asked, PRECISION=launch.precision(dy2),
+            *((0, 0) if kept2 is None else kept2.stride()), *((0, 0) if P is None else mixed.stride()), asked, share.steps,
+            U=u is not None, P=P is not None, PRECISION=launch.precision(dy2),
             **tile.blocks("BLOCK_M", "BLOCK_N"), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
@@ -187,7 +184,7 @@ def _finish_P(
                 P[..., first:], P if gain is None else gain, P if back.out_scale is None else back.out_scale, back.B,
                 back.scaling if scaled else P, P if dB is None else dB, P if d_out_scale is None else d_out_scale, N, R, P.shape[2],
                 *back.B.stride(), skipped, back.frozen_columns, P.shape[0], int(gain is not None), int(back.out_scale is not None),
-                int(back.want_B), int(back.want_out_scale), 0.0 if scaled else float(back.scaling), SCALED=scaled,
+                int(back.want_B), int(back.want_out_scale), int(scaled), 1.0 if scaled else float(back.scaling),
                 **tile.blocks("BLOCK_N"), num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return dB, d_out_scale

@@ -24,12 +24,10 @@ def masked_add_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for start in range(0, R, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)
-        v = tl.load(
-            v_ptr + rows[:, None] * stride_vm + ranks[None, :] * stride_vr, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0
-        )
-        A = tl.load(
-            A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak, mask=(ranks[:, None] < R) & (cols[None, :] < K), other=0.0
-        )
+        inside = (rows[:, None] < M) & (ranks[None, :] < R)
+        v = tl.load(v_ptr + rows[:, None] * stride_vm + ranks[None, :] * stride_vr, mask=inside, other=0.0)
+        inside = (ranks[:, None] < R) & (cols[None, :] < K)
+        A = tl.load(A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak, mask=inside, other=0.0)
         acc = tl.dot(v, A.to(v.dtype), acc, input_precision=PRECISION)
     kept = keep_tile(tl.load(seed_ptr), rows, tl.program_id(1) * BLOCK_K // 8, groups, threshold, BLOCK_K // 8)
     where = out_ptr + rows[:, None] * K + cols[None, :]

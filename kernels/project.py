@@ -1,10 +1,13 @@
 """project: h = drop(x) Aᵀ and h' = core(h), x read once.
 
 A program owns BLOCK_M rows and all R ranks, and walks its share of K; the mask is remade in registers. Few rows leave most of a
-GPU idle, so K may be split: then every split writes its fp32 sums, and `finish_kernel` adds them in order. No atomics.
+GPU idle, so K may be split: then every split writes its fp32 sums, and finish_kernel adds them in order. No atomics. It is also
+where a core multiplies, from registers.
 
 Several ways down that drop alike, as siblings and adapters without dropout do, are one stack of A: x is read once for all of them.
 """
+
+import itertools
 
 import torch
 import triton
@@ -19,12 +22,11 @@ from lorafast.reference import mix
 
 @triton.jit
 def project_kernel(
-    x_ptr, A_ptr, core_ptr, seed_ptr, h_ptr, mixed_ptr, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, stride_ci, stride_cj,
-    groups, threshold, scale, steps,
-    DROPS: tl.constexpr, CORE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, A_ptr, seed_ptr, h_ptr, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, groups, threshold, scale, steps,
+    DROPS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈M/BLOCK_M⌉, splits). SPLIT: h_ptr takes fp32 sums [splits,M,R], and finish_kernel does the rest.
+    """Grid (⌈M/BLOCK_M⌉, splits) -> h [M,R]. PARTS: h_ptr takes fp32 sums [splits,M,R], unscaled, for finish_kernel.
 
     How many splits there are changes with M and is no part of what is compiled: every length of a batch would compile anew.
     """
@@ -45,36 +47,30 @@ def project_kernel(
         inside = (ranks[:, None] < R) & (cols[None, :] < K)
         A = tl.load(A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak, mask=inside, other=0.0)
         acc = tl.dot(x, tl.trans(A.to(x.dtype)), acc, input_precision=PRECISION)
-    if SPLIT:
-        where = (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * R + ranks[None, :]
-        tl.store(h_ptr + where, acc, mask=(rows[:, None] < M) & (ranks[None, :] < R))
+    inside = (rows[:, None] < M) & (ranks[None, :] < R)
+    if PARTS:
+        tl.store(h_ptr + (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * R + ranks[None, :], acc, mask=inside)
     else:
-        _finish(acc * scale, core_ptr, h_ptr, mixed_ptr, rows, ranks, M, R, stride_ci, stride_cj, CORE, PRECISION)
+        tl.store(h_ptr + rows[:, None] * R + ranks[None, :], (acc * scale).to(h_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def finish_kernel(
-    sums_ptr, core_ptr, h_ptr, mixed_ptr, M, R, width, stride_ci, stride_cj, scale, splits,
+    parts_ptr, core_ptr, h_ptr, mixed_ptr, M, R, width, stride_ci, stride_cj, scale, splits,
     CORE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈M/BLOCK_M⌉): the splits' sums [splits,M,width] added in order, then what project_kernel does with its own."""
+    """Grid (⌈M/BLOCK_M⌉,): parts [splits,M,width] added in order; h their first R columns, scaled, and h' from the rounded h.
+
+    CORE: the number of the core's dimensions, 0 for none.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
     inside = (rows[:, None] < M) & (ranks[None, :] < R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for split in range(splits):
-        acc += tl.load(sums_ptr + (split * M + rows[:, None]) * width + ranks[None, :], mask=inside, other=0.0)
-    _finish(acc * scale, core_ptr, h_ptr, mixed_ptr, rows, ranks, M, R, stride_ci, stride_cj, CORE, PRECISION)
-
-
-@triton.jit
-def _finish(
-    acc, core_ptr, h_ptr, mixed_ptr, rows, ranks, M, R, stride_ci, stride_cj, CORE: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """h rounded once, and h' from the rounded h. CORE: the number of the core's dimensions, 0 for none."""
-    inside = (rows[:, None] < M) & (ranks[None, :] < R)
+        acc += tl.load(parts_ptr + (split * M + rows[:, None]) * width + ranks[None, :], mask=inside, other=0.0)
+    h = (acc * scale).to(h_ptr.dtype.element_ty)
     where = rows[:, None] * R + ranks[None, :]
-    h = acc.to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + where, h, mask=inside)
     if CORE == 1:
         core = tl.load(core_ptr + ranks * stride_ci, mask=ranks < R, other=0.0).to(h.dtype)
@@ -111,72 +107,58 @@ def _stacks(downs: list[Down]) -> list[list[int]]:
 
 
 def _alone(x2: torch.Tensor, down: Down) -> tuple[torch.Tensor, torch.Tensor]:
-    (M, K), R, core = x2.shape, down.A.shape[0], down.core
+    (M, K), R = x2.shape, down.A.shape[0]
     share = configs.project(M, K, R, x2.dtype, launch.arch_of(x2))
-    if share.splits > 1:
-        return finished(_sums(x2, down, share), 0, R, core, philox.scale(down.p), x2.dtype)
+    if share.splits > 1 or (down.core is not None and configs.mixes(R, x2.dtype)):
+        return finished(_parts(x2, down, share), 0, R, down.core, philox.scale(down.p), x2.dtype)
     h = x2.new_empty(M, R)
-    # A core too wide for registers is a product of its own.
-    inside = core is not None and configs.mixes(R, x2.dtype)
-    mixed = x2.new_empty(M, R) if inside else h
-    _launch(x2, down, share, core if inside else None, h, mixed)
-    return h, mixed if inside else mix(h, core)
+    _launch(x2, down, share, h)
+    return h, mix(h, down.core)
 
 
 def _stacked(x2: torch.Tensor, downs: list[Down]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     stack = downs[0]._replace(A=torch.cat([down.A for down in downs]))
-    sums = _sums(x2, stack, configs.project(*x2.shape, stack.A.shape[0], x2.dtype, launch.arch_of(x2)))
-    found, first = [], 0
-    for down in downs:
-        R = down.A.shape[0]
-        found.append(finished(sums, first, R, down.core, philox.scale(down.p), x2.dtype))
-        first += R
-    return found
+    parts = _parts(x2, stack, configs.project(*x2.shape, stack.A.shape[0], x2.dtype, launch.arch_of(x2)))
+    firsts = itertools.accumulate((down.A.shape[0] for down in downs), initial=0)
+    scale = philox.scale(stack.p)
+    return [finished(parts, i, down.A.shape[0], down.core, scale, x2.dtype) for i, down in zip(firsts, downs, strict=False)]
 
 
-def _sums(x2: torch.Tensor, down: Down, share: configs.Share) -> torch.Tensor:
+def _parts(x2: torch.Tensor, down: Down, share: configs.Share) -> torch.Tensor:
     """drop(x) Aᵀ before its scale, in fp32 parts to be added.  [splits,M,R]"""
-    sums = x2.new_empty(share.splits, x2.shape[0], down.A.shape[0], dtype=torch.float32)
-    _launch(x2, down, share, None, sums, sums)
-    return sums
+    parts = x2.new_empty(share.splits, x2.shape[0], down.A.shape[0], dtype=torch.float32)
+    _launch(x2, down, share, parts)
+    return parts
 
 
-def _launch(
-    x2: torch.Tensor, down: Down, share: configs.Share, core: torch.Tensor | None, h: torch.Tensor, mixed: torch.Tensor
-) -> None:
+def _launch(x2: torch.Tensor, down: Down, share: configs.Share, h: torch.Tensor) -> None:
+    """Into h [M,R], or into parts [splits,M,R]."""
     (M, K), R, tile = x2.shape, down.A.shape[0], share.tile
     if M:
         with launch.on(x2):
             project_kernel[triton.cdiv(M, tile.BLOCK_M), share.splits](
-                x2, down.A, x2 if core is None else core, launch.seed_of(down.seed, x2), h, mixed, M, K, R, *x2.stride(),
-                *down.A.stride(), *_strides(core), launch.groups(K), philox.threshold(down.p), philox.scale(down.p), share.steps,
-                DROPS=down.p > 0, CORE=_dims(core), SPLIT=h.dim() == 3, PRECISION=launch.precision(x2),
+                x2, down.A, launch.seed_of(down.seed, x2), h, M, K, R, *x2.stride(), *down.A.stride(), launch.groups(K),
+                philox.threshold(down.p), philox.scale(down.p), share.steps,
+                DROPS=down.p > 0, PARTS=h.dim() == 3, PRECISION=launch.precision(x2),
                 **tile.blocks("BLOCK_M", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
 
 
 def finished(
-    sums: torch.Tensor, first: int, R: int, core: torch.Tensor | None, scale: float, dtype: torch.dtype
+    parts: torch.Tensor, first: int, R: int, core: torch.Tensor | None, scale: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """scale·Σ parts, R columns from `first` on, rounded to dtype, and its product with the core.  [splits,M,·] -> [M,R] twice"""
-    splits, M, width = sums.shape
-    h = sums.new_empty(M, R, dtype=dtype)
+    splits, M, width = parts.shape
+    h = parts.new_empty(M, R, dtype=dtype)
+    # A core too wide for registers is a product of its own.
     inside = core is not None and configs.mixes(R, dtype)
     mixed = torch.empty_like(h) if inside else h
-    tile = configs.finish(R, dtype)
+    tile, strides = configs.finish(R), (core.stride(0), core.stride(-1)) if inside else (0, 0)
     if M:
-        with launch.on(sums):
+        with launch.on(parts):
             finish_kernel[(triton.cdiv(M, tile.BLOCK_M),)](
-                sums[..., first:], core if inside else h, h, mixed, M, R, width, *_strides(core if inside else None), scale, splits,
-                CORE=_dims(core if inside else None), PRECISION=launch.precision(h),
+                parts[..., first:], core if inside else h, h, mixed, M, R, width, *strides, scale, splits,
+                CORE=core.dim() if inside else 0, PRECISION=launch.precision(h),
                 **tile.blocks("BLOCK_M"), num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return h, mixed if inside else mix(h, core)
-
-
-def _dims(core: torch.Tensor | None) -> int:
-    return 0 if core is None else core.dim()
-
-
-def _strides(core: torch.Tensor | None) -> tuple[int, int]:
-    return (0, 0) if core is None else (core.stride(0), core.stride(-1))

@@ -38,6 +38,8 @@ DEVICES = {
 # Of what torch's GEMM reaches. Assumed: no GEMM of ours has been timed yet.
 EFFICIENCY = {"tma": 0.93, "pointers": 0.85}
 LAUNCH = 3e-6
+# What the L2 cache hands to multiprocessors beside what memory does: small tiles ask for the same operands again and again.
+CACHE = 2.4
 
 
 class Asked(NamedTuple):
@@ -138,7 +140,8 @@ def _sized(asked: Asked, form: str, tile: Tile) -> Route:
     slots = device(asked.arch).multiprocessors
     if form == "tma":
         return Route(form, tile, min(tiles, slots), 1, steps)
-    wanted = 1 if asked.masked or tile.BLOCK_M > 64 else max(1, min(2 * slots // max(1, tiles), steps // 4))
+    splittable = not asked.masked and tile.BLOCK_M <= configs.SPLIT_ROWS
+    wanted = max(1, min(slots // max(1, tiles), steps // 4)) if splittable else 1
     share = max(1, -(-steps // wanted))
     return Route(form, tile, tiles, max(1, -(-steps // share)), share)
 
@@ -153,8 +156,9 @@ def seconds(asked: Asked, route: Route) -> float:
         compute = _compute(asked, route.tile, _steps(asked, route.tile.BLOCK_K), route.splits) / EFFICIENCY[route.form]
         parts = 8 * route.splits * asked.M * asked.N / facts.memory if route.splits > 1 else 0
         return max(compute, moved / facts.memory) + parts + LAUNCH * (2 if route.splits > 1 else 1)
-    tile = min(configs.LIBRARY_TILES, key=lambda tile: _compute(asked, tile, -(-depth // tile.BLOCK_K), 1))
-    base = max(_compute(asked, tile, -(-depth // tile.BLOCK_K), 1), moved / facts.memory)
+    base = max(min(_library(asked, depth, tile) for tile in configs.LIBRARY_TILES), moved / facts.memory)
+    # A library splits a sum whose tiles are few, too.
+    base += LAUNCH * (_count(asked, configs.LIBRARY_TILES[-1]) < facts.multiprocessors)
     # The sum so far is read and written again; where it comes first, reading it hides behind the base product.
     beside = 0 if not asked.R else result * (1.5 if route.form == "low first" else 2) + LAUNCH
     return base + beside + (len(asked.K) - 1) * 2 * result + asked.ends * (2 * result + LAUNCH) + LAUNCH
@@ -178,15 +182,20 @@ def _count(asked: Asked, tile: Tile) -> int:
 
 
 def _steps(asked: Asked, depth: int) -> int:
-    """Steps that splitting may share out: those of all summands but the masked one, which is walked first."""
-    lengths = (*asked.K, 0 if asked.masked else asked.R)
-    return sum(math.ceil(length / depth) for length in lengths)
+    """All steps of a tile's sum."""
+    return sum(math.ceil(length / depth) for length in (*asked.K, asked.R))
+
+
+def _library(asked: Asked, depth: int, tile: Tile) -> float:
+    splits = max(1, device(asked.arch).multiprocessors // _count(asked, tile))
+    return _compute(asked, tile, math.ceil(depth / tile.BLOCK_K), splits)
 
 
 def _compute(asked: Asked, tile: Tile, steps: int, splits: int) -> float:
-    """Seconds the busiest multiprocessor multiplies."""
+    """Seconds the busiest multiprocessor multiplies, or all of them wait for the L2 cache."""
     facts = device(asked.arch)
     flops = facts.full if asked.dtype == torch.float32 else facts.half
-    waves = math.ceil(_count(asked, tile) * splits / facts.multiprocessors)
-    low = math.ceil(asked.R / tile.BLOCK_K) if asked.masked else 0
-    return waves * (math.ceil(steps / splits) + low) * 2 * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K / (flops / facts.multiprocessors)
+    tiles = _count(asked, tile)
+    step = 2 * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K * facts.multiprocessors / flops
+    read = asked.dtype.itemsize * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * tiles * steps
+    return max(math.ceil(tiles * splits / facts.multiprocessors) * math.ceil(steps / splits) * step, read / (CACHE * facts.memory))

@@ -14,13 +14,13 @@ from lorafast.problem import Scaling
 
 @triton.jit
 def row_norm_kernel(
-    W_ptr, A_ptr, B_ptr, scale_ptr, out_ptr, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, scaling,
-    SCALED: tl.constexpr, BY_ROW: tl.constexpr, PRECISION: tl.constexpr,
+    W_ptr, A_ptr, B_ptr, scale_ptr, out_ptr, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    scaled, scaling, BY_ROW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈N/BLOCK_N⌉) for rows, (⌈K/BLOCK_K⌉) for columns -> out fp32 [N] or [K]. SCALED: s is at scale_ptr, not in scaling."""
+    """Grid (⌈N/BLOCK_N⌉) for rows, (⌈K/BLOCK_K⌉) for columns -> out fp32 [N] or [K]. scaled: s is at scale_ptr."""
     ranks = tl.arange(0, BLOCK_R)
-    s = tl.load(scale_ptr).to(tl.float32) if SCALED else scaling
+    s = scaling * tl.load(scale_ptr, mask=scaled != 0, other=1.0).to(tl.float32)
     own = tl.program_id(0)
     if BY_ROW:
         rows = (own * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -69,7 +69,7 @@ def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Sc
         with launch.on(weight):
             row_norm_kernel[(grid,)](
                 weight, A, B, scaling if scaled else out, out, N, K, R, *weight.stride(), *A.stride(), *B.stride(),
-                0.0 if scaled else float(scaling), SCALED=scaled, BY_ROW=by_row,
+                int(scaled), 1.0 if scaled else float(scaling), BY_ROW=by_row,
                 PRECISION=launch.precision(weight) if weight.dtype == torch.float32 else "tf32",
                 **tile.blocks("BLOCK_N", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip

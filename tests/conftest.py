@@ -41,3 +41,20 @@ def calls(monkeypatch):
     monkeypatch.setattr(ours, "fast", counted)
     monkeypatch.setattr(ours, "fallback", told)
     return found
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One table of what the compiled kernels take: forms, registers, stack, shared memory."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    rows = [row for report in reports for name, rows in report.user_properties if name == "compiled" for row in rows]
+    if not rows:
+        return
+    terminalreporter.section("Triton kernels compiled ahead of time")
+    terminalreporter.line(f"{'kernel':16}{'dtype':7}{'arch':9}{'forms':>5}{'registers':>11}{'stack':>7}{'shared, KiB':>13}")
+    for dtype, capability, kernel in dict.fromkeys(tuple(row[:3]) for row in rows):
+        registers, stack, shared = zip(*(row[3:] for row in rows if tuple(row[:3]) == (dtype, capability, kernel)), strict=True)
+        terminalreporter.line(
+            f"{kernel:16}{dtype:7}{f'sm_{capability}':9}{len(registers):5}{f'{min(registers)}-{max(registers)}':>11}{max(stack):7}"
+            f"{f'{min(shared) / 1024:.0f}-{max(shared) / 1024:.0f}':>13}"
+        )
+    terminalreporter.line("Exempt from any rule: none.")

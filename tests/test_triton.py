@@ -3,16 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import DTYPES, SEED, P, draws, dropped, strided, within_twice
 
 import lorafast
-from lorafast import dispatch, env, philox, testing
+from lorafast import dispatch, env
 from lorafast.arch import Arch
 from lorafast.backends import triton as backend
 from lorafast.kernels import configs
 from lorafast.problem import PRIMITIVES, Down, LowRank, Problem
 
-SEED, P = torch.tensor([1234567890123]), 0.3
-DTYPES = [torch.float32, torch.float16]
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -23,31 +22,6 @@ def forced(monkeypatch):
     dispatch._pick.cache_clear()
     yield
     dispatch._pick.cache_clear()
-
-
-def strided(M, K, dtype, layout):
-    """[M,K] of normal numbers: contiguous, a slice of something wider, or the transpose of [K,M]."""
-    if layout == "transposed":
-        return torch.randn(K, M, dtype=torch.float64).to(dtype).t()
-    wide = torch.randn(M, K + 3, dtype=torch.float64).to(dtype)
-    return wide[:, 1 : K + 1] if layout == "sliced" else wide[:, :K].contiguous()
-
-
-def within_twice(found, eager, truth, dtype):
-    """The error rule over several draws: lists of results, and what stock torch and float64 give."""
-    errors = [sum((a.double() - t).square().sum() for a, t in zip(some, truth, strict=True)) ** 0.5 for some in (found, eager)]
-    scale = sum(t.square().sum() for t in truth) ** 0.5
-    ratio = testing.ratio(*(float(e) for e in errors), float(scale), torch.finfo(dtype).eps / 8)
-    assert ratio <= 2, ratio
-
-
-def draws(numbers):
-    """How many problems an error is taken over: where a result is a number or two, the rounding of one says nothing."""
-    return range(4 if numbers >= 64 else 48)
-
-
-def dropped(x, p):
-    return x * philox.kept(SEED, p, slice(0, x.shape[0]), x.shape[1]) * philox.scale(p) if p else x
 
 
 @pytest.mark.parametrize("p", [0.0, P])
@@ -173,8 +147,8 @@ def test_what_is_beyond_the_end_is_not_written():
     x, A = torch.randn(M, K), torch.randn(R, K)
     guarded = torch.full((M * R + 64,), 7.0)
     project_kernel[1, 1](
-        x, A, x, x, guarded, guarded, M, K, R, K, 1, K, 1, 0, 0, 3, 0, 1.0, 1,
-        DROPS=False, CORE=0, SPLIT=False, PRECISION="ieee", BLOCK_M=16, BLOCK_K=64, BLOCK_R=16,
+        x, A, x, guarded, M, K, R, K, 1, K, 1, 3, 0, 1.0, 1,
+        DROPS=False, PARTS=False, PRECISION="ieee", BLOCK_M=16, BLOCK_K=64, BLOCK_R=16,
     )  # fmt: skip
     torch.testing.assert_close(guarded[: M * R].view(M, R), x @ A.t())
     assert (guarded[M * R :] == 7).all()
