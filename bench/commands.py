@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     """Run one command: 0 no row is wrong, 1 a row is, 2 asked for what cannot be, 130 interrupted (finished rows are kept)."""
     asked = options.parser().parse_args(arguments)
     try:
-        return {"linear": _linear, "model": _model, "report": _report, "env": _env}[asked.command](asked, arguments)
+        return {"linear": _linear, "model": _model, "tune": _tune, "report": _report, "env": _env}[asked.command](asked, arguments)
     except Refused as error:
         Console(stderr=True, soft_wrap=True).print(f"lorafast-bench {asked.command}: {error}", markup=False, highlight=False)
         return REFUSED
@@ -70,6 +70,29 @@ def _model(asked: argparse.Namespace, arguments: list[str]) -> int:
         return _collect(model.run(plan, progress), asked, device, arguments, progress)
 
 
+def _tune(asked: argparse.Namespace, arguments: list[str]) -> int:
+    device, dtype = _prepare(asked)
+    try:
+        from lorafast.bench import tune
+    except ImportError as error:
+        raise Refused(f"its kernels cannot be loaded: {error}") from error
+    tune.check_able(device)
+    asked_for = itertools.product(asked.shape, asked.rank, asked.dropout, asked.tokens)
+    sizes = [tune.Sizes(M, shape.K, shape.N, R, p) for shape, R, p, M in asked_for]
+    timings, chosen = [], {}
+    with Progress(6 * len(sizes)) as progress:
+        pace = tune.Pace(asked.rounds, asked.warmup, asked.seconds or math.inf)
+        for some, rows in tune.run(sizes, dtype, device, pace, asked.seed, progress):
+            timings.append(some)
+            chosen |= rows
+            if asked.json:
+                facts = machine.environment(device, _command(arguments))
+                tune.write(asked.json, facts, list(itertools.chain.from_iterable(timings)), chosen)
+    tables.show([tune.table(some) for some in timings], _out(), tune.LEGEND)
+    _out().print("\n".join(["rows for TABLE in kernels/routes.py:", *tune.lines(chosen)]), markup=False, soft_wrap=True)
+    return WRONG if any(one.status == "wrong" for some in timings for one in some) else RIGHT
+
+
 def _report(asked: argparse.Namespace, _: list[str]) -> int:
     results = [Results.read(file) for file in asked.files]
     if asked.html:
@@ -92,7 +115,7 @@ def _env(asked: argparse.Namespace, arguments: list[str]) -> int:
 def _prepare(asked: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """The device and the dtype to measure; what would fail after the rounds fails here."""
     device = machine.device(asked.device)
-    for option, path in (("--json", asked.json), ("--html", asked.html)):
+    for option, path in (("--json", asked.json), ("--html", getattr(asked, "html", None))):
         if path is not None:
             _check_writable(option, path)
     if asked.threads:

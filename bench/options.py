@@ -59,6 +59,14 @@ def parser() -> argparse.ArgumentParser:
         help="learning rate of the adapters, or of the encoder under full (default: by method); the head's is 1e-3",
     )
     _common(model, 7, "frozen,lorafast,peft")
+    tune = command("tune", "Check every Triton kernel, time every route of a product, and print rows for the table of routes.")
+    add = tune.add_argument
+    told = f"or the linears of {', '.join(shapes.MODELS)}"
+    add("--shape", type=_each(shapes.parse), default="4096x4096", metavar="INxOUT,…", help=told)
+    add("--rank", type=_each(_count), default="16", metavar="R,…", help="ranks")
+    add("--tokens", type=_each(_count), default="16,512,8192", metavar="M,…", help="tokens per batch")
+    add("--dropout", type=_each(_probability), default="0,0.05", metavar="P,…", help="on the adapter's input")
+    _measured(tune, 15)
     report = command("report", "Print the tables of JSON files measured before, and draw them.")
     report.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON files")
     report.add_argument("--html", type=Path, metavar="FILE", help="write one page with figures and tables")
@@ -84,6 +92,12 @@ def _common(command: argparse.ArgumentParser, rounds: int, implementations: str)
     told = f"some of {', '.join(impls.BASES)}, each also as NAME+compile; frozen always runs (default: {implementations})"
     add("--impl", type=_each(impls.parse), metavar="NAME,…", help=told)
     add("--dropout-on", choices=checks.DROPOUT_ON, default="adapter", help="what lorafast's DoRA drops; PEFT's is always both")
+    _measured(command, rounds)
+    add("--html", type=Path, metavar="FILE", help="write one page with figures and tables")
+
+
+def _measured(command: argparse.ArgumentParser, rounds: int) -> None:
+    add = command.add_argument
     add("--dtype", type=_dtype, help=f"{', '.join(DTYPES)} (default: fp32, on a GPU bf16)")
     add("--device", help=_DEVICE)
     add("--threads", type=_count, help="torch's threads on the CPU")
@@ -92,7 +106,6 @@ def _common(command: argparse.ArgumentParser, rounds: int, implementations: str)
     add("--warmup", type=_count, default=2, help="runs before the rounds")
     add("--seed", type=_whole, default=0, help="of weights, inputs, masks and the order of texts")
     add("--json", type=Path, metavar="FILE", help="write the rows here, after every problem")
-    add("--html", type=Path, metavar="FILE", help="write one page with figures and tables")
 
 
 def _each(parse: Callable[[str], object]) -> Callable[[str], tuple]:

@@ -69,7 +69,7 @@ def tables(results: Iterable[Results]) -> list[Table]:
     return found
 
 
-def show(found: list[Table], console: Console) -> None:
+def show(found: list[Table], console: Console, legend: tuple[str, ...] = LEGEND) -> None:
     """Print them; one that is wider than the console in several, each with the columns that name the row."""
     for table in found:
         for heads, space in _parts(table, console):
@@ -77,7 +77,7 @@ def show(found: list[Table], console: Console) -> None:
         for note in table.notes:
             console.print(Text(note, style="dim"))
     if found:
-        console.print(Text("\n".join(LEGEND), style="dim"))
+        console.print(Text("\n".join(legend), style="dim"))
 
 
 def _parts(table: Table, console: Console) -> list[tuple[tuple[str, ...], int]]:

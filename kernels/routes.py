@@ -7,8 +7,11 @@ published figures of the devices and an assumed efficiency of our GEMMs. Imports
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -38,7 +41,7 @@ DEVICES = {
 # Of what torch's GEMM reaches. Assumed: no GEMM of ours has been timed yet.
 EFFICIENCY = {"tma": 0.93, "pointers": 0.85}
 LAUNCH = 3e-6
-# What the L2 cache hands to multiprocessors beside what memory does: small tiles ask for the same operands again and again.
+# What a multiprocessor gets from the L2 cache, in its share of memory's bandwidth: small tiles ask for the same operands often.
 CACHE = 2.4
 
 
@@ -66,6 +69,14 @@ class Asked(NamedTuple):
         return len(self.K) > 1
 
 
+class Row(NamedTuple):
+    """A measured choice: the form, and for ours its tile and how many programs share a sum."""
+
+    form: str
+    tile: Tile | None = None
+    splits: int = 1
+
+
 class Route(NamedTuple):
     """form: tma or pointers (ours); low first or base first (torch's, in that order). splits programs of `share` steps a tile."""
 
@@ -80,6 +91,17 @@ class Route(NamedTuple):
         """Whether the low-rank part enters the base product's own sum."""
         return self.form in EFFICIENCY
 
+    @property
+    def row(self) -> Row:
+        """What the table would say of it."""
+        return Row(self.form, self.tile, self.splits)
+
+    def __str__(self) -> str:
+        if self.tile is None:
+            return self.form
+        tile = self.tile
+        return f"{self.form} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}{f' in {self.splits}' if self.splits > 1 else ''}"
+
 
 class Key(NamedTuple):
     """What a measured row is found by. M is rounded up to a power of two, R to a tile."""
@@ -93,8 +115,19 @@ class Key(NamedTuple):
     masked: bool
 
 
-# Measured choices: the form, and for ours its tile. None yet.
-TABLE: dict[Key, tuple[str, Tile | None]] = {}
+# None yet.
+TABLE: dict[Key, Row] = {}
+_forced: ContextVar[Route | None] = ContextVar("forced", default=None)
+
+
+@contextlib.contextmanager
+def taking(route: Route) -> Iterator[None]:
+    """Inside, every product goes this way: for measuring and for tests."""
+    token = _forced.set(route)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def key(asked: Asked) -> Key:
@@ -104,21 +137,27 @@ def key(asked: Asked) -> Key:
     return Key(asked.arch, str(asked.dtype).removeprefix("torch."), rounded, asked.N, asked.K, rank, asked.masked)
 
 
-@functools.lru_cache(maxsize=4096)
 def pick(asked: Asked) -> Route:
     """The measured route if there is one, else the one the roofline holds for the fastest; ours in Triton's interpreter."""
+    return _forced.get() or _picked(asked)
+
+
+@functools.lru_cache(maxsize=4096)
+def _picked(asked: Asked) -> Route:
     able = candidates(asked)
     for route in able:
-        if TABLE.get(key(asked)) == (route.form, route.tile):
+        if TABLE.get(key(asked)) == route.row:
             return route
     if asked.arch == "cpu" and able[0].fused:
         return able[0]
-    return min(able, key=lambda route: seconds(asked, route))
+    return min(able, key=lambda route: (seconds(asked, route), _padded(asked, route)))
 
 
 def candidates(asked: Asked) -> list[Route]:
     """Every route that can do it, torch's last."""
-    able = [] if not asked.fusable else [_sized(asked, form, tile) for form in EFFICIENCY for tile in _tiles(asked, form)]
+    able = []
+    if asked.fusable:
+        able = [route for form in EFFICIENCY for tile in _tiles(asked, form) for route in _sized(asked, form, tile)]
     orders = ("low first", "base first") if asked.R and asked.dtype != torch.float32 else ("base first",)
     return [*able, *map(Route, orders)]
 
@@ -134,16 +173,16 @@ def _has_tma(arch: str) -> bool:
     return name.isdigit() and int(name) >= 90
 
 
-def _sized(asked: Asked, form: str, tile: Tile) -> Route:
-    """A tile's route: as many programs as run at once, or the sum split until they are."""
+def _sized(asked: Asked, form: str, tile: Tile) -> list[Route]:
+    """A tile's routes: a program a tile, or as many as run at once; and where those are few, with the sum split among more."""
     tiles, steps = _count(asked, tile), _steps(asked, tile.BLOCK_K)
     slots = device(asked.arch).multiprocessors
     if form == "tma":
-        return Route(form, tile, min(tiles, slots), 1, steps)
+        return [Route(form, tile, min(tiles, slots), 1, steps)]
     splittable = not asked.masked and tile.BLOCK_M <= configs.SPLIT_ROWS
     wanted = max(1, min(slots // max(1, tiles), steps // 4)) if splittable else 1
-    share = max(1, -(-steps // wanted))
-    return Route(form, tile, tiles, max(1, -(-steps // share)), share)
+    shares = dict.fromkeys((max(1, steps), max(1, -(-steps // wanted))))
+    return [Route(form, tile, tiles, max(1, -(-steps // share)), share) for share in shares]
 
 
 def seconds(asked: Asked, route: Route) -> float:
@@ -172,6 +211,11 @@ def device(arch: str) -> Device:
     return min((DEVICES[name] for name in older), key=lambda facts: facts.half, default=DEVICES["sm_80"])
 
 
+def _padded(asked: Asked, route: Route) -> int:
+    """Elements of the tiles together: where memory bounds several routes alike, the one with the least to multiply is taken."""
+    return 0 if route.tile is None else _count(asked, route.tile) * route.tile.BLOCK_M * route.tile.BLOCK_N
+
+
 def _number(arch: str) -> int:
     digits = arch.removeprefix("sm_")
     return int(digits) if digits.isdigit() else 0
@@ -192,10 +236,10 @@ def _library(asked: Asked, depth: int, tile: Tile) -> float:
 
 
 def _compute(asked: Asked, tile: Tile, steps: int, splits: int) -> float:
-    """Seconds the busiest multiprocessor multiplies, or all of them wait for the L2 cache."""
+    """Seconds the busiest multiprocessor multiplies, or waits for its operands."""
     facts = device(asked.arch)
     flops = facts.full if asked.dtype == torch.float32 else facts.half
-    tiles = _count(asked, tile)
-    step = 2 * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K * facts.multiprocessors / flops
-    read = asked.dtype.itemsize * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * tiles * steps
-    return max(math.ceil(tiles * splits / facts.multiprocessors) * math.ceil(steps / splits) * step, read / (CACHE * facts.memory))
+    multiplied = 2 * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K / flops
+    read = asked.dtype.itemsize * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K / (CACHE * facts.memory)
+    waves = math.ceil(_count(asked, tile) * splits / facts.multiprocessors)
+    return waves * math.ceil(steps / splits) * max(multiplied, read) * facts.multiprocessors

@@ -38,7 +38,7 @@ def take(monkeypatch):
             if tile is None:
                 return able[0]
             # By its blocks: a masked product has fewer stages.
-            (route,) = [route for route in able if route.tile[:3] == tile[:3]] or able[-1:]
+            route = next((route for route in able if route.tile[:3] == tile[:3]), able[-1])
             steps = routes._steps(asked, route.tile.BLOCK_K)
             share = -(-steps // splits) if tile.BLOCK_M <= configs.SPLIT_ROWS and not asked.masked else steps
             return route._replace(programs=3, splits=-(-steps // share), share=share)

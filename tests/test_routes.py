@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lorafast.kernels import configs, routes
-from lorafast.kernels.routes import Asked, Route, Tile
+from lorafast.kernels.routes import Asked, Route, Row, Tile
 
 BASE = Asked(8192, 4096, (4096,), 16, torch.bfloat16, "sm_90")
 
@@ -67,23 +67,28 @@ def test_an_unproven_gemm_is_left_for_torchs_where_the_low_rank_part_costs_littl
 
 def test_a_measured_row_decides(monkeypatch):
     tile = configs.gemm("tma", torch.bfloat16, False, False)[1]
-    for row in (("tma", tile), ("base first", None)):
+    for row in (Row("tma", tile), Row("base first")):
         monkeypatch.setattr(routes, "TABLE", {routes.key(BASE): row})
-        routes.pick.cache_clear()
-        chosen = routes.pick(BASE._replace(M=8000))
-        assert (chosen.form, chosen.tile) == row
+        routes._picked.cache_clear()
+        assert routes.pick(BASE._replace(M=8000)).row == row
     # A row that is not legal here is none.
-    monkeypatch.setattr(routes, "TABLE", {routes.key(BASE): ("tma", Tile(1, 1, 1, 1, 1, 1))})
-    routes.pick.cache_clear()
+    monkeypatch.setattr(routes, "TABLE", {routes.key(BASE): Row("tma", Tile(1, 1, 1, 1, 1, 1))})
+    routes._picked.cache_clear()
     assert routes.pick(BASE).form in forms(BASE)
-    routes.pick.cache_clear()
+    routes._picked.cache_clear()
+
+
+def test_a_route_can_be_taken_for_a_while():
+    with routes.taking(Route("base first")):
+        assert routes.pick(BASE) == Route("base first")
+    assert routes.pick(BASE).row in [route.row for route in routes.candidates(BASE)]
 
 
 def test_rows_of_the_table_are_legal():
-    for key, (form, tile) in routes.TABLE.items():
+    for key, row in routes.TABLE.items():
         asked = Asked(key.M, key.N, key.K, key.R, getattr(torch, key.dtype), key.arch, key.masked)
         assert routes.key(asked) == key
-        assert (form, tile) in [(route.form, route.tile) for route in routes.candidates(asked)]
+        assert row in [route.row for route in routes.candidates(asked)]
 
 
 def test_an_unknown_device_is_taken_for_a_known_one():
