@@ -11,7 +11,7 @@ from lorafast.kernels import configs, launch
 from lorafast.problem import Scaling
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scaled_rows", "scaled"])
 def factor_kernel(
     factor_ptr, row_ptr, scale_ptr, out_ptr, rows, cols, width, stride_fi, stride_fj, stride_oi, stride_oj,
     scaled_rows, scaled, scaling, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -20,7 +20,7 @@ from lorafast.kernels.philox import keep_tile
 from lorafast.kernels.routes import Route
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "gains", "biased", "inner"])
 def gemm_tma_kernel(
     a0, b0, a1, b1, a2, b2, a3, b3, y, z, gain_ptr, bias_ptr, seed_ptr, M, N, K0, K1, K2, K3,
     gains, biased, inner, groups, threshold, scale,
@@ -139,7 +139,7 @@ def _finished(acc, gain_ptr, bias_ptr, cols, N, gains, biased):
     return acc * gain[None, :] + bias[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "gains", "biased", "inner", "share"])
 def gemm_kernel(
     a0_ptr, b0_ptr, a1_ptr, b1_ptr, a2_ptr, b2_ptr, a3_ptr, b3_ptr, gain_ptr, bias_ptr, seed_ptr, y_ptr, z_ptr,
     M, N, K0, K1, K2, K3, stride_a0, stride_b0, stride_a1, stride_b1, stride_a2, stride_b2, stride_a3, stride_b3,
@@ -208,7 +208,7 @@ def _store(acc, y_ptr, z_ptr, gain_ptr, bias_ptr, rows, cols, M, N, gains, biase
     tl.store(y_ptr + where, _finished(acc, gain_ptr, bias_ptr, cols, N, gains, biased).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits", "gains", "biased", "inner"])
 def gemm_finish_kernel(
     sums_ptr, gain_ptr, bias_ptr, y_ptr, z_ptr, M, N, splits, gains, biased, inner, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip

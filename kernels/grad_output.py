@@ -21,7 +21,7 @@ from lorafast.problem import Down, OutputGrads, Return, Returned
 from lorafast.reference import mix
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "asked", "steps"])
 def grad_output_kernel(
     dy_ptr, kept_ptr, mixed_ptr, B_ptr, u_ptr, P_ptr, sums_ptr, M, N, R, live,
     stride_dm, stride_dn, stride_km, stride_kn, stride_hm, stride_hr, asked, steps,
@@ -66,7 +66,7 @@ def grad_output_kernel(
     tl.store(sums_ptr + (2 * split + 1) * N + cols, dot, mask=(cols < N) & (asked > 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["skipped", "frozen", "splits", "gains", "scales", "wants_B", "wants_out_scale", "scaled"])
 def finish_P_kernel(
     P_ptr, gain_ptr, out_scale_ptr, B_ptr, scale_ptr, dB_ptr, d_out_scale_ptr, N, R, width, stride_bn, stride_br, skipped, frozen,
     splits, gains, scales, wants_B, wants_out_scale, scaled, scaling, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,

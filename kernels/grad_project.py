@@ -14,7 +14,7 @@ from lorafast.kernels.philox import keep_tile
 from lorafast.problem import LowRank
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps"])
 def grad_project_kernel(
     x_ptr, v_ptr, seed_ptr, out_ptr, M, K, R, stride_xm, stride_xk, stride_vm, stride_vr, groups, threshold, scale, steps,
     DROPS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,

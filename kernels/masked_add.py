@@ -13,7 +13,7 @@ from lorafast.kernels.philox import keep_tile
 from lorafast.problem import LowRank
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "started"])
 def masked_add_kernel(
     v_ptr, A_ptr, seed_ptr, out_ptr, M, K, R, stride_vm, stride_vr, stride_ar, stride_ak, groups, threshold, scale, started,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,

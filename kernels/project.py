@@ -20,7 +20,7 @@ from lorafast.problem import Down
 from lorafast.reference import mix
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps"])
 def project_kernel(
     x_ptr, A_ptr, seed_ptr, h_ptr, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, groups, threshold, scale, steps,
     DROPS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -54,7 +54,7 @@ def project_kernel(
         tl.store(h_ptr + rows[:, None] * R + ranks[None, :], (acc * scale).to(h_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def finish_kernel(
     parts_ptr, core_ptr, h_ptr, mixed_ptr, M, R, width, stride_ci, stride_cj, scale, splits,
     CORE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,

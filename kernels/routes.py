@@ -98,7 +98,7 @@ class Route(NamedTuple):
 
     def __str__(self) -> str:
         if self.tile is None:
-            return self.form
+            return f"torch's, {self.form}"
         tile = self.tile
         return f"{self.form} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}{f' in {self.splits}' if self.splits > 1 else ''}"
 

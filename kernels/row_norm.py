@@ -12,7 +12,7 @@ from lorafast.kernels import configs, launch
 from lorafast.problem import Scaling
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scaled"])
 def row_norm_kernel(
     W_ptr, A_ptr, B_ptr, scale_ptr, out_ptr, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     scaled, scaling, BY_ROW: tl.constexpr, PRECISION: tl.constexpr,

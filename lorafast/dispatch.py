@@ -43,6 +43,12 @@ def why_not(backend: str, primitive: str, problem: Problem) -> tuple[str, ...]:
     return reasons
 
 
+def how(backend: str, primitive: str, problem: Problem) -> str | None:
+    """Which of its ways a backend takes that has several."""
+    told = getattr(load(backend), "how", None)
+    return told and told(primitive, problem)
+
+
 def candidates(asked: str) -> tuple[str, ...]:
     """The backends to ask, in order, for a value of LORAFAST_BACKEND. ValueError for one that is none."""
     if asked == "auto":
@@ -74,4 +80,6 @@ def _pick(primitive: str, problem: Problem, asked: str, log: bool) -> ModuleType
 
 def _announce(primitive: str, problem: Problem, backend: str, refusals: dict[str, tuple[str, ...]]) -> None:
     others = ", ".join(f"{name} ({'; '.join(why)})" for name, why in refusals.items() if why)
-    print(f"lorafast: {primitive} -> {backend}{others and f'; not {others}'}; {problem}", file=sys.stderr)
+    way = how(backend, primitive, problem)
+    chosen = f"{backend} ({way})" if way else backend
+    print(f"lorafast: {primitive} -> {chosen}{others and f'; not {others}'}; {problem}", file=sys.stderr)

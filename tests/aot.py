@@ -81,10 +81,12 @@ def _gemm_forms(kernel, dtype, capability, precise):
                 yield gemm.gemm_kernel, tile, flags | {"SPLIT": split} | precise
 
 
-def compiled(function, tile, flags, dtype, capability):
-    """As a launch on contiguous, aligned tensors with fp32 factors would compile it."""
+def compiled(function, tile, flags, dtype, capability, ones=False):
+    """As a launch on contiguous, aligned tensors with fp32 factors would compile it; ones: where every size and stride is 1."""
     dtype = dtype.replace("tf", "fp")
     constants = flags | {name: getattr(tile, name) for name in function.arg_names if name.startswith("BLOCK_")}
+    if ones:
+        constants |= {one.name: 1 for one in function.params if _is_size(one.name) and not one.do_not_specialize}
     signature, attributes = {}, {}
     for place, name in enumerate(function.arg_names):
         described = _described(function, name, tile, flags, dtype)
@@ -99,11 +101,32 @@ def compiled(function, tile, flags, dtype, capability):
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "fp32" if name in ("scale", "scaling") else "i32"
-        if name.endswith("_ptr") or (signature[name] == "i32" and (len(name) < 3 or name.startswith("stride_"))):
+        even = signature[name] == "i32" and _is_size(name) and not function.params[place].do_not_specialize
+        if name.endswith("_ptr") or even:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _is_size(name):
+    return name in (
+        "M",
+        "N",
+        "K",
+        "R",
+        "K0",
+        "K1",
+        "K2",
+        "K3",
+        "I",
+        "J",
+        "rows",
+        "cols",
+        "width",
+        "live",
+        "groups",
+    ) or name.startswith("stride_")
 
 
 def _described(function, name, tile, flags, dtype):
@@ -148,6 +171,10 @@ def usage(built, sass):
 
 if __name__ == "__main__":
     dtype, capability, kernels = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    # Triton compiles a size of 1 as a constant, which is another program: the first form of each kernel so, too.
+    first = {name: next(iter(forms(name, dtype, capability)), None) for name in kernels}
+    for function, tile, flags in filter(None, first.values()):
+        compiled(function, tile, flags, dtype, capability, ones=True)
     for kernel, (function, tile, flags) in ((name, form) for name in kernels for form in forms(name, dtype, capability)):
         used = usage(compiled(function, tile, flags, dtype, capability), sass=kernel == "gemm_tma" and capability == 90)
         print(json.dumps({"kernel": kernel, "dtype": dtype, "tile": tile._asdict(), "flags": flags} | used), flush=True)

@@ -26,7 +26,7 @@ def within_twice(found, eager, truth, dtype):
 
 def draws(numbers):
     """How many problems an error is taken over: where a result is a number or two, the rounding of one says nothing."""
-    return range(4 if numbers >= 64 else 48)
+    return range(2 if numbers >= 64 else 32)
 
 
 def dropped(x, p):

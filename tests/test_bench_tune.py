@@ -10,7 +10,8 @@ from lorafast.kernels import routes
 from lorafast.kernels.routes import Key, Route, Row
 
 SIZES = jobs.Sizes(5, 24, 16, 4, 0.25)
-ASKED = "tune --device cpu --shape 24x16 --tokens 5 --rank 4 --dropout 0.25 --rounds 1 --warmup 1".split()
+SIZED = ["--shape", "24x16", "--tokens", "5", "--rank", "4", "--dropout", "0.25"]
+ASKED = ["tune", "--device", "cpu", *SIZED, "--rounds", "1", "--warmup", "1"]
 
 
 @pytest.fixture

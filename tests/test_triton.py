@@ -217,6 +217,20 @@ def test_methods_train_through_it_as_through_eager(adapter, forced, monkeypatch)
     assert ours[-1] < ours[0]
 
 
+def test_explain_and_the_log_say_which_way_a_product_goes(forced, monkeypatch, capsys):
+    layer = lorafast.Linear(24, 32, adapter=lorafast.LoRA(r=4))
+    assert "linear by triton: pointers 64x64x16" in str(lorafast.explain(layer))
+    monkeypatch.setenv("LORAFAST_LOG", "1")
+    layer(torch.randn(3, 24))
+    said = capsys.readouterr().err
+    assert "linear -> triton (pointers 64x64x16)" in said
+    assert "project -> triton;" in said
+    on_h200 = problem(M=8192, K=14336, N=(4096,))
+    assert backend.how("linear", on_h200) == "torch's, low first"
+    assert backend.how("grad_input", problem(M=8192, K=1024, N=(1024,), dropout=0.1)) == "tma 128x256x64"
+    assert backend.how("project", on_h200) is None
+
+
 def test_forcing_it_on_what_it_cannot_raises_with_every_reason(forced):
     with pytest.raises(RuntimeError, match=r"LORAFAST_BACKEND=triton cannot project: .*bf16 wrongly; R=300 exceeds 256"):
         lorafast.linear(torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16(), None, torch.randn(300, 8), torch.randn(4, 300))

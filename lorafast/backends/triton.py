@@ -48,6 +48,18 @@ def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+def how(primitive: str, problem: Problem) -> str | None:
+    """The route a product takes, if its tensors lie as they usually do: ours by form and tile, or torch's. None for the others."""
+    rows, cols = {"linear": (problem.K, sum(problem.N)), "grad_input": (sum(problem.N), problem.K)}.get(primitive, (0, 0))
+    if not rows:
+        return None
+    aligned = not (problem.K * problem.dtype.itemsize % 16 or any(N * problem.dtype.itemsize % 16 for N in problem.N))
+    masked = primitive == "grad_input" and problem.dropout > 0
+    ends = int(problem.gain == "out") + int(problem.keep == "inner") if primitive == "linear" else 0
+    asked = routes.Asked(problem.M, cols, (rows,), sum(problem.R), problem.dtype, problem.arch.name, masked, ends, aligned)
+    return str(routes.pick(asked))
+
+
 def project(x: torch.Tensor, downs: list[Down]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """h = drop(x) Aᵀ rounded to x's dtype, and h' = core(h).  x [...,K] -> h, h' [M,R] for each way down."""
     return down.project(flat(x), downs)
@@ -156,8 +168,12 @@ def _joined(lows: list[Summand], route: routes.Route, by_row: bool) -> list[Summ
         a = torch.nn.functional.pad(a, (0, missing)).contiguous()
     if missing:
         b = torch.nn.functional.pad(b, (0, missing))
-    if not launch.dense(b, 1 if by_row else 0):
-        b = b.contiguous() if by_row else b.t().contiguous().t()
+    # A parameter may lie anywhere in a storage it shares.
+    by_tma = route.form == "tma"
+    if by_tma and not launch.aligned(a):
+        a = a.clone(memory_format=torch.contiguous_format)
+    if not launch.dense(b, 1 if by_row else 0) or (by_tma and not launch.aligned(b)):
+        b = b.clone(memory_format=torch.contiguous_format) if by_row else b.t().clone(memory_format=torch.contiguous_format).t()
     return [Summand(a, b, lows[0].seed, lows[0].p)]
 
 

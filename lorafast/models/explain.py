@@ -106,7 +106,7 @@ def _row(name: str, call: Call, tokens: int) -> Row:
     (N, K), R = t.weight.shape, t.lora_A.shape[0]
     kept, e = saves(wants, c, t.magnitude is not None), t.weight.element_size()
     saved, referenced = (R * kept.h + N * kept.z) * e, [name for name in ("x", "y") if getattr(kept, name)]
-    backends, why_not = {}, {}
+    backends, why_not, ways = {}, {}, []
     if call.plain:
         saved, referenced = (0 if call.merged else None), []
     else:
@@ -115,10 +115,12 @@ def _row(name: str, call: Call, tokens: int) -> Row:
             if primitive != "row_norm" or t.magnitude is not None:
                 asked = Problem.of_norm(t, c) if primitive == "row_norm" else problem
                 backends[primitive], refusals = _route(primitive, asked)
+                if way := dispatch.how(backends[primitive], primitive, asked) if backends[primitive] != "none" else None:
+                    ways.append(f"{primitive} by {backends[primitive]}: {way}")
                 for other, why in refusals.items():
                     why_not[other] = tuple(dict.fromkeys(why_not.get(other, ()) + why))
     return Row(
-        name or "(this layer)", call.method, (N, K), R, saved, tuple(referenced), backends, why_not, _notes(call, c)
+        name or "(this layer)", call.method, (N, K), R, saved, tuple(referenced), backends, why_not, (*_notes(call, c), *ways)
     )  # fmt: skip
 
 
