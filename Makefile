@@ -14,7 +14,7 @@ bench: env
 	$(BIN)/lorafast-bench report $(RESULTS)/linear.json $(RESULTS)/model.json --html $(RESULTS)/report.html
 
 test: env
-	$(BIN)/python -m pytest -q -n $(WORKERS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 lint: env
 	$(BIN)/python -m ruff check .

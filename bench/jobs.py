@@ -76,10 +76,10 @@ def jobs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> l
         "row_norm": lambda cast: [(W.to(cast) + B.to(cast) @ A.to(cast)).norm(dim=1)],
     }
     frozen = {"linear": lambda: F.linear(x, W), "grad_input": lambda: dy @ W}
-    name = arch.of(device).name
+    name, aligned = arch.of(device).name, K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
     asked = {
-        "linear": routes.Asked(M, N, (K,), R, dtype, name),
-        "grad_input": routes.Asked(M, K, (N,), R, dtype, name, masked=p > 0),
+        "linear": routes.Asked(M, N, (K,), R, dtype, name, aligned=aligned),
+        "grad_input": routes.Asked(M, K, (N,), R, dtype, name, by_row=False, masked=p > 0, aligned=aligned),
     }
     problem = Problem(arch.of(device), dtype, M, K, (N,), (R,), dtype, torch.float32, dropout=p)
     return [

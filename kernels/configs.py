@@ -10,13 +10,11 @@ from typing import NamedTuple
 
 import torch
 
-# Streaming multiprocessors by architecture; what is not listed is taken for the smallest.
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+from lorafast.kernels.devices import device
+
 # Ranks a kernel's tile may hold; R is padded to the next.
 BLOCKS_R = (16, 64, 128, 256)
 MAX_RANK = BLOCKS_R[-1]
-# The widest tile of ranks whose u is found in grad_output's one pass over dy: its parts are BLOCK_R/BLOCK_N of what dy is.
-ONE_PASS = 64
 
 
 class Tile(NamedTuple):
@@ -63,7 +61,8 @@ def mixes(R: int, dtype: torch.dtype) -> bool:
 def project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> Share:
     """Rows of x on the grid; K is split where they are too few to fill the GPU."""
     few, many = _PROJECT[dtype == torch.float32][block_r(R)]
-    tile = many if 64 * _multiprocessors(arch) <= M else few
+    # Few rows are split into parts, which then fill the GPU.
+    tile = many if 32 * device(arch).multiprocessors <= M else few
     return _shared(tile, _blocks(M, tile.BLOCK_M), _blocks(K, tile.BLOCK_K), arch)
 
 
@@ -77,6 +76,14 @@ def grad_output(M: int, N: int, R: int, dtype: torch.dtype, arch: str) -> Share:
     """Columns of dy on the grid, wide ones, because every block of columns writes parts of u; the rows are split."""
     tile = _GRAD_OUTPUT[dtype == torch.float32][block_r(R)]
     return _shared(tile, _blocks(N, tile.BLOCK_N), _blocks(M, tile.BLOCK_M), arch)
+
+
+def one_pass(R: int, ranks: int, dtype: torch.dtype) -> bool:
+    """Whether grad_output finds R columns of u in its pass over dy, beside `ranks` of P: while the fp32 parts that every block of
+    columns writes, and that are read again, are less than a second reading of dy.
+    """
+    tile = _GRAD_OUTPUT[dtype == torch.float32][block_r(max(R, ranks))]
+    return dtype.itemsize * tile.BLOCK_N // 8 > R
 
 
 def row_norm(R: int, dtype: torch.dtype) -> Tile:
@@ -109,13 +116,13 @@ _PROJECT = {  # few rows, many rows
         16: (Tile(16, 0, 128, 16, 4, 3), Tile(64, 0, 128, 16, 4, 3)),
         64: (Tile(16, 0, 64, 64, 4, 3), Tile(64, 0, 64, 64, 8, 3)),
         128: (Tile(16, 0, 32, 128, 4, 3), Tile(64, 0, 64, 128, 8, 2)),
-        256: (Tile(16, 0, 32, 256, 4, 2), Tile(64, 0, 32, 256, 8, 2)),
+        256: (Tile(16, 0, 32, 256, 4, 2), Tile(32, 0, 32, 256, 8, 2)),
     },
     True: {
         16: (Tile(16, 0, 64, 16, 4, 3),) * 2,
         64: (Tile(16, 0, 32, 64, 4, 3),) * 2,
         128: (Tile(16, 0, 32, 128, 8, 2),) * 2,
-        256: (Tile(16, 0, 16, 256, 4, 2),) * 2,
+        256: (Tile(16, 0, 16, 256, 8, 2),) * 2,
     },
 }
 _GRAD_PROJECT = {
@@ -135,7 +142,7 @@ _GRAD_PROJECT = {
 _GRAD_OUTPUT = {
     False: {
         16: Tile(64, 256, 0, 16, 8, 2),
-        64: Tile(64, 128, 0, 64, 8, 2),
+        64: Tile(32, 256, 0, 64, 8, 2),
         128: Tile(64, 64, 0, 128, 8, 2),
         256: Tile(64, 64, 0, 256, 8, 2),
     },
@@ -165,7 +172,7 @@ _ROW_NORM = {
 _TMA = (Tile(128, 256, 64, 0, 8, 4), Tile(128, 128, 64, 0, 8, 4))
 _TMA_MASKED = (Tile(128, 256, 64, 0, 8, 3), Tile(128, 128, 64, 0, 8, 4))
 _HALF = (Tile(128, 128, 64, 0, 8, 3), Tile(64, 64, 64, 0, 4, 4), Tile(16, 64, 128, 0, 4, 4), Tile(16, 32, 128, 0, 4, 4))
-_FULL = (Tile(64, 64, 16, 0, 4, 3), Tile(16, 64, 64, 0, 4, 3))
+_FULL = (Tile(64, 128, 16, 0, 8, 3), Tile(16, 64, 64, 0, 4, 3))
 GEMM_FINISH = Tile(16, 128, 0, 0, 4, 1)
 # The tallest tile whose sum may be split among programs: taller ones are asked for where there are enough of them.
 SPLIT_ROWS = 64
@@ -200,14 +207,10 @@ def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
 
 def _shared(tile: Tile, programs: int, blocks: int, arch: str) -> Share:
     """Split `blocks` steps so that two programs sit on every multiprocessor, each with at least four steps."""
-    wanted = max(1, 2 * _multiprocessors(arch) // max(1, programs))
+    wanted = max(1, 2 * device(arch).multiprocessors // max(1, programs))
     splits = max(1, min(wanted, blocks // 4))
     steps = _blocks(blocks, splits)
     return Share(tile, max(1, _blocks(blocks, steps)) if steps else 1, steps)
-
-
-def _multiprocessors(arch: str) -> int:
-    return MULTIPROCESSORS.get(arch, min(MULTIPROCESSORS.values()))
 
 
 def _blocks(length: int, block: int) -> int:

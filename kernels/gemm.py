@@ -247,20 +247,24 @@ def gemm(
     by_row = launch.dense(summands[0].b, 1)
     # The masked one last, empty places between: those are walked in no steps.
     slots = [*summands, *[None] * (4 - len(summands) - (masked is not None)), *([masked] if masked else [])]
-    # Kernels exist for a base and one low-rank summand, and for as many as there can be.
-    many = len(summands) > (1 if masked else 2)
-    counted = 4 * many or 2
-    flags = {"SEGMENTS": counted - 1 if masked else counted, "MASKED": masked is not None, "BY_ROW": by_row}
-    drop = masked or Summand(out, out)
+    # Kernels exist for a base with one low-rank summand, and for as many as there can be.
+    places = 4 if is_many(len(summands), masked is not None) else 2
+    flags = {"SEGMENTS": places - 1 if masked else places, "MASKED": masked is not None, "BY_ROW": by_row}
+    drop = masked or summands[0]
     ends = gain is not None, bias is not None, inner is not None
     drops = launch.groups(out.shape[1]), philox.threshold(drop.p), philox.scale(drop.p)
-    vectors = out if gain is None else gain, out if bias is None else bias
+    vectors = out if gain is None else gain.contiguous(), out if bias is None else bias.contiguous()
     lengths = [0 if one is None else one.a.shape[1] for one in slots]
     with launch.on(out):
         if route.form == "tma":
             _by_descriptors(out, inner, slots, lengths, vectors, drop, ends, drops, flags, route)
         else:
             _by_pointers(out, inner, slots, lengths, vectors, drop, ends, drops, flags, route)
+
+
+def is_many(unmasked: int, masked: bool) -> bool:
+    """Whether summands need more places than a base with one that is low-rank."""
+    return unmasked > (1 if masked else 2)
 
 
 def _by_descriptors(out, inner, slots, lengths, vectors, drop, ends, drops, flags, route) -> None:
@@ -297,5 +301,6 @@ def _by_pointers(out, inner, slots, lengths, vectors, drop, ends, drops, flags, 
     if split:
         block = configs.GEMM_FINISH
         gemm_finish_kernel[triton.cdiv(M, block.BLOCK_M), triton.cdiv(N, block.BLOCK_N)](
-            sums, *vectors, out, z, M, N, route.splits, *map(int, ends), **block.edges("BLOCK_M", "BLOCK_N"), num_warps=block.warps
+            sums, *vectors, out, z, M, N, route.splits, *map(int, ends), **block.edges("BLOCK_M", "BLOCK_N"),
+            num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip

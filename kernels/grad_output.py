@@ -4,7 +4,7 @@ A program owns BLOCK_N columns, whose part of B it holds, and walks its share of
 vectors in registers; what it finds of u belongs to its columns only. Both are written as fp32 parts, and finishing kernels add the
 parts in order: one for u (that of project), one for P, which multiplies by s, gain and out_scale on the way. No atomics.
 
-A wide u would write more parts than it saves reading: beyond configs.ONE_PASS ranks u is a projection of dy, in a pass of its own.
+A wide u would write more parts than it saves reading: then u is a projection of dy, in a pass of its own (configs.one_pass).
 """
 
 import itertools
@@ -130,7 +130,7 @@ def _pass(
     live = [mix(back.h, back.core)[:, _skipped(back) :] for back in downs]
     widths = sum(B.shape[1] for B in factors), sum(mixed.shape[1] for mixed in live)
     columns = bool(widths[1] or asked)
-    at_once = bool(ups) and columns and configs.block_r(max(widths)) <= configs.ONE_PASS
+    at_once = bool(ups) and columns and configs.one_pass(*widths, dtype)
     share = configs.grad_output(M, N, max(1, widths[1], at_once * widths[0]), dtype, launch.arch_of(dy2))
     across, splits = triton.cdiv(N, share.tile.BLOCK_N), share.splits
     u = dy2.new_empty(across, M, widths[0], dtype=torch.float32) if at_once else None
@@ -156,14 +156,14 @@ def _pass(
 
 
 def _launch(dy2, kept2, mixed, B, u, P, sums, asked, share) -> None:
-    (M, N), tile, like = dy2.shape, share.tile, dy2
+    (M, N), tile = dy2.shape, share.tile
     R, live = 0 if u is None else u.shape[2], 0 if P is None else P.shape[2]
+    # Whatever is not there is never read or written, but compiled: it lies as dy does.
+    kept2, mixed, B, u_out, P_out, sums = (dy2 if one is None else one for one in (kept2, mixed, B, u, P, sums))
     with launch.on(dy2):
         grad_output_kernel[triton.cdiv(N, tile.BLOCK_N), share.splits](
-            dy2, like if kept2 is None else kept2, like if P is None else mixed, like if u is None else B, like if u is None else u,
-            like if P is None else P, like if sums is None else sums, M, N, R, live, *dy2.stride(),
-            *((0, 0) if kept2 is None else kept2.stride()), *((0, 0) if P is None else mixed.stride()), asked, share.steps,
-            U=u is not None, P=P is not None, PRECISION=launch.precision(dy2),
+            dy2, kept2, mixed, B, u_out, P_out, sums, M, N, R, live, *dy2.stride(), *kept2.stride(), *mixed.stride(),
+            asked, share.steps, U=u is not None, P=P is not None, PRECISION=launch.precision(dy2),
             **tile.blocks("BLOCK_M", "BLOCK_N"), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
@@ -181,8 +181,8 @@ def _finish_P(
     if N:
         with launch.on(dy2):
             finish_P_kernel[(triton.cdiv(N, tile.BLOCK_N),)](
-                P[..., first:], P if gain is None else gain, P if back.out_scale is None else back.out_scale, back.B,
-                back.scaling if scaled else P, P if dB is None else dB, P if d_out_scale is None else d_out_scale, N, R, P.shape[2],
+                P[..., first:], *(P if one is None else one.contiguous() for one in (gain, back.out_scale)), back.B,
+                back.scaling if scaled else P, *(P if one is None else one for one in (dB, d_out_scale)), N, R, P.shape[2],
                 *back.B.stride(), skipped, back.frozen_columns, P.shape[0], int(gain is not None), int(back.out_scale is not None),
                 int(back.want_B), int(back.want_out_scale), int(scaled), 1.0 if scaled else float(back.scaling),
                 **tile.blocks("BLOCK_N"), num_warps=tile.warps, num_stages=tile.stages,
@@ -205,4 +205,4 @@ def _product(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | N
 
 
 def _side_by_side(blocks: list[torch.Tensor]) -> torch.Tensor | None:
-    return None if not blocks else blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    return None if not blocks else blocks[0].contiguous() if len(blocks) == 1 else torch.cat(blocks, dim=1)

@@ -24,7 +24,8 @@ def arch_of(x: torch.Tensor) -> str:
 
 def precision(x: torch.Tensor) -> str:
     """tf32 only where torch's own matrix products use it."""
-    return "tf32" if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # allow_tf32, the older name of the same setting, raises once anybody has used the newer one.
+    return "tf32" if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def seed_of(seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

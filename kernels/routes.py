@@ -18,26 +18,8 @@ import torch
 
 from lorafast.kernels import configs
 from lorafast.kernels.configs import Tile
+from lorafast.kernels.devices import device
 
-
-class Device(NamedTuple):
-    """What a roofline knows: multiprocessors, flop/s of half- and full-precision products, bytes/s of memory."""
-
-    multiprocessors: int
-    half: float
-    full: float
-    memory: float
-
-
-# Published peaks, taken down to what large products and copies reach.
-DEVICES = {
-    "sm_80": Device(108, 260e12, 17e12, 1.7e12),
-    "sm_86": Device(82, 130e12, 30e12, 0.80e12),
-    "sm_89": Device(128, 150e12, 70e12, 0.90e12),
-    "sm_90": Device(132, 700e12, 50e12, 4.0e12),
-    "sm_100": Device(148, 1500e12, 65e12, 7.0e12),
-    "sm_120": Device(170, 200e12, 90e12, 1.6e12),
-}
 # Of what torch's GEMM reaches. Assumed: no GEMM of ours has been timed yet.
 EFFICIENCY = {"tma": 0.93, "pointers": 0.85}
 LAUNCH = 3e-6
@@ -48,7 +30,8 @@ CACHE = 2.4
 class Asked(NamedTuple):
     """One product: rows, columns, the lengths of its base summands, R of all that is low-rank together (0 for none).
 
-    masked: the low-rank part is dropped from; ends: passes over the result that an epilogue saves, for a gain or a second output;
+    by_row: the weight's rows are dense along the sum; masked: some of the low-rank part is dropped from; many: there are more
+    summands than a base and its low-rank part; ends: passes over the result that an epilogue saves, for a gain or a second output;
     aligned: TMA descriptors can hold every operand; fusable: a GEMM of ours can hold the summands at all.
     """
 
@@ -58,27 +41,27 @@ class Asked(NamedTuple):
     R: int
     dtype: torch.dtype
     arch: str
+    by_row: bool = True
     masked: bool = False
+    many: bool = False
     ends: int = 0
     aligned: bool = True
     fusable: bool = True
 
-    @property
-    def many(self) -> bool:
-        """Whether there are more summands than a base and its low-rank part."""
-        return len(self.K) > 1
-
 
 class Row(NamedTuple):
-    """A measured choice: the form, and for ours its tile and how many programs share a sum."""
+    """A measured choice: the form, and for ours its tile and whether programs share a sum, as many as the rows then ask for."""
 
     form: str
     tile: Tile | None = None
-    splits: int = 1
+    split: bool = False
 
 
 class Route(NamedTuple):
-    """form: tma or pointers (ours); low first or base first (torch's, in that order). splits programs of `share` steps a tile."""
+    """form: tma or pointers (ours); low first or base first (torch's, in that order).
+
+    programs: as many as walk over the tiles (tma); splits: programs that share a tile's sum, `share` steps each (pointers).
+    """
 
     form: str
     tile: Tile | None = None
@@ -94,7 +77,7 @@ class Route(NamedTuple):
     @property
     def row(self) -> Row:
         """What the table would say of it."""
-        return Row(self.form, self.tile, self.splits)
+        return Row(self.form, self.tile, self.splits > 1)
 
     def __str__(self) -> str:
         if self.tile is None:
@@ -112,7 +95,9 @@ class Key(NamedTuple):
     N: int
     K: tuple[int, ...]
     R: int
+    by_row: bool
     masked: bool
+    ends: int
 
 
 # None yet.
@@ -122,7 +107,7 @@ _forced: ContextVar[Route | None] = ContextVar("forced", default=None)
 
 @contextlib.contextmanager
 def taking(route: Route) -> Iterator[None]:
-    """Inside, every product goes this way: for measuring and for tests."""
+    """Inside, and in this thread, every product goes this way, which must be able to: for measuring and for tests."""
     token = _forced.set(route)
     try:
         yield
@@ -134,7 +119,9 @@ def key(asked: Asked) -> Key:
     """The row that would decide this."""
     rounded = 1 << max(0, asked.M - 1).bit_length()
     rank = -(-asked.R // 16) * 16
-    return Key(asked.arch, str(asked.dtype).removeprefix("torch."), rounded, asked.N, asked.K, rank, asked.masked)
+    return Key(
+        asked.arch, str(asked.dtype).removeprefix("torch."), rounded, asked.N, asked.K, rank, asked.by_row, asked.masked, asked.ends
+    )
 
 
 def pick(asked: Asked) -> Route:
@@ -163,14 +150,9 @@ def candidates(asked: Asked) -> list[Route]:
 
 
 def _tiles(asked: Asked, form: str) -> tuple[Tile, ...]:
-    if form == "tma" and not (asked.aligned and asked.dtype != torch.float32 and _has_tma(asked.arch)):
+    if form == "tma" and not (asked.aligned and asked.dtype != torch.float32 and device(asked.arch).tma):
         return ()
     return configs.gemm(form, asked.dtype, asked.masked, asked.many)
-
-
-def _has_tma(arch: str) -> bool:
-    name = arch.removeprefix("sm_")
-    return name.isdigit() and int(name) >= 90
 
 
 def _sized(asked: Asked, form: str, tile: Tile) -> list[Route]:
@@ -182,7 +164,7 @@ def _sized(asked: Asked, form: str, tile: Tile) -> list[Route]:
     splittable = not asked.masked and tile.BLOCK_M <= configs.SPLIT_ROWS
     wanted = max(1, min(slots // max(1, tiles), steps // 4)) if splittable else 1
     shares = dict.fromkeys((max(1, steps), max(1, -(-steps // wanted))))
-    return [Route(form, tile, tiles, max(1, -(-steps // share)), share) for share in shares]
+    return [Route(form, tile, 0, max(1, -(-steps // share)), share) for share in shares]
 
 
 def seconds(asked: Asked, route: Route) -> float:
@@ -203,22 +185,9 @@ def seconds(asked: Asked, route: Route) -> float:
     return base + beside + (len(asked.K) - 1) * 2 * result + asked.ends * (2 * result + LAUNCH) + LAUNCH
 
 
-def device(arch: str) -> Device:
-    """The facts about an architecture; of one that is not listed, those of the slowest that is older, else of the oldest."""
-    if arch in DEVICES:
-        return DEVICES[arch]
-    older = [name for name in DEVICES if name.removeprefix("sm_").isdigit() and _number(name) <= _number(arch)]
-    return min((DEVICES[name] for name in older), key=lambda facts: facts.half, default=DEVICES["sm_80"])
-
-
 def _padded(asked: Asked, route: Route) -> int:
     """Elements of the tiles together: where memory bounds several routes alike, the one with the least to multiply is taken."""
     return 0 if route.tile is None else _count(asked, route.tile) * route.tile.BLOCK_M * route.tile.BLOCK_N
-
-
-def _number(arch: str) -> int:
-    digits = arch.removeprefix("sm_")
-    return int(digits) if digits.isdigit() else 0
 
 
 def _count(asked: Asked, tile: Tile) -> int:
@@ -231,7 +200,7 @@ def _steps(asked: Asked, depth: int) -> int:
 
 
 def _library(asked: Asked, depth: int, tile: Tile) -> float:
-    splits = max(1, device(asked.arch).multiprocessors // _count(asked, tile))
+    splits = max(1, device(asked.arch).multiprocessors // max(1, _count(asked, tile)))
     return _compute(asked, tile, math.ceil(depth / tile.BLOCK_K), splits)
 
 

@@ -48,7 +48,8 @@ def forms(kernel, dtype, capability):
             for drops in both:
                 yield grad_project.grad_project_kernel, tile, {"DROPS": drops} | precise
         elif kernel == "grad_output":
-            for u in both if tile.BLOCK_R <= configs.ONE_PASS else (False,):
+            least = max([1, *(rank + 1 for rank in configs.BLOCKS_R if rank < tile.BLOCK_R)])
+            for u in both if configs.one_pass(least, least, DTYPES[dtype]) else (False,):
                 yield grad_output.grad_output_kernel, tile, {"U": u, "P": True} | precise
             # Where nothing is asked of the ranks the narrowest tile serves.
             if configs.BLOCKS_R.index(tile.BLOCK_R) == 0:

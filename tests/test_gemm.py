@@ -7,6 +7,7 @@ from interpreted import DTYPES, SEED, P, dropped, strided, within_twice
 
 from lorafast.backends import triton as backend
 from lorafast.kernels import configs, routes
+from lorafast.kernels.devices import DEVICES
 from lorafast.kernels.gemm import Summand, gemm
 from lorafast.problem import LowRank, Segment, Up
 
@@ -43,8 +44,8 @@ def take(monkeypatch):
             share = -(-steps // splits) if tile.BLOCK_M <= configs.SPLIT_ROWS and not asked.masked else steps
             return route._replace(programs=3, splits=-(-steps // share), share=share)
 
-        # The interpreter is no GPU: what its descriptors may hold is asked of the one they are for.
-        monkeypatch.setattr(routes, "_has_tma", lambda arch: True)
+        # The interpreter is no GPU: what its descriptors may hold is asked of one they are for.
+        monkeypatch.setattr(routes, "device", lambda arch: DEVICES["sm_90"])
         monkeypatch.setattr(routes, "pick", pick)
 
     return taken
@@ -195,7 +196,38 @@ def test_rows_lie_beyond_two_to_the_thirty_first_element(tmp_path, take):
     assert torch.equal(backend.linear(x, far, [])[0], backend.linear(x, near, [])[0])
 
 
-def test_two_runs_agree_bit_for_bit(take):
-    take("pointers", configs.gemm("pointers", torch.float32, False, False)[-1], splits=3)
-    x, W, up = torch.randn(5, 300), torch.randn(70, 300), Up(torch.randn(5, 8), torch.randn(70, 8))
-    assert torch.equal(backend.linear(x, W, [up])[0], backend.linear(x, W, [up])[0])
+@pytest.mark.parametrize("form", ["pointers", "tma", "low first", "base first"])
+def test_a_dropped_nan_stays_dropped(form, take):
+    take(form)
+    v, A, dy, W = torch.randn(9, 8).half(), torch.randn(8, 16), torch.randn(9, 24).half(), torch.randn(24, 16).half()
+    v[3, 2], A[5, 7] = torch.nan, torch.inf
+    found = backend.grad_input([Segment(dy, W)], [LowRank(v, A, SEED, P)])
+    kept = backend.eager.philox.kept(SEED, P, slice(0, 9), 16)
+    spoilt = torch.zeros(9, 16, dtype=torch.bool)
+    spoilt[3], spoilt[:, 7] = True, True
+    assert torch.equal(~found.isfinite(), spoilt & kept)
+
+
+@pytest.mark.parametrize("form", ["pointers", "tma", "low first", "base first"])
+def test_vectors_and_factors_that_lie_apart(form, take):
+    take(form)
+    x, W, mixed = torch.randn(9, 16).half(), torch.randn(24, 16).half(), torch.randn(9, 8).half()
+    gain, bias, out_scale, B = (
+        torch.rand(48)[::2],
+        torch.randn(1).expand(24),
+        torch.rand(48)[::2],
+        torch.randn(24, 16).half()[:, 1:9],
+    )
+    y, _ = backend.linear(x, W, [Up(mixed, B, 1.0, out_scale)], gain, bias)
+    chains = [
+        gain.to(c) * (x.to(c) @ W.to(c).t() + mixed.to(c) @ (out_scale.to(c)[:, None] * B.to(c)).t()) + bias.to(c)
+        for c in (torch.float16, torch.float64)
+    ]
+    within_twice([y], chains[:1], chains[1:], torch.float16)
+
+
+@pytest.mark.parametrize("form", ["pointers", "tma", "low first"])
+def test_a_weight_of_another_dtype_is_cast_for_one_call(form, take):
+    take(form)
+    x, W, up = torch.randn(9, 16).half(), torch.randn(24, 16), Up(torch.randn(9, 8).half(), torch.randn(24, 8))
+    assert torch.equal(backend.linear(x, W, [up])[0], backend.linear(x, W.half(), [up])[0])

@@ -9,7 +9,7 @@ from lorafast.kernels import configs
 from lorafast.problem import Return
 from lorafast.reference import mix
 
-# M, N, R, and how dy lies. R beyond configs.ONE_PASS takes two passes.
+# M, N, R, and how dy lies. Many ranks take two passes.
 SHAPES = [
     (1, 72, 1, "contiguous"), (63, 130, 8, "transposed"), (17, 33, 12, "sliced"), (70, 300, 24, "contiguous"),
     (65, 9, 64, "sliced"), (33, 70, 100, "transposed"),
@@ -149,13 +149,33 @@ def test_rows_lie_beyond_two_to_the_thirty_first_element(tmp_path):
     assert torch.equal(one.dot, other.dot)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_and_vectors_that_lie_apart(dtype):
+    """A factor that needs neither a cast nor a scaling is read where it lies."""
+    dy, h, B = torch.randn(40, 70).to(dtype), torch.randn(40, 8).to(dtype), torch.randn(70, 16).to(dtype)[:, 3:11]
+    gain, out_scale = torch.rand(140)[::2], torch.rand(140)[::2]
+    for extras in ({}, {"out_scale": out_scale}):
+        for with_gain in (None, gain):
+            back = Return(B, h=h, want_B=True, want_out_scale=bool(extras), **extras)
+            dense = back._replace(B=B.contiguous(), **{name: one.contiguous() for name, one in extras.items()})
+            (one,) = backend.grad_output(dy, [back], with_gain).adapters
+            (other,) = backend.grad_output(dy, [dense], None if with_gain is None else gain.contiguous()).adapters
+            for a, b in zip(one, other, strict=True):
+                assert a is None if b is None else torch.equal(a, b)
+            assert not one.v.isnan().any()
+            within_twice([one.v], [wanted(dy, back, with_gain, dtype)[0]], [wanted(dy, back, with_gain, torch.float64)[0]], dtype)
+
+
 def test_what_needs_one_pass_takes_one(monkeypatch):
     """u comes out of the pass over columns where ranks are few, and is a projection of dy where they are many."""
     from lorafast.kernels import grad_output as kernel
 
     seen = []
     monkeypatch.setattr(kernel, "project", lambda *args, real=kernel.project: seen.append("projected") or real(*args))
-    for R in (configs.ONE_PASS, configs.ONE_PASS + 1):
+    few, many = 16, 100
+    assert configs.one_pass(few, few, torch.float32)
+    assert not configs.one_pass(many, many, torch.float32)
+    for R in (few, many):
         back = Return(torch.randn(20, R), h=torch.randn(9, R), want_B=True)
         backend.grad_output(torch.randn(9, 20), [back])
     assert seen.count("projected") == 1

@@ -30,7 +30,7 @@ PLACE = {name: (floor, position) for floor, names in enumerate(FLOORS) for posit
 # Inside a folder, what its other files may share, leftwards, and who may import everything beside it.
 SHARED = {
     "backends": ("eager",),
-    "kernels": ("philox", "configs", "routes", "launch", "factor", "project", "grad_project"),
+    "kernels": ("philox", "devices", "configs", "routes", "launch", "factor", "project", "grad_project"),
     "methods": ("adapter", "svd", "lora"),
     "models": ("explain", "aside", "peft"),
     "bench": (
@@ -51,7 +51,7 @@ SHARED = {
             "contender",
             "row",
         ),
-        *("trust", "trainee", "linear", "model", "tables", "plots", "report", "options", "commands", "cli"),
+        *("trust", "trainee", "linear", "model", "jobs", "tables", "tune", "plots", "report", "options", "commands", "cli"),
     ),
 }
 GATHERS = ("__init__", "catalog")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lorafast.kernels import configs, routes
+from lorafast.kernels.devices import DEVICES, device
 from lorafast.kernels.routes import Asked, Route, Row, Tile
 
 BASE = Asked(8192, 4096, (4096,), 16, torch.bfloat16, "sm_90")
@@ -23,6 +24,7 @@ def test_torch_can_always_do_it():
     [
         ({"arch": "sm_80"}, "tma"),
         ({"arch": "sm_89"}, "tma"),
+        ({"arch": "sm_120"}, "tma"),
         ({"aligned": False}, "tma"),
         ({"dtype": torch.float32}, "tma"),
         ({"dtype": torch.float32}, "low first"),
@@ -37,11 +39,11 @@ def test_what_cannot_be_is_no_candidate(changes, lacking):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("K", [(1,), (4096,), (14336,), (4096, 1024, 1024)])
-@pytest.mark.parametrize("M", [1, 16, 65, 8192])
+@pytest.mark.parametrize("M", [0, 1, 16, 65, 8192])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_every_route_covers_the_sum_once(arch, dtype, M, K, masked):
-    asked = BASE._replace(M=M, K=K, dtype=dtype, arch=arch, masked=masked)
+    asked = BASE._replace(M=M, K=K, dtype=dtype, arch=arch, masked=masked, many=len(K) > 1)
     for route in routes.candidates(asked):
         assert routes.seconds(asked, route) > 0
         if not route.fused:
@@ -50,6 +52,7 @@ def test_every_route_covers_the_sum_once(arch, dtype, M, K, masked):
         assert route.splits * route.share >= steps > (route.splits - 1) * route.share
         assert route.splits == 1 or (route.tile.BLOCK_M <= configs.SPLIT_ROWS and not masked)
         assert route.tile in configs.gemm(route.form, dtype, masked, len(K) > 1)
+        assert "tma" not in route.form or arch != "sm_80"
 
 
 def test_few_rows_are_split_until_the_device_is_full():
@@ -78,6 +81,22 @@ def test_a_measured_row_decides(monkeypatch):
     routes._picked.cache_clear()
 
 
+def test_a_row_is_found_all_over_its_bucket(monkeypatch):
+    """How many programs share a sum follows from the exact number of rows; that they do is what was measured."""
+    at_256 = BASE._replace(M=256, N=768, K=(1024,))
+    (split,) = [route for route in routes.candidates(at_256) if route.tile and route.tile[:3] == (64, 64, 64) and route.splits > 1]
+    monkeypatch.setattr(routes, "TABLE", {routes.key(at_256): split.row})
+    for M in (129, 160, 200, 255):
+        routes._picked.cache_clear()
+        assert routes.pick(at_256._replace(M=M)).row == split.row
+    routes._picked.cache_clear()
+
+
+def test_what_may_be_measured_apart_has_a_key_of_its_own():
+    apart = [BASE, BASE._replace(by_row=False), BASE._replace(masked=True), BASE._replace(ends=1), BASE._replace(R=32)]
+    assert len({routes.key(asked) for asked in apart}) == len(apart)
+
+
 def test_a_route_can_be_taken_for_a_while():
     with routes.taking(Route("base first")):
         assert routes.pick(BASE) == Route("base first")
@@ -86,15 +105,13 @@ def test_a_route_can_be_taken_for_a_while():
 
 def test_rows_of_the_table_are_legal():
     for key, row in routes.TABLE.items():
-        asked = Asked(key.M, key.N, key.K, key.R, getattr(torch, key.dtype), key.arch, key.masked)
+        asked = Asked(key.M, key.N, key.K, key.R, getattr(torch, key.dtype), key.arch, key.by_row, key.masked, ends=key.ends)
         assert routes.key(asked) == key
         assert row in [route.row for route in routes.candidates(asked)]
 
 
 def test_an_unknown_device_is_taken_for_a_known_one():
-    assert routes.device("sm_87") == routes.DEVICES["sm_86"]
-    assert routes.device("sm_103") in routes.DEVICES.values()
-    assert routes.device("cpu") == routes.DEVICES["sm_80"]
+    assert device("sm_87") == device("cpu") == DEVICES["sm_80"]
 
 
 def test_the_interpreter_takes_ours():

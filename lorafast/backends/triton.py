@@ -6,6 +6,8 @@ unasked, and LORAFAST_BACKEND=triton asks for it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 
@@ -16,7 +18,7 @@ from lorafast.kernels import grad_output as on_output
 from lorafast.kernels import grad_project as on_A
 from lorafast.kernels import project as down
 from lorafast.kernels.factor import factor
-from lorafast.kernels.gemm import Summand, gemm
+from lorafast.kernels.gemm import Summand, gemm, is_many
 from lorafast.kernels.masked_add import masked_add
 from lorafast.kernels.row_norm import row_norm as norms
 from lorafast.panels import flat
@@ -50,13 +52,17 @@ def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
 
 def how(primitive: str, problem: Problem) -> str | None:
     """The route a product takes, if its tensors lie as they usually do: ours by form and tile, or torch's. None for the others."""
-    rows, cols = {"linear": (problem.K, sum(problem.N)), "grad_input": (sum(problem.N), problem.K)}.get(primitive, (0, 0))
-    if not rows:
+    K, N, e = problem.K, sum(problem.N), problem.dtype.itemsize
+    if primitive not in ("linear", "grad_input"):
         return None
-    aligned = not (problem.K * problem.dtype.itemsize % 16 or any(N * problem.dtype.itemsize % 16 for N in problem.N))
-    masked = primitive == "grad_input" and problem.dropout > 0
-    ends = int(problem.gain == "out") + int(problem.keep == "inner") if primitive == "linear" else 0
-    asked = routes.Asked(problem.M, cols, (rows,), sum(problem.R), problem.dtype, problem.arch.name, masked, ends, aligned)
+    columns, length = (N, K) if primitive == "linear" else (K, N)
+    asked = routes.Asked(
+        problem.M, columns, (length,), sum(problem.R), problem.dtype, problem.arch.name,
+        by_row=problem.transposed == (primitive == "grad_input"),
+        masked=primitive == "grad_input" and problem.dropout > 0 and problem.dropout_on == "adapter",
+        ends=_ends(problem.gain == "out", problem.keep == "inner") if primitive == "linear" else 0,
+        aligned=not any(size * e % 16 for size in (K, *problem.N)),
+    )  # fmt: skip
     return str(routes.pick(asked))
 
 
@@ -78,17 +84,16 @@ def linear(
     keep_inner, which needs a gain, returns z beside y.
     """
     x2, (N, K) = flat(x), weight.shape
-    base = _base(x2, weight)
-    asked = _asked(x2, N, (base,), sum(up.B.shape[1] for up in ups), ends=int(gain is not None) + int(keep_inner))
+    M, base = x2.shape[0], Summand(x2, weight.to(x.dtype))
+    ends = _ends(gain is not None, keep_inner)
+    asked = _asked(M, N, [base], sum(up.B.shape[1] for up in ups), ends=ends)
     route = routes.pick(asked)
-    if not route.fused or not x2.shape[0] * N * K:
-        low_first = None if route.fused else route.form == "low first"
-        return eager.linear(x, weight, ups, gain, bias, keep_inner, low_first)
+    if not route.fused or not M * N * K:
+        return eager.linear(x, base.b, ups, gain, bias, keep_inner, None if route.fused else route.form == "low first")
     y = x.new_empty(*x.shape[:-1], N)
-    z = x2.new_empty(x2.shape[0], N) if keep_inner else None
-    by_row = launch.dense(base.b, 1)
-    lows = [Summand(up.mixed, factor(up.B, x.dtype, up.scaling, up.out_scale, by_row)) for up in ups]
-    gemm(y.view(x2.shape[0], N), [base, *_joined(lows, route, by_row)], None, route, gain, bias, z)
+    z = x2.new_empty(M, N) if keep_inner else None
+    lows = [_Low(up.mixed, up.B, up.scaling, up.out_scale) for up in ups]
+    gemm(y.view(M, N), [_dense(base), *_joined(lows, route, asked.by_row)], None, route, gain, bias, z)
     return y, z
 
 
@@ -109,22 +114,17 @@ def grad_output(
 def grad_input(segments: list[Segment], low_ranks: list[LowRank]) -> torch.Tensor:
     """dx = Σ (gain⊙dy) W + Σ mask⊙(v A).  dy [...,N] -> dx [...,K]."""
     dy, K = segments[0].dy, segments[0].weight.shape[1]
-    M, dropped = tokens(dy), [low for low in low_ranks if low.p]
+    M, plain, dropped = tokens(dy), [low for low in low_ranks if not low.p], [low for low in low_ranks if low.p]
     dx = dy.new_empty(*dy.shape[:-1], K)
     dx2 = dx.view(M, K)
-    bases = [_base(a, b.t()) for a, b in map(eager.with_gain, segments)]
-    plain = [low for low in low_ranks if not low.p]
-    by_row = launch.dense(bases[0].b, 1)
-    alike = all(launch.dense(base.b, 1 if by_row else 0) for base in bases)
-    asked = _asked(
-        dx2, K, tuple(bases), sum(low.A.shape[0] for low in low_ranks), masked=bool(dropped),
-        fusable=alike and len(dropped) <= 1 and len(bases) + bool(plain) + bool(dropped) <= 4,
-    )  # fmt: skip
+    bases = [Summand(a, b.t()) for a, b in map(eager.with_gain, segments)]
+    asked = _asked(M, K, bases, sum(low.A.shape[0] for low in low_ranks), len(dropped), bool(plain))
     route = routes.pick(asked)
     if route.fused and M * K * min(base.a.shape[1] for base in bases):
-        lows = [Summand(v, factor(A.t(), dy.dtype, by_row=by_row), seed, p) for v, A, seed, p in low_ranks]
-        masked = _joined([low for low in lows if low.p], route, by_row)
-        gemm(dx2, [*bases, *_joined([low for low in lows if not low.p], route, by_row)], masked[0] if masked else None, route)
+        own, masked = (
+            _joined([_Low(v, A.t(), seed=seed, p=p) for v, A, seed, p in lows], route, asked.by_row) for lows in (plain, dropped)
+        )
+        gemm(dx2, [*map(_dense, bases), *own], masked[0] if masked else None, route)
         return dx
     low_first = route.form == "low first"
     products = [(v, A.to(dy.dtype)) for v, A, _, _ in plain] + [(base.a, base.b.t()) for base in bases]
@@ -149,38 +149,70 @@ def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Sc
     return norms(weight, A, B, scaling, axis)
 
 
-def _base(a: torch.Tensor, b: torch.Tensor) -> Summand:
-    """a bᵀ in a's dtype, both dense along an axis a GEMM of ours reads them by.  a [M,K], b [N,K]"""
-    b = b.to(a.dtype)
-    b = b if launch.dense(b, 1) or launch.dense(b, 0) else b.contiguous()
-    return Summand(a if launch.dense(a, 1) else a.contiguous(), b)
+def _ends(gains: bool, keeps_inner: bool) -> int:
+    """Passes over the result that an epilogue saves."""
+    return int(gains) + int(keeps_inner)
 
 
-def _joined(lows: list[Summand], route: routes.Route, by_row: bool) -> list[Summand]:
-    """Low-rank summands side by side as one, padded until its rows are as far apart as its form of reading wants them."""
+def _dense(base: Summand) -> Summand:
+    """With both operands dense along an axis that a GEMM of ours reads them by."""
+    a, b = base.a, base.b
+    return base._replace(
+        a=a if launch.dense(a, 1) else a.contiguous(), b=b if launch.dense(b, 1) or launch.dense(b, 0) else b.contiguous()
+    )
+
+
+class _Low(NamedTuple):
+    """One low-rank summand a (s·row_scale⊙F)ᵀ.  a [M,R], F [N,R]"""
+
+    a: torch.Tensor
+    F: torch.Tensor
+    scaling: Scaling = 1.0
+    row_scale: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+    p: float = 0.0
+
+
+def _joined(lows: list[_Low], route: routes.Route, by_row: bool) -> list[Summand]:
+    """Low-rank summands side by side as one; none if there are none.
+
+    Padded until rows are as far apart as a descriptor wants them, or as keeps loads by pointers wide and asynchronous.
+    """
     if not lows:
         return []
-    a = lows[0].a if len(lows) == 1 else torch.cat([low.a for low in lows], dim=1)
-    b = lows[0].b if len(lows) == 1 else torch.cat([low.b for low in lows], dim=1)
-    apart = 1 if a.dtype == torch.float32 else 8 if route.form == "tma" else 16
-    missing = -a.shape[1] % apart
-    if missing or not launch.dense(a, 1):
-        a = torch.nn.functional.pad(a, (0, missing)).contiguous()
-    if missing:
-        b = torch.nn.functional.pad(b, (0, missing))
+    dtype, multiple, (first, *more) = lows[0].a.dtype, 8 if route.form == "tma" else 16, lows
+    a, b = first.a, factor(first.F, dtype, first.scaling, first.row_scale, by_row, 1 if more else multiple)
+    if more:
+        a = torch.cat([low.a for low in lows], dim=1)
+        b = torch.cat([b, *(factor(low.F, dtype, low.scaling, low.row_scale) for low in more)], dim=1)
+        b = torch.nn.functional.pad(b, (0, -a.shape[1] % multiple))
+    if a.shape[1] % multiple:
+        a = torch.nn.functional.pad(a, (0, -a.shape[1] % multiple))
     # A parameter may lie anywhere in a storage it shares.
     by_tma = route.form == "tma"
-    if by_tma and not launch.aligned(a):
-        a = a.clone(memory_format=torch.contiguous_format)
+    if not launch.dense(a, 1) or (by_tma and not launch.aligned(a)):
+        a = _fresh(a)
     if not launch.dense(b, 1 if by_row else 0) or (by_tma and not launch.aligned(b)):
-        b = b.clone(memory_format=torch.contiguous_format) if by_row else b.t().clone(memory_format=torch.contiguous_format).t()
-    return [Summand(a, b, lows[0].seed, lows[0].p)]
+        b = _fresh(b, by_row)
+    return [Summand(a, b, first.seed, first.p)]
 
 
-def _asked(
-    like: torch.Tensor, N: int, bases: tuple[Summand, ...], R: int, masked: bool = False, ends: int = 0, fusable: bool = True
-) -> routes.Asked:
-    # Rows of y and z are as long as N; the low-rank operands are made to fit.
-    aligned = N * like.itemsize % 16 == 0 and all(launch.aligned(base.a) and launch.aligned(base.b) for base in bases)
-    lengths = tuple(base.a.shape[1] for base in bases)
-    return routes.Asked(like.shape[0], N, lengths, R, like.dtype, launch.arch_of(like), masked, ends, aligned, fusable)
+def _fresh(t: torch.Tensor, by_row: bool = True) -> torch.Tensor:
+    """A copy, dense along its rows or its columns."""
+    return t.clone(memory_format=torch.contiguous_format) if by_row else t.t().clone(memory_format=torch.contiguous_format).t()
+
+
+def _asked(M: int, N: int, bases: list[Summand], R: int, dropped: int = 0, plain: bool = False, ends: int = 0) -> routes.Asked:
+    """What a route is chosen by. dropped: how many low-rank summands are masked; plain: whether there is one that is not."""
+    first, e = bases[0], bases[0].a.itemsize
+    by_row = launch.dense(first.b, 1) or not launch.dense(first.b, 0)
+    # What is not dense is copied, and then lies as well as its length lets it. y and z are as long as N.
+    lying = [N * e % 16 == 0]
+    for a, b, *_ in bases:
+        kept = launch.dense(a, 1), launch.dense(b, 1) or launch.dense(b, 0)
+        lying += [launch.aligned(t) if dense else t.shape[1] * e % 16 == 0 for t, dense in zip((a, b), kept, strict=True)]
+    alike = all(launch.dense(one.b, 1 if by_row else 0) for one in bases[1:])
+    return routes.Asked(
+        M, N, tuple(one.a.shape[1] for one in bases), R, first.a.dtype, launch.arch_of(first.a), by_row, dropped > 0,
+        is_many(len(bases) + plain, dropped > 0), ends, all(lying), alike and dropped <= 1 and len(bases) + plain + dropped <= 4,
+    )  # fmt: skip
