@@ -80,7 +80,7 @@ def _tune(asked: argparse.Namespace, arguments: list[str]) -> int:
     asked_for = itertools.product(asked.shape, asked.rank, asked.dropout, asked.tokens)
     sizes = [tune.Sizes(M, shape.K, shape.N, R, p) for shape, R, p, M in asked_for]
     timings, chosen = [], {}
-    with Progress(6 * len(sizes)) as progress:
+    with Progress(tune.progress_total(sizes)) as progress:
         pace = tune.Pace(asked.rounds, asked.warmup, asked.seconds or math.inf)
         for some, rows in tune.run(sizes, dtype, device, pace, asked.seed, progress):
             timings.append(some)

@@ -16,7 +16,7 @@ import torch
 
 from lorafast import env, testing
 from lorafast.bench.clock import Clock, Mark, Step, interleave, quantiles
-from lorafast.bench.jobs import Job, Sizes, jobs
+from lorafast.bench.jobs import JOBS, Job, Sizes, jobs
 from lorafast.bench.progress import Progress
 from lorafast.bench.record import SCHEMA_VERSION
 from lorafast.bench.refusal import Refused
@@ -43,6 +43,7 @@ class Timing:
     """
 
     primitive: str
+    variant: str
     M: int
     K: int
     N: int
@@ -88,14 +89,19 @@ def run(
     clock = Clock(device)
     for one in sizes:
         for job in jobs(one, dtype, device, seed):
-            progress.begin(f"{job.primitive} {one.M}x{one.K}->{one.N} R={one.R} p={one.p:g} {SHORT[dtype]}")
+            progress.begin(f"{job.primitive} {job.variant} {one.M}x{one.K}->{one.N} R={one.R} p={one.p:g} {SHORT[dtype]}")
             timings = _measure(job, dtype, clock, pace)
             yield list(timings.values()), _chosen(job, timings)
 
 
+def progress_total(sizes: list[Sizes]) -> int:
+    """How often a run calls progress.begin."""
+    return JOBS * len(sizes)
+
+
 def _measure(job: Job, dtype: torch.dtype, clock: Clock, pace: Pace) -> dict[Route | str, Timing]:
     ways: list[Route | str] = [STREAM] if job.asked is None else list(routes.candidates(job.asked))
-    timings = {way: Timing(job.primitive, *job.sizes[:5], SHORT[dtype], str(way)) for way in ways}
+    timings = {way: Timing(job.primitive, job.variant, *job.sizes, SHORT[dtype], str(way)) for way in ways}
     truth, chain = job.chain(torch.float64), job.chain(dtype)
     steps: dict[Route | str, Step] = {}
     for way, timing in timings.items():
@@ -108,7 +114,7 @@ def _measure(job: Job, dtype: torch.dtype, clock: Clock, pace: Pace) -> dict[Rou
     del truth, chain
     if job.frozen:
         steps[FROZEN] = _marked(job.frozen)
-        timings[FROZEN] = Timing(job.primitive, *job.sizes[:5], SHORT[dtype], FROZEN)
+        timings[FROZEN] = Timing(job.primitive, job.variant, *job.sizes, SHORT[dtype], FROZEN)
 
     def failed(way: Route | str, error: Exception) -> None:
         timings[way].fail("wrong", f"{type(error).__name__}: {error}")
@@ -179,7 +185,8 @@ def _chosen(job: Job, timings: dict[Route | str, Timing]) -> dict[routes.Key, Ro
 def table(timings: list[Timing]) -> Table:
     """The timings of one primitive, the fastest first."""
     first = timings[0]
-    title = f"{first.primitive}, {first.M} tokens, {first.K} → {first.N}, R = {first.R}, p = {first.dropout:g}, {first.dtype}"
+    named = f"{first.primitive} ({first.variant})" if first.variant else first.primitive
+    title = f"{named}, {first.M} tokens, {first.K} → {first.N}, R = {first.R}, p = {first.dropout:g}, {first.dtype}"
     heads = ("route", "err ratio", "repeats", "ms", "its p20–p80", "× frozen", "modelled ms", "GB/s")
     ordered = sorted(timings, key=lambda one: math.inf if one.ms is None else one.ms)
     rows = tuple(

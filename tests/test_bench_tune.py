@@ -27,7 +27,9 @@ def test_without_a_gpu_it_refuses(capsys):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_a_job_by_our_kernels_is_what_stock_torch_makes_of_it(p, dtype):
-    for job in jobs.jobs(SIZES._replace(p=p), dtype, torch.device("cpu"), 0):
+    found = jobs.jobs(SIZES._replace(p=p), dtype, torch.device("cpu"), 0)
+    assert len(found) == jobs.JOBS
+    for job in found:
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         for found, truth in zip(job.run(), job.chain(torch.float64), strict=True):
             torch.testing.assert_close(found.double(), truth, rtol=tolerance, atol=tolerance)
@@ -36,7 +38,7 @@ def test_a_job_by_our_kernels_is_what_stock_torch_makes_of_it(p, dtype):
 def test_every_route_is_timed_beside_the_frozen_product(interpreted, capsys, tmp_path):
     assert cli.main([*ASKED, "--json", str(tmp_path / "tune.json")]) == 0
     written = json.loads((tmp_path / "tune.json").read_text())
-    of_linear = [one for one in written["timings"] if one["primitive"] == "linear"]
+    of_linear = [one for one in written["timings"] if (one["primitive"], one["variant"]) == ("linear", "")]
     asked = routes.Asked(5, 16, (24,), 4, torch.float32, "cpu")
     assert {one["route"] for one in of_linear} == {tune.FROZEN, *map(str, routes.candidates(asked))}
     for one in written["timings"]:
@@ -55,7 +57,8 @@ def test_every_route_is_timed_beside_the_frozen_product(interpreted, capsys, tmp
 
 
 def test_a_route_that_errs_or_differs_shows_no_speed(interpreted):
-    (job,) = [job for job in jobs.jobs(SIZES, torch.float32, torch.device("cpu"), 0) if job.primitive == "linear"]
+    job = jobs.jobs(SIZES, torch.float32, torch.device("cpu"), 0)[0]
+    assert job.primitive == "linear"
     right, noise = job.run, iter((0.0, 1e-3))
     broken = {
         "errs": job._replace(run=lambda: [right()[0] * 1.001]),
