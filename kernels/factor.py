@@ -46,7 +46,7 @@ def factor(
     if out.numel():
         tile = configs.FACTOR
         with launch.on(F):
-            factor_kernel[triton.cdiv(I, tile.BLOCK_N), triton.cdiv(width, tile.BLOCK_K)](
+            factor_kernel[configs.ceil_div(I, tile.BLOCK_N), configs.ceil_div(width, tile.BLOCK_K)](
                 F, F if row_scale is None else row_scale.contiguous(), scaling if scaled else F, out, I, J, width,
                 *F.stride(), *out.stride(), int(row_scale is not None), int(scaled), 1.0 if scaled else float(scaling),
                 **tile.edges("BLOCK_N", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,

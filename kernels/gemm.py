@@ -292,7 +292,7 @@ def _by_pointers(out, inner, slots, lengths, vectors, drop, ends, drops, flags, 
     split = route.splits > 1
     sums = out.new_empty(route.splits, M, N, dtype=torch.float32) if split else out
     z = out if inner is None else inner
-    tiles = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    tiles = configs.ceil_div(M, tile.BLOCK_M) * configs.ceil_div(N, tile.BLOCK_N)
     gemm_kernel[tiles, route.splits](
         *(t for pair in pairs for t in pair), *vectors, launch.seed_of(drop.seed, out), sums, z, M, N, *lengths, *strides,
         *map(int, ends), *drops, route.share, **flags, SPLIT=split, PRECISION=launch.precision(out),
@@ -300,7 +300,7 @@ def _by_pointers(out, inner, slots, lengths, vectors, drop, ends, drops, flags, 
     )  # fmt: skip
     if split:
         block = configs.GEMM_FINISH
-        gemm_finish_kernel[triton.cdiv(M, block.BLOCK_M), triton.cdiv(N, block.BLOCK_N)](
+        gemm_finish_kernel[configs.ceil_div(M, block.BLOCK_M), configs.ceil_div(N, block.BLOCK_N)](
             sums, *vectors, out, z, M, N, route.splits, *map(int, ends), **block.edges("BLOCK_M", "BLOCK_N"),
             num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip

@@ -132,7 +132,7 @@ def _pass(
     columns = bool(widths[1] or asked)
     at_once = bool(ups) and columns and configs.one_pass(*widths, dtype)
     share = configs.grad_output(M, N, max(1, widths[1], at_once * widths[0]), dtype, launch.arch_of(dy2))
-    across, splits = triton.cdiv(N, share.tile.BLOCK_N), share.splits
+    across, splits = configs.ceil_div(N, share.tile.BLOCK_N), share.splits
     u = dy2.new_empty(across, M, widths[0], dtype=torch.float32) if at_once else None
     P = dy2.new_empty(splits, N, widths[1], dtype=torch.float32) if widths[1] else None
     sums = dy2.new_empty(splits, 2, N, dtype=torch.float32) if asked else None
@@ -161,7 +161,7 @@ def _launch(dy2, kept2, mixed, B, u, P, sums, asked, share) -> None:
     # Whatever is not there is never read or written, but compiled: it lies as dy does.
     kept2, mixed, B, u_out, P_out, sums = (dy2 if one is None else one for one in (kept2, mixed, B, u, P, sums))
     with launch.on(dy2):
-        grad_output_kernel[triton.cdiv(N, tile.BLOCK_N), share.splits](
+        grad_output_kernel[configs.ceil_div(N, tile.BLOCK_N), share.splits](
             dy2, kept2, mixed, B, u_out, P_out, sums, M, N, R, live, *dy2.stride(), *kept2.stride(), *mixed.stride(),
             asked, share.steps, U=u is not None, P=P is not None, PRECISION=launch.precision(dy2),
             **tile.blocks("BLOCK_M", "BLOCK_N"), num_warps=tile.warps, num_stages=tile.stages,
@@ -180,7 +180,7 @@ def _finish_P(
     tile = configs.finish_P(R)
     if N:
         with launch.on(dy2):
-            finish_P_kernel[(triton.cdiv(N, tile.BLOCK_N),)](
+            finish_P_kernel[(configs.ceil_div(N, tile.BLOCK_N),)](
                 P[..., first:], *(P if one is None else one.contiguous() for one in (gain, back.out_scale)), back.B,
                 back.scaling if scaled else P, *(P if one is None else one for one in (dB, d_out_scale)), N, R, P.shape[2],
                 *back.B.stride(), skipped, back.frozen_columns, P.shape[0], int(gain is not None), int(back.out_scale is not None),

@@ -52,7 +52,7 @@ def sum_over_rows(x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None =
     tile, splits, steps = configs.grad_project(M, K, R, x2.dtype, launch.arch_of(x2))
     out = x2.new_empty(splits, R, K, dtype=torch.float32)
     with launch.on(x2):
-        grad_project_kernel[triton.cdiv(K, tile.BLOCK_K), splits](
+        grad_project_kernel[configs.ceil_div(K, tile.BLOCK_K), splits](
             x2, v, launch.seed_of(seed, x2), out, M, K, R, *x2.stride(), *v.stride(), launch.groups(K), philox.threshold(p),
             philox.scale(p), steps, DROPS=p > 0, PRECISION=launch.precision(x2),
             **tile.blocks("BLOCK_M", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,

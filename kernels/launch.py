@@ -6,10 +6,10 @@ import contextlib
 import functools
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorafast import arch, philox
+from lorafast.kernels import configs
 
 
 def on(x: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -35,7 +35,7 @@ def seed_of(seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
 
 def groups(K: int) -> int:
     """How many Philox calls a row of K elements takes."""
-    return triton.cdiv(K, philox.GROUP)
+    return configs.ceil_div(K, philox.GROUP)
 
 
 def dense(t: torch.Tensor, dim: int) -> bool:

@@ -42,7 +42,7 @@ def masked_add(out: torch.Tensor, low: LowRank, started: bool) -> None:
     tile = configs.masked_add(out.dtype)
     if out.numel():
         with launch.on(out):
-            masked_add_kernel[triton.cdiv(M, tile.BLOCK_M), triton.cdiv(K, tile.BLOCK_K)](
+            masked_add_kernel[configs.ceil_div(M, tile.BLOCK_M), configs.ceil_div(K, tile.BLOCK_K)](
                 low.v, low.A, low.seed, out, M, K, R, *low.v.stride(), *low.A.stride(), launch.groups(K), philox.threshold(low.p),
                 philox.scale(low.p), int(started), PRECISION=launch.precision(out),
                 **tile.blocks("BLOCK_M", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,

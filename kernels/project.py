@@ -136,7 +136,7 @@ def _launch(x2: torch.Tensor, down: Down, share: configs.Share, h: torch.Tensor)
     (M, K), R, tile = x2.shape, down.A.shape[0], share.tile
     if M:
         with launch.on(x2):
-            project_kernel[triton.cdiv(M, tile.BLOCK_M), share.splits](
+            project_kernel[configs.ceil_div(M, tile.BLOCK_M), share.splits](
                 x2, down.A, launch.seed_of(down.seed, x2), h, M, K, R, *x2.stride(), *down.A.stride(), launch.groups(K),
                 philox.threshold(down.p), philox.scale(down.p), share.steps,
                 DROPS=down.p > 0, PARTS=h.dim() == 3, PRECISION=launch.precision(x2),
@@ -156,7 +156,7 @@ def finished(
     tile, strides = configs.finish(R), (core.stride(0), core.stride(-1)) if inside else (0, 0)
     if M:
         with launch.on(parts):
-            finish_kernel[(triton.cdiv(M, tile.BLOCK_M),)](
+            finish_kernel[(configs.ceil_div(M, tile.BLOCK_M),)](
                 parts[..., first:], core if inside else h, h, mixed, M, R, width, *strides, scale, splits,
                 CORE=core.dim() if inside else 0, PRECISION=launch.precision(h),
                 **tile.blocks("BLOCK_M"), num_warps=tile.warps, num_stages=tile.stages,

@@ -64,7 +64,7 @@ def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Sc
     tile = configs.row_norm(R, weight.dtype)
     out = weight.new_empty(N if by_row else K, dtype=torch.float32)
     scaled = isinstance(scaling, torch.Tensor)
-    grid = triton.cdiv(N, tile.BLOCK_N) if by_row else triton.cdiv(K, tile.BLOCK_K)
+    grid = configs.ceil_div(N, tile.BLOCK_N) if by_row else configs.ceil_div(K, tile.BLOCK_K)
     if grid:
         with launch.on(weight):
             row_norm_kernel[(grid,)](
