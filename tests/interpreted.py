@@ -29,6 +29,16 @@ def draws(numbers):
     return range(2 if numbers >= 64 else 32)
 
 
+def far_apart(folder, rows, width):
+    """The same fp16 numbers twice [rows,width]: with rows 2²⁷ elements apart, the last beyond the 2³¹-st, and close together."""
+    apart = 1 << 27
+    # A file with holes: only what is touched takes room.
+    whole = torch.from_file(str(folder / "sparse"), shared=True, size=rows * apart, dtype=torch.float16)
+    far, near = whole.as_strided((rows, width), (apart, 1)), torch.randn(rows, width).half()
+    far.copy_(near)
+    return far, near
+
+
 def dropped(x, p):
     """drop(x) by torch, with the seed of these tests."""
     return x * philox.kept(SEED, p, slice(0, x.shape[0]), x.shape[1]) * philox.scale(p) if p else x

@@ -42,7 +42,10 @@ def test_every_form_compiles_lean(dtype, capability, kernels, tmp_path, record_p
         if multiplies(one):
             assert one["tensor"] > 0, one
         if one["kernel"] == "gemm_tma":
+            tile = one["tile"]
             assert one["tma_loads"] > 0, one
+            # Room for every stage's operands at once: they arrive while others are multiplied.
+            assert one["shared"] >= tile["stages"] * 2 * (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"], one
         if one["kernel"] == "gemm_tma" and capability == 90:
             # A product still under way while the next one's operands arrive.
             assert one["wgmma"] > 0, one

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreted import DTYPES, SEED, P, dropped, strided, within_twice
+from interpreted import DTYPES, SEED, P, dropped, far_apart, strided, within_twice
 
 from lorafast.backends import triton as backend
 from lorafast.kernels import configs, routes
@@ -14,7 +14,10 @@ from lorafast.problem import LowRank, Segment, Up
 FORMS = [("pointers", dtype, tile) for dtype in DTYPES for tile in configs.gemm("pointers", dtype, False, False)]
 FORMS += [("tma", torch.float16, tile) for tile in configs.gemm("tma", torch.float16, False, False)]
 # M, N, K, R, and how the activations lie.
-RAGGED = [(1, 72, 24, 1, "contiguous"), (63, 130, 70, 8, "sliced"), (17, 33, 301, 12, "transposed"), (70, 9, 130, 24, "contiguous")]
+RAGGED = [
+    (1, 72, 24, 1, "contiguous"), (63, 130, 70, 8, "sliced"), (17, 33, 301, 12, "transposed"), (33, 40, 48, 16, "sliced"),
+    (70, 9, 130, 24, "contiguous"),
+]  # fmt: skip
 WIDE = [(130, 257, 65, 64, "sliced")]
 # What a descriptor can hold: 16 bytes from row to row.
 ALIGNED = [(1, 72, 24, 1, "contiguous"), (63, 136, 200, 12, "contiguous"), (130, 264, 72, 24, "contiguous")]
@@ -182,11 +185,8 @@ def test_what_is_beyond_the_end_is_not_written(form, dtype, tile):
 
 def test_rows_lie_beyond_two_to_the_thirty_first_element(tmp_path, take):
     take("pointers")
-    rows, width, apart = 20, 48, 1 << 27
-    whole = torch.from_file(str(tmp_path / "sparse"), shared=True, size=rows * apart, dtype=torch.float16)
-    far = whole.as_strided((rows, width), (apart, 1))
-    near = torch.randn(rows, width).half()
-    far.copy_(near)
+    rows, width = 20, 48
+    far, near = far_apart(tmp_path, rows, width)
     W = torch.randn(24, width).half()
     assert torch.equal(backend.linear(far, W, [])[0], backend.linear(near, W, [])[0])
     dy = torch.randn(6, rows).half()

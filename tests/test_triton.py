@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreted import DTYPES, SEED, P, draws, dropped, strided, within_twice
+from interpreted import DTYPES, SEED, P, draws, dropped, far_apart, strided, within_twice
 
 import lorafast
 from lorafast import dispatch, env
@@ -126,12 +126,8 @@ def test_a_share_covers_everything_once(M, K, dtype):
 
 
 def test_rows_lie_beyond_two_to_the_thirty_first_element(tmp_path):
-    rows, width, apart = 20, 48, 1 << 27
-    # A file with holes: only what is touched takes room.
-    whole = torch.from_file(str(tmp_path / "sparse"), shared=True, size=rows * apart, dtype=torch.float16)
-    x = whole.as_strided((rows, width), (apart, 1))
-    values = torch.randn(rows, width).half()
-    x.copy_(values)
+    rows, width = 20, 48
+    x, values = far_apart(tmp_path, rows, width)
     A, v = torch.randn(4, width), torch.randn(rows, 4).half()
     assert torch.equal(backend.project(x, [Down(A)])[0][0], backend.project(values, [Down(A)])[0][0])
     assert torch.equal(backend.grad_project(x, [LowRank(v, A)])[0], backend.grad_project(values, [LowRank(v, A)])[0])
