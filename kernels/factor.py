@@ -22,7 +22,7 @@ def factor_kernel(
     inside = (i[:, None] < rows) & (j[None, :] < cols)
     value = tl.load(factor_ptr + i[:, None] * stride_fi + j[None, :] * stride_fj, mask=inside, other=0.0).to(tl.float32)
     value *= scaling * tl.load(scale_ptr, mask=scaled != 0, other=1.0).to(tl.float32)
-    value *= tl.load(row_ptr + i, mask=(i < rows) & (scaled_rows != 0), other=1.0).to(tl.float32)[:, None]
+    value *= tl.load(row_ptr + i, mask=((i < rows) & (scaled_rows != 0)) != 0, other=1.0).to(tl.float32)[:, None]
     where = out_ptr + i[:, None] * stride_oi + j[None, :] * stride_oj
     tl.store(where, value.to(out_ptr.dtype.element_ty), mask=(i[:, None] < rows) & (j[None, :] < width))
 

@@ -133,9 +133,12 @@ def _store_tma(acc, y, z, gain_ptr, bias_ptr, first_row, first_col, N, gains, bi
 
 @triton.jit
 def _finished(acc, gain_ptr, bias_ptr, cols, N, gains, biased):
-    """gain⊙acc + bias in fp32. Whether there is a gain or a bias is asked at run time: it costs an epilogue nothing."""
-    gain = tl.load(gain_ptr + cols, mask=(cols < N) & (gains != 0), other=1.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=(cols < N) & (biased != 0), other=0.0).to(tl.float32)
+    """gain⊙acc + bias in fp32. Whether there is a gain or a bias is asked at run time: it costs an epilogue nothing.
+
+    In some versions of Triton's interpreter a flag is a plain number, and so is a mask with it: "!= 0" makes it a mask again.
+    """
+    gain = tl.load(gain_ptr + cols, mask=((cols < N) & (gains != 0)) != 0, other=1.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=((cols < N) & (biased != 0)) != 0, other=0.0).to(tl.float32)
     return acc * gain[None, :] + bias[None, :]
 
 
@@ -204,7 +207,7 @@ def _step_at(
 def _store(acc, y_ptr, z_ptr, gain_ptr, bias_ptr, rows, cols, M, N, gains, biased, inner):
     where = rows[:, None] * N + cols[None, :]
     inside = (rows[:, None] < M) & (cols[None, :] < N)
-    tl.store(z_ptr + where, acc.to(z_ptr.dtype.element_ty), mask=inside & (inner != 0))
+    tl.store(z_ptr + where, acc.to(z_ptr.dtype.element_ty), mask=(inside & (inner != 0)) != 0)
     tl.store(y_ptr + where, _finished(acc, gain_ptr, bias_ptr, cols, N, gains, biased).to(y_ptr.dtype.element_ty), mask=inside)
 
 

@@ -57,13 +57,15 @@ def grad_output_kernel(
             )  # fmt: skip
             found = tl.dot(tl.trans(dy), mixed, found, input_precision=PRECISION)
         total += tl.sum(dy.to(tl.float32), axis=0)
-        kept = tl.load(kept_ptr + rows[:, None] * stride_km + cols[None, :] * stride_kn, mask=inside & (asked > 1), other=0.0)
+        kept = tl.load(
+            kept_ptr + rows[:, None] * stride_km + cols[None, :] * stride_kn, mask=(inside & (asked > 1)) != 0, other=0.0
+        )
         dot += tl.sum(dy.to(tl.float32) * kept.to(tl.float32), axis=0)
     if P:
         where = (split * N + cols[:, None]) * live + ranks[None, :]
         tl.store(P_ptr + where, found, mask=(cols[:, None] < N) & (ranks[None, :] < live))
-    tl.store(sums_ptr + 2 * split * N + cols, total, mask=(cols < N) & (asked > 0))
-    tl.store(sums_ptr + (2 * split + 1) * N + cols, dot, mask=(cols < N) & (asked > 1))
+    tl.store(sums_ptr + 2 * split * N + cols, total, mask=((cols < N) & (asked > 0)) != 0)
+    tl.store(sums_ptr + (2 * split + 1) * N + cols, dot, mask=((cols < N) & (asked > 1)) != 0)
 
 
 @triton.jit(do_not_specialize=["skipped", "frozen", "splits", "gains", "scales", "wants_B", "wants_out_scale", "scaled"])
@@ -83,12 +85,12 @@ def finish_P_kernel(
     for split in range(splits):
         P += tl.load(P_ptr + (split * N + rows[:, None]) * width + ranks[None, :] - skipped, mask=there, other=0.0)
     P *= scaling * tl.load(scale_ptr, mask=scaled != 0, other=1.0).to(tl.float32)
-    P *= tl.load(gain_ptr + rows, mask=(rows < N) & (gains != 0), other=1.0).to(tl.float32)[:, None]
+    P *= tl.load(gain_ptr + rows, mask=((rows < N) & (gains != 0)) != 0, other=1.0).to(tl.float32)[:, None]
     if wants_out_scale:
         B = tl.load(B_ptr + rows[:, None] * stride_bn + ranks[None, :] * stride_br, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_out_scale_ptr + rows, tl.sum(P * B, axis=1), mask=rows < N)
     if wants_B:
-        P *= tl.load(out_scale_ptr + rows, mask=(rows < N) & (scales != 0), other=1.0).to(tl.float32)[:, None]
+        P *= tl.load(out_scale_ptr + rows, mask=((rows < N) & (scales != 0)) != 0, other=1.0).to(tl.float32)[:, None]
         tl.store(dB_ptr + rows[:, None] * R + ranks[None, :], tl.where(ranks[None, :] < frozen, 0.0, P), mask=inside)
 
 

@@ -32,7 +32,7 @@ def masked_add_kernel(
     kept = keep_tile(tl.load(seed_ptr), rows, tl.program_id(1) * BLOCK_K // 8, groups, threshold, BLOCK_K // 8)
     where = out_ptr + rows[:, None] * K + cols[None, :]
     inside = (rows[:, None] < M) & (cols[None, :] < K)
-    before = tl.load(where, mask=inside & (started != 0), other=0.0).to(tl.float32)
+    before = tl.load(where, mask=(inside & (started != 0)) != 0, other=0.0).to(tl.float32)
     tl.store(where, (before + tl.where(kept, acc * scale, 0.0)).to(out_ptr.dtype.element_ty), mask=inside)
 
 
