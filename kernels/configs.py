@@ -58,7 +58,7 @@ def block_r(R: int) -> int:
 
 
 def mixes(R: int, dtype: torch.dtype) -> bool:
-    """Whether an R×R core is multiplied inside project, from registers."""
+    """Whether an R×R core is multiplied from registers, where project's parts are added; a wider one is torch's product."""
     widest = 16 if dtype == torch.float32 else 64
     return widest >= R
 

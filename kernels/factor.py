@@ -37,7 +37,7 @@ def factor(
 ) -> torch.Tensor:
     """s·row_scale⊙F in dtype, dense along its rows (by_row) or columns.  F [I,J], row_scale [I] -> [I, J up to a multiple]."""
     I, J = F.shape  # noqa: E741
-    width = -(-J // multiple) * multiple
+    width = configs.ceil_div(J, multiple) * multiple
     scaled = isinstance(scaling, torch.Tensor)
     unscaled = row_scale is None and not scaled and scaling == 1
     if unscaled and F.dtype == dtype and width == J and launch.dense(F, 1 if by_row else 0):
