@@ -2,18 +2,28 @@
 
 from lorafast import schedule as schedule
 from lorafast._version import VERSION
+from lorafast.embedding import Embedding
 from lorafast.functional import linear
 from lorafast.layer import Linear
 from lorafast.methods.catalog import list_methods
 from lorafast.methods.dora import DoRA
 from lorafast.methods.lamda import LaMDA
 from lorafast.methods.lora import LoRA
+from lorafast.methods.pissa import PiSSA
+from lorafast.methods.vera import VeRA
 from lorafast.models.accelerate import accelerate, patch_peft, restore
 from lorafast.models.adapt import adapt
+from lorafast.models.checkpoint import load_adapter, save_adapter
+from lorafast.models.disable import disable_adapter
 from lorafast.models.explain import explain
+from lorafast.models.keys import adapter_state_dict
+from lorafast.models.merge import merge, merge_and_unload, unload
+from lorafast.models.summary import adapter_parameters, trainable_summary
 
 __version__ = VERSION
 
 __all__ = [
-    "DoRA", "LaMDA", "Linear", "LoRA", "accelerate", "adapt", "explain", "linear", "list_methods", "patch_peft", "restore",
+    "DoRA", "Embedding", "LaMDA", "Linear", "LoRA", "PiSSA", "VeRA", "accelerate", "adapt", "adapter_parameters",
+    "adapter_state_dict", "disable_adapter", "explain", "linear", "list_methods", "load_adapter", "merge", "merge_and_unload",
+    "patch_peft", "restore", "save_adapter", "trainable_summary", "unload",
 ]  # fmt: skip

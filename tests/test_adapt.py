@@ -156,6 +156,14 @@ def listened(model):
     model.blocks[0].query.register_state_dict_post_hook(lambda *_: None)
 
 
+def normed(model):
+    model.norm = nn.LayerNorm(8)
+
+
+def renormed(model):
+    model.embed.max_norm = 1.0
+
+
 def encoding(model):
     model.blocks[1].encoder = nn.TransformerEncoderLayer(8, 2, 16)
     model.blocks[1].encoder.self_attn = nn.Identity()
@@ -183,7 +191,8 @@ def pefted(model):
         ("(", None, ValueError, "is no regular expression"),
         ([], None, ValueError, "must be 'all-linear'"),
         ([3], None, ValueError, "must be 'all-linear'"),
-        (["embed"], None, TypeError, "matches embed, which is a torch.nn.modules.sparse.Embedding"),
+        (["norm"], normed, TypeError, "matches norm, which is a torch.nn.modules.normalization.LayerNorm"),
+        (["embed"], renormed, TypeError, "matches embed, which is an embedding with max_norm=1.0"),
         (["out"], None, TypeError, "which is a torch.nn.modules.container.Sequential"),
         ("all-linear", hooked, TypeError, "matches blocks.0.query, which has hooks"),
         ("all-linear", offloaded, TypeError, "matches blocks.1.value, which has hooks"),

@@ -21,7 +21,7 @@ FLOORS = (
     ("backends",),
     ("dispatch", "norm", "quant", "forward", "backward", "ops", "several", "checks"),
     ("functional", "fold", "methods", "testing"),
-    ("layer",),
+    ("merging", "adapted", "layer", "embedding"),
     ("models", "optim", "schedule"),
     ("__init__",),
     ("bench",),
@@ -31,8 +31,11 @@ PLACE = {name: (floor, position) for floor, names in enumerate(FLOORS) for posit
 SHARED = {
     "backends": ("eager",),
     "kernels": ("philox", "devices", "configs", "routes", "launch", "factor", "project", "grad_project"),
-    "methods": ("adapter", "svd", "lora"),
-    "models": ("explain", "aside", "peft"),
+    "methods": ("adapter", "start", "svd", "lora"),
+    "models": (
+        *("names", "plan", "targets", "besides", "peft_config", "adapt", "summary", "keys", "form", "files", "content", "export"),
+        *("explain", "aside", "peft"),
+    ),
     "bench": (
         *(
             "refusal",
@@ -190,5 +193,5 @@ def test_import_touches_no_device_and_no_triton_and_is_quick():
     )
     # The contract is 0.3 s; processor seconds, and the best of three, because a shared machine may stall any one of them.
     found = [subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(3)]
-    assert all(one.stdout.split()[1:] == ["lorafast"] for one in found)
+    assert all(one.stdout.split()[1:] == ["lorafast", "safetensors"] for one in found)
     assert min(float(one.stdout.split()[0]) for one in found) < 0.3

@@ -22,26 +22,27 @@ _OTHER_NAMES = {
 
 
 class Part(NamedTuple):
-    """One adapter tensor of a layer: its shape, and whether it trains."""
+    """One adapter tensor of a layer: its shape, whether it trains, and whether layers of one model hold it in common."""
 
     shape: tuple[int, ...]
     trained: bool = True
+    shared: bool = False
 
 
 @dataclass(frozen=True, repr=False)
 class Adapter:
-    """r: rank. s = alpha/r, or alpha/√r with rslora (arXiv 2312.03732). dropout: on the adapter's input."""
+    """r: rank. What a method does not say otherwise: s = 1, no dropout, and the settings below."""
 
     r: int = 8
-    alpha: float = 8
-    dropout: float = 0.0
-    rslora: bool = False
 
     paper: ClassVar[str]
     trains: ClassVar[str]
     keeps: ClassVar[str]
+    # Whether a lookup table (nn.Embedding) can have this adapter.
+    embeds: ClassVar[bool] = True
 
     # What the formula runs with unless a method has a field for it. Annotated, they would take a field's place in its order.
+    dropout = 0.0
     axis = "out"
     dropout_on = "adapter"
     keep = "auto"
@@ -57,8 +58,6 @@ class Adapter:
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r={self.r!r} must be an integer of at least 1")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
-            raise ValueError(f"alpha={self.alpha!r} must be a finite number")
         for field in fields(self):
             if isinstance(field.default, bool) and not isinstance(getattr(self, field.name), bool):
                 raise TypeError(f"{field.name}={getattr(self, field.name)!r} must be True or False")
@@ -70,18 +69,41 @@ class Adapter:
 
     @property
     def scaling(self) -> float:
-        """s = alpha/r, or alpha/√r with rslora."""
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        """s."""
+        return 1.0
 
     @property
     def residual(self) -> bool:
         """Whether the weight gives up, at the start, the delta the adapter already makes."""
         return False
 
+    def fitted(self, shapes: list[tuple[int, int]]) -> Adapter:
+        """The adapter for layers of these shapes (N, K) together; another one only where they share tensors."""
+        return self
+
     def parts(self, N: int, K: int) -> dict[str, Part]:
-        """The adapter tensors of a layer with weight [N,K], by the name of their Parameter, one of layer.NAMES."""
+        """The adapter tensors of a layer with weight [N,K], by the name of their Parameter, one of adapted.NAMES."""
         raise NotImplementedError
 
     def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """First values for every part, by name, on the weight's device."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, repr=False)
+class Scaled(Adapter):
+    """s = alpha/r, or alpha/√r with rslora (arXiv 2312.03732). dropout: on the adapter's input."""
+
+    alpha: float = 8
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
+            raise ValueError(f"alpha={self.alpha!r} must be a finite number")
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha/r, or alpha/√r with rslora."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)

@@ -8,8 +8,9 @@ from lorafast.methods.adapter import Adapter
 from lorafast.methods.dora import DoRA
 from lorafast.methods.lamda import LaMDA
 from lorafast.methods.lora import LoRA
+from lorafast.methods.vera import VeRA
 
-METHODS: tuple[type[Adapter], ...] = (LoRA, DoRA, LaMDA)
+METHODS: tuple[type[Adapter], ...] = (LoRA, DoRA, LaMDA, VeRA)
 
 
 class Method(NamedTuple):

@@ -44,5 +44,7 @@ class DoRA(LoRA):
 
     def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         tensors = super().start(weight)
-        norm = functional.row_norm(weight, tensors["lora_A"], tensors["lora_B"], scaling=self.scaling, axis=self.axis)
+        # After a start that changes W, W + sBA is what W was.
+        B = torch.zeros_like(tensors["lora_B"]) if self.residual else tensors["lora_B"]
+        norm = functional.row_norm(weight, tensors["lora_A"], B, scaling=self.scaling, axis=self.axis)
         return tensors | {"lora_magnitude": norm}

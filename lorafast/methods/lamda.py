@@ -19,14 +19,14 @@ import torch
 
 from lorafast import checks
 from lorafast.methods import svd
-from lorafast.methods.adapter import Adapter, Part
+from lorafast.methods.adapter import Part, Scaled
 from lorafast.methods.lora import LoRA
 
 INITS = ("residual", "zero", "repo")
 
 
 @dataclass(frozen=True, repr=False)
-class LaMDA(Adapter):
+class LaMDA(Scaled):
     """init as above. svd_niter: None exact up to min(N,K) = 1024, else 16 subspace iterations; 0 always exact."""
 
     init: str = "residual"
@@ -39,8 +39,7 @@ class LaMDA(Adapter):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.word("init", self.init, INITS)
-        if self.svd_niter is not None and (not isinstance(self.svd_niter, int) or self.svd_niter < 0):
-            raise ValueError(f"svd_niter={self.svd_niter!r} must be None or an integer of at least 0")
+        svd.iterations(self.svd_niter)
         if self.init == "residual" and self.alpha == 0:
             raise ValueError("alpha=0 leaves nothing for init='residual' to take out of the weight; use init='zero'")
 

@@ -13,16 +13,19 @@ from typing import ClassVar
 import torch
 
 from lorafast import checks
-from lorafast.methods.adapter import Adapter, Part
+from lorafast.methods.adapter import Part, Scaled
+from lorafast.methods.start import Start
 
 INITS = ("kaiming", "gaussian")
 
 
 @dataclass(frozen=True, repr=False)
-class LoRA(Adapter):
-    """PEFT's defaults. init: A from U(±1/√K) ("kaiming") or N(0, 1/r²) ("gaussian"), B = 0. lora_bias: a trained bias on B."""
+class LoRA(Scaled):
+    """PEFT's defaults. init: A from U(±1/√K) ("kaiming") or N(0, 1/r²) ("gaussian"), B = 0; or PiSSA(), which changes W.
+    lora_bias: a trained bias on B.
+    """
 
-    init: str = "kaiming"
+    init: str | Start = "kaiming"
     freeze_A: bool = False
     lora_bias: bool = False
 
@@ -32,7 +35,14 @@ class LoRA(Adapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.word("init", self.init, INITS)
+        if not self.residual:
+            checks.word("init", self.init, INITS)
+        elif self.alpha <= 0:
+            raise ValueError(f"alpha={self.alpha!r} must be positive for init={self.init!r}, which takes s·BA out of the weight")
+
+    @property
+    def residual(self) -> bool:
+        return isinstance(self.init, Start)
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
         parts = {"lora_A": Part((self.r, K), not self.freeze_A), "lora_B": Part((N, self.r))}
@@ -40,11 +50,14 @@ class LoRA(Adapter):
 
     def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         N, K = weight.shape
+        bias = {"lora_bias": torch.zeros(N, device=weight.device)} if self.lora_bias else {}
+        if self.residual:
+            A, B = self.init.factors(weight, self.r, self.scaling)
+            return {"lora_A": A, "lora_B": B} | bias
         A = torch.empty(self.r, K, device=weight.device)
         if self.init == "kaiming":
             bound = 1 / math.sqrt(max(K, 1))
             A.uniform_(-bound, bound)
         else:
             A.normal_(std=1 / self.r)
-        tensors = {"lora_A": A, "lora_B": torch.zeros(N, self.r, device=weight.device)}
-        return tensors | ({"lora_bias": torch.zeros(N, device=weight.device)} if self.lora_bias else {})
+        return {"lora_A": A, "lora_B": torch.zeros(N, self.r, device=weight.device)} | bias

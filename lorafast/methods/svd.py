@@ -9,6 +9,12 @@ EXACT_UP_TO = 1024
 ITERATIONS = 16
 
 
+def iterations(niter: int | None) -> None:
+    """Refuse what is no number of iterations."""
+    if niter is not None and (isinstance(niter, bool) or not isinstance(niter, int) or niter < 0):
+        raise ValueError(f"svd_niter={niter!r} must be None or an integer of at least 0")
+
+
 def top(weight: torch.Tensor, r: int, niter: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U [N,r], S [r], Vᵀ [r,K], largest first, in fp32 (fp64 for fp64).
 

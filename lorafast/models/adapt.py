@@ -1,38 +1,85 @@
-"""lorafast.adapt: give a model's linears an adapter, in place, and freeze everything else."""
+"""lorafast.adapt: give a model's linears and embeddings an adapter, in place, and freeze everything else."""
 
 from __future__ import annotations
 
-import difflib
-import re
-import warnings
-from collections.abc import Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import nn
 
-from lorafast.layer import Linear, why_not_plain
+from lorafast.adapted import Adapted
 from lorafast.methods.adapter import Adapter
+from lorafast.models import besides, peft_config
+from lorafast.models.plan import ALL_LINEAR, Names, Plan
+from lorafast.models.targets import layer_for, owners, places, storage
 
-# What PEFT reads the same way: every linear but the head that makes logits.
-ALL_LINEAR = "all-linear"
+Fill = Callable[[str, Adapted], None]
 
 
-def adapt(model: nn.Module, adapter: Adapter, target_modules: str | Collection[str] = ALL_LINEAR) -> nn.Module:
-    """Replace, in place, every nn.Linear that target_modules names with a lorafast.Linear, and freeze everything but the adapters.
+def adapt(
+    model: nn.Module,
+    adapter: Adapter,
+    target_modules: Names = ALL_LINEAR,
+    *,
+    exclude_modules: Names | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Collection[str] = (),
+    bias: str = "none",
+    seed: int | None = None,
+    adapter_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Put an adapter on every module that target_modules names, in place, and freeze everything else. Returns the model.
 
-    target_modules: "all-linear" (every nn.Linear but the model's output embeddings), a regular expression that must match a whole
-    name, or a collection of names, each whole or the end of one after a dot. Weights and biases stay the same Parameters; a linear
-    used in several places is replaced in all. Adapters start in module order from torch's generator. Returns the model.
-    Raises ValueError or TypeError, and changes nothing, where a target matches no module, a match is no plain nn.Linear or carries
-    hooks, an init would change a weight that others share, or the model is adapted already. If an init fails midway, weights it
-    has already changed are restored to within one rounding.
+    adapter: one of lorafast's, or a PEFT LoraConfig or VeraConfig, which then says all but seed and adapter_dtype.
+    target_modules: "all-linear" (every nn.Linear and transformers Conv1D but the model's output embeddings), a regular expression
+    that must match a whole name, or names, each whole or the end of one after a dot. nn.Embedding can be named too.
+    exclude_modules: names or an expression, as above. rank_pattern, alpha_pattern: {expression: r or alpha} for layers whose name,
+    or its end after a dot, matches. modules_to_save: modules that train as a whole and are saved with the adapter. bias: "all" and
+    "lora_only" (the adapted layers') train biases too. seed: start from a generator of its own. adapter_dtype: as for Linear.
+    Weights and biases stay the same Parameters; a module used in several places is replaced in all. Adapters start in module order.
+    Raises ValueError or TypeError, and changes nothing, where a name or pattern matches nothing, a match is no plain nn.Linear,
+    Conv1D or nn.Embedding or carries hooks, a weight that would change is tied to another, or the model is adapted already. If an
+    init fails midway, weights it has already changed are restored to within one rounding.
     """
-    places = _places(model, adapter, target_modules)
-    layers: dict[nn.Linear, Linear] = {}
+    options = {
+        "exclude_modules": exclude_modules, "rank_pattern": rank_pattern or {}, "alpha_pattern": alpha_pattern or {},
+        "modules_to_save": modules_to_save, "bias": bias,
+    }  # fmt: skip
+    if peft_config.is_one(adapter):
+        given = {"target_modules": target_modules != ALL_LINEAR, **options, "bias": bias != "none"}
+        said = [name for name, value in given.items() if value]
+        if said:
+            raise ValueError(f"adapter is a {type(adapter).__name__}, which says {', '.join(said)} itself")
+        plan = peft_config.plan_of(peft_config.asked(adapter, model))
+    else:
+        plan = Plan(adapter, target_modules, **options)
+    with _seeded(seed, model):
+        install(model, plan, places(model, plan), adapter_dtype)
+    return model
+
+
+def install(
+    model: nn.Module,
+    plan: Plan,
+    found: dict[nn.Module, list[str]],
+    adapter_dtype: torch.dtype | None = None,
+    fill: Fill | None = None,
+) -> None:
+    """Carry out a plan on the modules found for it. fill: gives each layer (by name) its values instead of the adapter's start."""
+    specs = {module: plan.adapter_of(names[0]) for module, names in found.items()}
+    shapes = [tuple(module.weight.shape) if isinstance(module, nn.Linear) else tuple(module.weight.t().shape) for module in found]
+    specs = {module: adapter.fitted(shapes) for module, adapter in specs.items()}
+    _refuse_tied(model, found, specs)
+    also = besides.chosen(model, plan, found)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    layers: dict[nn.Module, Adapted] = {}
     try:
-        for linear, names in places.items():
-            layers[linear] = _adapted(linear, adapter, names[0])
+        for module, names in found.items():
+            layers[module] = layer_for(module)[0]._from(module, specs[module], adapter_dtype, start=fill is None)
+            if fill is not None:
+                fill(names[0], layers[module])
     except BaseException:
         for layer in layers.values():
             layer.restore_base()
@@ -41,108 +88,53 @@ def adapt(model: nn.Module, adapter: Adapter, target_modules: str | Collection[s
         raise
     for parameter, _ in flags:
         parameter.requires_grad_(False)
-    for linear, names in places.items():
-        for name in names:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layers[linear])
-    return model
+    _share(layers.values())
+    for module, names in found.items():
+        if layers[module].lora_magnitude is not None:
+            layers[module].lora_magnitude.lorafast_name = names[0]
+        put(model, names, layers[module])
+    besides.train(also, layers)
+    model.__dict__["_lorafast_task_type"] = plan.task_type
 
 
-def _adapted(linear: nn.Linear, adapter: Adapter, name: str) -> Linear:
-    with warnings.catch_warnings():
-        # Not the user's concern that linear and layer share a weight: the linear is about to be dropped.
-        warnings.filterwarnings("ignore", message=".* now holds the residual")
-        layer = Linear.from_linear(linear, adapter)
-    if layer.lora_magnitude is not None:
-        layer.lora_magnitude.lorafast_name = name
-    return layer
+def put(model: nn.Module, names: list[str], module: nn.Module) -> None:
+    """Put a module in every place of these names."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
 
 
-def _places(model: nn.Module, adapter: Adapter, target_modules: str | Collection[str]) -> dict[nn.Linear, list[str]]:
-    """The linears to replace, each with every name it goes by, or the one error that says why not."""
-    if not isinstance(adapter, Adapter):
-        raise TypeError(f"adapter must be a lorafast adapter such as lorafast.LoRA(r=8), not {adapter!r}")
-    modules = list(model.named_modules(remove_duplicate=False))
-    for name, module in modules:
-        if isinstance(module, Linear):
-            raise ValueError(f"model is adapted already: {name or 'it'} is a lorafast.Linear")
-        if type(module).__module__.startswith("peft.tuners"):
-            raise ValueError(f"model carries PEFT adapters already: {name or 'it'} is a {type(module).__qualname__}")
-    if isinstance(model, nn.Linear):
-        raise TypeError("model is itself an nn.Linear and cannot be replaced in place: lorafast.Linear.from_linear(model, adapter)")
-    names = _matches(model, [name for name, _ in modules if name], target_modules)
-    for name, module in modules:
-        if name in names and (why := why_not_plain(module) or _carried(module) or _bypassed(model, name)):
-            raise TypeError(f"target_modules={target_modules!r} matches {name}, which {why}")
-    matched = {module for name, module in modules if name in names}
-    places: dict[nn.Linear, list[str]] = {}
-    for name, module in modules:
-        if module in matched:
-            places.setdefault(module, []).append(name)
-    if adapter.residual:
-        _refuse_tied(modules, places, adapter)
-    return places
+def _share(layers: Collection[Adapted]) -> None:
+    """One Parameter for every tensor that layers hold in common."""
+    first: dict[tuple, nn.Parameter] = {}
+    for layer in layers:
+        for name, part in layer._parts().items():
+            if part.shared:
+                held = getattr(layer, name)
+                setattr(layer, name, first.setdefault((name, held.shape, held.dtype, held.device), held))
 
 
-def _matches(model: nn.Module, names: list[str], target_modules: str | Collection[str]) -> set[str]:
-    if target_modules == ALL_LINEAR:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        modules = model.named_modules(remove_duplicate=False)
-        matched = {name for name, module in modules if isinstance(module, nn.Linear) and module is not head}
-        if not matched:
-            raise ValueError(f"target_modules='all-linear' matches nothing: {type(model).__name__} has no nn.Linear")
-        return matched
-    if isinstance(target_modules, str):
-        try:
-            matched = {name for name in names if re.fullmatch(target_modules, name)}
-        except re.error as error:
-            raise ValueError(f"target_modules={target_modules!r} is no regular expression: {error}") from error
-        if not matched:
-            raise ValueError(f"target_modules={target_modules!r} matches no module{_near(target_modules, names)}")
-        return matched
-    wanted = list(target_modules)
-    if not wanted or not all(isinstance(target, str) and target for target in wanted):
-        raise ValueError(f"target_modules={target_modules!r} must be 'all-linear', a regular expression or names of modules")
-    matched = set()
-    for target in wanted:
-        found = {name for name in names if name == target or name.endswith(f".{target}")}
-        if not found:
-            raise ValueError(f"target_modules: {target!r} matches no module{_near(target, names)}")
-        matched |= found
-    return matched
-
-
-def _near(target: str, names: list[str]) -> str:
-    ends = {name.rpartition(".")[2]: None for name in names} | dict.fromkeys(names)
-    near = difflib.get_close_matches(target, [end for end in ends if not end.isdigit()], n=5, cutoff=0.4)
-    return f"; near it: {', '.join(near)}" if near else ""
-
-
-def _carried(linear: nn.Linear) -> str | None:
-    """What replacing the module would lose: hooks, a forward somebody put on this one object, more than weight and bias."""
-    if any(value for kind, value in vars(linear).items() if kind.endswith("_hooks")) or "forward" in vars(linear):
-        return "has hooks or a patched forward (offloading, pruning?) that its replacement would lose"
-    if more := [name for name, _ in [*linear.named_parameters(), *linear.named_buffers()] if name not in ("weight", "bias")]:
-        return f"holds {', '.join(more)} besides weight and bias, which its replacement would lose"
-    return None
-
-
-def _bypassed(model: nn.Module, name: str) -> str | None:
-    """Whether the owner of the module reads its weight without calling it: an adapter there would be skipped."""
-    parent, _, child = name.rpartition(".")
-    if isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
-        return "nn.TransformerEncoderLayer does not call in eval, but reads its weight"
-    return None
-
-
-def _refuse_tied(modules: list[tuple[str, nn.Module]], places: dict[nn.Linear, list[str]], adapter: Adapter) -> None:
-    owners: dict[torch.UntypedStorage, dict[nn.Module, str]] = {}
-    for name, module in modules:
-        for key, parameter in module.named_parameters(recurse=False):
-            if not parameter.is_meta:
-                owners.setdefault(parameter.untyped_storage()._cdata, {}).setdefault(module, f"{name}.{key}")
-    for linear, names in places.items():
-        sharing = [] if linear.weight.is_meta else owners[linear.weight.untyped_storage()._cdata]
+def _refuse_tied(model: nn.Module, found: dict[nn.Module, list[str]], specs: dict[nn.Module, Adapter]) -> None:
+    changed = {module: names for module, names in found.items() if specs[module].residual and not module.weight.is_meta}
+    held = owners(model) if changed else {}
+    for module, names in changed.items():
+        sharing = held[storage(module.weight)]
         if len(sharing) > 1:
             both = " and ".join(sharing.values())
-            raise ValueError(f"{adapter} would change {both}, which are one tensor: leave {names[0]} out, or choose another init")
+            raise ValueError(
+                f"{specs[module]} would change {both}, which are one tensor: leave {names[0]} out, or choose another init"
+            )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, model: nn.Module) -> Iterator[None]:
+    """A generator of its own for what is drawn inside; torch's go on as if nothing had been drawn."""
+    if seed is None:
+        yield
+        return
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield

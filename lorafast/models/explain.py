@@ -9,7 +9,8 @@ from typing import NamedTuple
 from torch import nn
 
 from lorafast import dispatch, env, links
-from lorafast.layer import Linear
+from lorafast.adapted import Adapted
+from lorafast.embedding import Embedding
 from lorafast.problem import PRIMITIVES, Problem, Settings, Tensors, Wants, resolved_keep, saves
 
 
@@ -82,7 +83,7 @@ class Call(NamedTuple):
 
 
 def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
-    """Every lorafast.Linear of the model, and every adapter of a PEFT layer that accelerate() took: method, bytes saved per token,
+    """Every adapted layer of the model, and every adapter of a PEFT layer that accelerate() took: method, bytes saved per token,
     backend per primitive for calls of `tokens` rows, why not the others, and what its settings cost. Activations are taken to have
     the weight's dtype.
     """
@@ -92,10 +93,11 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
 
 
 def _calls(module: nn.Module) -> list[Call]:
-    if isinstance(module, Linear):
+    if isinstance(module, Adapted):
         a, t, c = module.adapter, module._tensors(), module._settings()
         c = c._replace(dropout=a.dropout, dropout_on=a.dropout_on, frozen_columns=module.frozen_columns)
-        return [Call(type(a).__name__, t, c, a.keep, a.detach_norm, module.merged)]
+        elsewhere = "a lookup on plain torch, no product with the table" if isinstance(module, Embedding) else None
+        return [Call(type(a).__name__, t, c, a.keep, a.detach_norm, module.merged, elsewhere)]
     # A layer can be PEFT's and ours only once that room has been entered; PEFT takes seconds to import.
     peft = sys.modules.get("lorafast.models.peft")
     return peft.explained(module) if peft and isinstance(module, peft.Linear) else []
@@ -140,7 +142,7 @@ def _notes(call: Call, c: Settings) -> tuple[str, ...]:
     if call.merged:
         notes.append("merged: the layer runs as a plain linear, and its adapter does not train")
     if call.elsewhere:
-        return (*notes, f"PEFT's own forward: {call.elsewhere}")
+        return (*notes, call.elsewhere)
     if call.t.weight.requires_grad:
         notes.append("weight.requires_grad: the layer runs on plain autograd, with what torch saves")
     if call.t.magnitude is None:

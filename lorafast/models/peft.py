@@ -72,7 +72,7 @@ def explained(layer: Linear) -> list[Call]:
         t = Tensors(_weight(layer), layer.get_base_layer().bias, A.weight, B.weight, magnitude=magnitude, lora_bias=B.bias)
         c = Settings(dropout=dropout.p if aside.drops(dropout) else 0.0, dropout_on=layer.lorafast_dropout_on)
         method = f"{'LoRA' if magnitude is None else 'DoRA'} of PEFT ({name})"
-        told.append(Call(method, t, c, layer.lorafast_keep, merged=layer.merged, elsewhere=why))
+        told.append(Call(method, t, c, layer.lorafast_keep, merged=layer.merged, elsewhere=why and f"PEFT's own forward: {why}"))
     return told
 
 

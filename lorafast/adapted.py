@@ -1,0 +1,341 @@
+"""What every adapted layer is: a frozen base with an adapter's tensors beside it, their start, their states and their ways out."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lorafast import checks, fold, functional, norm
+from lorafast.merging import Folded, Merged, Merging, folded, on
+from lorafast.methods.adapter import Adapter, Part
+from lorafast.methods.lora import LoRA
+from lorafast.problem import Settings, Tensors, split_scaling
+
+# The weights some layer's start took a delta out of: a second layer that shares one would take out its own on top.
+_residual_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+# Every adapter tensor a layer can hold; those its adapter has no part for are None.
+NAMES = ("lora_A", "lora_B", "lora_core", "lora_magnitude", "lora_out_scale", "lora_bias")
+
+
+class Adapted(Merging):
+    """A base module with an adapter. A subclass is of the base's class, and says in _W how its weight is a matrix [N,K]."""
+
+    @classmethod
+    def _from(cls, base: nn.Module, adapter: Adapter | None, adapter_dtype: torch.dtype | None, start: bool = True) -> Adapted:
+        """A layer on the base's own Parameters, frozen; base itself is kept for plain(). start=False leaves the adapter's values
+        to take(), which must follow.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.training = base.training
+        layer._adopt(base)
+        # A shell without Parameters, so that none outlives its replacement; in a tuple, for a Module by name would be a child.
+        shell = copy.copy(base)
+        shell._parameters = dict.fromkeys(base._parameters)
+        layer._base = (shell,)
+        layer._attach(adapter, adapter_dtype, start)
+        return layer
+
+    def _adopt(self, base: nn.Module) -> None:
+        """Take over the base's sizes and Parameters."""
+        raise NotImplementedError
+
+    def _W(self) -> torch.Tensor:
+        """The weight as [N,K]: itself, or a view of it."""
+        raise NotImplementedError
+
+    def _attach(self, adapter: Adapter | None, adapter_dtype: torch.dtype | None, start: bool = True) -> None:
+        adapter = LoRA() if adapter is None else adapter
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"adapter must be a lorafast adapter such as lorafast.LoRA(r=8), not {adapter!r}")
+        checks.pair("weight", self.weight, "[N, K]")
+        half = self.weight.dtype in (torch.bfloat16, torch.float16)
+        dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
+        if dtype not in checks.DTYPES:
+            raise TypeError(f"adapter_dtype {dtype!r} must be one of {', '.join(map(str, checks.DTYPES))}")
+        self.adapter, self.scaling = adapter, adapter.scaling
+        if unknown := sorted(self._parts().keys() - set(NAMES)):
+            raise TypeError(f"{adapter}.parts(): {', '.join(unknown)} not among {', '.join(NAMES)}")
+        self._merged: Merged | None = None
+        # Whether the weight lacks the delta the adapter started with, and that delta, if this layer saw the start.
+        self._residual, self._start = False, None
+        self.disabled, self._away = False, None
+        # The columns of lora_B that no longer train, their values, and whether freezing them took lora_B's gradient away.
+        self.frozen_columns, self._froze_B = 0, False
+        self.register_buffer("frozen_B", None, persistent=False)
+        for name in NAMES:
+            part = self._parts().get(name)
+            empty = None if part is None else torch.empty(part.shape, device=self.weight.device, dtype=dtype)
+            self.register_parameter(name, None if part is None else nn.Parameter(empty, requires_grad=part.trained))
+        if start:
+            self.reset_adapter()
+        # Last, so that an adapter that refuses its weight leaves the caller's module as it was.
+        for base in (self.weight, self.bias):
+            if base is not None:
+                base.requires_grad_(False)
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.adapter.r
+
+    @property
+    def core(self) -> nn.Parameter | None:
+        """The r×r (or diagonal) core between the two factors."""
+        return self.lora_core
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """DoRA's length per output row (or input column)."""
+        return self.lora_magnitude
+
+    @property
+    def out_scale(self) -> nn.Parameter | None:
+        """The factor on each output of the adapter."""
+        return self.lora_out_scale
+
+    def _norm(self) -> torch.Tensor:
+        exact = not self.adapter.detach_norm and torch.is_grad_enabled()
+        cache = not exact and (self.adapter.cache_norm or not (self.training or torch.is_grad_enabled()))
+        return functional.row_norm(
+            self._W(), self.lora_A, self.lora_B, self.lora_core, self.lora_out_scale, self.scaling,
+            self.adapter.axis, detach=not exact, cache=cache,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """Start the adapter anew from the base weight: magnitude and SVD inits are derived again.
+
+        An init that took its delta out of the weight first gets it back, to within a rounding of W, whatever training has made of
+        the adapter. A layer that got its residual weight from a state dict does not know that delta, and says so.
+        """
+        self._refuse_if_merged("reset_adapter()")
+        if self.weight.is_meta:
+            return
+        if parametrized := sorted(name for name in self._parts() if name not in self._parameters):
+            raise RuntimeError(f"{', '.join(parametrized)} of this layer is parametrized, and cannot be started anew through that")
+        self._refuse_residual_of_another()
+        base = self._base_weight()
+        # Nothing of the layer has changed yet: an SVD may still fail.
+        values = self._started(base)
+        if values.keys() != self._parts().keys():
+            raise TypeError(f"{self.adapter}.start() gives {sorted(values)}, parts() names {sorted(self._parts())}")
+        self._take_values(values, base, residual=self.adapter.residual)
+        self.freeze_columns(0)
+
+    @torch.no_grad()
+    def take(self, values: dict[str, torch.Tensor], start: dict[str, torch.Tensor] | None = None) -> None:
+        """Take an adapter's trained values, by Parameter name, all of them and of the right shapes.
+
+        start: what a residual start began with, taken out of the weight again; without it a residual start is computed anew.
+        """
+        self._refuse_if_merged("take()")
+        if self.adapter.residual and start is None:
+            self.reset_adapter()
+        elif self.adapter.residual:
+            self._refuse_residual_of_another()
+            self._take_values(self._started_as(start), self._base_weight(), residual=True)
+        columns = self.frozen_columns
+        self._take_values(values, None, residual=self.adapter.residual)
+        self.freeze_columns(columns)
+
+    def _take_values(self, values: dict[str, torch.Tensor], base: torch.Tensor | None, residual: bool) -> None:
+        """Put values into the Parameters. With base [N,K], the weight becomes it, less the delta the values make if residual."""
+        for name, value in values.items():
+            held = getattr(self, name)
+            if held.is_meta:
+                fresh = torch.empty(held.shape, dtype=held.dtype, device=self.weight.device)
+                held = nn.Parameter(fresh, requires_grad=held.requires_grad)
+                setattr(self, name, held)
+            held.copy_(value)
+        norm.forget(self.lora_B)
+        if base is None:
+            return
+        if residual:
+            t, c = self._tensors(), self._settings()
+            self._start = folded(t._replace(bias=None, lora_bias=None), c, torch.device("cpu"))
+            base = fold.subtract(t._replace(weight=base), c)
+        if self._residual or residual:
+            self._W().copy_(base)
+        self._hold_residual(residual)
+
+    def _started(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.adapter.start(weight)
+
+    def _started_as(self, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Only what makes the delta a start took out; a magnitude or bias does not."""
+        return {name: value for name, value in start.items() if name in ("lora_A", "lora_B", "lora_core", "lora_out_scale")}
+
+    def _refuse_residual_of_another(self) -> None:
+        self._refuse_if_sharded("starting an adapter")
+        if self.adapter.residual and not self._residual and self.weight in _residual_weights:
+            raise ValueError(
+                f"weight {tuple(self.weight.shape)} already holds the residual of another layer that shares it; "
+                "an init that leaves the weight alone (init='zero' or 'repo') can share"
+            )
+
+    def _base_weight(self) -> torch.Tensor:
+        """The weight as it was before any start took a delta out of it, [N,K]."""
+        if not self._residual:
+            return self._W().detach()
+        factors, settings = self.start_factors()
+        return fold.add(on(self._W(), factors), settings)
+
+    def start_factors(self) -> Folded | None:
+        """What a residual start took out of the weight, on the CPU; None if nothing was taken out."""
+        if self._residual and self._start is None:
+            raise RuntimeError(
+                f"weight {tuple(self.weight.shape)} is the residual of a start this layer did not see: load the base weights first"
+            )
+        return self._start if self._residual else None
+
+    @torch.no_grad()
+    def restore_base(self) -> None:
+        """Give the weight back what a residual start took out of it, to within a rounding."""
+        if self._residual:
+            self._W().copy_(self._base_weight())
+            self._hold_residual(False)
+
+    def disable(self) -> None:
+        """Run as the base layer until enable(). What a residual start took out of the weight is added to the product."""
+        self._refuse_if_merged("disable()")
+        start = self.start_factors()
+        self._away = None if start is None else start._replace(factors=on(self._W(), start.factors)._replace(weight=None))
+        self.disabled = True
+
+    def enable(self) -> None:
+        """Run with the adapter again."""
+        self.disabled, self._away = False, None
+
+    def plain(self) -> nn.Module:
+        """A module as the one this layer was made of, on the layer's weight and bias as they now are."""
+        module = copy.copy(self._base[0]) if "_base" in self.__dict__ else self._new_base()
+        module._parameters = {name: getattr(self, name) for name in module._parameters}
+        return module.train(self.training)
+
+    def _new_base(self) -> nn.Module:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def freeze_columns(self, count: int) -> None:
+        """From now on the first `count` columns of lora_B are frozen at their values: no gradient, and no work for one.
+
+        An optimizer may still move them by momentum or weight decay; restore_columns() after its step undoes that. Once all are
+        frozen, lora_B.requires_grad is False and there is nothing to restore; but in a process group lora_B keeps its (zero)
+        gradient, because a DDP reducer that was built with it waits for it.
+        """
+        if not isinstance(count, int) or not 0 <= count <= self.r:
+            raise ValueError(f"count={count!r} must be between 0 and r={self.r} for lora_B {tuple(self.lora_B.shape)}")
+        whole = count == self.r and not (dist.is_available() and dist.is_initialized())
+        if whole and self.lora_B.requires_grad:
+            self.lora_B.requires_grad_(False)
+            self.lora_B.grad = None
+            self._froze_B = True
+        elif not whole and self._froze_B:
+            self.lora_B.requires_grad_(True)
+            self._froze_B = False
+        self.frozen_columns = count
+        self.frozen_B = self.lora_B[:, :count].detach().clone() if count and not whole else None
+
+    @torch.no_grad()
+    def restore_columns(self) -> None:
+        """Write the frozen columns of lora_B back, bit for bit."""
+        if self.frozen_B is not None:
+            self.lora_B[:, : self.frozen_columns].copy_(self.frozen_B)
+
+    def reset_parameters(self) -> None:
+        """A fresh weight and bias as torch's, and the adapter started from them: also after to_empty()."""
+        # torch's constructors call this before there is an adapter.
+        attached = "adapter" in self.__dict__
+        if attached:
+            self._refuse_if_merged("reset_parameters()")
+        super().reset_parameters()
+        if attached:
+            self._hold_residual(False)
+            self.reset_adapter()
+
+    def train(self, mode: bool = True) -> Adapted:
+        """As torch's; a cached norm is forgotten."""
+        norm.forget(self._parameters.get("lora_B"))
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        merged = ", merged" if self.merged else ""
+        return f"{super().extra_repr()}, adapter={self.adapter}{merged}"
+
+    def _apply(self, fn, recurse: bool = True):
+        norm.forget(self._parameters.get("lora_B"))
+        return super()._apply(fn, recurse)
+
+    def _refuse_if_sharded(self, what: str) -> None:
+        # A DTensor, asked for without importing torch.distributed.tensor for everybody.
+        if hasattr(self.weight, "full_tensor"):
+            raise NotImplementedError(f"weight {tuple(self.weight.shape)} is a sharded DTensor: {what} before sharding it")
+
+    def _hold_residual(self, residual: bool) -> None:
+        if residual:
+            _residual_weights[self.weight] = True
+        elif self._residual:  # only the layer that marked a shared weight may clear it
+            _residual_weights.pop(self.weight, None)
+        self._residual = residual
+
+    def _parts(self) -> dict[str, Part]:
+        return self.adapter.parts(*self._W().shape)
+
+    def _tensors(self) -> Tensors:
+        return Tensors(
+            self._W(), self.bias, self.lora_A, self.lora_B, self.lora_core, self.lora_magnitude, None,
+            self.lora_out_scale, self.lora_bias, None, split_scaling(self.scaling)[1],
+        )  # fmt: skip
+
+    def _settings(self) -> Settings:
+        """The settings of a forward pass outside training."""
+        return Settings(split_scaling(self.scaling)[0], axis=self.adapter.axis)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self._merged is not None:
+            raise RuntimeError(
+                f"{prefix}weight is merged: together with the adapter beside it, it would apply the delta twice; unmerge() first"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._residual and (metadata := getattr(destination, "_metadata", None)) is not None:
+            metadata.setdefault(prefix[:-1], {})["residual"] = True
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        # A parametrized factor is no parameter of this module any more, and loads by its own name.
+        held = [name for name in NAMES if self._parameters.get(name) is not None]
+        given = [name for name in held if prefix + name in state_dict]
+        arguments, before = (state_dict, prefix, metadata, strict), len(errors)
+        if self._merged is not None:
+            errors.append(f"{prefix}weight: the layer is merged; unmerge() before loading")
+        elif given and len(given) < len(held):
+            absent = ", ".join(prefix + name for name in held if name not in given)
+            errors.append(f"part of an adapter: {absent} missing for {self.adapter}; give all of it, or none to start anew")
+        elif given or prefix + "weight" not in state_dict:
+            super()._load_from_state_dict(*arguments, missing, unexpected, errors)
+            if given:
+                if prefix + "weight" in state_dict and len(errors) == before:
+                    self._hold_residual(self.adapter.residual)
+                    self._start = None
+                if self.frozen_B is not None:
+                    self.freeze_columns(self.frozen_columns)
+        elif metadata.get("residual"):
+            errors.append(f"{prefix}weight is what a start left of a weight: load it together with its adapter's keys")
+        else:
+            lacking: list[str] = []
+            super()._load_from_state_dict(*arguments, lacking, unexpected, errors)
+            missing.extend(key for key in lacking if key[len(prefix) :] not in held)
+            if len(errors) == before:
+                self._start_from_loaded_weight(assigned=metadata.get("assign_to_params_buffers", False))
+
+    def _start_from_loaded_weight(self, assigned: bool) -> None:
+        self._hold_residual(False)
+        if assigned and self.adapter.residual:
+            # The weight is the caller's own tensor, and the start is going to change it.
+            self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.weight.requires_grad)
+        self.reset_adapter()

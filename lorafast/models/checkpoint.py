@@ -1,0 +1,124 @@
+"""lorafast.save_adapter and lorafast.load_adapter: an adapter alone, in PEFT's format, on a plain or an adapted model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lorafast.adapted import NAMES, Adapted
+from lorafast.merging import Folded
+from lorafast.models import content, export, files, form, keys, summary
+from lorafast.models.adapt import install
+from lorafast.models.names import adapted, clean, unwrapped
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike, as_lora: bool = False, rank: int | None = None) -> None:
+    """Write the adapter, and what trains besides, to path/adapter_model.safetensors and path/adapter_config.json, as PEFT does.
+
+    LoRA, rsLoRA, DoRA, PiSSA and VeRA load in PEFT; for what PEFT lacks (LaMDA, axis="in") it refuses the file. The file fits the
+    untouched base: where a start changed the weight, s (B A - B₀ A₀) is written as one adapter of twice the rank, which
+    load_adapter takes apart again. as_lora=True writes plain LoRA whatever the method, for engines that take nothing else: exact
+    for low-rank changes, else (DoRA, or a smaller rank) the best of that rank, its error printed.
+    Written aside and renamed: a save that is stopped leaves the old adapter or the new one. In a process group every rank calls
+    it, and rank 0 writes. ValueError if the layers' adapters cannot share a file, RuntimeError if a start is not known.
+    """
+    if rank is not None and not as_lora:
+        raise ValueError(f"rank={rank!r} belongs to as_lora=True; a file otherwise keeps the adapter's own")
+    layers = adapted(model)
+    if as_lora:
+        exported = export.as_lora(model, layers, rank)
+        tensors, config, extras = exported.tensors, exported.config, {}
+        print(exported)
+    else:
+        found = form.form_of(unwrapped(model), layers)
+        tensors, config, extras = _tensors(model, layers), found.config, found.extras
+    if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
+        files.write(Path(path), tensors, config, extras)
+
+
+def _tensors(model: nn.Module, layers: dict[str, Adapted]) -> dict[str, torch.Tensor]:
+    tensors = keys.adapter_state_dict(model)
+    for name, layer in layers.items():
+        if layer.adapter.residual:
+            start = layer.start_factors()
+            if start is None:
+                raise RuntimeError(f"{name}: its start has not happened yet; load the base weights first")
+            now = {part: keys.whole(held) for part, held in _parts(layer).items()}
+            tensors |= keys.of_layer(name, layer, form.stack(now, _first(start)))
+    return tensors
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike,
+    trainable: bool = False,
+    *,
+    revision: str | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    check_base: bool = True,
+) -> nn.Module:
+    """Load an adapter folder, of lorafast's or PEFT's, or an id on the Hugging Face hub. Returns the model.
+
+    A plain model is adapted as the file's config says; one adapted already must be so for the same layers, method, rank, alpha.
+    trainable=False freezes what was loaded; a run that goes on asks for True. adapter_dtype: of a plain model's new layers.
+    check_base: refuse an adapter whose config names another base model (by the last part of its name) than model.name_or_path.
+    Only safetensors are read. Method, keys, shapes, dtypes, names and numbers are checked before anything changes: ValueError,
+    TypeError or FileNotFoundError say the first thing that is wrong.
+    """
+    inner = unwrapped(model)
+    file = files.read(files.located(path, revision))
+    if check_base:
+        content.refuse_other_base(inner, file.config)
+    plan = content.plan_of(file)
+    present = adapted(inner, required=False)
+    replaced = {} if present else content.places_of(inner, file, plan)
+    found = content.content_of(inner, file, plan, replaced, adapter_dtype)
+    if present:
+        _take_all(present, found)
+    else:
+        install(inner, plan, replaced, adapter_dtype, fill=lambda name, layer: layer.take(*found.of(clean(name))))
+    _put_rest(inner, found.rest)
+    if not trainable:
+        for parameter in summary.adapter_parameters(inner):
+            parameter.requires_grad_(False)
+    return model
+
+
+def _take_all(layers: dict[str, Adapted], found: content.Content) -> None:
+    """Give every layer its values; if one cannot take them, all have their old ones back."""
+    done: list[tuple[Adapted, dict[str, torch.Tensor], dict[str, torch.Tensor] | None]] = []
+    try:
+        for name, layer in layers.items():
+            start = layer.start_factors()
+            done.append((layer, {part: held.detach().clone() for part, held in _parts(layer).items()}, start and _first(start)))
+            layer.take(*found.of(name))
+    except BaseException:
+        for layer, values, first in done:
+            layer.take(values, first)
+        raise
+
+
+@torch.no_grad()
+def _put_rest(model: nn.Module, rest: dict[str, torch.Tensor]) -> None:
+    for name, tensor in rest.items():
+        parent, _, child = name.rpartition(".")
+        getattr(_at(model, parent), child).copy_(tensor)
+
+
+def _at(model: nn.Module, name: str) -> nn.Module:
+    return next(module for other, module in model.named_modules() if clean(other) == name)
+
+
+def _parts(layer: Adapted) -> dict[str, nn.Parameter]:
+    return {name: held for name in NAMES if (held := getattr(layer, name)) is not None}
+
+
+def _first(start: Folded) -> dict[str, torch.Tensor]:
+    """The factors a start began with, by the names of their Parameters."""
+    f = start.factors
+    found = {"lora_A": f.lora_A, "lora_B": f.lora_B, "lora_core": f.core, "lora_out_scale": f.out_scale}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}

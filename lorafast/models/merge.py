@@ -1,0 +1,90 @@
+"""lorafast.merge and lorafast.unload: from an adapted model back to a plain one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lorafast.adapted import Adapted
+from lorafast.models import besides
+from lorafast.models.adapt import put
+from lorafast.models.targets import owners, storage
+
+
+@torch.no_grad()
+def merge(model: nn.Module, untie: bool = False) -> nn.Module:
+    """Fold every adapter into its weight, in place, and put plain modules back. Returns the model, all of it frozen.
+
+    Modules and biases that trained stay as they trained. The result is the adapted model's to within a rounding of each weight.
+    untie=True gives an adapted weight that is tied to another (an output head to its embedding) a tensor of its own first; set the
+    model's own mark of it (config.tie_word_embeddings) before saving. Raises, and changes nothing, if a weight is tied and not to
+    be untied, not loaded, or not finite with its adapter in.
+    """
+    layers = _layers(model)
+    tied = _tied(model, layers)
+    if tied and not untie:
+        raise ValueError(f"merging would change {tied[0]}, which are one tensor: merge(model, untie=True) gives each its own")
+    for layer in layers:
+        if not layer.merged:
+            layer.folded_in(keep=True)
+    for layer in layers:
+        if tied:
+            layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+        layer.merge_for_good()
+    besides.forget(model, restore=False)
+    _put_plain_back(model, layers)
+    return model
+
+
+# PEFT's word for it.
+merge_and_unload = merge
+
+
+@torch.no_grad()
+def unload(model: nn.Module) -> nn.Module:
+    """Drop every adapter, in place, and put plain modules back. Returns the base model, all of it frozen.
+
+    What an init took out of a weight is given back to within one rounding; modules and biases that trained get their first values
+    back. Raises, and changes nothing, if those are not known. A merged layer is unmerged first, as unmerge() does it.
+    """
+    layers = _layers(model)
+    for layer in layers:
+        layer.start_factors()
+    with besides.first_values(model):
+        pass
+    for layer in layers:
+        layer.unmerge()
+        layer.restore_base()
+    besides.forget(model, restore=True)
+    _put_plain_back(model, layers)
+    return model
+
+
+def _layers(model: nn.Module) -> dict[Adapted, list[str]]:
+    """Every adapted layer, with the names of its places."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, Adapted):
+        raise TypeError(
+            f"model is itself a {type(model).__name__} and cannot be replaced in place: model.merge(), or model.plain()"
+        )
+    layers: dict[Adapted, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Adapted):
+            layers.setdefault(module, []).append(name)
+    if not layers:
+        raise ValueError(f"model {type(model).__name__} has no adapted layer")
+    if any(layer.disabled for layer in layers):
+        raise RuntimeError("the adapters are disabled: leave disable_adapter() first")
+    return layers
+
+
+def _tied(model: nn.Module, layers: dict[Adapted, list[str]]) -> list[str]:
+    held = owners(model)
+    sharing = (held.get(storage(layer.weight), {}) for layer in layers if not layer.weight.is_meta)
+    return [" and ".join(names.values()) for names in sharing if len(names) > 1]
+
+
+def _put_plain_back(model: nn.Module, layers: dict[Adapted, list[str]]) -> None:
+    for layer, names in layers.items():
+        put(model, names, layer.plain())

@@ -1,0 +1,162 @@
+"""Which modules of a model a plan means, and which of our layers can take a module's place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from lorafast import embedding, layer
+from lorafast.adapted import Adapted
+from lorafast.models.names import ends_with, near
+from lorafast.models.plan import ALL_LINEAR, Names, Plan, matching
+
+# Where PEFT looks for the head of a sequence classifier, whose logits are no adapter's business.
+_CLASSIFIERS = ("score", "classifier")
+
+
+def places(model: nn.Module, plan: Plan, names: set[str] | None = None) -> dict[nn.Module, list[str]]:
+    """The modules to adapt, each with every name it goes by, or the one error that says why not. names: instead of the plan's."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    _refuse_adapted(modules)
+    if isinstance(model, nn.Linear | nn.Embedding):
+        maker = "Linear.from_linear" if isinstance(model, nn.Linear) else "Embedding.from_embedding"
+        raise TypeError(
+            f"model is itself a {type(model).__name__} and cannot be replaced in place: lorafast.{maker}(model, adapter)"
+        )
+    names = select(model, plan) if names is None else names
+    for name, module in modules:
+        if name in names and (why := layer_for(module)[1] or _carried(module) or _bypassed(model, name)):
+            raise TypeError(f"target_modules={plan.target_modules!r} matches {name}, which {why}")
+    matched = {module for name, module in modules if name in names}
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in modules:
+        if module in matched:
+            found.setdefault(module, []).append(name)
+    _refuse_unused_patterns(plan, [names[0] for names in found.values()])
+    return found
+
+
+def select(model: nn.Module, plan: Plan) -> set[str]:
+    """The names a plan means, whatever module stands there."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    if isinstance(plan.target_modules, str) and plan.target_modules.lower() == ALL_LINEAR:
+        found = _linears(model, plan.task_type)
+        if not found:
+            raise ValueError(f"target_modules='all-linear' matches nothing: {type(model).__name__} has no nn.Linear")
+    else:
+        found = _matches(plan.target_modules, names, plan.forgiving)
+    kept = {name for name in found if not _excluded(name, plan) and _in_layers(name, plan)}
+    if not kept:
+        raise ValueError(
+            f"target_modules={plan.target_modules!r} matches nothing that exclude_modules={plan.exclude_modules!r}, "
+            f"modules_to_save={plan.modules_to_save!r} and layers_to_transform={plan.layers_to_transform!r} leave"
+        )
+    return kept
+
+
+def layer_for(module: nn.Module) -> tuple[type[Adapted] | None, str | None]:
+    """The class of ours that can take this module's place, or why there is none."""
+    if isinstance(module, nn.Embedding):
+        return embedding.Embedding, embedding.why_not_plain(module)
+    if is_conv1d(module):
+        whole = type(module).__name__ == "Conv1D" and isinstance(module.weight, nn.Parameter)
+        return layer.Conv1D, None if whole else f"is a {type(module).__qualname__}, no plain Conv1D"
+    return layer.Linear, layer.why_not_plain(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, asked without importing transformers."""
+    return any((kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") for kind in type(module).__mro__)
+
+
+def owners(model: nn.Module) -> dict[int, dict[nn.Module, str]]:
+    """Who holds a parameter of a storage: the modules, each with the name of the parameter there."""
+    found: dict[int, dict[nn.Module, str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                found.setdefault(storage(parameter), {}).setdefault(module, f"{name}.{key}")
+    return found
+
+
+def storage(tensor: torch.Tensor) -> int:
+    """What tells one storage from another while both live."""
+    return tensor.untyped_storage()._cdata
+
+
+def _linears(model: nn.Module, task_type: str | None) -> set[str]:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None and task_type == "SEQ_CLS":
+        head = next((found for name in _CLASSIFIERS if (found := getattr(model, name, None)) is not None), None)
+    modules = model.named_modules(remove_duplicate=False)
+    return {name for name, one in modules if name and (isinstance(one, nn.Linear) or is_conv1d(one)) and one is not head}
+
+
+def _matches(target_modules: Names, names: list[str], forgiving: bool) -> set[str]:
+    if isinstance(target_modules, str):
+        found = {name for name in names if re.fullmatch(target_modules, name)}
+        if not found:
+            raise ValueError(f"target_modules={target_modules!r} matches no module{near(target_modules, names)}")
+        return found
+    found = set()
+    missed = None
+    for target in target_modules:
+        ours = {name for name in names if ends_with(name, target)}
+        missed = missed if ours or missed else target
+        found |= ours
+    if missed and not (forgiving and found):
+        raise ValueError(f"target_modules: {missed!r} matches no module{near(missed, names)}")
+    return found
+
+
+def _excluded(name: str, plan: Plan) -> bool:
+    excluded = plan.exclude_modules or ()
+    if isinstance(excluded, str):
+        if re.fullmatch(excluded, name):
+            return True
+    elif any(ends_with(name, one) for one in excluded):
+        return True
+    return any(re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", name) for saved in plan.modules_to_save)
+
+
+def _in_layers(name: str, plan: Plan) -> bool:
+    if plan.layers_to_transform is None or isinstance(plan.target_modules, str):
+        return True
+    patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in plan.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next((match for pattern in patterns if (match := re.match(pattern, name))), None)
+    return found is not None and int(found.group(1)) in plan.layers_to_transform
+
+
+def _refuse_adapted(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    for name, module in modules:
+        if isinstance(module, Adapted):
+            raise ValueError(f"model is adapted already: {name or 'it'} is a lorafast.{type(module).__name__}")
+        if type(module).__module__.startswith("peft.tuners"):
+            raise ValueError(f"model carries PEFT adapters already: {name or 'it'} is a {type(module).__qualname__}")
+
+
+def _refuse_unused_patterns(plan: Plan, names: list[str]) -> None:
+    for argument in () if plan.forgiving else ("rank_pattern", "alpha_pattern"):
+        for key in getattr(plan, argument):
+            if all(matching({key: 0}, name) is None for name in names):
+                raise ValueError(f"{argument}: {key!r} matches no adapted layer{near(key, names)}")
+
+
+def _carried(module: nn.Module) -> str | None:
+    """What replacing the module would lose: hooks, a forward somebody put on this one object, more than weight and bias."""
+    if any(value for kind, value in vars(module).items() if kind.endswith("_hooks")) or "forward" in vars(module):
+        return "has hooks or a patched forward (offloading, pruning?) that its replacement would lose"
+    if more := [name for name, _ in [*module.named_parameters(), *module.named_buffers()] if name not in ("weight", "bias")]:
+        return f"holds {', '.join(more)} besides weight and bias, which its replacement would lose"
+    return None
+
+
+def _bypassed(model: nn.Module, name: str) -> str | None:
+    """Whether the owner of the module reads its weight without calling it: an adapter there would be skipped."""
+    parent, _, child = name.rpartition(".")
+    if isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
+        return "nn.TransformerEncoderLayer does not call in eval, but reads its weight"
+    return None
