@@ -42,7 +42,8 @@ def selected(
     modules = dict(model.named_modules())
     saved: dict[str, nn.Module] = {}
     for target in plan.modules_to_save:
-        found = {name: module for name, module in modules.items() if name and ends_with(name, target)}
+        means = str.endswith if plan.loose else ends_with
+        found = {name: module for name, module in modules.items() if name and means(name, target)}
         if not found and not plan.forgiving:
             raise ValueError(f"modules_to_save: {target!r} matches no module{near(target, modules)}")
         saved |= found

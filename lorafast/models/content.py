@@ -55,7 +55,7 @@ def plan_of(file: files.AdapterFile) -> Plan:
     """What the file asks for; what save_adapter stacked has its own rank and scaling again."""
     for argument in ("rank_pattern", "alpha_pattern"):
         for given in (file.config.get(argument), file.extras.get(argument)):
-            if wild := [key for key in given or () if not isinstance(key, str) or not _tame(key)]:
+            if isinstance(given, Mapping) and (wild := [key for key in given if not _tame(key)]):
                 raise ValueError(f"{argument}: {wild[0]!r} repeats too much for an expression out of a file")
     try:
         return _plan_of(file)
@@ -64,7 +64,8 @@ def plan_of(file: files.AdapterFile) -> Plan:
 
 
 def _plan_of(file: files.AdapterFile) -> Plan:
-    plan = peft_config.plan_of(file.config, loading=True)
+    # What lorafast wrote names modules to save in full.
+    plan = replace(peft_config.plan_of(file.config, loading=True), loose=not file.extras)
     if not file.extras.get("stacked"):
         return replace(plan, adapter=form.overlaid(plan.adapter, file.extras))
     ranks = {"r": plan.adapter.r} | dict(plan.rank_pattern)
@@ -179,9 +180,10 @@ def _refuse_parts(name: str, module: nn.Module, adapter: Adapter, file: files.Ad
         raise ValueError(f"{name}: the file {' and '.join(told)}, and its config says {adapter}")
     for part, key in given.items():
         _refuse_shape(key, file.entries[key].shape, parts[part].shape)
+    N, K = _shape(module)
     for part, key in found.shared.items():
         shape = file.entries[key].shape
-        _refuse_shape(key, shape, (adapter.r, shape[1]) if part == "lora_A" else (shape[0], adapter.r))
+        _refuse_shape(key, shape, (adapter.r, max(shape[1], K)) if part == "lora_A" else (max(shape[0], N), adapter.r))
 
 
 def _refuse_bases(found: keys.Sorted, modules: dict[str, nn.Module], tensors: dict[str, torch.Tensor]) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -106,6 +107,8 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]
     try:
         save_file(_savable(tensors), weights, metadata=metadata)
         said.write_bytes(text)
+        # safetensors lets nobody else read what it writes.
+        shutil.copymode(said, weights)
         for path in (weights, said):
             _flush(path)
         with _aside(folder, text):

@@ -83,6 +83,8 @@ def overlaid(adapter: Adapter, extras: dict[str, Any]) -> Adapter:
         raise ValueError(f"the file is of {said!r}, its config of {adapter}")
     own = {name: value for name, value in said.items() if name != "method"}
     if isinstance(init := own.get("init"), dict):
+        if init.keys() != {"svd_niter"}:
+            raise ValueError(f"init={init!r} of the file is no start")
         own["init"] = PiSSA(**init)
     return replace(adapter, **own)
 

@@ -26,6 +26,8 @@ _VERA = {"lora_core": "vera_lambda_d", "lora_out_scale": "vera_lambda_b"}
 VERA_SHARED = {"lora_A": "base_model.vera_A", "lora_B": "base_model.vera_B"}
 _PARTS = {word: part for words in (_LINEAR, _EMBEDDING, _VERA) for part, word in words.items()}
 _PARTS["lora_magnitude_vector.weight"] = "lora_magnitude"  # before PEFT 0.11
+# PEFT with bias="all" writes the bias of a module to save three times.
+_BIAS_AGAIN = (".original_module.bias", ".modules_to_save.bias")
 
 
 class Sorted(NamedTuple):
@@ -76,13 +78,15 @@ def of_rest(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def sorted_keys(keys: Iterable[str]) -> Sorted:
     """A file's keys by what they are, with or without PEFT's prefix."""
-    found = Sorted({}, {}, {}, {})
+    keys, found = set(keys), Sorted({}, {}, {}, {})
     shared = {key: part for part, key in VERA_SHARED.items()}
-    for key in keys:
+    for key in sorted(keys):
         if key in shared:
             found.shared[shared[key]] = key
             continue
         name = key.removeprefix(PREFIX)
+        if any(name.endswith(again) and key.replace(again, ".bias") in keys for again in _BIAS_AGAIN):
+            continue
         word = next((word for word in _PARTS if name.endswith(f".{word}")), None)
         if word is not None:
             parts = found.layers.setdefault(name.removesuffix(f".{word}"), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,7 @@ def plan_of(config: dict[str, Any], loading: bool = False) -> Plan:
     """
     kind = config.get("peft_type")
     readers: dict[str, Callable] = {"LORA": _lora, "VERA": _vera, LAMDA: _lamda, DORA_IN: _dora_in}
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         raise ValueError(f"peft_type={kind!r} must be one of {', '.join(map(repr, readers))}")
     left = {key: value for key, value in config.items() if key not in _IDLE}
     adapter = readers[kind](_Fields(left), loading)
@@ -78,7 +79,7 @@ def plan_of(config: dict[str, Any], loading: bool = False) -> Plan:
         raise ValueError(f"{', '.join(f'{key}={left[key]!r}' for key in rest)}: lorafast has no such thing")
     if isinstance(said.get("target_modules"), set):
         said["target_modules"] = sorted(said["target_modules"])
-    return Plan(adapter, **said, task_type=config.get("task_type"), forgiving=True)
+    return Plan(adapter, **said, task_type=config.get("task_type"), forgiving=True, loose=True)
 
 
 class _Fields:
@@ -120,8 +121,13 @@ def _init(init: bool | str, loading: bool) -> str | PiSSA:
         return init
     if init == "pissa":
         return PiSSA(0)
-    if isinstance(init, str) and init.startswith("pissa_niter_") and init.removeprefix("pissa_niter_").isdigit():
-        return PiSSA(int(init.removeprefix("pissa_niter_")))
+    if isinstance(init, str) and (niter := re.fullmatch(r"pissa_niter_([0-9]{1,4})", init)):
+        if loading:
+            raise ValueError(
+                f"init_lora_weights={init!r}: what PEFT took out of the weights was drawn at random and is not in the file; "
+                "save it from PEFT with path_initial_model_for_weight_conversion"
+            )
+        return PiSSA(int(niter[1]))
     raise ValueError(f"init_lora_weights={init!r} is not lorafast's: start the model in PEFT, and lorafast.accelerate it")
 
 

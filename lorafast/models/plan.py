@@ -20,7 +20,8 @@ Names = str | Collection[str]
 class Plan:
     """The fields mean what PEFT's of the same names mean.
 
-    forgiving: names and patterns that match nothing are passed over, as PEFT does, as long as some layer is adapted.
+    forgiving: names and patterns that match nothing are passed over, as PEFT does, as long as some layer is adapted. loose: a name
+    in modules_to_save also means every module whose name ends in these letters, as PEFT reads it ("norm": input_layernorm too).
     """
 
     adapter: Adapter
@@ -34,6 +35,7 @@ class Plan:
     layers_pattern: Collection[str] = ()
     task_type: str | None = None
     forgiving: bool = False
+    loose: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.adapter, Adapter):
@@ -42,8 +44,16 @@ class Plan:
         _refuse_names("target_modules", self.target_modules, "'all-linear', a regular expression or names of modules")
         if self.exclude_modules:
             _refuse_names("exclude_modules", self.exclude_modules, "a regular expression or names of modules")
-        if isinstance(self.modules_to_save, str) or not all(isinstance(name, str) and name for name in self.modules_to_save):
-            raise ValueError(f"modules_to_save={self.modules_to_save!r} must be a list of names of modules")
+        for name, kind, what in (
+            ("modules_to_save", str, "names of modules"),
+            ("layers_to_transform", int, "indices"),
+            ("layers_pattern", str, "names"),
+        ):
+            given = getattr(self, name)
+            if given is not None and not _all_of(kind, given):
+                raise ValueError(f"{name}={given!r} must be a list of {what}")
+        for pattern in self.layers_pattern:
+            _compiled("layers_pattern", pattern)
         for name in ("rank_pattern", "alpha_pattern"):
             self._refuse_pattern(name)
 
@@ -80,8 +90,15 @@ def matching(pattern: Mapping[str, float], name: str) -> str | None:
 def _refuse_names(argument: str, names: Names, wanted: str) -> None:
     if isinstance(names, str):
         _compiled(argument, names)
-    elif not isinstance(names, Collection) or not names or not all(isinstance(name, str) and name for name in names):
+    elif not names or not _all_of(str, names):
         raise ValueError(f"{argument}={names!r} must be {wanted}")
+
+
+def _all_of(kind: type, given: object) -> bool:
+    """Whether this is a list, tuple or set of (not empty) strings, or of numbers."""
+    if isinstance(given, str | Mapping) or not isinstance(given, Collection):
+        return False
+    return all(isinstance(one, kind) and not isinstance(one, bool) and one != "" for one in given)
 
 
 def _compiled(argument: str, pattern: str) -> re.Pattern:
