@@ -72,9 +72,9 @@ class Embedding(Adapted, nn.Embedding):
     def _attach(self, adapter: Adapter | None, adapter_dtype: torch.dtype | None, start: bool = True) -> None:
         if isinstance(adapter, Adapter) and not adapter.embeds:
             raise TypeError(f"{adapter} is made for linears; weight {tuple(self.weight.shape)} is a table of embeddings")
-        super()._attach(adapter, adapter_dtype, start)
-        if self.lora_bias is not None:
+        if getattr(adapter, "lora_bias", False):
             raise ValueError(f"{adapter}: lora_bias belongs to linears; weight {tuple(self.weight.shape)} is a table of embeddings")
+        super()._attach(adapter, adapter_dtype, start)
 
     def _started(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         values = super()._started(weight)

@@ -40,8 +40,8 @@ class Merging(nn.Module):
     def merge(self, keep: bool = False) -> None:
         """Fold the adapter into the weight, in place. keep=True copies W to the CPU, and unmerge() is then bitwise.
 
-        keep=False unmerges to within ½ulp(W')/|gain| + ½ulp(W) (twice that for a gain in float64, which has nothing wider to
-        compute in), and refuses a gain of 0. A W' that overflows is refused. Merging twice is merging once.
+        keep=False unmerges to within ½ulp(W')/|gain| + ½ulp(W), with a gain in float64, which has nothing wider to compute in,
+        ulp(W + delta) more; and refuses a gain of 0. A W' that overflows is refused. Merging twice is merging once.
         """
         if self._merged is not None:
             return

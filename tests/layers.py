@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lorafast
-from lorafast import DoRA, LaMDA, LoRA
+from lorafast import DoRA, LaMDA, LoRA, PiSSA, VeRA
 
 N, K = 14, 10
 ADAPTERS = [
@@ -19,6 +19,9 @@ ADAPTERS = [
     LaMDA(r=3),
     LaMDA(r=3, init="zero"),
     LaMDA(r=3, init="repo"),
+    LoRA(r=3, alpha=5, init=PiSSA()),
+    DoRA(r=3, init=PiSSA(4)),
+    VeRA(r=3),
 ]
 each_adapter = pytest.mark.parametrize("adapter", ADAPTERS, ids=repr)
 

@@ -359,7 +359,7 @@ def test_an_id_on_the_hub_without_a_network(monkeypatch, tmp_path):
 )  # fmt: skip
 def test_forged_metadata(metadata, folder):
     save_file(load_file(folder / files.WEIGHTS), folder / files.WEIGHTS, metadata={"lorafast": metadata})
-    refused(folder, "")
+    refused(folder, None)
 
 
 def test_a_thousand_mutated_folders(tmp_path):

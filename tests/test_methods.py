@@ -1,5 +1,6 @@
 """Adapter specs: fields, refusals, starts."""
 
+import copy
 import dataclasses
 import pickle
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import lorafast
-from lorafast import DoRA, LaMDA, LoRA
+from lorafast import DoRA, LaMDA, LoRA, PiSSA, VeRA
 from lorafast.methods import svd
 
 
@@ -166,3 +167,77 @@ def test_list_methods():
         assert method.paper.startswith("arXiv ")
         assert method.trains
         assert method.keeps
+
+
+@pytest.mark.parametrize("shape", [(14, 10), (10, 14), (9, 9)])
+@pytest.mark.parametrize("niter", [None, 0, 4])
+def test_pissa_starts_from_the_principal_part_and_leaves_the_rest(shape, niter):
+    weight = torch.randn(shape, dtype=torch.float64)
+    adapter = LoRA(r=3, alpha=5, rslora=True, init=PiSSA(niter))
+    start = adapter.start(weight)
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    principal = U[:, :3] * S[:3] @ Vh[:3]
+    close = {"rtol": 1e-10, "atol": 1e-12} if niter != 4 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(adapter.scaling * start["lora_B"] @ start["lora_A"], principal, **close)
+    torch.testing.assert_close(start["lora_A"].norm(dim=1), start["lora_B"].norm(dim=0))  # √(Σ/s) on both sides
+    layer = lorafast.Linear(shape[1], shape[0], adapter=adapter, dtype=torch.float64)
+    layer.load_state_dict({"weight": weight, "bias": torch.zeros(shape[0])})
+    torch.testing.assert_close(layer.weight + adapter.scaling * layer.lora_B @ layer.lora_A, weight, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(layer.weight.detach(), weight - principal, **close)
+
+
+def test_dora_on_pissa_measures_the_whole_weight():
+    linear = torch.nn.Linear(10, 14, dtype=torch.float64)
+    lengths = linear.weight.detach().norm(dim=1)
+    model = lorafast.adapt(torch.nn.Sequential(linear), DoRA(r=3, init=PiSSA()))
+    torch.testing.assert_close(model[0].magnitude.detach(), lengths)
+
+
+@pytest.mark.parametrize("alpha", [0, -1])
+def test_pissa_needs_a_positive_alpha(alpha):
+    with pytest.raises(ValueError, match=rf"alpha={alpha} must be positive for init=PiSSA"):
+        LoRA(alpha=alpha, init=PiSSA())
+    with pytest.raises(ValueError, match="svd_niter=-1"):
+        PiSSA(-1)
+
+
+def test_pissa_is_pefts():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(10, 14)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights="pissa")
+    theirs = peft.get_peft_model(torch.nn.Sequential(copy.deepcopy(linear)), config).base_model.model[0]
+    ours = lorafast.adapt(torch.nn.Sequential(linear), LoRA(r=3, alpha=6, init=PiSSA(0)))[0]
+    torch.testing.assert_close(ours.weight, theirs.base_layer.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.lora_B @ ours.lora_A, theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight)
+    torch.testing.assert_close(ours.lora_A.abs(), theirs.lora_A["default"].weight.abs(), rtol=1e-4, atol=1e-5)
+
+
+def test_vera_shares_what_peft_draws():
+    peft = pytest.importorskip("peft")
+    net = torch.nn.Sequential(torch.nn.Linear(10, 14), torch.nn.Linear(14, 6, bias=False))
+    config = peft.VeraConfig(r=5, target_modules=["0", "1"], projection_prng_key=7, d_initial=0.2)
+    theirs = peft.get_peft_model(copy.deepcopy(net), config).base_model
+    ours = lorafast.adapt(net, VeRA(r=5, projection_prng_key=7, d_initial=0.2))
+    for i, (K, N) in enumerate(((10, 14), (14, 6))):
+        assert torch.equal(ours[i].lora_A, theirs.vera_A["default"][:, :K])
+        assert torch.equal(ours[i].lora_B, theirs.vera_B["default"][:N])
+        assert torch.equal(ours[i].core, theirs.model[i].vera_lambda_d["default"])
+        assert torch.equal(ours[i].out_scale, theirs.model[i].vera_lambda_b["default"])
+    assert {n.rpartition(".")[2] for n, p in ours.named_parameters() if p.requires_grad} == {"lora_core", "lora_out_scale"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"d_initial": float("inf")}, "d_initial=inf"),
+        ({"projection_prng_key": -1}, "projection_prng_key=-1"),
+        ({"projection_prng_key": True}, "projection_prng_key=True"),
+        ({"dropout": 1.5}, r"dropout 1\.5"),
+    ],
+)
+def test_bad_vera(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        VeRA(**wrong)
+    with pytest.raises(ValueError, match=r"largest=\(4, 4\) has no room for a weight \(14, 10\)"):
+        lorafast.Linear(10, 14, adapter=VeRA(r=2, largest=(4, 4)))

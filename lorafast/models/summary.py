@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from typing import NamedTuple
 
 from torch import nn
@@ -36,10 +37,10 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     for module in besides.saved(model).values():
         kinds |= dict.fromkeys(module.parameters(), "modules_to_save")
     kinds |= {module.bias: "bias" for module in besides.biases(model).values()}
-    parts: dict[str, int] = {}
+    counts = collections.Counter({kind: 0 for kind in (*NAMES, "bias", "modules_to_save", "other")})
     for parameter, kind in kinds.items():
-        if parameter.requires_grad:
-            parts[kind] = parts.get(kind, 0) + parameter.numel()
+        counts[kind] += parameter.numel() if parameter.requires_grad else 0
+    parts = {kind: count for kind, count in counts.items() if count}
     return TrainableSummary(sum(parts.values()), sum(parameter.numel() for parameter in kinds), parts)
 
 
