@@ -141,7 +141,8 @@ def build(
     module = compiled.compiled(layer, torchs_draws=stand_in) if impl.compile else layer
     case = Case(
         form_of(impl, method, adapter, parts), problem.M, problem.N, problem.K, problem.R, problem.dtype,
-        problem.dropout if parts else 0.0, bias is not None, 2.0, parts["lora_A"].dtype if parts else None,
+        problem.dropout if parts else 0.0, bias is not None,
+        adapter.scaling if parts else 1.0, parts["lora_A"].dtype if parts else None,
     )  # fmt: skip
     return Contender(impl, method, module, layer, case, parameters, trained, "inductor" if impl.compile else path, astray, stand_in)
 

@@ -54,8 +54,7 @@ METHODS = {method.name: method.adapter for method in lorafast.list_methods()}
 
 
 def adapter(method: str, R: int, dropout: float, dropout_on: str = "adapter", **fields: object) -> Adapter:
-    """The method's spec with s = alpha/r = 2; dropout_on where the method has the choice."""
+    """The method's spec, s = alpha/r = 2 where it has an alpha; dropout_on where it has the choice."""
     kind = METHODS[method]
-    if "dropout_on" in kind.__dataclass_fields__:
-        fields["dropout_on"] = dropout_on
-    return kind(r=R, alpha=2 * R, dropout=dropout, **fields)
+    fields |= {"alpha": 2 * R, "dropout_on": dropout_on}
+    return kind(r=R, dropout=dropout, **{name: value for name, value in fields.items() if name in kind.__dataclass_fields__})

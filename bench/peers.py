@@ -14,8 +14,10 @@ from lorafast.bench.impl import Impl
 from lorafast.bench.refusal import Unable
 from lorafast.methods.adapter import Adapter
 
-# How PEFT spells a method; what is not here it does not have.
+# How PEFT spells a method.
 _CONFIG = {"LoRA": {}, "DoRA": {"use_dora": True}}
+# What PEFT has, and is not built here.
+_NOT_BUILT = ("VeRA",)
 # PEFT's parameters by the names lorafast.linear gives them.
 NAMES = {
     "lora_A": "lora_A.default.weight",
@@ -30,7 +32,7 @@ def check(impl: Impl, adapter: Adapter, dtype: torch.dtype) -> None:
     if importlib.util.find_spec("peft") is None:
         raise Unable("missing", "peft is not installed: pip install 'lorafast[bench]'")
     if (kind := type(adapter).__name__) not in _CONFIG:
-        raise Unable("missing", f"PEFT has no {kind}")
+        raise Unable("missing", f"the bench does not build PEFT's {kind}" if kind in _NOT_BUILT else f"PEFT has no {kind}")
     if impl.base == "peft-bf16" and dtype not in (torch.bfloat16, torch.float16):
         raise Unable("unsupported", "peft-bf16 keeps the adapter in the base's half precision; in this dtype it is peft")
 

@@ -10,11 +10,12 @@ from torch import nn
 from lorafast import philox
 from lorafast.testing import Case, Form, chain
 
-# arXiv 2106.09685, 2402.09353, 2406.12832. Read from no implementation: one that forgets a factor must not be its own witness.
+# arXiv 2106.09685, 2402.09353, 2406.12832, 2310.11454. Read from no implementation: what forgets a factor is no witness.
 TRAINS = {
     "lora": frozenset({"lora_A", "lora_B"}),
     "dora": frozenset({"lora_A", "lora_B", "magnitude"}),
     "lamda": frozenset({"core", "lora_B"}),
+    "vera": frozenset({"core", "out_scale"}),
 }
 
 
