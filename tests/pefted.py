@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorafast.models.lamda import LamdaConfig
+
 K, N = 24, 40
 
 
@@ -18,10 +20,15 @@ class Net(nn.Module):
 
 
 TARGETS = ["up", "down"]
+ALL = [*TARGETS, "mixed"]
 
 
 def config(targets=TARGETS, **fields):
     return peft.LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": list(targets)} | fields))
+
+
+def cored(targets=TARGETS, **fields):
+    return LamdaConfig(**({"r": 4, "lora_alpha": 8, "target_modules": list(targets)} | fields))
 
 
 def wrapped(dtype=torch.float32, autocast_adapter_dtype=True, config=config, **fields):
@@ -30,6 +37,10 @@ def wrapped(dtype=torch.float32, autocast_adapter_dtype=True, config=config, **f
     model = peft.get_peft_model(Net().to(dtype), config(**fields), autocast_adapter_dtype=autocast_adapter_dtype)
     shake(model)
     return model
+
+
+def lamda(*args, **fields):
+    return wrapped(*args, config=cored, **fields)
 
 
 def shake(model):
@@ -63,3 +74,12 @@ def added(model):
     torch.manual_seed(2)
     model.add_adapter("other", config(r=2, use_rslora=True))
     shake(model)
+
+
+def two(**fields):
+    """A LaMDA beside a LoRA, or whatever the fields make of it."""
+    model = lamda(targets=ALL, lamda_init="zero")
+    torch.manual_seed(2)
+    model.add_adapter("other", config(**({"r": 2} | fields)))
+    shake(model)
+    return model.eval()

@@ -328,6 +328,9 @@ def test_keep_output_steps_aside_where_it_cannot_serve():
     assert "keep='output'" in str(lorafast.explain(model))
     lorafast.accelerate(model)
     assert "a second base GEMM" in str(lorafast.explain(model))
+    lora = wrapped(targets=["up"], lora_dropout=0.1)
+    lorafast.accelerate(lora, keep="output")
+    assert lora(X).isfinite().all()
 
 
 def test_the_cache_of_doras_norm_is_pefts_switch_and_forgets_when_pefts_does(monkeypatch):

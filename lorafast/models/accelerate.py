@@ -57,6 +57,7 @@ def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inn
 def restore(model: nn.Module) -> int:
     """Undo accelerate(), or patch_peft(): every layer is PEFT's own class again. How many were ours.
 
+    A layer with an adapter of a LamdaConfig stays ours, because PEFT has no class for it.
     RuntimeError, and nothing is undone, if a layer's class has been changed since (fully_shard does).
     """
     _refuse_what_is_no_module(model)

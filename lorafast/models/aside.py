@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from lorafast import checks, philox
+from lorafast.models import variant
 from lorafast.problem import activation_dtype
 
 # Whoever hangs one of these on a part of the layer expects that part to be called.
@@ -26,6 +27,13 @@ _IDLE = ("adapter_names", "alora_offsets")
 def active(layer: PeftLinear) -> list[str]:
     """The active adapters this layer has."""
     return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def method(layer: PeftLinear, name: str) -> str:
+    """What an adapter of the layer is, among what the ops can serve."""
+    if name in layer.lora_magnitude_vector:
+        return "DoRA"
+    return "LoRA" if variant.core(layer, name) is None else "LaMDA"
 
 
 def why_not_call(layer: PeftLinear, x: torch.Tensor, args: tuple, kwargs: dict, dropout_on: str, keep: str) -> str | None:
@@ -61,10 +69,10 @@ def why_not_adapters(layer: PeftLinear, names: list[str], dropout_on: str, keep:
     """Why the ops cannot serve these adapters of the layer together, or None."""
     if why := _why_not_base(layer):
         return why
-    with_dora = [name for name in names if name in layer.lora_variant]
-    if len(names) > 1 and with_dora:
-        return "several active adapters of which one is DoRA"
-    if keep == "output" and dropout_on == "both" and any(drops(layer.lora_dropout[name]) for name in with_dora):
+    methods = [method(layer, name) for name in names]
+    if len(names) > 1 and (special := next((one for one in methods if one != "LoRA"), None)):
+        return f"several active adapters of which one is {special}"
+    if keep == "output" and dropout_on == "both" and methods == ["DoRA"] and drops(layer.lora_dropout[names[0]]):
         return "keep='output' cannot serve dropout_on='both'"
     return next((why for name in names if (why := _why_not_adapter(layer, name))), None)
 
@@ -86,7 +94,7 @@ def _why_not_base(layer: PeftLinear) -> str | None:
 
 
 def _why_not_adapter(layer: PeftLinear, name: str) -> str | None:
-    A, B, dropout, variant = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.lora_variant.get(name)
+    A, B, dropout, made_by = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.lora_variant.get(name)
     if type(A) is not nn.Linear or type(B) is not nn.Linear:
         return f"its lora_A and lora_B are a {kind(A)} and a {kind(B)}"
     if A.bias is not None:
@@ -96,9 +104,11 @@ def _why_not_adapter(layer: PeftLinear, name: str) -> str | None:
     if drops(dropout) and not 0 < round(dropout.p * philox.STEPS) < philox.STEPS:
         return f"its dropout of {dropout.p} is nothing or all in 16 bits"
     parts, tensors = [A, B, dropout], [A.weight, B.weight] + ([] if B.bias is None else [B.bias])
-    if variant is not None:
-        if type(variant) is not DoraLinearVariant:
-            return f"its variant is {kind(variant)}"
+    if type(made_by) is variant.LamdaVariant:
+        tensors.append(layer.lora_core[name])
+    elif made_by is not None:
+        if type(made_by) is not DoraLinearVariant:
+            return f"its variant is {kind(made_by)}"
         if B.bias is not None:
             return "DoRA with lora_bias, which PEFT counts into the norm"
         held = layer.lora_magnitude_vector[name]
@@ -138,7 +148,7 @@ def _why_not_x(layer: PeftLinear, names: list[str], x: torch.Tensor) -> str | No
         return f"x is a {kind(x)}, {x.layout}"
     if x.dim() == 0 or not x.is_floating_point():
         return "x is no floating activation"
-    if x.dim() == 1 and any(name in layer.lora_variant for name in names):
+    if x.dim() == 1 and any(name in layer.lora_magnitude_vector for name in names):
         return "x is a single row, which PEFT's DoRA returns as a batch"
     weight = layer.base_layer.weight
     if x.device != weight.device:

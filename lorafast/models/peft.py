@@ -1,9 +1,12 @@
 """PEFT's lora.Linear on lorafast's ops: the class that accelerate and patch_peft put in place of PEFT's own.
 
-Only forward differs, and only where the ops can serve the call; everything else is PEFT's, and so is its forward where they cannot.
+Only forward differs, and only where the ops can serve the call, beside what a LaMDA needs; everything else is PEFT's, and so is its
+forward where they cannot.
 """
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from peft.tuners.lora import dora
@@ -12,7 +15,7 @@ from peft.tuners.lora.model import LoraModel as PeftLoraModel
 from torch import nn
 
 from lorafast import functional
-from lorafast.models import aside
+from lorafast.models import aside, variant
 from lorafast.models.explain import Call
 from lorafast.problem import Settings, Tensors, split_scaling
 from lorafast.several import Factors
@@ -24,6 +27,7 @@ _CACHED = "lorafast-norm"
 class Linear(PeftLinear):
     """PEFT's lora.Linear: y = base(x) + Σ s·B(A(drop(x))), or DoRA's, in one op that saves x by reference and M·R.
 
+    With an adapter of a LamdaConfig also y = base(x) + s·B(S(A(drop(x)))), A frozen, which no class of PEFT's knows.
     lorafast_dropout_on: "both", PEFT's reading of DoRA, drops x in the correction of the base term too, which costs a second base
     GEMM; "adapter" does not. lorafast_keep: what DoRA keeps for its magnitude, as in lorafast.DoRA.
     """
@@ -34,6 +38,37 @@ class Linear(PeftLinear):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         why = aside.why_not_call(self, x, args, kwargs, *_options(self))
         return fallback(self, why, x, *args, **kwargs) if why else fast(self, x)
+
+    def update_layer(self, adapter_name: str, *args, **kwargs) -> None:
+        """As PEFT's; an adapter whose start fails leaves nothing of itself behind."""
+        try:
+            super().update_layer(adapter_name, *args, **kwargs)
+        except Exception:
+            self.delete_adapter(adapter_name)
+            raise
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """As PEFT's; a LaMDA becomes a variant, which PEFT starts right after this. Warns on a weight that is a residual."""
+        if found := variant.read(init_lora_weights):
+            self.lora_variant[adapter_name] = found
+            return
+        if variant.residual(self):
+            warnings.warn(f"adapter {adapter_name!r} works on the residual weights a LaMDA left, not on the original", stacklevel=2)
+        super().reset_lora_parameters(adapter_name, init_lora_weights)
+
+    def set_adapter(self, *args, **kwargs) -> None:
+        """As PEFT's, with a LaMDA's A frozen."""
+        super().set_adapter(*args, **kwargs)
+        variant.freeze(self)
+
+    def set_requires_grad(self, *args, **kwargs) -> None:
+        """As PEFT's, with a LaMDA's A frozen."""
+        super().set_requires_grad(*args, **kwargs)
+        variant.freeze(self)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What the adapter adds to the base weight, laid out as that is."""
+        return super().get_delta_weight(adapter) if variant.core(self, adapter) is None else variant.delta(self, adapter)
 
 
 def fallback(layer: Linear, why: str, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -46,19 +81,20 @@ def fast(layer: Linear, x: torch.Tensor) -> torch.Tensor:
     weight, bias, names = _weight(layer), layer.base_layer.bias, aside.active(layer)
     if len(names) > 1:
         return functional.several(x, weight, bias, [factors(layer, name) for name in names])
-    f, magnitude = factors(layer, names[0]), _magnitude(layer, names[0])
+    f, core, magnitude = factors(layer, names[0]), variant.core(layer, names[0]), _magnitude(layer, names[0])
     norm = None if magnitude is None else _norm(layer, names[0], weight, f)
+    # Without a magnitude there is nothing to keep, and no correction to drop in.
+    dropout_on, keep = ("adapter", "auto") if magnitude is None else _options(layer)
     return functional.linear(
-        x, weight, bias, f.lora_A, f.lora_B, None, magnitude, norm, "out", None, f.lora_bias, f.s, f.dropout,
-        layer.lorafast_dropout_on, layer.lorafast_keep,
-    )  # fmt: skip
+        x, weight, bias, f.lora_A, f.lora_B, core, magnitude, norm, "out", None, f.lora_bias, f.s, f.dropout, dropout_on, keep
+    )
 
 
 def factors(layer: PeftLinear, name: str) -> Factors:
     """One adapter's tensors and settings, read where they are now: nothing of a layer outlives a call."""
     A, B, dropout, number = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
-    # DoRA's dropout asks the layer whether it trains, LoRA's asks the dropout.
-    drops = aside.drops(dropout) and dropout.training and (layer.training or name not in layer.lora_variant)
+    # DoRA's dropout asks the layer whether it trains, the others' ask the dropout.
+    drops = aside.drops(dropout) and dropout.training and (layer.training or name not in layer.lora_magnitude_vector)
     scaling, scale = split_scaling(number)
     return Factors(A.weight, B.weight, B.bias, None, scale, scaling, dropout.p if drops else 0.0)
 
@@ -69,9 +105,10 @@ def explained(layer: Linear) -> list[Call]:
     why = "a forward of its own" if "forward" in vars(layer) else aside.why_not_now(layer, *_options(layer))
     for name in aside.active(layer) or layer.lora_A:
         A, B, dropout, magnitude = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], _magnitude(layer, name)
-        t = Tensors(_weight(layer), layer.get_base_layer().bias, A.weight, B.weight, magnitude=magnitude, lora_bias=B.bias)
+        core, bias = variant.core(layer, name), layer.get_base_layer().bias
+        t = Tensors(_weight(layer), bias, A.weight, B.weight, core, magnitude, lora_bias=B.bias)
         c = Settings(dropout=dropout.p if aside.drops(dropout) else 0.0, dropout_on=layer.lorafast_dropout_on)
-        method = f"{'LoRA' if magnitude is None else 'DoRA'} of PEFT ({name})"
+        method = f"{aside.method(layer, name)} of PEFT ({name})"
         told.append(Call(method, t, c, layer.lorafast_keep, merged=layer.merged, elsewhere=why and f"PEFT's own forward: {why}"))
     return told
 
@@ -132,17 +169,22 @@ def why_not_take(layer: nn.Module, dropout_on: str, keep: str) -> str | None:
 
 
 def give_back(model: nn.Module) -> int:
-    """Undo take; how many layers were ours. RuntimeError, and nothing is undone, if somebody made another class of one since."""
+    """Undo take; how many layers became PEFT's again, which has no class for one with a LaMDA adapter.
+
+    RuntimeError, and nothing is undone, if somebody made another class of one since.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     for name, layer in layers.items():
         if type(layer) is not Linear:
             raise RuntimeError(f"{name} has become a {aside.kind(layer)} since accelerate(): undo that first")
+    given = [layer for layer in layers.values() if not any(aside.method(layer, name) == "LaMDA" for name in layer.lora_A)]
     for layer in layers.values():
-        layer.__class__ = PeftLinear
         for name in ("lorafast_dropout_on", "lorafast_keep"):
             vars(layer).pop(name, None)
+    for layer in given:
+        layer.__class__ = PeftLinear
     for module in model.modules():
         if type(module) is LoraModel:
             module.__class__ = PeftLoraModel
             vars(module).pop("lorafast_options", None)
-    return len(layers)
+    return len(given)
