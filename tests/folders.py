@@ -1,0 +1,26 @@
+"""A small model and its adapter on disk, for the tests of what is written and read."""
+
+import torch
+from torch import nn
+
+import lorafast
+
+K, N = 6, 5
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(K, N), nn.Tanh(), nn.Linear(N, K, bias=False), nn.Linear(K, K))
+
+
+def moved(adapter, seed=3, **options):
+    model = lorafast.adapt(net(), adapter, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+X = torch.randn(4, K, generator=torch.Generator().manual_seed(1))
