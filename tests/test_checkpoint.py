@@ -189,6 +189,8 @@ def test_what_is_loaded_trains_only_when_asked(tmp_path):
     want = lorafast.trainable_summary(again)
     assert lorafast.trainable_summary(lorafast.load_adapter(tiny.bart(), tmp_path, trainable=True)) == want
     assert lorafast.trainable_summary(lorafast.load_adapter(again, tmp_path, trainable=True)) == want
+    assert lorafast.trainable_summary(lorafast.load_adapter(again, tmp_path)).trainable == 0
+    assert lorafast.trainable_summary(lorafast.load_adapter(again, tmp_path, trainable=True)) == want
 
 
 def test_a_scaling_changed_by_hand_is_saved(tmp_path):

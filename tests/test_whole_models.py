@@ -119,6 +119,7 @@ def test_disabling_what_is_merged_or_unknown_disables_nothing():
     assert not model.model.layers[0].self_attn.q_proj.disabled
     model.model.layers[1].self_attn.q_proj.unmerge()
     with lorafast.disable_adapter(model):
+        assert "disabled: the layer runs as its base" in str(lorafast.explain(model))
         for refused in (lorafast.merge, lorafast.unload, lambda m: m.model.layers[0].self_attn.q_proj.merge()):
             with pytest.raises(RuntimeError, match="disabled"):
                 refused(model)

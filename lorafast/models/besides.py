@@ -69,9 +69,19 @@ def train(besides: Besides, layers: dict[nn.Module, Adapted]) -> None:
     for module, first in besides.first.items():
         place = layers.get(module, module)
         setattr(place, _FIRST, first)
-        for name in first:
-            if (parameter := place._parameters.get(name)) is not None and parameter.is_floating_point():
-                parameter.requires_grad_(True)
+        _let_train(place, True)
+
+
+def let_train(model: nn.Module, trainable: bool) -> None:
+    """Let what trains besides adapters go on doing so, or rest."""
+    for module in unwrapped(model).modules():
+        _let_train(module, trainable)
+
+
+def _let_train(module: nn.Module, trainable: bool) -> None:
+    for name in vars(module).get(_FIRST, {}):
+        if (parameter := module._parameters.get(name)) is not None and parameter.is_floating_point():
+            parameter.requires_grad_(trainable)
 
 
 def saved(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lorafast.adapted import NAMES, Adapted
 from lorafast.merging import Folded
-from lorafast.models import content, export, files, form, keys, summary
+from lorafast.models import besides, content, export, files, form, keys
 from lorafast.models.adapt import install
 from lorafast.models.names import adapted, clean, unwrapped
 
@@ -32,12 +32,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, as_lora: bool = Fals
     if as_lora:
         exported = export.as_lora(model, layers, rank)
         tensors, config, extras = exported.tensors, exported.config, {}
-        print(exported)
     else:
         found = form.form_of(unwrapped(model), layers)
         tensors, config, extras = _tensors(model, layers), found.config, found.extras
     if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
         files.write(Path(path), tensors, config, extras)
+        if as_lora:
+            print(exported)
 
 
 def _tensors(model: nn.Module, layers: dict[str, Adapted]) -> dict[str, torch.Tensor]:
@@ -64,7 +65,7 @@ def load_adapter(
     """Load an adapter folder, of lorafast's or PEFT's, or an id on the Hugging Face hub. Returns the model.
 
     A plain model is adapted as the file's config says; one adapted already must be so for the same layers, method, rank, alpha.
-    trainable=False freezes what was loaded; a run that goes on asks for True. adapter_dtype: of a plain model's new layers.
+    trainable=False freezes what was loaded, True lets it train as adapt does. adapter_dtype: of a plain model's new layers.
     check_base: refuse an adapter whose config names another base model (by the last part of its name) than model.name_or_path.
     Only safetensors are read. Method, keys, shapes, dtypes, names and numbers are checked before anything changes: ValueError,
     TypeError or FileNotFoundError say the first thing that is wrong.
@@ -82,10 +83,17 @@ def load_adapter(
     else:
         install(inner, plan, replaced, adapter_dtype, fill=lambda name, layer: layer.take(*found.of(clean(name))))
     _put_rest(inner, found.rest)
-    if not trainable:
-        for parameter in summary.adapter_parameters(inner):
-            parameter.requires_grad_(False)
+    _let_train(inner, trainable)
     return model
+
+
+def _let_train(model: nn.Module, trainable: bool) -> None:
+    for layer in adapted(model).values():
+        for name, part in layer._parts().items():
+            # What a schedule has frozen is its to thaw.
+            if name != "lora_B" or layer.frozen_columns < layer.r:
+                getattr(layer, name).requires_grad_(trainable and part.trained)
+    besides.let_train(model, trainable)
 
 
 def _take_all(layers: dict[str, Adapted], found: content.Content) -> None:

@@ -98,6 +98,7 @@ def content_of(
     _refuse_names("layer", found.layers, modules)
     specs = _specs(plan, file, found, modules)
     for name, layer in present.items():
+        layer._refuse_if_sharded("load_adapter()")
         _refuse_other_adapter(name, layer, specs[name])
     for name, module in modules.items():
         _refuse_parts(name, module, form.stacked(specs[name]) if stacked else specs[name], file, found)

@@ -97,6 +97,7 @@ def _calls(module: nn.Module) -> list[Call]:
         a, t, c = module.adapter, module._tensors(), module._settings()
         c = c._replace(dropout=a.dropout, dropout_on=a.dropout_on, frozen_columns=module.frozen_columns)
         elsewhere = "a lookup on plain torch, no product with the table" if isinstance(module, Embedding) else None
+        elsewhere = "disabled: the layer runs as its base" if module.disabled else elsewhere
         return [Call(type(a).__name__, t, c, a.keep, a.detach_norm, module.merged, elsewhere)]
     # A layer can be PEFT's and ours only once that room has been entered; PEFT takes seconds to import.
     peft = sys.modules.get("lorafast.models.peft")
