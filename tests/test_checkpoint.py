@@ -312,6 +312,16 @@ def test_a_load_that_fails_midway_leaves_the_old_adapter(plain, tmp_path, monkey
         torch.testing.assert_close(value, before[name], rtol=1e-6, atol=1e-7)
 
 
+def test_the_meta_device_has_nothing_to_save_and_nowhere_to_load(tmp_path):
+    lorafast.save_adapter(tiny.adapted(tiny.llama(), LoRA(r=4), target_modules=["q_proj"]), tmp_path)
+    with pytest.raises(ValueError, match=r"q_proj.* on the meta device: load them before the adapter"):
+        lorafast.load_adapter(tiny.llama().to("meta"), tmp_path)
+    before = sorted(path.read_bytes() for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"lora_A\.weight \(4, 32\) is on the meta device"):
+        lorafast.save_adapter(lorafast.adapt(tiny.llama().to("meta"), LoRA(r=4), ["q_proj"]), tmp_path)
+    assert sorted(path.read_bytes() for path in tmp_path.iterdir()) == before
+
+
 def test_a_half_adapter_dtype_overflows_into_an_error(tmp_path):
     model = tiny.adapted(tiny.llama(), LoRA(r=4), target_modules=["q_proj"])
     with torch.no_grad():

@@ -96,6 +96,8 @@ def content_of(
         modules = {clean(names[0]): module for module, names in replaced.items()}
         saved, biases = besides.selected(model, plan, replaced)
     _refuse_names("layer", found.layers, modules)
+    if meta := [name for name, module in modules.items() if module.weight.is_meta]:
+        raise ValueError(f"{some(meta)}: the weights are on the meta device: load them before the adapter")
     specs = _specs(plan, file, found, modules)
     for name, layer in present.items():
         layer._refuse_if_sharded("load_adapter()")

@@ -154,6 +154,8 @@ def _savable(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Dense copies on the CPU where a tensor is elsewhere, strided or shares its storage: safetensors writes nothing else."""
     seen, dense = set(), {}
     for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{key} {tuple(tensor.shape)} is on the meta device, and has no values to save")
         tensor = tensor.detach().cpu().contiguous()
         place = tensor.untyped_storage().data_ptr()
         dense[key] = tensor.clone() if place in seen else tensor
