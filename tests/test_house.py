@@ -34,7 +34,7 @@ SHARED = {
     "methods": ("adapter", "start", "svd", "lora"),
     "models": (
         *("names", "plan", "targets", "besides", "peft_config", "adapt", "summary", "keys", "form", "files", "content", "export"),
-        *("explain", "variant", "aside", "peft"),
+        *("checkpoint", "explain", "variant", "aside", "peft"),
     ),
     "bench": (
         *(

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 
 from lorafast.adapted import NAMES, Adapted
-from lorafast.merging import Folded
 from lorafast.models import besides, content, export, files, form, keys
 from lorafast.models.adapt import install
 from lorafast.models.names import adapted, clean, unwrapped
@@ -45,11 +44,11 @@ def _tensors(model: nn.Module, layers: dict[str, Adapted]) -> dict[str, torch.Te
     tensors = keys.adapter_state_dict(model)
     for name, layer in layers.items():
         if layer.adapter.residual:
-            start = layer.start_factors()
+            start = started(layer)
             if start is None:
                 raise RuntimeError(f"{name}: its start has not happened yet; load the base weights first")
             now = {part: keys.whole(held) for part, held in _parts(layer).items()}
-            tensors |= keys.of_layer(name, layer, form.stack(now, _first(start)))
+            tensors |= keys.of_layer(name, layer, form.stack(now, start))
     return tensors
 
 
@@ -101,8 +100,7 @@ def _take_all(layers: dict[str, Adapted], found: content.Content) -> None:
     done: list[tuple[Adapted, dict[str, torch.Tensor], dict[str, torch.Tensor] | None]] = []
     try:
         for name, layer in layers.items():
-            start = layer.start_factors()
-            done.append((layer, {part: held.detach().clone() for part, held in _parts(layer).items()}, start and _first(start)))
+            done.append((layer, {part: held.detach().clone() for part, held in _parts(layer).items()}, started(layer)))
             layer.take(*found.of(name))
     except BaseException:
         for layer, values, first in done:
@@ -125,8 +123,12 @@ def _parts(layer: Adapted) -> dict[str, nn.Parameter]:
     return {name: held for name in NAMES if (held := getattr(layer, name)) is not None}
 
 
-def _first(start: Folded) -> dict[str, torch.Tensor]:
-    """The factors a start began with, by the names of their Parameters."""
-    f = start.factors
-    found = {"lora_A": f.lora_A, "lora_B": f.lora_B, "lora_core": f.core, "lora_out_scale": f.out_scale}
+def started(layer: Adapted) -> dict[str, torch.Tensor] | None:
+    """The factors a start took out of the weight, by the names of their Parameters, for the scaling the layer has now."""
+    if (start := layer.start_factors()) is None:
+        return None
+    f, now = start.factors, float(layer.scaling)
+    then = start.settings.scaling if f.scale is None else float(f.scale)
+    B = f.lora_B if then == now else f.lora_B * (then / now)
+    found = {"lora_A": f.lora_A, "lora_B": B, "lora_core": f.core, "lora_out_scale": f.out_scale}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
