@@ -137,7 +137,7 @@ class Adapted(Merging):
         self._refuse_if_merged("take()")
         if self.adapter.residual and start is None:
             self.reset_adapter()
-        elif self.adapter.residual:
+        elif self.adapter.residual and not self._started_alike(start):
             self._refuse_residual_of_another()
             self._take_values(self._started_as(start), self._base_weight(), residual=True)
         columns = self.frozen_columns
@@ -170,6 +170,16 @@ class Adapted(Merging):
     def _started_as(self, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Only what makes the delta a start took out; a magnitude or bias does not."""
         return {name: value for name, value in start.items() if name in ("lora_A", "lora_B", "lora_core", "lora_out_scale")}
+
+    def _started_alike(self, start: dict[str, torch.Tensor]) -> bool:
+        """Whether this start is the layer's own, so that its weight can stay as it is, to the bit."""
+        if not self._residual or self._start is None:
+            return False
+        f, c = self._start
+        if (c.scaling, f.scale is None) != (self._settings().scaling, True) or self._tensors().scale is not None:
+            return False
+        own = {"lora_A": f.lora_A, "lora_B": f.lora_B, "lora_core": f.core, "lora_out_scale": f.out_scale}
+        return all(torch.equal(start[name].to(part), part) for name, part in own.items() if part is not None)
 
     def _refuse_residual_of_another(self) -> None:
         self._refuse_if_sharded("starting an adapter")

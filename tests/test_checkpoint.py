@@ -182,6 +182,16 @@ def test_a_second_load_replaces_the_first(tmp_path):
     torch.testing.assert_close(tiny.out(model), first, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("adapter", [LaMDA(r=4), LoRA(r=4, init=PiSSA())], ids=repr)
+def test_loading_ones_own_start_leaves_the_weights_to_the_bit(adapter, tmp_path):
+    model = tiny.adapted(tiny.llama(), adapter)
+    before = tiny.tensors(model)
+    lorafast.save_adapter(model, tmp_path)
+    for _ in range(2):
+        lorafast.load_adapter(tiny.shake(model), tmp_path, trainable=True)
+        assert all(torch.equal(value, before[name]) for name, value in tiny.tensors(model).items())
+
+
 def test_what_is_loaded_trains_only_when_asked(tmp_path):
     lorafast.save_adapter(lorafast.adapt(tiny.bart(), LoRA(r=2), ["q_proj"], bias="all", modules_to_save=["fc1"]), tmp_path)
     assert lorafast.trainable_summary(lorafast.load_adapter(tiny.bart(), tmp_path)).trainable == 0

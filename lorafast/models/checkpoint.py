@@ -129,6 +129,10 @@ def started(layer: Adapted) -> dict[str, torch.Tensor] | None:
         return None
     f, now = start.factors, float(layer.scaling)
     then = start.settings.scaling if f.scale is None else float(f.scale)
+    if then != now and not now:
+        raise ValueError(
+            f"scaling {now} cannot say what a start with scaling {then} took out of weight {tuple(layer.weight.shape)}"
+        )
     B = f.lora_B if then == now else f.lora_B * (then / now)
     found = {"lora_A": f.lora_A, "lora_B": B, "lora_core": f.core, "lora_out_scale": f.out_scale}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
