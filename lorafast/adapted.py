@@ -327,11 +327,14 @@ class Adapted(Merging):
             absent = ", ".join(prefix + name for name in held if name not in given)
             errors.append(f"part of an adapter: {absent} missing for {self.adapter}; give all of it, or none to start anew")
         elif given or prefix + "weight" not in state_dict:
+            old = self.weight.detach().clone() if given and self._start is not None else None
             super()._load_from_state_dict(*arguments, missing, unexpected, errors)
             if given:
                 if prefix + "weight" in state_dict and len(errors) == before:
+                    # The same residual, as when a run goes on from the same base, is that of the same start.
+                    if old is None or not self._residual or not torch.equal(old, self.weight):
+                        self._start = None
                     self._hold_residual(self.adapter.residual)
-                    self._start = None
                 if self.frozen_B is not None:
                     self.freeze_columns(self.frozen_columns)
         elif metadata.get("residual"):

@@ -48,21 +48,11 @@ class Merging(nn.Module):
         t, c, weight, bias = self.folded_in(keep)
         kept = self.weight.detach().to("cpu", copy=True) if keep else None
         old_bias = None if bias is None else t.bias.detach().clone()
-        self._merged = Merged(old_bias, kept, None if keep else folded(t._replace(bias=None, lora_bias=None), c))
-        self._write(weight, bias)
-
-    @torch.no_grad()
-    def merge_for_good(self) -> None:
-        """Fold the adapter in and keep nothing to unmerge with: what is left of the layer is plain()."""
-        if self._merged is None:
-            _, _, weight, bias = self.folded_in(keep=True)
-            self._merged = Merged(None, None, None)
-            self._write(weight, bias)
-
-    def _write(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        merged = Merged(old_bias, kept, None if keep else folded(t._replace(bias=None, lora_bias=None), c))
         self._W().copy_(weight)
         if bias is not None:
             self.bias.copy_(bias)
+        self._merged = merged
 
     @torch.no_grad()
     def folded_in(self, keep: bool = False) -> tuple[Tensors, Settings, torch.Tensor, torch.Tensor | None]:
@@ -73,10 +63,10 @@ class Merging(nn.Module):
             raise RuntimeError(f"weight {tuple(self.weight.shape)} is on the meta device: load it before merge()")
         if self.lora_bias is not None and self.bias is None:
             raise ValueError(f"lora_bias {tuple(self.lora_bias.shape)} cannot be merged into a layer without a bias")
+        self._refuse_if_sharded("merge()")
         t, c = self._tensors(), self._settings()
         t = t._replace(weight=t.weight.detach())
         if t.magnitude is not None:
-            self._refuse_if_sharded("merge()")
             t = t._replace(norm=functional.row_norm(t.weight, t.lora_A, t.lora_B, t.core, t.out_scale, self.scaling, c.axis))
         if not keep and not fold.invertible(t):
             raise ValueError(
@@ -88,6 +78,11 @@ class Merging(nn.Module):
             if new is not None and (old.isfinite() & ~new.isfinite()).any():
                 raise ValueError(f"{name} {tuple(old.shape)} with its adapter folded in is not finite in {old.dtype}")
         return t, c, weight, bias
+
+    def invertible(self) -> bool:
+        """Whether merge(keep=False) could be undone: no gain is 0 or not finite."""
+        t = self._tensors()
+        return t.magnitude is None or fold.invertible(t._replace(norm=self._norm().detach()))
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -13,10 +13,11 @@ import torch
 from folders import K, N, X, moved, net
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import lorafast
 from lorafast import DoRA, LaMDA, LoRA, VeRA
-from lorafast.models import files
+from lorafast.models import expressions, files
 
 
 def untouched(model, before, modules):
@@ -74,7 +75,7 @@ A0 = "base_model.model.0.lora_A.weight"
         (lambda t: t.update({"base_model.model.7.lora_A.weight": t[A0].clone()}), r"has a layer 7, which the model"),
         (lambda t: t.update({A0: t[A0][:1].clone()}), r"lora_A\.weight \(1, 6\) must be \(2, 6\)"),
         (lambda t: t.update({A0: t[A0][0].clone()}), r"lora_A\.weight \(6,\) must be \(2, 6\)"),
-        (lambda t: t.update({A0: t[A0].long()}), r"lora_A\.weight \(2, 6\) is I64"),
+        (lambda t: t.update({A0: t[A0].long()}), r"lora_A\.weight \(2, 6\) is torch\.int64, and must be"),
         (lambda t: t.update({A0: t[A0].to(torch.float8_e4m3fn)}), r"lora_A\.weight \(2, 6\) is F8_E4M3"),
         (lambda t: t.update({A0: t[A0] * float("nan")}), r"0\.lora_A \(2, 6\) of the file is not finite"),
         (lambda t: t.update({A0: t[A0].double() * 1e300}), r"0\.lora_A \(2, 6\) of the file is not finite in torch\.float32"),
@@ -119,7 +120,15 @@ def test_forged_tensors(change, match, folder):
         ({"target_modules": "("}, r"target_modules='\(' is no regular expression"),
         ({"rank_pattern": {"(": 2}}, r"rank_pattern='\('"),
         ({"rank_pattern": {"0": 9}}, r"lora_A\.weight \(2, 6\) must be \(9, 6\)"),
-        ({"rank_pattern": {"(.+)+x": 9}}, r"repeats too much"),
+        ({"rank_pattern": {"(.+)+x": 9}}, None),
+        ({"rank_pattern": {"(?i)x": 9}}, r"rank_pattern='\(\?i\)x' is no regular expression"),
+        ({"target_modules": "(" * 5000 + "0" + ")" * 5000}, r"is no regular expression"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": ["(.+)+"], "target_modules": ["0"]},
+            "of a file must be a name",
+        ),
+        ({"task_type": {"a": 1}}, r"task_type=\{'a': 1\} must be a word"),
+        ({"peft_type": "LAMDA", "svd_niter": 10**9}, r"svd_niter=1000000000"),
         ({"alpha_pattern": ["0"]}, r"alpha_pattern=\['0'\] must be a dict"),
         ({"modules_to_save": ["1"], "target_modules": ["0", "2", "3"]}, None),
         ({"modules_to_save": "1"}, r"modules_to_save='1' must be a list"),
@@ -204,6 +213,31 @@ def test_an_id_on_the_hub_without_a_network(monkeypatch, tmp_path):
 def test_forged_metadata(metadata, folder):
     save_file(load_file(folder / files.WEIGHTS), folder / files.WEIGHTS, metadata={"lorafast": metadata})
     refused(folder, None)
+
+
+HOSTILE = ["(a+)+Z", "(.|.)*Z", ".?" * 60 + "Z", "(?x)(.+)#c\n+Z"]
+
+
+@pytest.mark.parametrize("expression", HOSTILE)
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_expressions_that_run_forever_are_stopped(expression, field, tmp_path, monkeypatch):
+    name = "a" * 60
+    model = lorafast.adapt(nn.ModuleDict({name: nn.Linear(2, 2)}), LoRA(r=2))
+    lorafast.save_adapter(model, tmp_path)
+    config_of(tmp_path, **{field: {expression: 3} if "pattern" in field else expression})
+    monkeypatch.setattr(expressions, "LIMIT", 0.5)
+    refused(
+        tmp_path,
+        r"could not be matched in 0\.5 s|matches no module|is no regular expression",
+        nn.ModuleDict({name: nn.Linear(2, 2)}),
+    )
+
+
+def test_projections_of_an_enormous_rank_are_not_drawn(tmp_path):
+    save_file({"base_model.model.0.vera_lambda_d": torch.zeros(1 << 22), "base_model.model.0.vera_lambda_b": torch.zeros(64)},
+              tmp_path / files.WEIGHTS)  # fmt: skip
+    (tmp_path / files.CONFIG).write_text(json.dumps({"peft_type": "VERA", "r": 1 << 22, "target_modules": ["0"]}))
+    refused(tmp_path, r"r=4194304 .*is too large to draw projections", nn.Sequential(nn.Linear(64, 64)))
 
 
 def test_a_thousand_mutated_folders(tmp_path):

@@ -33,7 +33,21 @@ SHARED = {
     "kernels": ("philox", "devices", "configs", "routes", "launch", "factor", "project", "grad_project"),
     "methods": ("adapter", "start", "svd", "lora"),
     "models": (
-        *("names", "plan", "targets", "besides", "peft_config", "adapt", "summary", "keys", "form", "files", "content", "export"),
+        *(
+            "names",
+            "expressions",
+            "plan",
+            "targets",
+            "besides",
+            "peft_config",
+            "adapt",
+            "summary",
+            "keys",
+            "form",
+            "files",
+            "content",
+            "export",
+        ),
         *("checkpoint", "explain", "variant", "aside", "peft"),
     ),
     "bench": (

@@ -7,12 +7,13 @@ import torch
 # Up to here the exact SVD takes about a second on two cores.
 EXACT_UP_TO = 1024
 ITERATIONS = 16
+MOST = 100  # nothing is gained long before
 
 
 def iterations(niter: int | None) -> None:
     """Refuse what is no number of iterations."""
-    if niter is not None and (isinstance(niter, bool) or not isinstance(niter, int) or niter < 0):
-        raise ValueError(f"svd_niter={niter!r} must be None or an integer of at least 0")
+    if niter is not None and (isinstance(niter, bool) or not isinstance(niter, int) or not 0 <= niter <= MOST):
+        raise ValueError(f"svd_niter={niter!r} must be None or an integer in 0…{MOST}")
 
 
 def top(weight: torch.Tensor, r: int, niter: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

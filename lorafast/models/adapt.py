@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lorafast.adapted import Adapted
 from lorafast.methods.adapter import Adapter
 from lorafast.models import besides, peft_config
+from lorafast.models.names import adapted, clean, some
 from lorafast.models.plan import ALL_LINEAR, Names, Plan
 from lorafast.models.targets import layer_for, owners, places, storage
 
@@ -40,9 +43,11 @@ def adapt(
     "lora_only" (the adapted layers') train biases too. seed: start from a generator of its own. adapter_dtype: as for Linear.
     Weights and biases stay the same Parameters; a module used in several places is replaced in all. Adapters start in module order.
     Raises ValueError or TypeError, and changes nothing, where a name or pattern matches nothing, a match is no plain nn.Linear,
-    Conv1D or nn.Embedding or carries hooks, a weight that would change is tied to another, or the model is adapted already. If an
-    init fails midway, weights it has already changed are restored to within one rounding.
+    Conv1D or nn.Embedding or carries hooks, a weight that would change is tied to another, or the model is adapted already, or in
+    DDP. If an init fails midway, weights it has already changed are restored to within one rounding.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     options = {
         "exclude_modules": exclude_modules, "rank_pattern": rank_pattern or {}, "alpha_pattern": alpha_pattern or {},
         "modules_to_save": modules_to_save, "bias": bias,
@@ -52,12 +57,38 @@ def adapt(
         said = [name for name, value in given.items() if value]
         if said:
             raise ValueError(f"adapter is a {type(adapter).__name__}, which says {', '.join(said)} itself")
-        plan = peft_config.plan_of(peft_config.asked(adapter, model))
+        asked = peft_config.asked(adapter, model)
+        plan, resting = peft_config.plan_of(asked), asked.get("inference_mode")
     else:
-        plan = Plan(adapter, target_modules, **options)
+        plan, resting = Plan(adapter, target_modules, **options), False
+    refuse_parallel(model)
+    found = places(model, plan)
+    _warn_of_experts(model, plan, found)
     with _seeded(seed, model):
-        install(model, plan, places(model, plan), adapter_dtype)
+        install(model, plan, found, adapter_dtype)
+    if resting:
+        let_train(model, False)
     return model
+
+
+def refuse_parallel(model: nn.Module) -> None:
+    """DDP sums the gradients of the parameters it was made with, and of no adapter that comes later."""
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f"model {type(model).__name__} is in DistributedDataParallel already: put the adapters in before wrapping it"
+        )
+
+
+def _warn_of_experts(model: nn.Module, plan: Plan, found: dict[nn.Module, list[str]]) -> None:
+    """What "all-linear" passes over without a word would be taken for adapted."""
+    if not (isinstance(plan.target_modules, str) and plan.target_modules.lower() == ALL_LINEAR):
+        return
+    left = [
+        f"{name}.{key}" for name, module in model.named_modules() if not type(module).__module__.startswith("torch.nn.")
+        for key, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3
+    ]  # fmt: skip
+    if left:
+        warnings.warn(f"target_modules='all-linear' adapts no 3-D weight of fused experts: {some(left)}", stacklevel=3)
 
 
 def install(
@@ -66,11 +97,15 @@ def install(
     found: dict[nn.Module, list[str]],
     adapter_dtype: torch.dtype | None = None,
     fill: Fill | None = None,
+    finish: Callable[[], None] = lambda: None,
 ) -> None:
-    """Carry out a plan on the modules found for it. fill: gives each layer (by name) its values instead of the adapter's start."""
-    specs = {module: plan.adapter_of(names[0]) for module, names in found.items()}
+    """Carry out a plan on the modules found for it. fill: gives each layer (by name) its values instead of the adapter's start.
+
+    finish: what else belongs to it. Whatever fails, finish included, the model is as it was.
+    """
+    own = plan.adapters(clean(names[0]) for names in found.values())
     shapes = [tuple(module.weight.shape) if isinstance(module, nn.Linear) else tuple(module.weight.t().shape) for module in found]
-    specs = {module: adapter.fitted(shapes) for module, adapter in specs.items()}
+    specs = {module: own[clean(names[0])].fitted(shapes) for module, names in found.items()}
     _refuse_tied(model, found, specs)
     also = besides.chosen(model, plan, found)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -80,21 +115,35 @@ def install(
             layers[module] = layer_for(module)[0]._from(module, specs[module], adapter_dtype, start=fill is None)
             if fill is not None:
                 fill(names[0], layers[module])
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        _share(layers.values())
+        for module, names in found.items():
+            if layers[module].lora_magnitude is not None:
+                layers[module].lora_magnitude.lorafast_name = names[0]
+            put(model, names, layers[module])
+        besides.train(also, layers)
+        finish()
     except BaseException:
+        besides.undo(also, layers)
+        for module, names in found.items():
+            put(model, names, module)
         for layer in layers.values():
             layer.restore_base()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    _share(layers.values())
-    for module, names in found.items():
-        if layers[module].lora_magnitude is not None:
-            layers[module].lora_magnitude.lorafast_name = names[0]
-        put(model, names, layers[module])
-    besides.train(also, layers)
     model.__dict__["_lorafast_task_type"] = plan.task_type
+
+
+def let_train(model: nn.Module, trainable: bool) -> None:
+    """Let everything an adapter file of the model holds train as adapt does, or nothing of it."""
+    for layer in adapted(model).values():
+        for name, part in layer._parts().items():
+            # What a schedule has frozen is its to thaw.
+            if name != "lora_B" or layer.frozen_columns < layer.r:
+                getattr(layer, name).requires_grad_(trainable and part.trained)
+    besides.let_train(model, trainable)
 
 
 def put(model: nn.Module, names: list[str], module: nn.Module) -> None:

@@ -21,10 +21,13 @@ _SAVED = "_lorafast_saved"
 
 
 class Besides(NamedTuple):
-    """saved: modules that train as a whole. first: the values of all that trains, by module and name, as they are now."""
+    """saved: modules that train as a whole. first: the values of all that trains, by module and name, as they are now. tied: those
+    Parameters, by module and name, that get a twin of their own to train.
+    """
 
     saved: list[nn.Module]
     first: dict[nn.Module, dict[str, torch.Tensor]]
+    tied: dict[nn.Module, dict[str, nn.Parameter]]
 
 
 def chosen(model: nn.Module, plan: Plan, replaced: dict[nn.Module, list[str]]) -> Besides:
@@ -32,7 +35,7 @@ def chosen(model: nn.Module, plan: Plan, replaced: dict[nn.Module, list[str]]) -
     saved, biases = selected(model, plan, replaced)
     first = {part: _values(part) for module in saved.values() for part in module.modules()}
     first |= {module: {"bias": module.bias.detach().clone()} for module in biases.values()}
-    return Besides(list(saved.values()), first)
+    return Besides(list(saved.values()), first, _tied(model, saved) if plan.untie else {})
 
 
 def selected(
@@ -48,7 +51,9 @@ def selected(
             raise ValueError(f"modules_to_save: {target!r} matches no module{near(target, modules)}")
         saved |= found
     saved = {n: m for n, m in saved.items() if not any(n.startswith(f"{other}.") for other in saved)}
-    _refuse_tied(model, saved)
+    _refuse_adapted(saved, replaced)
+    if not plan.untie:
+        _refuse_tied(model, saved)
     biases = {}
     if plan.bias != "none":
         inside = {part for module in saved.values() for part in module.modules()}
@@ -64,12 +69,29 @@ def _values(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def train(besides: Besides, layers: dict[nn.Module, Adapted]) -> None:
     """Let all of it train, and keep its first values. layers: the adapted layer in each replaced module's place."""
+    for module, parameters in besides.tied.items():
+        for name, parameter in parameters.items():
+            setattr(module, name, nn.Parameter(parameter.detach().clone()))
     for module in besides.saved:
         setattr(module, _SAVED, True)
     for module, first in besides.first.items():
         place = layers.get(module, module)
         setattr(place, _FIRST, first)
         _let_train(place, True)
+
+
+@torch.no_grad()
+def undo(besides: Besides, layers: dict[nn.Module, Adapted]) -> None:
+    """Take back train(), and whatever values have come since."""
+    for module, parameters in besides.tied.items():
+        for name, parameter in parameters.items():
+            setattr(module, name, parameter)
+    for module, first in besides.first.items():
+        place = layers.get(module, module)
+        for name, value in first.items() if _FIRST in vars(place) else ():
+            getattr(place, name).copy_(value)
+        for mark in (_FIRST, _SAVED):
+            vars(place).pop(mark, None)
 
 
 def let_train(model: nn.Module, trainable: bool) -> None:
@@ -144,6 +166,25 @@ def forget(model: nn.Module, restore: bool) -> None:
     for module in unwrapped(model).modules():
         for mark in (_FIRST, _SAVED):
             vars(module).pop(mark, None)
+
+
+def _refuse_adapted(saved: dict[str, nn.Module], replaced: dict[nn.Module, list[str]]) -> None:
+    for name, module in saved.items():
+        if both := next((part for part in module.modules() if part in replaced), None):
+            raise ValueError(
+                f"modules_to_save means {name}, and target_modules {replaced[both][0]} in it: a module is one or the other"
+            )
+
+
+def _tied(model: nn.Module, saved: dict[str, nn.Module]) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """The Parameters of modules to save that some other module holds too."""
+    found: dict[nn.Module, dict[str, nn.Parameter]] = {}
+    held = owners(model) if saved else {}
+    for part in {part for module in saved.values() for part in module.modules()}:
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not parameter.is_meta and len(held[storage(parameter)]) > 1:
+                found.setdefault(part, {})[name] = parameter
+    return found
 
 
 def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:

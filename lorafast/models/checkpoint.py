@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,9 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from lorafast.adapted import NAMES, Adapted
-from lorafast.models import besides, content, export, files, form, keys
-from lorafast.models.adapt import install
+from lorafast.models import content, export, files, form, keys
+from lorafast.models.adapt import install, let_train, refuse_parallel
 from lorafast.models.names import adapted, clean, unwrapped
+from lorafast.models.targets import places
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, as_lora: bool = False, rank: int | None = None) -> None:
@@ -27,7 +30,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, as_lora: bool = Fals
     """
     if rank is not None and not as_lora:
         raise ValueError(f"rank={rank!r} belongs to as_lora=True; a file otherwise keeps the adapter's own")
-    layers = adapted(model)
+    layers = adapted(model, awake=True)
+    _warn_of_shared(unwrapped(model))
     if as_lora:
         exported = export.as_lora(model, layers, rank)
         tensors, config, extras = exported.tensors, exported.config, {}
@@ -38,6 +42,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, as_lora: bool = Fals
         files.write(Path(path), tensors, config, extras)
         if as_lora:
             print(exported)
+
+
+def _warn_of_shared(model: nn.Module) -> None:
+    places: dict[Adapted, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Adapted):
+            places.setdefault(module, []).append(name)
+    if shared := next((names for names in places.values() if len({clean(name) for name in names}) > 1), None):
+        warnings.warn(f"{' and '.join(shared)} are one layer: PEFT will put the file's adapter on the first alone", stacklevel=3)
 
 
 def _tensors(model: nn.Module, layers: dict[str, Adapted]) -> dict[str, torch.Tensor]:
@@ -67,32 +80,31 @@ def load_adapter(
     trainable=False freezes what was loaded, True lets it train as adapt does. adapter_dtype: of a plain model's new layers.
     check_base: refuse an adapter whose config names another base model (by the last part of its name) than model.name_or_path.
     Only safetensors are read. Method, keys, shapes, dtypes, names and numbers are checked before anything changes: ValueError,
-    TypeError or FileNotFoundError say the first thing that is wrong.
+    TypeError or FileNotFoundError say the first thing that is wrong with the folder, RuntimeError that the model's adapters are
+    merged, disabled or of an unknown start. Adapt or load before wrapping a model in DDP or sharding it.
     """
     inner = unwrapped(model)
-    file = files.read(files.located(path, revision))
-    if check_base:
-        content.refuse_other_base(inner, file.config)
-    plan = content.plan_of(file)
-    present = adapted(inner, required=False)
-    replaced = {} if present else content.places_of(inner, file, plan)
-    found = content.content_of(inner, file, plan, replaced, adapter_dtype)
+    present = adapted(inner, required=False, awake=True)
+    if not present:
+        refuse_parallel(model)
+    with files.opened(files.located(path, revision)) as file:
+        if check_base:
+            content.refuse_other_base(inner, file.config)
+        plan = content.plan_of(file)
+        replaced = {} if present else places(inner, plan)
+        found = content.content_of(inner, file, plan, replaced, adapter_dtype)
+
+    def finish() -> None:
+        _put_rest(inner, found.rest)
+        let_train(inner, trainable)
+
     if present:
         _take_all(present, found)
+        finish()
     else:
-        install(inner, plan, replaced, adapter_dtype, fill=lambda name, layer: layer.take(*found.of(clean(name))))
-    _put_rest(inner, found.rest)
-    _let_train(inner, trainable)
+        plan = replace(plan, untie=found.untie)
+        install(inner, plan, replaced, adapter_dtype, lambda name, layer: layer.take(*found.of(clean(name))), finish)
     return model
-
-
-def _let_train(model: nn.Module, trainable: bool) -> None:
-    for layer in adapted(model).values():
-        for name, part in layer._parts().items():
-            # What a schedule has frozen is its to thaw.
-            if name != "lora_B" or layer.frozen_columns < layer.r:
-                getattr(layer, name).requires_grad_(trainable and part.trained)
-    besides.let_train(model, trainable)
 
 
 def _take_all(layers: dict[str, Adapted], found: content.Content) -> None:

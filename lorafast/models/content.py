@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,47 +17,32 @@ from lorafast.methods.vera import projections
 from lorafast.models import besides, files, form, keys, peft_config
 from lorafast.models.names import adapted, clean, near, some
 from lorafast.models.plan import Plan
-from lorafast.models.targets import places
+from lorafast.models.targets import owners, storage
 
 Places = dict[nn.Module, list[str]]
 
-# A file's expressions are matched only if that cannot take forever: no repeated group, and few repetitions.
-_REPEATED_GROUP = re.compile(r"\)\s*[*+{?]")
-_REPETITION = re.compile(r"(?<!\\)[*+{]")
-_REPETITIONS = 4
+# What VeRA without its projections in the file may make of a rank: half a gigabyte.
+_LARGEST = 1 << 27
 
 
 class Content(NamedTuple):
-    """A file's tensors by where they go: values and starts by layer and part, the rest by its name in the model."""
+    """A file's tensors by where they go: values and starts by layer and part, the rest by its name in the model.
+
+    untie: two of the rest are one tensor in the model and two in the file.
+    """
 
     values: dict[str, dict[str, torch.Tensor]]
     starts: dict[str, dict[str, torch.Tensor] | None]
     rest: dict[str, torch.Tensor]
+    untie: bool
 
     def of(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
         """What Adapted.take wants for a layer."""
         return self.values[name], self.starts[name]
 
 
-def places_of(model: nn.Module, file: files.AdapterFile, plan: Plan) -> Places:
-    """The modules of a plain model that the file's plan means; by the file's keys where its expressions are not to be trusted."""
-    expressions = [e for e in (plan.target_modules, plan.exclude_modules) if isinstance(e, str)] + list(plan.layers_pattern)
-    if all(map(_tame, expressions)):
-        return places(model, plan)
-    named = set(keys.sorted_keys(file.entries).layers)
-    return places(model, plan, {name for name, _ in model.named_modules(remove_duplicate=False) if clean(name) in named})
-
-
-def _tame(expression: str) -> bool:
-    return not _REPEATED_GROUP.search(expression) and len(_REPETITION.findall(expression)) <= _REPETITIONS
-
-
 def plan_of(file: files.AdapterFile) -> Plan:
     """What the file asks for; what save_adapter stacked has its own rank and scaling again."""
-    for argument in ("rank_pattern", "alpha_pattern"):
-        for given in (file.config.get(argument), file.extras.get(argument)):
-            if isinstance(given, Mapping) and (wild := [key for key in given if not _tame(key)]):
-                raise ValueError(f"{argument}: {wild[0]!r} repeats too much for an expression out of a file")
     try:
         return _plan_of(file)
     except OverflowError as error:
@@ -106,11 +92,14 @@ def content_of(
         _refuse_parts(name, module, form.stacked(specs[name]) if stacked else specs[name], file, found)
     rest = {f"{name}.{key}": tensor for name, module in saved.items() for key, tensor in module.state_dict().items()}
     rest |= {f"{name}.bias": module.bias for name, module in biases.items()}
+    found = _with_bases(found, rest, model)
     _refuse_names("tensor", found.rest, rest)
     for name, key in found.rest.items():
         _refuse_shape(key, file.entries[key].shape, tuple(rest[name].shape))
+        _refuse_dtype(key, file.entries[key], rest[name].dtype)
     tensors = file.tensors()
-    _refuse_bases(found, modules, tensors)
+    _refuse_bases(found, model, specs if not stacked else {}, tensors)
+    untie = _untied({name: tensors[key] for name, key in found.rest.items()}, rest, model, bool(present))
     values: dict[str, dict[str, torch.Tensor]] = {}
     starts: dict[str, dict[str, torch.Tensor] | None] = {}
     for name, module in modules.items():
@@ -119,7 +108,7 @@ def content_of(
         dtype = _dtype(module, adapter_dtype)
         values[name] = _finite(name, now, dtype)
         starts[name] = None if first is None else _finite(name, first, dtype)
-    return Content(values, starts, {n: _finite(n, {"": tensors[key]}, rest[n].dtype)[""] for n, key in found.rest.items()})
+    return Content(values, starts, {n: _finite(n, {"": tensors[key]}, rest[n].dtype)[""] for n, key in found.rest.items()}, untie)
 
 
 def refuse_other_base(model: nn.Module, config: dict[str, Any]) -> None:
@@ -144,7 +133,14 @@ def _specs(plan: Plan, file: files.AdapterFile, found: keys.Sorted, modules: dic
         if found.shared.keys() != keys.VERA_SHARED.keys() or any(len(file.entries[k].shape) != 2 for k in found.shared.values()):
             raise ValueError(f"{', '.join(found.shared.values())} must be a pair of matrices")
         shapes.append((file.entries[found.shared["lora_B"]].shape[0], file.entries[found.shared["lora_A"]].shape[-1]))
-    return {name: plan.adapter_of(name).fitted(shapes) for name in modules}
+    specs = {name: adapter.fitted(shapes) for name, adapter in plan.adapters(modules).items()}
+    for name, adapter in specs.items():
+        largest = getattr(adapter, "largest", None)
+        if largest and not found.shared and adapter.r * sum(largest) > _LARGEST:
+            raise ValueError(
+                f"{name}: r={adapter.r} of {files.CONFIG} is too large to draw projections for {largest} that the file lacks"
+            )
+    return specs
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
@@ -165,10 +161,17 @@ def _refuse_shape(key: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> 
         raise ValueError(f"{key} {given} must be {wanted} for this model and config")
 
 
+def _refuse_dtype(key: str, entry: files.Entry, wanted: torch.dtype) -> None:
+    """Floating dtypes are cast; anything else must be what it is in the model."""
+    if entry.dtype != wanted and not (entry.dtype.is_floating_point and wanted.is_floating_point):
+        raise ValueError(f"{key} {entry.shape} is {entry.dtype}, and must be {wanted}")
+
+
 def _refuse_other_adapter(name: str, layer: Adapted, adapter: Adapter) -> None:
-    theirs = (type(adapter).__name__, adapter.r, adapter.scaling, adapter.axis, adapter.residual)
-    ours = (type(layer.adapter).__name__, layer.r, float(layer.scaling), layer.adapter.axis, layer.adapter.residual)
-    if theirs != ours:
+    theirs = (type(adapter).__name__, adapter.r, adapter.axis, adapter.residual)
+    ours = (type(layer.adapter).__name__, layer.r, layer.adapter.axis, layer.adapter.residual)
+    # A scaling goes through alpha = s·r and back, which may round.
+    if theirs != ours or not math.isclose(adapter.scaling, float(layer.scaling), rel_tol=1e-12):
         raise ValueError(
             f"{name} has {layer.adapter} with scaling {float(layer.scaling):g}, the file {adapter} with {adapter.scaling:g}"
         )
@@ -183,22 +186,54 @@ def _refuse_parts(name: str, module: nn.Module, adapter: Adapter, file: files.Ad
         raise ValueError(f"{name}: the file {' and '.join(told)}, and its config says {adapter}")
     for part, key in given.items():
         _refuse_shape(key, file.entries[key].shape, parts[part].shape)
+        _refuse_dtype(key, file.entries[key], torch.float32)
     N, K = _shape(module)
     for part, key in found.shared.items():
         shape = file.entries[key].shape
+        _refuse_dtype(key, file.entries[key], torch.float32)
         _refuse_shape(key, shape, (adapter.r, max(shape[1], K)) if part == "lora_A" else (max(shape[0], N), adapter.r))
 
 
-def _refuse_bases(found: keys.Sorted, modules: dict[str, nn.Module], tensors: dict[str, torch.Tensor]) -> None:
-    """PEFT saves the table of an adapted embedding too: it must be the model's own."""
+def _with_bases(found: keys.Sorted, rest: dict[str, torch.Tensor], model: nn.Module) -> keys.Sorted:
+    """PEFT saves a model's embeddings and head too, where it thinks that they may have changed."""
+    own = {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    bases = {name: key for name, key in found.rest.items() if name not in rest and name in own}
+    return found._replace(
+        rest={name: key for name, key in found.rest.items() if name not in bases},
+        bases={f"{name}.weight": key for name, key in found.bases.items()} | bases,
+    )
+
+
+def _refuse_bases(found: keys.Sorted, model: nn.Module, specs: dict[str, Adapter], tensors: dict[str, torch.Tensor]) -> None:
+    """Base weights in the file must be the model's own; or what a start that changes them will leave of it."""
+    own = {clean(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)} if found.bases else {}
     for name, key in found.bases.items():
-        if name not in modules:
-            raise ValueError(f"the file has {key}, and no adapter for {name}")
-        ours, theirs = modules[name].weight, tensors[key]
+        if name not in own:
+            raise ValueError(f"the file has {key}, which the model has not{near(name, own)}")
+        adapter = specs.get(name.removesuffix(".weight"))
+        if adapter is not None and adapter.residual:
+            continue
+        ours, theirs = own[name], tensors[key]
         if ours.shape != theirs.shape or not torch.equal(theirs.to(ours), ours):
             raise ValueError(
                 f"{key} {tuple(theirs.shape)} is another weight than the model's own {tuple(ours.shape)}: put it there first"
             )
+
+
+def _untied(given: dict[str, torch.Tensor], rest: dict[str, torch.Tensor], model: nn.Module, present: bool) -> bool:
+    """Whether what is one tensor in the model is two in the file, or one that trains and one that does not."""
+    held = owners(model) if rest else {}
+    first: dict[int, str] = {}
+    count: dict[int, int] = {}
+    for name, tensor in rest.items():
+        place = storage(tensor)
+        count[place] = count.get(place, 0) + 1
+        other = first.setdefault(place, name)
+        if not torch.equal(given[name], given[other]):
+            if present:
+                raise ValueError(f"{name} and {other} are one tensor {tuple(tensor.shape)} in the model, and two in the file")
+            return True
+    return not present and any(len(held.get(place, ())) > n for place, n in count.items())
 
 
 def _cut(adapter: Adapter, module: nn.Module, found: keys.Sorted, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -87,6 +87,8 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     backend per primitive for calls of `tokens` rows, why not the others, and what its settings cost. Activations are taken to have
     the weight's dtype.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     missing = tuple(why for room in links.ROOMS if (why := links.why_missing(room)))
     rows = (_row(name, call, tokens) for name, module in model.named_modules() for call in _calls(module))
     return Explanation(tuple(rows), missing)

@@ -36,18 +36,21 @@ class Exported(NamedTuple):
 
 @torch.no_grad()
 def as_lora(model: nn.Module, layers: dict[str, Adapted], rank: int | None) -> Exported:
-    """A model's adapters as LoRA with s = 1, and what that loses. rank=None: exact, which DoRA's change has no rank for."""
+    """A model's adapters as LoRA with s = 1, in fp32 (fp64 for fp64 factors), and what truncation loses. rank=None: exact, to a
+    rounding; DoRA's change has no rank for that.
+    """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank={rank!r} must be an integer of at least 1")
     tensors, errors, plain = {}, {}, {}
     for name, layer in layers.items():
         layer._refuse_if_merged("save_adapter(as_lora=True)")
+        layer._refuse_if_sharded("save_adapter(as_lora=True)")
         A, B, errors[name] = _factors(name, layer, rank)
         plain[name] = LoRA(r=A.shape[0], alpha=A.shape[0], lora_bias=layer.lora_bias is not None)
         values = {"lora_A": A, "lora_B": B}
         if layer.lora_bias is not None:
             values["lora_bias"] = _bias(layer)
-        tensors |= keys.of_layer(name, layer, {part: value.to(layer.lora_A.dtype) for part, value in values.items()}, plain=True)
+        tensors |= keys.of_layer(name, layer, values, plain=True)
     tensors |= {key: keys.whole(tensor) for key, tensor in keys.of_rest(model).items()}
     return Exported(tensors, form.config_of(unwrapped(model), layers, plain), errors)
 
@@ -77,18 +80,19 @@ def _factors(name: str, layer: Adapted, rank: int | None) -> tuple[torch.Tensor,
 def _low(layer: Adapted) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of a change that has a low rank, its scaling, core and out_scale in B; a start's share goes off again."""
     t = layer._tensors()
-    A, B = t.lora_A.float(), norm.effective_B(t, torch.float32) * float(layer.scaling)
+    wide = accumulator(t.lora_A.dtype)
+    A, B = t.lora_A.to(wide), norm.effective_B(t, wide) * float(layer.scaling)
     if (start := layer.start_factors()) is None:
         return A, B
     f = start.factors
     scaling = start.settings.scaling if f.scale is None else float(f.scale)
-    B0 = norm.effective_B(f, torch.float32) * scaling
+    B0 = norm.effective_B(f, wide) * scaling
     return torch.cat([A, f.lora_A.to(A)]), torch.cat([B, -B0.to(B)], 1)
 
 
 def _bias(layer: Adapted) -> torch.Tensor:
     """What the layer's lora_bias adds to its output."""
-    bias = layer.lora_bias.float() * float(layer.scaling)
+    bias = layer.lora_bias.to(accumulator(layer.lora_bias.dtype)) * float(layer.scaling)
     if layer.lora_magnitude is None or layer.adapter.axis == "in":
         return bias
     return bias * norm.gain(layer.lora_magnitude, layer._norm()).to(bias)

@@ -130,15 +130,17 @@ def config_of(model: nn.Module, layers: dict[str, Adapted], held: dict[str, Adap
     task = model.__dict__.get("_lorafast_task_type")
     only = "vera_only" if said["peft_type"] == "VERA" else "lora_only"
     saved = sorted(besides.saved(model))
+    # FSDP makes a class of its own of a model's.
+    kind = next(one for one in type(model).__mro__ if not one.__module__.startswith("torch.distributed"))
     said |= {
         "target_modules": _targets(model, layers, saved),
         "modules_to_save": saved or None,
         "bias": "none" if not also else "all" if everywhere else only,
         "fan_in_fan_out": any(isinstance(layer, Conv1D) for layer in layers.values()),
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
         "inference_mode": True,
         "task_type": task,
-        "auto_mapping": None if task else {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
     }
     if hasattr(common, "alpha"):
         said["rank_pattern"] = _pattern({name: adapter.r for name, adapter in held.items()}, common.r)
@@ -159,5 +161,6 @@ def _targets(model: nn.Module, layers: dict[str, Adapted], saved: list[str]) -> 
 def _pattern(numbers: dict[str, float], common: float) -> dict[str, float]:
     """The numbers that differ from the common one, by patterns that match their layers alone."""
     other = {name: number for name, number in numbers.items() if number != common}
-    plain = {name: other.get(matching(other, name), common) for name in numbers}
+    found = matching(other, numbers)
+    plain = {name: other[found[name]] if name in found else common for name in numbers}
     return other if plain == numbers else {f"^{re.escape(name)}": number for name, number in other.items()}

@@ -26,8 +26,8 @@ _VERA = {"lora_core": "vera_lambda_d", "lora_out_scale": "vera_lambda_b"}
 VERA_SHARED = {"lora_A": "base_model.vera_A", "lora_B": "base_model.vera_B"}
 _PARTS = {word: part for words in (_LINEAR, _EMBEDDING, _VERA) for part, word in words.items()}
 _PARTS["lora_magnitude_vector.weight"] = "lora_magnitude"  # before PEFT 0.11
-# PEFT with bias="all" writes the bias of a module to save three times.
-_BIAS_AGAIN = (".original_module.bias", ".modules_to_save.bias")
+# PEFT with bias="all" writes a bias of a module to save three times.
+_AGAIN = (".original_module.", ".modules_to_save.default.", ".modules_to_save.")
 
 
 class Sorted(NamedTuple):
@@ -48,7 +48,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     changed the weight (LaMDA residual, PiSSA) these are the factors beside that weight: save_adapter writes what fits the untouched
     one. ValueError if the model has no adapted layer.
     """
-    layers = adapted(model)
+    layers = adapted(model, awake=True)
     found: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         found |= of_layer(name, layer, {part: held for part in NAMES if (held := getattr(layer, part)) is not None})
@@ -70,7 +70,10 @@ def of_rest(model: nn.Module) -> dict[str, torch.Tensor]:
     """What trains besides adapters, under PEFT's keys."""
     found = {}
     for name, module in besides.saved(model).items():
-        found |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+        for key, tensor in module.state_dict().items():
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name}.{key} of a module to save is a {type(tensor).__name__}; only tensors can be saved")
+            found[f"{PREFIX}{name}.{key}"] = tensor
     for name, module in besides.biases(model).items():
         found[f"{PREFIX}{name}{'.base_layer' if isinstance(module, Adapted) else ''}.bias"] = module.bias
     return found
@@ -85,7 +88,7 @@ def sorted_keys(keys: Iterable[str]) -> Sorted:
             found.shared[shared[key]] = key
             continue
         name = key.removeprefix(PREFIX)
-        if any(name.endswith(again) and key.replace(again, ".bias") in keys for again in _BIAS_AGAIN):
+        if any(again in key and key.replace(again, ".") in keys for again in _AGAIN):
             continue
         word = next((word for word in _PARTS if name.endswith(f".{word}")), None)
         if word is not None:

@@ -18,19 +18,29 @@ def merge(model: nn.Module, untie: bool = False) -> nn.Module:
     Modules and biases that trained stay as they trained. The result is the adapted model's to within a rounding of each weight.
     untie=True gives an adapted weight that is tied to another (an output head to its embedding) a tensor of its own first; set the
     model's own mark of it (config.tie_word_embeddings) before saving. Raises, and changes nothing, if a weight is tied and not to
-    be untied, not loaded, or not finite with its adapter in.
+    be untied, not loaded, or not finite with its adapter in; memory that runs out midway costs a rounding.
     """
     layers = _layers(model)
     tied = _tied(model, layers)
     if tied and not untie:
-        raise ValueError(f"merging would change {tied[0]}, which are one tensor: merge(model, untie=True) gives each its own")
+        told = next(iter(tied.values()))
+        raise ValueError(f"merging would change {told}, which are one tensor: merge(model, untie=True) gives each its own")
     for layer in layers:
         if not layer.merged:
             layer.folded_in(keep=True)
-    for layer in layers:
-        if tied:
-            layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
-        layer.merge_for_good()
+    done: list[tuple[Adapted, nn.Parameter]] = []
+    try:
+        for layer in layers:
+            if not layer.merged:
+                done.append((layer, layer.weight))
+                if storage(layer.weight) in tied:
+                    layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+                layer.merge(keep=not layer.invertible())
+    except BaseException:
+        for layer, weight in done:
+            layer.unmerge()
+            layer.weight = weight
+        raise
     besides.forget(model, restore=False)
     _put_plain_back(model, layers)
     return model
@@ -79,10 +89,11 @@ def _layers(model: nn.Module) -> dict[Adapted, list[str]]:
     return layers
 
 
-def _tied(model: nn.Module, layers: dict[Adapted, list[str]]) -> list[str]:
+def _tied(model: nn.Module, layers: dict[Adapted, list[str]]) -> dict[int, str]:
+    """The storages of adapted weights that somebody else holds too, and who."""
     held = owners(model)
-    sharing = (held.get(storage(layer.weight), {}) for layer in layers if not layer.weight.is_meta)
-    return [" and ".join(names.values()) for names in sharing if len(names) > 1]
+    places = {storage(layer.weight) for layer in layers if not layer.weight.is_meta}
+    return {place: " and ".join(held[place].values()) for place in places if len(held[place]) > 1}
 
 
 def _put_plain_back(model: nn.Module, layers: dict[Adapted, list[str]]) -> None:

@@ -32,11 +32,16 @@ def clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def adapted(model: nn.Module, required: bool = True) -> dict[str, Adapted]:
-    """Every adapted layer of the model by its (first) clean name. ValueError if there must be one and is none."""
+def adapted(model: nn.Module, required: bool = True, awake: bool = False) -> dict[str, Adapted]:
+    """Every adapted layer of the model by its (first) clean name. ValueError if there must be one and is none.
+
+    awake: RuntimeError if adapters are disabled, when what trains besides them is away too.
+    """
     found = {clean(name): module for name, module in unwrapped(model).named_modules() if isinstance(module, Adapted)}
     if required and not found:
         raise ValueError(f"model {type(unwrapped(model)).__name__} has no adapted layer: lorafast.adapt(model, ...) first")
+    if awake and any(layer.disabled for layer in found.values()):
+        raise RuntimeError("the adapters are disabled: leave disable_adapter() first")
     return found
 
 
@@ -55,5 +60,5 @@ def near(target: str, names: Iterable[str]) -> str:
 
 def some(names: Iterable[str], limit: int = 5) -> str:
     """The first few names, and how many more there are."""
-    names = list(names)
+    names = [name if len(name) <= 200 else f"{name[:200]}…" for name in names]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -77,9 +77,11 @@ def plan_of(config: dict[str, Any], loading: bool = False) -> Plan:
     rest = sorted(key for key, value in left.items() if value and key not in _PLAN and not (loading and key in _START_CONFIGS))
     if rest:
         raise ValueError(f"{', '.join(f'{key}={left[key]!r}' for key in rest)}: lorafast has no such thing")
+    if not isinstance(config.get("task_type"), str | None):
+        raise TypeError(f"task_type={config['task_type']!r} must be a word")
     if isinstance(said.get("target_modules"), set):
         said["target_modules"] = sorted(said["target_modules"])
-    return Plan(adapter, **said, task_type=config.get("task_type"), forgiving=True, loose=True)
+    return Plan(adapter, **said, task_type=config.get("task_type"), forgiving=True, loose=True, foreign=loading, untie=True)
 
 
 class _Fields:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
+import collections
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from lorafast import checks
 from lorafast.methods.adapter import Adapter
+from lorafast.models import expressions
 
 BIASES = ("none", "all", "lora_only")
 # What PEFT reads the same way: every linear but the head that makes logits.
 ALL_LINEAR = "all-linear"
+
+# Where PEFT puts a rank or alpha pattern.
+_ENDING = r"(.*\.)?(%s)$"
 
 Names = str | Collection[str]
 
@@ -22,6 +26,7 @@ class Plan:
 
     forgiving: names and patterns that match nothing are passed over, as PEFT does, as long as some layer is adapted. loose: a name
     in modules_to_save also means every module whose name ends in these letters, as PEFT reads it ("norm": input_layernorm too).
+    foreign: its expressions come from a file. untie: a module to save that is tied to another gets tensors of its own, as in PEFT.
     """
 
     adapter: Adapter
@@ -36,6 +41,8 @@ class Plan:
     task_type: str | None = None
     forgiving: bool = False
     loose: bool = False
+    foreign: bool = False
+    untie: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.adapter, Adapter):
@@ -53,7 +60,9 @@ class Plan:
             if given is not None and not _all_of(kind, given):
                 raise ValueError(f"{name}={given!r} must be a list of {what}")
         for pattern in self.layers_pattern:
-            _compiled("layers_pattern", pattern)
+            expressions.compiled("layers_pattern", pattern)
+            if self.foreign and not expressions.is_plain(pattern):
+                raise ValueError(f"layers_pattern={pattern[:200]!r} of a file must be a name")
         for name in ("rank_pattern", "alpha_pattern"):
             self._refuse_pattern(name)
 
@@ -67,29 +76,34 @@ class Plan:
         if pattern and what == "r" and self.adapter.fitted([(1, 1)]) is not self.adapter:
             raise ValueError(f"{name}={pattern!r}: the layers of {type(self.adapter).__name__} share tensors of one rank")
         for key, value in pattern.items():
-            _compiled(name, key)
+            expressions.compiled(name, key, _ENDING)
             try:
                 replace(self.adapter, **{what: value})
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name}[{key!r}]={value!r}: {error}") from error
 
-    def adapter_of(self, name: str) -> Adapter:
-        """The adapter of the layer of this name: rank and alpha each by the first pattern that matches."""
-        own = {}
+    def adapters(self, names: Iterable[str]) -> dict[str, Adapter]:
+        """The adapter of each layer: rank and alpha each by the first pattern that matches its name, or its end after a dot."""
+        names, own = list(names), collections.defaultdict(dict)
         for what, pattern in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
-            if (key := matching(pattern, name)) is not None:
-                own[what] = pattern[key]
-        return replace(self.adapter, **own) if own else self.adapter
+            for name, key in matching(pattern, names, self.foreign).items():
+                own[name][what] = pattern[key]
+        return {name: replace(self.adapter, **own[name]) if name in own else self.adapter for name in names}
 
 
-def matching(pattern: Mapping[str, float], name: str) -> str | None:
-    """The first key of a rank or alpha pattern that matches a name, whole or after a dot."""
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), None)
+def matching(pattern: Mapping[str, float], names: Iterable[str], foreign: bool = False) -> dict[str, str]:
+    """For each name, the first key of a rank or alpha pattern that matches it, whole or after a dot; others are left out."""
+    names, keys = list(names), list(pattern)
+    if all(map(expressions.is_plain, keys)):
+        found = {name: next((key for key in keys if expressions.plain_ends(key, name)), None) for name in names}
+        return {name: key for name, key in found.items() if key is not None}
+    placed = expressions.first([_ENDING % key for key in keys], names, foreign, whole=False)
+    return {name: keys[index] for name, index in placed.items()}
 
 
 def _refuse_names(argument: str, names: Names, wanted: str) -> None:
     if isinstance(names, str):
-        _compiled(argument, names)
+        expressions.compiled(argument, names)
     elif not names or not _all_of(str, names):
         raise ValueError(f"{argument}={names!r} must be {wanted}")
 
@@ -99,10 +113,3 @@ def _all_of(kind: type, given: object) -> bool:
     if isinstance(given, str | Mapping) or not isinstance(given, Collection):
         return False
     return all(isinstance(one, kind) and not isinstance(one, bool) and one != "" for one in given)
-
-
-def _compiled(argument: str, pattern: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{argument}={pattern!r} is no regular expression: {error}") from error

@@ -46,7 +46,8 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every Parameter an adapter file of this model holds and that trains: what to give an optimizer. ValueError if not adapted."""
-    held = [parameter for layer in adapted(model).values() for name in NAMES if (parameter := getattr(layer, name)) is not None]
+    layers = adapted(model, awake=True).values()
+    held = [parameter for layer in layers for name in NAMES if (parameter := getattr(layer, name)) is not None]
     held += [parameter for module in besides.saved(model).values() for parameter in module.parameters()]
     held += [module.bias for module in besides.biases(model).values()]
     return [parameter for parameter in dict.fromkeys(held) if parameter.requires_grad]

@@ -10,15 +10,16 @@ from torch import nn
 
 from lorafast import embedding, layer
 from lorafast.adapted import Adapted
-from lorafast.models.names import ends_with, near
-from lorafast.models.plan import ALL_LINEAR, Names, Plan, matching
+from lorafast.models import expressions
+from lorafast.models.names import clean, ends_with, near
+from lorafast.models.plan import ALL_LINEAR, Plan, matching
 
 # Where PEFT looks for the head of a sequence classifier, whose logits are no adapter's business.
 _CLASSIFIERS = ("score", "classifier")
 
 
-def places(model: nn.Module, plan: Plan, names: set[str] | None = None) -> dict[nn.Module, list[str]]:
-    """The modules to adapt, each with every name it goes by, or the one error that says why not. names: instead of the plan's."""
+def places(model: nn.Module, plan: Plan) -> dict[nn.Module, list[str]]:
+    """The modules to adapt, each with every name it goes by, or the one error that says why not."""
     modules = list(model.named_modules(remove_duplicate=False))
     _refuse_adapted(modules)
     if isinstance(model, nn.Linear | nn.Embedding):
@@ -26,7 +27,7 @@ def places(model: nn.Module, plan: Plan, names: set[str] | None = None) -> dict[
         raise TypeError(
             f"model is itself a {type(model).__name__} and cannot be replaced in place: lorafast.{maker}(model, adapter)"
         )
-    names = select(model, plan) if names is None else names
+    names = select(model, plan)
     for name, module in modules:
         if name in names and (why := layer_for(module)[1] or _carried(module) or _bypassed(model, name)):
             raise TypeError(f"target_modules={plan.target_modules!r} matches {name}, which {why}")
@@ -40,21 +41,26 @@ def places(model: nn.Module, plan: Plan, names: set[str] | None = None) -> dict[
 
 
 def select(model: nn.Module, plan: Plan) -> set[str]:
-    """The names a plan means, whatever module stands there."""
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    """The names a plan means, whatever module stands there. A plan knows nothing of torch.compile's and other wrappers' parts."""
+    raw: dict[str, list[str]] = {}
+    for name, _ in model.named_modules(remove_duplicate=False):
+        if name and clean(name):
+            raw.setdefault(clean(name), []).append(name)
+    names = list(raw)
     if isinstance(plan.target_modules, str) and plan.target_modules.lower() == ALL_LINEAR:
-        found = _linears(model, plan.task_type)
+        found = set(map(clean, _linears(model, plan.task_type)))
         if not found:
             raise ValueError(f"target_modules='all-linear' matches nothing: {type(model).__name__} has no nn.Linear")
     else:
-        found = _matches(plan.target_modules, names, plan.forgiving)
-    kept = {name for name in found if not _excluded(name, plan) and _in_layers(name, plan)}
+        found = _matches(plan, names)
+    kept = {name for name in found - _excluded(found, plan) if _in_layers(name, plan)}
     if not kept:
         raise ValueError(
             f"target_modules={plan.target_modules!r} matches nothing that exclude_modules={plan.exclude_modules!r}, "
             f"modules_to_save={plan.modules_to_save!r} and layers_to_transform={plan.layers_to_transform!r} leave"
         )
-    return kept
+    # A wrapper and what it wraps have one clean name; what is inside is what can be replaced.
+    return {max(raw[name], key=len) for name in kept}
 
 
 def layer_for(module: nn.Module) -> tuple[type[Adapted] | None, str | None]:
@@ -95,35 +101,40 @@ def _linears(model: nn.Module, task_type: str | None) -> set[str]:
     return {name for name, one in modules if name and (isinstance(one, nn.Linear) or is_conv1d(one)) and one is not head}
 
 
-def _matches(target_modules: Names, names: list[str], forgiving: bool) -> set[str]:
-    if isinstance(target_modules, str):
-        found = {name for name in names if re.fullmatch(target_modules, name)}
+def _matches(plan: Plan, names: list[str]) -> set[str]:
+    targets = plan.target_modules
+    if isinstance(targets, str):
+        found = set(expressions.first([targets], names, plan.foreign, whole=True))
         if not found:
-            raise ValueError(f"target_modules={target_modules!r} matches no module{near(target_modules, names)}")
+            raise ValueError(f"target_modules={targets!r} matches no module{near(targets, names)}")
         return found
     found = set()
     missed = None
-    for target in target_modules:
+    for target in targets:
         ours = {name for name in names if ends_with(name, target)}
         missed = missed if ours or missed else target
         found |= ours
-    if missed and not (forgiving and found):
+    if missed and not (plan.forgiving and found):
         raise ValueError(f"target_modules: {missed!r} matches no module{near(missed, names)}")
     return found
 
 
-def _excluded(name: str, plan: Plan) -> bool:
+def _excluded(names: set[str], plan: Plan) -> set[str]:
     excluded = plan.exclude_modules or ()
     if isinstance(excluded, str):
-        if re.fullmatch(excluded, name):
-            return True
-    elif any(ends_with(name, one) for one in excluded):
-        return True
-    return any(re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", name) for saved in plan.modules_to_save)
+        found = set(expressions.first([excluded], names, plan.foreign, whole=True))
+    else:
+        found = {name for name in names if any(ends_with(name, one) for one in excluded)}
+    return found | {name for name in names if any(_within(name, saved) for saved in plan.modules_to_save)}
+
+
+def _within(name: str, module: str) -> bool:
+    """Whether a module is called this, or is inside one that is."""
+    return f".{module}." in f".{name}."
 
 
 def _in_layers(name: str, plan: Plan) -> bool:
-    if plan.layers_to_transform is None or isinstance(plan.target_modules, str):
+    if plan.layers_to_transform is None or isinstance(plan.target_modules, str) or name in plan.target_modules:
         return True
     patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in plan.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
     found = next((match for pattern in patterns if (match := re.match(pattern, name))), None)
@@ -134,14 +145,14 @@ def _refuse_adapted(modules: Iterable[tuple[str, nn.Module]]) -> None:
     for name, module in modules:
         if isinstance(module, Adapted):
             raise ValueError(f"model is adapted already: {name or 'it'} is a lorafast.{type(module).__name__}")
-        if type(module).__module__.startswith("peft.tuners"):
+        if any(kind.__module__.startswith("peft.tuners") for kind in type(module).__mro__):
             raise ValueError(f"model carries PEFT adapters already: {name or 'it'} is a {type(module).__qualname__}")
 
 
 def _refuse_unused_patterns(plan: Plan, names: list[str]) -> None:
     for argument in () if plan.forgiving else ("rank_pattern", "alpha_pattern"):
         for key in getattr(plan, argument):
-            if all(matching({key: 0}, name) is None for name in names):
+            if not matching({key: 0}, names):
                 raise ValueError(f"{argument}: {key!r} matches no adapted layer{near(key, names)}")
 
 
