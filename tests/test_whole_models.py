@@ -197,9 +197,12 @@ def test_the_state_dict_is_the_models_memory():
 
 
 @each
+@dtypes
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_exported_as_plain_lora(adapter, kind, tmp_path, capsys):
-    make = tiny.KINDS[kind]
+def test_exported_as_plain_lora(adapter, dtype, kind, tmp_path, capsys):
+    def make():
+        return tiny.KINDS[kind]().to(dtype)
+
     model = tiny.adapted(make(), adapter, rank_pattern={} if isinstance(adapter, VeRA) else {r".*\b0\..*": 3})
     want = tiny.out(model)
     if isinstance(adapter, DoRA):
@@ -209,11 +212,26 @@ def test_exported_as_plain_lora(adapter, kind, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "as plain LoRA of rank" in told
     assert float(told.split("at most ")[1].split()[0]) < 1e-5
-    for loaded in (lorafast.load_adapter(make(), tmp_path), tiny.from_peft(make(), tmp_path)):
-        torch.testing.assert_close(tiny.out(loaded), want, rtol=1e-4, atol=3e-6)
-    layers = [m for m in lorafast.load_adapter(make(), tmp_path).modules() if isinstance(m, lorafast.layer.Product)]
-    assert {type(layer.adapter) for layer in layers} == {LoRA}
-    assert {layer.scaling for layer in layers} == {1.0}
+    loaded = lorafast.load_adapter(make(), tmp_path)
+    for one in (loaded, tiny.from_peft(make(), tmp_path)):
+        close(tiny.out(one), want, dtype, 4)
+    layers = [m for m in loaded.modules() if isinstance(m, lorafast.layer.Product)]
+    assert {(type(layer.adapter), layer.scaling) for layer in layers} == {(LoRA, 1.0)}
+
+
+@each
+@dtypes
+def test_merged_and_unmerged_layer_by_layer(adapter, dtype):
+    model = tiny.adapted(tiny.llama().to(dtype), adapter)
+    want, before = tiny.out(model), tiny.tensors(model)
+    layers = [m for m in model.modules() if isinstance(m, lorafast.Linear)]
+    for layer in layers:
+        layer.merge(keep=True)
+    close(tiny.out(model), want, dtype, 2)
+    for layer in layers:
+        layer.unmerge()
+    assert torch.equal(tiny.out(model), want)
+    assert all(torch.equal(value, before[name]) for name, value in tiny.tensors(model).items())
 
 
 @pytest.mark.parametrize("adapter", [LoRA(r=4), DoRA(r=4), VeRA(r=8), DoRA(r=4, axis="in"), LaMDA(r=4)], ids=repr)
