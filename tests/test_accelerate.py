@@ -291,6 +291,14 @@ def test_copies_pickles_and_checkpoints(tmp_path, calls):
     assert calls["why"] == []
 
 
+def test_patch_peft_leaves_a_wrapped_parameter_to_peft():
+    """PEFT's wrapper of a bare Parameter borrows a method of whatever class lora.Linear is."""
+    fields = {"targets": [], "target_parameters": ["up.weight"]}
+    want = wrapped(**fields)(X)
+    with lorafast.patch_peft():
+        torch.testing.assert_close(wrapped(**fields)(X), want)
+
+
 def test_patch_peft_serves_what_is_built_inside(calls):
     with lorafast.patch_peft():
         model = wrapped(use_dora=True)

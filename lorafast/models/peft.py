@@ -68,7 +68,8 @@ class Linear(PeftLinear):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the adapter adds to the base weight, laid out as that is."""
-        return super().get_delta_weight(adapter) if variant.core(self, adapter) is None else variant.delta(self, adapter)
+        # No super(): PEFT's ParamWrapper borrows this method for itself.
+        return PeftLinear.get_delta_weight(self, adapter) if variant.core(self, adapter) is None else variant.delta(self, adapter)
 
 
 def fallback(layer: Linear, why: str, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
