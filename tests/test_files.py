@@ -133,7 +133,7 @@ def test_a_real_kill_leaves_a_whole_adapter(tmp_path):
     )
     here = os.path.dirname(__file__)
     randomly = random.Random(7)
-    for _ in range(4):
+    for _ in range(2):
         folder = tmp_path / "out"
         with subprocess.Popen([sys.executable, "-c", program, here, folder], stdout=subprocess.PIPE) as process:
             assert process.stdout.readline() == b"ready\n"

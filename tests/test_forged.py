@@ -219,7 +219,7 @@ HOSTILE = ["(a+)+Z", "(.|.)*Z", ".?" * 60 + "Z", "(?x)(.+)#c\n+Z"]
 
 
 @pytest.mark.parametrize("expression", HOSTILE)
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("field", ["target_modules", "rank_pattern"])
 def test_expressions_that_run_forever_are_stopped(expression, field, tmp_path, monkeypatch):
     name = "a" * 60
     model = lorafast.adapt(nn.ModuleDict({name: nn.Linear(2, 2)}), LoRA(r=2))
