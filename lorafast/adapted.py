@@ -54,8 +54,7 @@ class Adapted(Merging):
         if not isinstance(adapter, Adapter):
             raise TypeError(f"adapter must be a lorafast adapter such as lorafast.LoRA(r=8), not {adapter!r}")
         checks.pair("weight", self.weight, "[N, K]")
-        half = self.weight.dtype in (torch.bfloat16, torch.float16)
-        dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
+        dtype = factor_dtype(self.weight, adapter_dtype)
         if dtype not in checks.DTYPES:
             raise TypeError(f"adapter_dtype {dtype!r} must be one of {', '.join(map(str, checks.DTYPES))}")
         self.adapter, self.scaling = adapter, adapter.scaling
@@ -352,3 +351,9 @@ class Adapted(Merging):
             # The weight is the caller's own tensor, and the start is going to change it.
             self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=self.weight.requires_grad)
         self.reset_adapter()
+
+
+def factor_dtype(weight: torch.Tensor, adapter_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a layer's factors: the one asked for, else fp32 on a half-precision weight, else the weight's."""
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    return adapter_dtype or (torch.float32 if half else weight.dtype)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lorafast.adapted import Adapted
+from lorafast.adapted import Adapted, factor_dtype
 from lorafast.methods.adapter import Adapter, Part
 from lorafast.methods.vera import projections
 from lorafast.models import besides, files, form, keys, peft_config
@@ -105,7 +105,7 @@ def content_of(
     for name, module in modules.items():
         held = {part: tensors[key] for part, key in found.layers[name].items()} | _cut(specs[name], module, found, tensors)
         now, first = form.unstack(held) if stacked else (held, None)
-        dtype = _dtype(module, adapter_dtype)
+        dtype = module.lora_A.dtype if isinstance(module, Adapted) else factor_dtype(module.weight, adapter_dtype)
         values[name] = _finite(name, now, dtype)
         starts[name] = None if first is None else _finite(name, first, dtype)
     return Content(values, starts, {n: _finite(n, {"": tensors[key]}, rest[n].dtype)[""] for n, key in found.rest.items()}, untie)
@@ -246,13 +246,6 @@ def _cut(adapter: Adapter, module: nn.Module, found: keys.Sorted, tensors: dict[
     else:
         A, B = projections(adapter.r, *adapter.largest, adapter.projection_prng_key)
     return {"lora_A": A[:, :K], "lora_B": B[:N]}
-
-
-def _dtype(module: nn.Module, adapter_dtype: torch.dtype | None) -> torch.dtype:
-    if isinstance(module, Adapted):
-        return module.lora_A.dtype
-    half = module.weight.dtype in (torch.bfloat16, torch.float16)
-    return adapter_dtype or (torch.float32 if half else module.weight.dtype)
 
 
 def _finite(name: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

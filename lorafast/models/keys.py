@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
@@ -52,8 +52,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
         found |= of_layer(name, layer, {part: held for part in NAMES if (held := getattr(layer, part)) is not None})
-    if isinstance(first := next(iter(layers.values())).adapter, VeRA):
-        found |= _projections(layers.values(), first)
+    if isinstance(next(iter(layers.values())).adapter, VeRA):
+        found |= _projections(layers.values())
     found |= of_rest(model)
     return {key: whole(tensor) for key, tensor in found.items()}
 
@@ -109,7 +109,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _projections(layers: Iterable[Adapted], adapter: VeRA) -> dict[str, torch.Tensor]:
+def _projections(layers: Collection[Adapted]) -> dict[str, torch.Tensor]:
     """The pair that all layers cut their A and B from: the largest of each, which is whole where adapt made them."""
     largest = {
         "lora_A": max((layer.lora_A for layer in layers), key=lambda A: A.shape[1]),
