@@ -19,8 +19,24 @@ BACKEND = Variable(
     "cannot",
 )
 LOG = Variable("LORAFAST_LOG", "0", "`1` prints, once per problem and primitive, which backend was chosen and why not the others")
+CPU_ISA = Variable(
+    "LORAFAST_CPU_ISA",
+    "auto",
+    "the instruction set of the C++ kernels: `auto` takes the best the machine runs; a name (`scalar`, `avx2`, `avx512`, "
+    "`avx512bf16`) forces that one",
+)
+CACHE = Variable(
+    "LORAFAST_CACHE",
+    "~/.cache/lorafast",
+    "the folder that keeps what was compiled; `XDG_CACHE_HOME` is honoured where this is not set",
+)
+CXXFLAGS = Variable(
+    "LORAFAST_CXXFLAGS",
+    "",
+    "flags to compile and link the C++ kernels with, after our own; `CXX` names the compiler",
+)
 
-VARIABLES = (BACKEND, LOG)
+VARIABLES = (BACKEND, LOG, CPU_ISA, CACHE, CXXFLAGS)
 
 
 def backend() -> str:
@@ -36,6 +52,27 @@ def interprets() -> bool:
 def log() -> bool:
     """Whether routes are printed."""
     return os.environ.get(LOG.name, LOG.default) not in ("", "0")
+
+
+def cpu_isa() -> str:
+    """The instruction set asked for, `auto` unless set."""
+    return os.environ.get(CPU_ISA.name, "").strip().lower() or CPU_ISA.default
+
+
+def cache() -> str:
+    """The folder for what is compiled. It begins with ~ where there is no home folder."""
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    return os.path.expanduser(os.environ.get(CACHE.name, "") or (caches and os.path.join(caches, "lorafast")) or CACHE.default)
+
+
+def cxx() -> str:
+    """The C++ compiler asked for, arguments included; empty unless set."""
+    return os.environ.get("CXX", "").strip()
+
+
+def cxxflags() -> str:
+    """What the C++ kernels are compiled and linked with beyond our own flags."""
+    return os.environ.get(CXXFLAGS.name, CXXFLAGS.default).strip()
 
 
 def hush_profiler() -> None:

@@ -3,7 +3,7 @@
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
-for name in ("LORAFAST_BACKEND", "LORAFAST_LOG"):
+for name in ("LORAFAST_BACKEND", "LORAFAST_LOG", "LORAFAST_CPU_ISA"):
     os.environ.pop(name, None)
 
 import pytest
