@@ -1,11 +1,13 @@
-# make bench | make test | make lint | make conformance | make env        PYTHON= the interpreter to build on, VENV= where the environment goes
+# make bench | test | build | sanitize | lint | conformance | env    PYTHON= the interpreter to build on, VENV= where the environment goes
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
 RESULTS ?= results
+KERNEL_TESTS ?= tests/test_cpu.py tests/test_cpu_isa.py
+SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
 
-.PHONY: bench test lint conformance env clean
+.PHONY: bench test build sanitize lint conformance env clean
 
 # One layer, then a real encoder, then one page of both. A wrong row stops it.
 bench: env
@@ -15,6 +17,18 @@ bench: env
 
 test: env
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+# The C++ kernels ahead of their first use, for every instruction set the compiler knows.
+build: env
+	$(BIN)/python -m lorafast.extension
+
+# The tests of the C++ kernels with a guard on every access. The runtimes come first because Python was not linked with them, and
+# libstdc++ with them, or a C++ exception finds no handler. Built before, so that the compiler does not run under the guard.
+sanitize: export LORAFAST_CXXFLAGS = $(SANITIZERS)
+sanitize: build
+	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/python -m pytest -q -s -p no:cacheprovider $(KERNEL_TESTS)
 
 lint: env
 	$(BIN)/python -m ruff check .
