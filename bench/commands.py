@@ -27,7 +27,7 @@ RIGHT, WRONG, REFUSED, INTERRUPTED = 0, 1, 2, 130
 # A table needs its width, and a pipe has none of its own.
 _PIPED_WIDTH = 170
 
-_OURS_AND_PEERS = ("frozen", "full", "lorafast", "peft")
+_OURS_AND_PEERS = ("frozen", "full", "lorafast", "eager", "peft")
 _OF_A_MODEL = ("frozen", "lorafast", "peft")
 _HALF = ("peft-bf16",)
 _COMPILED = ("peft+compile",)

@@ -14,7 +14,7 @@ from lorafast import philox
 from lorafast.bench import compiled, peers
 from lorafast.bench.impl import Impl
 from lorafast.bench.refusal import Unable
-from lorafast.bench.textbook import TRAINS
+from lorafast.bench.textbook import TRAINS, EagerLinear
 from lorafast.methods.adapter import Adapter
 from lorafast.testing import SHORT, Case, Form
 
@@ -118,16 +118,18 @@ def build(
     path = "torch"
     if not impl.adapts:
         layer = linear
-    elif impl.base == "lorafast":
-        try:
-            layer = lorafast.Linear.from_linear(linear, adapter)
-        except ValueError as error:  # a rank the shape has no room for
-            raise Unable("unsupported", str(error)) from None
-    else:
+    elif impl.by_peft:
         peers.check(impl, adapter, problem.dtype)
         layer = peers.layer(linear, impl, adapter)
         if mask and not impl.ours:
             peers.mask(layer)
+    else:
+        try:
+            layer = lorafast.Linear.from_linear(linear, adapter)
+        except ValueError as error:  # a rank the shape has no room for
+            raise Unable("unsupported", str(error)) from None
+        if impl.base == "eager":
+            layer = _by_hand(impl, method, adapter, linear, parts_of(layer), mask)
     if impl.ours:
         path = route(layer, problem.M)
     parts = parts_of(layer)
@@ -152,7 +154,17 @@ def parts_of(layer: nn.Module) -> dict[str, nn.Parameter]:
     if isinstance(layer, lorafast.Linear):
         return {part: getattr(layer, name) for name, part in PARTS.items() if getattr(layer, name) is not None}
     held = dict(layer.named_parameters())
-    return {part: held[name] for part, name in peers.NAMES.items() if name in held}
+    names = {name: name for name in PARTS.values()} if isinstance(layer, EagerLinear) else peers.NAMES
+    return {part: held[name] for part, name in names.items() if name in held}
+
+
+def _by_hand(
+    impl: Impl, method: str, adapter: Adapter, linear: nn.Linear, parts: dict[str, nn.Parameter], mask: bool
+) -> EagerLinear:
+    """The chain on factors of our start; which of them train, the papers say."""
+    for name, parameter in parts.items():
+        parameter.requires_grad_(name in TRAINS[method])
+    return EagerLinear(form_of(impl, method, adapter, parts), adapter.scaling, adapter.dropout, linear, parts, mask)
 
 
 def form_of(impl: Impl, method: str, adapter: Adapter | None, parts: dict[str, torch.Tensor]) -> Form:
@@ -160,9 +172,13 @@ def form_of(impl: Impl, method: str, adapter: Adapter | None, parts: dict[str, t
     if not parts:
         return Form(impl.base)
     core = {None: "none", 1: "diagonal", 2: "full"}[parts["core"].dim() if "core" in parts else None]
-    theirs = impl.base != "lorafast" and "magnitude" in parts and adapter.dropout
+    dropout_on = adapter.dropout_on
+    if impl.by_peft and "magnitude" in parts and adapter.dropout:
+        dropout_on = peers.DROPOUT_ON
+    elif impl.base == "eager" and not adapter.dropout:
+        dropout_on = "adapter"  # nobody types a second product of the same x
     return Form(
-        method, core, "magnitude" in parts, adapter.axis, peers.DROPOUT_ON if theirs else adapter.dropout_on, "auto",
+        method, core, "magnitude" in parts, adapter.axis, dropout_on, "auto",
         "out_scale" in parts, "lora_bias" in parts, adapter.detach_norm,
     )  # fmt: skip
 

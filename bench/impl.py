@@ -7,7 +7,7 @@ from typing import NamedTuple
 import lorafast
 from lorafast.methods.adapter import Adapter
 
-BASES = ("frozen", "full", "lorafast", "accelerated", "peft", "peft-bf16")
+BASES = ("frozen", "full", "lorafast", "accelerated", "eager", "peft", "peft-bf16")
 WITHOUT_ADAPTER = ("frozen", "full")
 
 
@@ -29,6 +29,11 @@ class Impl(NamedTuple):
     def ours(self) -> bool:
         """Whether lorafast's ops run, whoever built the layers."""
         return self.base in ("lorafast", "accelerated")
+
+    @property
+    def by_peft(self) -> bool:
+        """Whether PEFT built the layers, whoever's ops run."""
+        return self.base in ("accelerated", "peft", "peft-bf16")
 
 
 FROZEN = Impl("frozen")

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", type=_each(_count), metavar="M,…", help="tokens per batch (default: 64,256,1024, on a GPU 512,2048,8192)")
     add("--dropout", type=_each(_probability), default="0,0.05", metavar="P,…", help="on the adapter's input")
     add("--bias", action="store_true", help="a layer with a bias")
-    _common(linear, 15, "frozen,full,lorafast,peft; in half precision peft-bf16 too, on a GPU peft+compile")
+    _common(linear, 15, "frozen,full,lorafast,eager,peft; in half precision peft-bf16 too, on a GPU peft+compile")
     model = command("model", "Train a whole pretrained model, then step it by batch size. Lists are separated by commas.")
     add = model.add_argument
     add("--model", choices=MODELS, default="minilm", help="its weights come with a package")

@@ -20,6 +20,7 @@ STYLE = {
     "full": ("#b08968", "s"),
     "lorafast": ("#d1495b", "D"),
     "accelerated": ("#e9a23b", "P"),
+    "eager": ("#6a994e", "X"),
     "peft": ("#2e6f95", "^"),
     "peft-bf16": ("#58a4b0", "v"),
 }

@@ -1,10 +1,11 @@
-"""What the papers say: which factors a method trains, and its layer as the eager chain, to hold a whole model against the truth."""
+"""What the papers say: which factors a method trains, and its layer as the eager chain, to be held against and to be timed."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lorafast import philox
@@ -19,27 +20,34 @@ TRAINS = {
 }
 
 
-class EagerLinear(nn.Module):
-    """One adapted layer as stock ops, its mask the one lorafast draws from the same generator: x [...,K] -> [...,N].
+NAMES = ("weight", "bias", "lora_A", "lora_B", "core", "magnitude", "out_scale", "lora_bias")
 
+
+class EagerLinear(nn.Module):
+    """One adapted layer as stock ops, on the base's and the parts' own Parameters: x [...,K] -> [...,N].
+
+    masked: it drops what lorafast drops from the same generator, to be judged; else by torch's own dropout, to be timed.
     frozen: how many of lora_B's columns get no gradient.
     """
 
     def __init__(
-        self, form: Form, scaling: float, dropout: float, base: nn.Linear, parts: dict[str, torch.Tensor], frozen: int = 0
-    ) -> None:
+        self, form: Form, scaling: float, dropout: float, base: nn.Linear, parts: dict[str, nn.Parameter],
+        masked: bool = True, frozen: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         (N, K), R = base.weight.shape, parts["lora_A"].shape[0]
         self._case = Case(form, 0, N, K, R, base.weight.dtype, dropout, base.bias is not None, scaling)
-        self._frozen = frozen
+        self._masked, self._frozen = masked, frozen
         held = {"weight": base.weight, "bias": base.bias} | parts
-        for name in ("weight", "bias", "lora_A", "lora_B", "core", "magnitude", "out_scale", "lora_bias"):
-            value = held.get(name)
-            self.register_parameter(name, None if value is None else nn.Parameter(value.detach().clone()))
+        for name in NAMES:
+            self.register_parameter(name, held.get(name))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        seed = philox.draw(x.device) if self._case.dropout else None
-        t = self._parameters | {"x": x.flatten(0, -2), "seed": seed, "lora_B": frozen_columns(self.lora_B, self._frozen)}
+        t = {name: getattr(self, name) for name in NAMES}
+        t |= {"x": x, "seed": None, "lora_B": frozen_columns(self.lora_B, self._frozen)}
+        if not self._masked:
+            return chain(self._case, t, lambda x: F.dropout(x, self._case.dropout, self.training))
+        t |= {"x": x.flatten(0, -2), "seed": philox.draw(x.device) if self._case.dropout else None}
         return chain(self._case, t).unflatten(0, x.shape[:-1])
 
 

@@ -123,7 +123,7 @@ class Trainee:
         parts = parts_of(layer)
         form = form_of(self.impl, self.method, self.adapter, parts)
         base = layer if isinstance(layer, lorafast.Linear) else layer.base_layer
-        return EagerLinear(form, self.adapter.scaling, self.adapter.dropout, base, parts, frozen)
+        return EagerLinear(form, self.adapter.scaling, self.adapter.dropout, base, parts, frozen=frozen)
 
 
 def _outcome(model: nn.Module, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
@@ -148,6 +148,8 @@ def _ratio(ours: torch.Tensor | None, eager: torch.Tensor | None, truth: torch.T
 
 def build(impl: Impl, method: str, adapter: Adapter | None, encoder: Encoder, seed: int, lr: float, total_steps: int) -> Trainee:
     """A trainee on a copy of the encoder. Trained A factors start alike for all that have them. Raises Unable."""
+    if impl.base == "eager":
+        raise Unable("missing", "the bench writes one layer by hand, and no whole model")
     base, dtype = copy.deepcopy(encoder.model), next(encoder.model.parameters()).dtype
     # The frozen model's backward goes through every layer only if its input asks for a gradient; all others are treated alike.
     base.enable_input_require_grads()

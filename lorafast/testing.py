@@ -127,16 +127,24 @@ def ours(case: Case, t: dict[str, torch.Tensor | None]) -> torch.Tensor:
     )  # fmt: skip
 
 
-def chain(case: Case, t: dict[str, torch.Tensor | None]) -> torch.Tensor:
-    """The eager chain: stock torch ops one after another, factors cast to x's dtype. In float64 it is the truth."""
+def chain(
+    case: Case, t: dict[str, torch.Tensor | None], drop: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The eager chain: stock torch ops one after another, factors cast to x's dtype. In float64 it is the truth.
+
+    drop: what drops x, if not the mask of t["seed"]. Nothing is computed that a reader would not type, so it can be timed too.
+    """
     f, s, x, W, dtype = case.form, case.scaling, t["x"], t["weight"], t["x"].dtype
     A, B, core, m, b_B = (
         None if t[name] is None else t[name].to(dtype) for name in ("lora_A", "lora_B", "core", "magnitude", "lora_bias")
     )
     out_scale = None if t["out_scale"] is None else t["out_scale"].to(dtype)
-    mask = torch.ones_like(x)
-    if case.dropout:
-        mask = philox.kept(t["seed"], case.dropout, slice(0, x.shape[0]), x.shape[1]).to(dtype) * philox.scale(case.dropout)
+    dropped = x
+    if case.dropout and drop:
+        dropped = drop(x)
+    elif case.dropout:
+        kept = philox.kept(t["seed"], case.dropout, slice(0, x.shape[0]), x.shape[1])
+        dropped = x * (kept.to(dtype) * philox.scale(case.dropout))
 
     def low_rank(z: torch.Tensor) -> torch.Tensor:
         h = F.linear(z, A)
@@ -145,21 +153,22 @@ def chain(case: Case, t: dict[str, torch.Tensor | None]) -> torch.Tensor:
         low = F.linear(h, B)
         if out_scale is not None:
             low = low * out_scale
-        return (low if b_B is None else low + b_B) * s
+        low = low if b_B is None else low + b_B
+        return low if s == 1 else low * s
 
     if m is None:
-        return F.linear(x, W, t["bias"]) + low_rank(x * mask)
+        return F.linear(x, W, t["bias"]) + low_rank(dropped)
     middle = A if core is None else (core[:, None] * A if core.dim() == 1 else core @ A)
     delta = B @ middle if out_scale is None else out_scale[:, None] * (B @ middle)
     norm = (W + s * delta).norm(dim=1 if f.axis == "out" else 0)
     gain = m / (norm.detach() if f.detach_norm else norm)
     if f.axis == "in":
-        base_x = x * gain if f.dropout_on == "adapter" else x + (gain - 1) * (x * mask)
-        return F.linear(base_x, W, t["bias"]) + low_rank(x * mask * gain)
+        base_x = x * gain if f.dropout_on == "adapter" else x + (gain - 1) * dropped
+        return F.linear(base_x, W, t["bias"]) + low_rank(dropped * gain)
     if f.dropout_on == "adapter":
-        y = gain * (F.linear(x, W) + low_rank(x * mask))
+        y = gain * (F.linear(x, W) + low_rank(dropped))
         return y if t["bias"] is None else y + t["bias"]
-    return F.linear(x, W, t["bias"]) + (gain - 1) * F.linear(x * mask, W) + gain * low_rank(x * mask)
+    return F.linear(x, W, t["bias"]) + (gain - 1) * F.linear(dropped, W) + gain * low_rank(dropped)
 
 
 def run(

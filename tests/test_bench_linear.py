@@ -7,22 +7,12 @@ import pytest
 import rows
 import torch
 from faults import FAULTS
+from small import SMALL, K, N, R, run
 
 import lorafast
 from lorafast.bench import commands, contender, linear, peers, record, row, textbook
 from lorafast.bench import impl as impls
 from lorafast.bench.contender import Problem
-from lorafast.bench.record import Results
-
-K, N, R = 24, 40, 4
-SMALL = ["linear", "--shape", f"{K}x{N}", "--rank", str(R), "--tokens", "8,3", "--rounds", "2", "--warmup", "1", "--device", "cpu"]
-
-
-def run(tmp_path, *more):
-    """The exit status, the rows and the JSON of a small run."""
-    out = tmp_path / "out.json"
-    status = commands.main([*SMALL, "--json", str(out), *more])
-    return status, (Results.read(out).records if out.exists() else []), out
 
 
 def by_label(rows, **fields):

@@ -122,7 +122,7 @@ def test_a_file_that_is_none_is_refused_in_a_line(text, tmp_path, capsys):
     [
         (
             ["--impl", "peft,speedy"],
-            "'speedy' is none of frozen, full, lorafast, accelerated, peft, peft-bf16",
+            "'speedy' is none of frozen, full, lorafast, accelerated, eager, peft, peft-bf16",
         ),
         (["--impl", "peft+jit"], "'peft+jit' is none of"),
         (["--shape", "4096"], "'4096' is no INxOUT such as 4096x14336, and none of minilm, bart-large, llama3-8b"),
