@@ -37,6 +37,21 @@ def quantiles(values: list[float]) -> Quantiles:
     return Quantiles(statistics.median(ordered), at(0.2), at(0.8))
 
 
+# Of the median's interval.
+CONFIDENCE = 0.95
+
+
+def interval(values: list[float]) -> tuple[float, float] | None:
+    """The median's interval by order statistics: it encloses the true median in at least 95 % of runs, whatever the values'
+    distribution. None of fewer than 6, whose smallest and largest do not.
+    """
+    ordered, count, below, outside = sorted(values), len(values), 0, 0.0
+    # The true median is below the k-th smallest as often as fewer than k of so many fair coins show heads.
+    while (outside := outside + math.comb(count, below) / 2**count) <= (1 - CONFIDENCE) / 2:
+        below += 1
+    return (ordered[below - 1], ordered[-below]) if below else None
+
+
 class Clock:
     """Milliseconds of each phase of a step on a device."""
 

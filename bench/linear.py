@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 
 from lorafast import testing
-from lorafast.bench import compiled, memory, row
+from lorafast.bench import bandwidth, compiled, memory, row
 from lorafast.bench import impl as impls
 from lorafast.bench.clock import Clock, Mark, Step, interleave
 from lorafast.bench.contender import Contender, Problem, build
+from lorafast.bench.floor import floor
 from lorafast.bench.impl import FROZEN_KEY, Impl
 from lorafast.bench.progress import Progress
 from lorafast.bench.record import Record
@@ -133,9 +134,14 @@ class _ProblemRun:
         able = {key: one for key, one in self.contenders.items() if self.records[key].status == "ok"}
         steps = {key: _step(one, tensors["x"].detach().requires_grad_(), tensors["dy"]) for key, one in able.items()}
         samples = interleave(steps, Clock(p.device), plan.rounds, plan.warmup, self._failed, plan.seconds, row.LEAST_ROUNDS)
-        frozen = samples.get(FROZEN_KEY)
+        frozen, copied = samples.get(FROZEN_KEY), bandwidth.measured(p.device, p.dtype.itemsize * p.M * max(p.K, p.N))
         for key, phases in samples.items():
             row.enter_times(self.records[key], phases, frozen, plan.warmup)
+            if key[0].adapts:
+                least = floor(
+                    able[key].case, "lora_A" in able[key].trained, p.device.type, self.records[FROZEN_KEY].step_ms, copied
+                )
+                row.enter_floor(self.records[key], least, copied)
 
     def _failed(self, key: tuple[Impl, str], error: Exception) -> None:
         row.fail(self.records[key], error, key[0])

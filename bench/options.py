@@ -102,7 +102,7 @@ def _measured(command: argparse.ArgumentParser, rounds: int) -> None:
     add("--device", help=_DEVICE)
     add("--threads", type=_count, help="torch's threads on the CPU")
     add("--rounds", type=_count, default=rounds, help="timed rounds")
-    add("--seconds", type=_positive, help="begin no more rounds of one problem after so long, but not before 5")
+    add("--seconds", type=_positive, help="begin no more rounds of one problem after so long, but not before 6")
     add("--warmup", type=_count, default=2, help="runs before the rounds")
     add("--seed", type=_whole, default=0, help="of weights, inputs, masks and the order of texts")
     add("--json", type=Path, metavar="FILE", help="write the rows here, after every problem")

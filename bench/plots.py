@@ -108,6 +108,8 @@ def _grid(rows: list[Record], axis: str, value: Value, across: str, x: Callable[
         for j, method in enumerate(methods):
             here = [r for r in rows if r.dropout == dropout and r.method in (method, "none")]
             _curves(panels[i][j], here, value, x)
+            if value is _ratio:
+                _floors(panels[i][j], here, x)
             panels[i][j].set_title(f"{method}, dropout {dropout:g}", fontsize=10)
     for j in range(len(methods)):
         tops = [panel.dataLim.ymax for panel in panels[:, j] if panel.has_data()]
@@ -158,6 +160,16 @@ def _curves(panel: Axes, rows: list[Record], value: Value, x: Callable[[Record],
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}"))
     _plain(panel)
+
+
+def _floors(panel: Axes, rows: list[Record], x: Callable[[Record], int]) -> None:
+    """The least any of the rows computes beside a library's products: no curve of measurements, so no marks."""
+    least: dict[int, float] = {}
+    for r in rows:
+        if r.floor is not None:
+            least[x(r)] = min(r.floor, least.get(x(r), r.floor))
+    if least:
+        panel.plot(*zip(*sorted(least.items()), strict=True), color="#111827", linestyle=":", linewidth=1.2, label="floor")
 
 
 def _style(impl: str) -> tuple[str, str, object]:

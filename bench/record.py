@@ -16,7 +16,9 @@ SCHEMA_VERSION = 1
 STATUSES = ("ok", "oom", "wrong", "unsupported", "missing")
 BENCHES = ("linear", "step", "training")
 TIMES = ("fwd_ms", "bwd_ms", "step_ms", "ratio_to_frozen")
-SPEEDS = (*(f"{time}{tail}" for time in TIMES for tail in ("", "_p20", "_p80")), "tokens_per_s")
+SPEEDS = (*(f"{time}{tail}" for time in TIMES for tail in ("", "_p20", "_p80")), "ratio_low", "ratio_high", "tokens_per_s")
+# Keys that came after the first files; those that lack them are read all the same.
+LATER = ("ratio_low", "ratio_high", "floor", "fused_floor", "bandwidth_bytes_per_s")
 
 
 @dataclass
@@ -24,6 +26,8 @@ class Record:
     """One contender on one problem. Times are medians over rounds with their 20th and 80th percentiles; bytes are exact counts.
 
     bench: "linear" (one layer), "step" (a model's step at one batch size) or "training" (a model trained).
+    ratio_low, ratio_high: the 95 % interval of the median of ratio_to_frozen, round by round.
+    floor, fused_floor: no measurements; the least ratios to frozen by flops, and by bytes at bandwidth_bytes_per_s too (floor).
     saved_bytes: what autograd keeps beyond x and y; saved_by_reference: bytes of x and y it keeps, which live anyway.
     activation_bytes: alive at the end of forward, y included. peak_bytes: the most alive at once in a step, weights and x apart.
     error_ratio: max(e, f) ÷ max(e_eager, f), the worst over y and gradients (error_name); None is not measured, or not finite.
@@ -82,6 +86,11 @@ class Record:
     optimizer_bytes: int | None = None
     losses: list | None = None
     accuracy: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    floor: float | None = None
+    fused_floor: float | None = None
+    bandwidth_bytes_per_s: float | None = None
 
     def fail(self, status: str, reason: str) -> Record:
         """This row as one that shows no speed."""
@@ -159,20 +168,20 @@ def faults(document: object) -> list[str]:
 def _faults_of(record: object) -> list[str]:
     if not isinstance(record, dict):
         return ["is no object"]
-    wrong = [f"{name} is missing" for name in KEYS if name not in record] + [
+    wrong = [f"{name} is missing" for name in KEYS if name not in record and name not in LATER] + [
         f"{name} is unknown" for name in record if name not in KEYS
     ]
     if wrong:
         return wrong
     for name, hint in get_type_hints(Record).items():
-        if not _fits(record[name], hint):
+        if name in record and not _fits(record[name], hint):
             wrong.append(f"{name} is {record[name]!r}")
     if record["bench"] not in BENCHES:
         wrong.append(f"bench is {record['bench']!r}")
     if record["status"] not in STATUSES:
         wrong.append(f"status is {record['status']!r}")
     elif record["status"] != "ok":
-        wrong += [f"{name} is shown, status is {record['status']}" for name in SPEEDS if record[name] is not None]
+        wrong += [f"{name} is shown, status is {record['status']}" for name in SPEEDS if record.get(name) is not None]
         wrong += [] if record["reason"] else [f"status is {record['status']} without a reason"]
     return wrong
 

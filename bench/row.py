@@ -10,15 +10,16 @@ import torch
 
 from lorafast import env
 from lorafast.bench import memory
-from lorafast.bench.clock import quantiles
+from lorafast.bench.clock import interval, quantiles
+from lorafast.bench.floor import Floor
 from lorafast.bench.impl import Impl
 from lorafast.bench.record import TIMES, Record
 from lorafast.bench.refusal import Unable
 
 # More than this, and a row is wrong: it shows no speed.
 MAX_ERROR_RATIO = 2.0
-# Fewer rounds than this say little of a spread.
-LEAST_ROUNDS = 5
+# Of fewer rounds the median has no interval of 95 %.
+LEAST_ROUNDS = 6
 
 
 def judge(record: Record, ratio: float, name: str, tokens: int) -> None:
@@ -29,7 +30,9 @@ def judge(record: Record, ratio: float, name: str, tokens: int) -> None:
 
 
 def enter_times(record: Record, phases: list[tuple[float, ...]], frozen: list[tuple[float, ...]] | None, warmup: int) -> None:
-    """Medians and percentiles of forward, backward, the whole step, and its ratio to the frozen one round by round."""
+    """Medians and percentiles of forward, backward, the whole step, and its ratio to the frozen one round by round, that with its
+    interval.
+    """
     steps = [sum(sample) for sample in phases]
     values = {"fwd_ms": [sample[0] for sample in phases], "bwd_ms": [sample[1] for sample in phases], "step_ms": steps}
     if frozen and len(frozen) == len(steps):
@@ -40,8 +43,15 @@ def enter_times(record: Record, phases: list[tuple[float, ...]], frozen: list[tu
             setattr(record, name, found.p50)
             setattr(record, f"{name}_p20", found.p20)
             setattr(record, f"{name}_p80", found.p80)
+    record.ratio_low, record.ratio_high = interval(values.get("ratio_to_frozen", [])) or (None, None)
     record.tokens_per_s = record.M / (record.step_ms / 1e3)
     record.rounds, record.warmup = len(steps), warmup
+
+
+def enter_floor(record: Record, floor: Floor | None, bandwidth: float | None) -> None:
+    """Enter what the row cannot get under, and the bandwidth that was reckoned with."""
+    if floor is not None:
+        record.fused_floor, record.floor, record.bandwidth_bytes_per_s = *floor, bandwidth
 
 
 def fail(record: Record, error: Exception, impl: Impl) -> None:

@@ -14,7 +14,6 @@ from rich.text import Text
 
 from lorafast.bench import impl as impls
 from lorafast.bench.record import Record, Results
-from lorafast.bench.row import LEAST_ROUNDS
 
 
 class Table(NamedTuple):
@@ -29,10 +28,12 @@ class Table(NamedTuple):
 
 NOTHING = "–"
 # Trust stands before speed.
-_SPEED = ("err ratio", "× frozen", "its p20–p80", "step ms", "fwd ms", "bwd ms", "tokens/s")
+_RATIO = ("err ratio", "× frozen", "its 95 %")
+_FLOORS = ("floor", "fused")
+_TIMES = ("step ms", "fwd ms", "bwd ms", "tokens/s")
 _BYTES = ("saved", "keeps", "activations", "peak")
-_LINEAR = ("M", "impl", "method", *_SPEED, *_BYTES)
-_STEP = ("batch", "impl", "method", *_SPEED, *_BYTES)
+_LINEAR = ("M", "impl", "method", *_RATIO, *_FLOORS, *_TIMES, *_BYTES)
+_STEP = ("batch", "impl", "method", *_RATIO, *_TIMES, *_BYTES)
 _TRAINING = (
     *("impl", "method", "err ratio", "loss: first 10", "last 10", "held-out accuracy", "× frozen", "step ms", "lr"),
     *("trained params", "optimizer state"),
@@ -42,8 +43,10 @@ WORDS = ("impl", "method")
 LEGEND = (
     "err ratio: RMS error against float64 ÷ the eager chain's, the worst over y and every gradient; above 2 a row is wrong and "
     "shows no speed. Of a model: over the logits and each kind of gradient, for 16 texts, factors random, masks included.",
-    "× frozen: time of a step ÷ the frozen one's of the same round, median, and its 20th and 80th percentiles. A step is forward "
-    "and backward with dx; of a model, the optimizer's step too, and its frozen row trains the head alone.",
+    "× frozen: time of a step ÷ the frozen one's of the same round, median, and its 95 % interval. A step is forward and backward "
+    "with dx; of a model, the optimizer's step too, and its frozen row trains the head alone.",
+    "floor, fused: reckoned, not measured: the least × frozen of what the row computes. fused: what it adds to the frozen products "
+    "at their flops a second; floor: pass by pass over x, y, W beside those products, at a copy's bytes a second where more.",
     "saved: bytes autograd keeps beyond x, y and weights (of a model: beyond weights); keeps: x or y, by reference.",
     "activations: bytes alive at the end of forward, y included; peak: the most alive at once in a step, beyond weights, inputs "
     "and optimizer state. (both): DoRA that drops x in the correction of its base term too, as PEFT does.",
@@ -123,7 +126,8 @@ def _linear(rows: list[Record]) -> Table:
     title = f"one layer {r.K} → {r.N}, R={r.R}, {r.dtype}, dropout {r.dropout:g}{', bias' if r.bias else ''}"
 
     def cells(r: Record) -> tuple[str, ...]:
-        return (str(r.M), r.impl, _method(r), *_speed(r), *_bytes(r))
+        speed = _speed(r)
+        return (str(r.M), r.impl, _method(r), *speed[: len(_RATIO)], *_floors(r), *speed[len(_RATIO) :], *_bytes(r))
 
     return _table(title, _LINEAR, rows, cells, lambda r: r.M)
 
@@ -195,14 +199,17 @@ def _error(r: Record) -> str:
 
 
 def _speed(r: Record) -> tuple[str, ...]:
-    """error, ratio, its spread, step, forward, backward, tokens a second; a row that is not ok shows its status instead."""
+    """error, ratio, its interval, step, forward, backward, tokens a second; a row that is not ok shows its status instead."""
     if r.status != "ok":
         return (_error(r), r.status, *(NOTHING,) * 5)
-    # Of a few rounds there is no spread to speak of.
-    told = r.ratio_to_frozen is not None and r.rounds >= LEAST_ROUNDS
-    spread = f"{r.ratio_to_frozen_p20:.2f}–{r.ratio_to_frozen_p80:.2f}" if told else NOTHING
+    interval = NOTHING if r.ratio_low is None else f"{r.ratio_low:.2f}–{r.ratio_high:.2f}"
     times = (number(value, ".3g") if value is None or value < 100 else f"{value:.0f}" for value in (r.step_ms, r.fwd_ms, r.bwd_ms))
-    return (_error(r), number(r.ratio_to_frozen, ".2f"), spread, *times, number(r.tokens_per_s, ",.0f"))
+    return (_error(r), number(r.ratio_to_frozen, ".2f"), interval, *times, number(r.tokens_per_s, ",.0f"))
+
+
+def _floors(r: Record) -> tuple[str, ...]:
+    """Beside a library's products, and fused into them."""
+    return (number(r.floor, ".2f"), number(r.fused_floor, ".2f"))
 
 
 def _bytes(r: Record) -> tuple[str, ...]:

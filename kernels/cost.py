@@ -36,10 +36,11 @@ def linear(p: Problem) -> Cost:
 
 
 def grad_output(p: Problem) -> Cost:
-    """u, dB and the sums over tokens: dy once, the kept y or z once where a gain trains."""
+    """u, v, dB, d_core and the sums over tokens: dy once, the kept y or z once where a gain trains; h' is made anew."""
     e, N, R = p.dtype.itemsize, sum(p.N), sum(p.R)
     kept = p.M * N if p.gain == "out" and p.keep != "none" else 0
-    return Cost(4 * p.M * N * R + 2 * kept, e * (p.M * N + kept + 2 * p.M * R) + 2 * p.factor_dtype.itemsize * N * R)
+    mixing = {"none": 0, "diagonal": 4 * p.M * R, "full": 6 * p.M * sum(r * r for r in p.R)}[p.core]
+    return Cost(4 * p.M * N * R + mixing + 2 * kept, e * (p.M * N + kept + 2 * p.M * R) + 2 * p.factor_dtype.itemsize * N * R)
 
 
 def grad_input(p: Problem) -> Cost:

@@ -4,12 +4,13 @@ import itertools
 
 import numpy
 import pytest
+import rows
 import torch
 from torch import nn
 
 from lorafast import testing
-from lorafast.bench import clock, memory
-from lorafast.bench.clock import Clock, interleave, quantiles
+from lorafast.bench import clock, memory, row
+from lorafast.bench.clock import CONFIDENCE, Clock, interleave, interval, quantiles
 
 CPU = torch.device("cpu")
 
@@ -18,6 +19,34 @@ CPU = torch.device("cpu")
 def test_quantiles_are_those_of_numpy(count):
     values = torch.rand(count, dtype=torch.float64).tolist()
     assert list(quantiles(values)) == pytest.approx(numpy.quantile(values, [0.5, 0.2, 0.8]).tolist())
+
+
+# Of so many values, which from either end bounds the median's interval, as tables of the sign test print it; 0 is none.
+@pytest.mark.parametrize(("count", "place"), [(0, 0), (1, 0), (5, 0), (6, 1), (8, 1), (9, 2), (15, 4), (20, 6), (100, 40)])
+def test_the_interval_of_the_median_is_that_of_the_sign_test(count, place):
+    values = torch.randperm(count).add(1).tolist()
+    assert interval(values) == ((place, count + 1 - place) if place else None)
+
+
+def test_the_interval_holds_the_true_median_as_often_as_it_says():
+    drawn = torch.randn(2000, 15, generator=torch.Generator().manual_seed(0)).exp().tolist()
+    held = sum(low <= 1 <= high for low, high in map(interval, drawn))
+    assert held / 2000 > CONFIDENCE
+
+
+def test_the_least_rounds_are_the_fewest_with_an_interval():
+    assert interval([1.0] * row.LEAST_ROUNDS) == (1.0, 1.0)
+    assert interval([1.0] * (row.LEAST_ROUNDS - 1)) is None
+
+
+def test_ratios_are_paired_round_by_round():
+    # Every other round the machine is twice as slow, for both alike; forward and backward share a step.
+    slow = [1.0, 2.0] * 3
+    record = rows.linear(M=8)
+    row.enter_times(record, [(s * r, s * r) for s, r in zip(slow, (3, 4, 5, 6, 7, 8), strict=True)], [(s, s) for s in slow], 1)
+    assert (record.ratio_to_frozen, record.ratio_low, record.ratio_high) == (5.5, 3, 8)
+    row.enter_times(record, [(1.0, 1.0)] * 6, None, 1)
+    assert (record.ratio_low, record.ratio_high) == (None, None)
 
 
 def recorder(calls, name, phases=2):

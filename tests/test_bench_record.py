@@ -119,6 +119,8 @@ def put(**fields):
         (put(M=True), "records[0]: M is True"),
         (put(compile=1), "records[0]: compile is 1"),
         (put(dtype=None), "records[0]: dtype is None"),
+        (put(floor="1.1"), "records[0]: floor is '1.1'"),
+        (put(status="oom", reason="no room", ratio_high=1.1), "records[0]: ratio_high is shown, status is oom"),
         (put(bench="speed"), "records[0]: bench is 'speed'"),
         (put(status="fine"), "records[0]: status is 'fine'"),
         (put(status="wrong", reason="y errs"), "records[0]: step_ms is shown, status is wrong"),
@@ -138,6 +140,18 @@ def test_what_departs_from_the_schema_is_named(spoil, fault, tmp_path):
     file.write_text(json.dumps(spoilt))
     with pytest.raises(Refused, match=r"a\.json: "):
         Results.read(file)
+
+
+def test_a_file_of_before_a_key_came_is_read(tmp_path):
+    old = document(rows.linear(), rows.linear().fail("oom", "no room"))
+    for row in old["records"]:
+        for name in record.LATER:
+            del row[name]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(old))
+    first, second = Results.read(file).records
+    assert (first, second.status) == (rows.linear(), "oom")
+    assert not set(record.LATER) & set(PROMISED)
 
 
 def test_what_is_no_json_is_named(tmp_path):

@@ -38,7 +38,7 @@ def test_rows_of_one_problem_share_a_table_with_sections_by_tokens():
     assert first.sections == {1, 4}
     assert first.notes == ("peft lamda: missing: PEFT has no LaMDA", "M=16, full: oom: no room")
     assert first.rows[4][3:6] == ("1.25", "oom", tables.NOTHING)
-    assert first.rows[2][6] == "123"
+    assert first.rows[2][first.heads.index("step ms")] == "123"
     assert second.rows[0][2] == "dora (both)"
     assert "lorafast lora: the loss is at most 0.25 from PEFT's at any of 20 steps" in third.notes
 
@@ -177,10 +177,22 @@ def test_files_that_measured_the_same_are_told_apart():
     assert "(2, " in two.title
 
 
-def test_a_spread_of_few_rounds_is_not_told():
-    (table,) = tables.tables([Results({}, [rows.linear(rounds=4), rows.linear(rounds=5)])])
-    at = table.heads.index("its p20–p80")
-    assert [row[at] for row in table.rows] == [tables.NOTHING, "2.00–2.00"]
+def test_the_interval_and_the_floors_stand_beside_the_ratio():
+    told = rows.linear(ratio_low=1.874, ratio_high=2.126, floor=1.0449, fused_floor=1.0151)
+    (table,) = tables.tables([Results({}, [told, rows.linear(fused_floor=1.0151)])])
+    at = table.heads.index("× frozen")
+    assert table.heads[at : at + 4] == ("× frozen", "its 95 %", "floor", "fused")
+    assert [row[at : at + 4] for row in table.rows] == [
+        ("2.00", "1.87–2.13", "1.04", "1.02"), ("2.00", tables.NOTHING, tables.NOTHING, "1.02"),
+    ]  # fmt: skip
+
+
+def test_the_floor_is_drawn_where_there_is_one():
+    records = [rows.linear(M=M, floor=1 + M / 64) for M in (16, 8)] + [rows.linear("peft", M=8, floor=2.3)]
+    (ratio, peak) = plots.figures([Results({}, records)]).values()
+    (line,) = [line for line in ratio.axes[0].get_lines() if line.get_label() == "floor"]
+    assert line.get_xydata().tolist() == [[8, 1.125], [16, 1.25]]
+    assert not [line for line in peak.axes[0].get_lines() if line.get_label() == "floor"]
 
 
 def test_outputs_that_cannot_be_are_refused_by_option(tmp_path, capsys):

@@ -33,6 +33,8 @@ def test_flops():
     assert cost.project(with_core).flops == gemm_flops(lambda: eager.project(x, [Down(A, full)]))
     assert cost.linear(P).flops == gemm_flops(lambda: eager.linear(x, W, [Up(h, B)]))
     assert cost.grad_output(P).flops == gemm_flops(lambda: eager.grad_output(dy, [Return(B, h=h, want_B=True)]))
+    mixed = Return(B, core=full, h=h, want_B=True, want_core=True)
+    assert cost.grad_output(with_core).flops == gemm_flops(lambda: eager.grad_output(dy, [mixed]))
     assert cost.grad_input(P).flops == gemm_flops(lambda: eager.grad_input([Segment(dy, W)], [LowRank(h, A)]))
     assert cost.grad_project(P).flops == gemm_flops(lambda: eager.grad_project(x, [LowRank(h, A)]))
     squares = 2 * N * K

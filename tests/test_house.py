@@ -61,6 +61,8 @@ SHARED = {
             "textbook",
             "clock",
             "memory",
+            "bandwidth",
+            "floor",
             "progress",
             "corpus",
             "encoder",
