@@ -1,4 +1,4 @@
-# make bench | test | build | sanitize | lint | conformance | env    PYTHON= the interpreter to build on, VENV= where the environment goes
+# make bench | test | micro | build | sanitize | lint | conformance | env    PYTHON= the interpreter to build on, VENV= where the environment goes
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -7,7 +7,7 @@ RESULTS ?= results
 KERNEL_TESTS ?= tests/test_cpu.py tests/test_cpu_isa.py
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
 
-.PHONY: bench test build sanitize lint conformance env clean
+.PHONY: bench test micro build sanitize lint conformance env clean
 
 # One layer, then a real encoder, then one page of both. A wrong row stops it.
 bench: env
@@ -29,6 +29,10 @@ sanitize: build
 	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/python -m pytest -q -s -p no:cacheprovider $(KERNEL_TESTS)
+
+# Every primitive on its own. Times alone: nothing here is right or wrong.
+micro: env
+	$(BIN)/python -m pytest -q bench/micro.py --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds
 
 lint: env
 	$(BIN)/python -m ruff check .

@@ -1,0 +1,79 @@
+"""Every primitive of every backend on its own, timed by pytest-benchmark and held to nothing: pytest bench/micro.py, or make micro.
+
+No name of a test file, so that the suite neither collects it nor needs pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+
+from lorafast import arch, dispatch, testing
+from lorafast.kernels import cost
+from lorafast.problem import PRIMITIVES, Down, LowRank, Problem, Return, Segment, Up
+from lorafast.testing import SHORT, Case, Form
+
+M, R = 2048, 16
+SHAPES = ((1024, 4096), (2048, 2048))  # K in, N out
+BACKENDS = ("eager", "cpu")
+# What meets a dropout mask; to the others p is nothing.
+DROPS = ("project", "grad_input", "grad_project")
+CPU = torch.device("cpu")
+
+
+class Operands:
+    """One LoRA layer's tensors; factors fp32, as they are trained."""
+
+    def __init__(self, K: int, N: int, dtype: torch.dtype) -> None:
+        made = testing.make(Case(Form("lora"), M, N, K, R, dtype), sliced=False)
+        self.x, self.dy, self.weight, self.seed = (made[name] for name in ("x", "dy", "weight", "seed"))
+        self.A, self.B = made["lora_A"], made["lora_B"]
+        self.h, self.v = torch.randn(M, R).to(dtype), torch.randn(M, R).to(dtype)
+
+
+Call = Callable[[ModuleType, Operands, float], object]
+CALLS: dict[str, Call] = {
+    "project": lambda on, o, p: on.project(o.x, [Down(o.A, None, o.seed, p)]),
+    "linear": lambda on, o, p: on.linear(o.x, o.weight, [Up(o.h, o.B, 2.0)]),
+    "grad_output": lambda on, o, p: on.grad_output(o.dy, [Return(o.B, 2.0, h=o.h, want_B=True)]),
+    "grad_input": lambda on, o, p: on.grad_input([Segment(o.dy, o.weight)], [LowRank(o.v, o.A, o.seed, p)]),
+    "grad_project": lambda on, o, p: on.grad_project(o.x, [LowRank(o.v, o.A, o.seed, p)]),
+    "row_norm": lambda on, o, p: on.row_norm(o.weight, o.A, o.B, 2.0),
+}
+
+CASES = [
+    pytest.param(primitive, shape, dtype, p, id=f"{primitive}-{shape[0]}x{shape[1]}-{SHORT[dtype]}-p{p:g}")
+    for primitive in PRIMITIVES
+    for shape in SHAPES
+    for dtype in (torch.float32, torch.bfloat16)
+    for p in ((0.0, 0.05) if primitive in DROPS else (0.0,))
+]
+
+
+@functools.lru_cache(maxsize=1)
+def operands(K: int, N: int, dtype: torch.dtype) -> Operands:
+    """Kept while the next benchmark asks for the same."""
+    torch.manual_seed(0)
+    return Operands(K, N, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("primitive", "shape", "dtype", "p"), CASES)
+def test_primitive(
+    primitive: str, shape: tuple[int, int], dtype: torch.dtype, p: float, backend: str, benchmark, request: pytest.FixtureRequest
+) -> None:
+    """Backends of one case stand together; its flops and least bytes are kept beside the times."""
+    K, N = shape
+    problem = Problem(arch.of(CPU), dtype, M, K, (N,), (R,), dtype, torch.float32, dropout=p)
+    # row_norm sees no activation, nor a mask.
+    asked = replace(problem, M=0, gain="out") if primitive == "row_norm" else problem
+    if why := dispatch.why_not(backend, primitive, asked):
+        pytest.skip(f"{backend}: {'; '.join(why)}")
+    benchmark.group = request.node.callspec.id.removesuffix(f"-{backend}")
+    benchmark.extra_info |= getattr(cost, primitive)(problem)._asdict()
+    benchmark(CALLS[primitive], dispatch.load(backend), operands(K, N, dtype), p)
