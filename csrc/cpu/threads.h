@@ -1,0 +1,24 @@
+// Tasks on torch's own number of threads. What a task computes never depends on how many there are.
+#pragma once
+
+#include <omp.h>
+
+#include "types.h"
+
+namespace lorafast {
+
+// Runs body() on every thread of a team.
+template <class Body>
+inline void team(int threads, Body&& body) {
+#pragma omp parallel num_threads(threads)
+  body();
+}
+
+// Inside a team: task(i) for every i, on whichever thread is free; all are done when it returns.
+template <class Task>
+inline void each(int64_t count, Task&& task) {
+#pragma omp for schedule(dynamic)
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+}  // namespace lorafast

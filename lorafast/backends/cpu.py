@@ -1,0 +1,299 @@
+"""The C++ backend for CPU tensors: torch's own GEMM for the base, and csrc/cpu for all that is added to it, one pass each.
+
+What the kernels need beyond their stacks is a tensor, so that it is counted like any other; their results do not depend on the
+number of threads, which is torch's.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+from lorafast import extension, philox
+from lorafast.backends import eager
+from lorafast.panels import flat
+from lorafast.problem import Down, LowRank, OutputGrads, Problem, Return, Returned, Scaling, Segment, Up
+from lorafast.reference import mix
+
+# As csrc/cpu/types.h numbers and bounds them.
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MAX_RANK = 256
+# Multiply-adds below which waking a second thread costs more than it brings.
+_ONE_THREAD = 1 << 18
+
+
+@functools.cache
+def library() -> ModuleType | str:
+    """The compiled kernels, or why there are none. Asked once: the first call may compile them."""
+    return extension.cpu()
+
+
+def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
+    """Every reason the kernels cannot serve it."""
+    if problem.arch.vendor != "cpu":
+        return (f"runs on CPU tensors; this is {problem.arch.vendor} {problem.arch.name}",)
+    reasons = [
+        f"{what} is {dtype}; the kernels compute in {', '.join(map(str, _TYPES))}"
+        for what, dtype in (("x", problem.dtype), ("weight", problem.weight_dtype), ("a factor", problem.factor_dtype))
+        if dtype not in _TYPES
+    ]
+    if sum(problem.R) > _MAX_RANK:
+        reasons.append(f"R={' + '.join(map(str, problem.R))} exceeds {_MAX_RANK}, the largest rank of one call")
+    if not reasons and isinstance(library(), str):
+        reasons.append(library())
+    return tuple(reasons)
+
+
+def how(primitive: str, problem: Problem) -> str | None:
+    """The instruction set it was compiled for."""
+    return None if isinstance(library(), str) else library().ISA
+
+
+def project(x: torch.Tensor, downs: list[Down]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """h = drop(x) Aᵀ rounded to x's dtype, and h' = core(h).  x [...,K] -> h, h' [M,R] for each way down."""
+    x2, out = _rows(x), []
+    for A, core, seed, p in downs:
+        h = _down(x2, A, seed, p)
+        out.append((h, _mixed(h, core)))
+    return out
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ups: list[Up],
+    gain: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    keep_inner: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """z = x Wᵀ + Σ h' (s·out_scale⊙B)ᵀ and y = gain⊙z + bias.  x [...,K], weight [N,K] -> y [...,N], z [M,N] or None.
+
+    keep_inner, which needs a gain, returns z beside y.
+    """
+    # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start changes no bit.
+    early = bias.to(x.dtype) if bias is not None and gain is None else None
+    y = F.linear(x, weight.to(x.dtype), early)
+    if not ups and gain is None:
+        return y, None
+    y2 = y.view(-1 if y.numel() else 0, weight.shape[0])
+    z = torch.empty_like(y2) if keep_inner else None
+    up = ups[0] if len(ups) == 1 else _joined(ups, y2)
+    _up(up.mixed, up.B, y2, up.scaling, up.out_scale, gain=_wide(gain), bias=None if gain is None else _wide(bias), inner=z)
+    return y, z
+
+
+def grad_output(
+    dy: torch.Tensor,
+    returns: list[Return],
+    gain: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    want_bias: bool = False,
+) -> OutputGrads:
+    """u = s(gain⊙out_scale⊙dy)B, v = u·core, d_core = uᵀh, dB = out_scale⊙P with P = s(gain⊙dy)ᵀh', Σdy and Σdy⊙kept.
+
+    dy [...,N], kept [...,N] or None. Columns of dB before frozen_columns are zero and cost nothing.
+    """
+    dy2, adapters = _rows(dy), []
+    sums = torch.float32
+    d_bias = torch.empty(dy2.shape[1], dtype=sums) if want_bias else None
+    dot = None if kept is None else torch.empty(dy2.shape[1], dtype=sums)
+    kept2 = None if kept is None else _rows(kept)
+    gain = _wide(gain)
+    for i, back in enumerate(returns):
+        # The sums that are no adapter's come with the first.
+        adapters.append(_returned(dy2, back, gain, None if i else d_bias, None if i else kept2, None if i else dot))
+    return OutputGrads(adapters, d_bias, dot)
+
+
+def grad_input(segments: list[Segment], low_ranks: list[LowRank]) -> torch.Tensor:
+    """dx = Σ (gain⊙dy) W + Σ mask⊙(v A).  dy [...,N] -> dx [...,K]."""
+    dy, K = segments[0].dy, segments[0].weight.shape[1]
+    dx = dy.new_empty(*dy.shape[:-1], K)
+    dx2 = dx.view(flat(dy).shape[0], K)
+    eager.add_products(dx2, list(map(_operands, segments)), started=False, low_first=True)
+    for v, A, seed, p in low_ranks:
+        _up(v, A.t(), dx2, seed=seed, p=p)
+    return dx
+
+
+def grad_project(x: torch.Tensor, low_ranks: list[LowRank]) -> list[torch.Tensor]:
+    """dA = vᵀ drop(x), in fp32.  x [...,K], v [M,R] -> [R,K] each."""
+    x2 = _rows(x)
+    return [_outer(x2, v, seed, p) for v, _, seed, p in low_ranks]
+
+
+def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Scaling = 1.0, axis: str = "out") -> torch.Tensor:
+    """‖W + sBA‖ per row (axis="out", [N]) or per column (axis="in", [K]), in fp32."""
+    by_row = axis == "out"
+    if weight.stride(1) != 1 and weight.stride(0) == 1:
+        # ‖Wᵀ + sAᵀBᵀ‖ along the other axis: a transposed weight is read as it lies.
+        weight, A, B, by_row = weight.t(), B.t(), A.t(), not by_row
+    weight = _rows(weight)
+    (N, K), R = weight.shape, A.shape[0]
+    out = torch.empty(N if by_row else K, dtype=torch.float32)
+    work = torch.empty(library().row_norm_workspace(N, K, R, by_row), dtype=torch.float32)
+    library().row_norm(
+        _TYPES[weight.dtype], weight.data_ptr(), N, K, weight.stride(0), *_factor(A), *_factor(B.t()), float(scaling), by_row,
+        out.data_ptr(), work.data_ptr(), _threads(N * K * R),
+    )  # fmt: skip
+    return out
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """The activation as [M, width] with its rows dense: a view where strides allow, else a transient copy."""
+    x2 = flat(x)
+    return x2 if x2.stride(1) == 1 or x2.shape[1] == 1 else x2.contiguous()
+
+
+def _wide(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """As the kernels read gains and biases: dense, in fp32."""
+    return None if vector is None else vector.float().contiguous()
+
+
+def _at(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _factor(F: torch.Tensor) -> tuple[int, ...]:
+    """A factor [R, length] as the kernels read it, of any strides."""
+    return F.data_ptr(), _TYPES[F.dtype], F.shape[0], *F.stride()
+
+
+def _threads(work: int) -> int:
+    return 1 if work < _ONE_THREAD else torch.get_num_threads()
+
+
+def _down(x2: torch.Tensor, F: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0) -> torch.Tensor:
+    """drop(x) Fᵀ, F [R,K] -> [M,R]"""
+    (M, K), R, kind = x2.shape, F.shape[0], _TYPES[x2.dtype]
+    h = x2.new_empty(M, R)
+    work = torch.empty(library().down_workspace(kind, K, R), dtype=torch.float32)
+    library().down(
+        kind, x2.data_ptr(), M, K, x2.stride(0), *_factor(F), *_dropout(seed, p), h.data_ptr(), work.data_ptr(), _threads(M * K * R)
+    )
+    return h
+
+
+def _dropout(seed: torch.Tensor | None, p: float) -> tuple[int, int]:
+    return (seed.data_ptr(), philox.threshold(p)) if p else (0, 0)
+
+
+def _up(
+    h: torch.Tensor,
+    F: torch.Tensor,
+    out: torch.Tensor,
+    scaling: Scaling = 1.0,
+    scale: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    p: float = 0.0,
+    gain: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    inner: torch.Tensor | None = None,
+) -> None:
+    """out = gain⊙(out + mask⊙(h (scaling·scale⊙F)ᵀ)) + bias, the sum before gain and bias into inner.  h [M,R], F [N,R]"""
+    (M, R), N, h, scale = h.shape, out.shape[1], _rows(h), _wide(scale)
+    work = torch.empty(library().up_workspace(N, R), dtype=torch.float32)
+    library().up(
+        _TYPES[h.dtype], h.data_ptr(), M, h.stride(0), *_factor(F.t()), N, float(scaling), _at(scale), *_dropout(seed, p), _at(gain),
+        _at(bias), _at(inner), out.data_ptr(), work.data_ptr(), _threads(M * N * R),
+    )  # fmt: skip
+
+
+def _outer(x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0) -> torch.Tensor:
+    """vᵀ drop(x) in fp32, v [M,R] -> [R,K]"""
+    (M, K), R, v = x2.shape, v.shape[1], _rows(v)
+    out = torch.empty(R, K, dtype=torch.float32)
+    work = torch.empty(library().outer_workspace(_TYPES[x2.dtype], M, K, R), dtype=torch.float32)
+    library().outer(
+        _TYPES[x2.dtype], x2.data_ptr(), M, K, x2.stride(0), v.data_ptr(), R, v.stride(0), *_dropout(seed, p), out.data_ptr(),
+        work.data_ptr(), _threads(M * K * R),
+    )  # fmt: skip
+    return out
+
+
+def _operands(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two operands of (gain⊙dy) W, the gain in the smaller one."""
+    dy2, weight = flat(segment.dy), segment.weight.to(segment.dy.dtype)
+    if segment.gain is None:
+        return dy2, weight
+    gain = _wide(segment.gain)
+    if dy2.shape[0] < weight.shape[1]:
+        return _scaled(dy2, gain, by_row=False), weight
+    if weight.stride(1) != 1 and weight.stride(0) == 1:
+        return dy2, _scaled(weight.t(), gain, by_row=False).t()
+    return dy2, _scaled(weight, gain, by_row=True)
+
+
+def _scaled(x: torch.Tensor, gain: torch.Tensor, by_row: bool) -> torch.Tensor:
+    """gain⊙x, with one gain for each row or each column."""
+    x = _rows(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    library().scale(
+        _TYPES[x.dtype], x.data_ptr(), *x.shape, x.stride(0), gain.data_ptr(), by_row, out.data_ptr(), _threads(16 * x.numel())
+    )
+    return out
+
+
+def _mixed(h: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
+    """h' = core(h), rounded once."""
+    return mix(h, core) if core is None or core.dim() == 1 else _down(h, core)
+
+
+def _joined(ups: list[Up], out: torch.Tensor) -> Up:
+    """Several ways up side by side as one; none is one of rank 1 that adds nothing."""
+    if not ups:
+        return Up(out.new_zeros(out.shape[0], 1), out.new_zeros(out.shape[1], 1))
+    scaled = [up.B.float() * up.scaling * (1 if up.out_scale is None else up.out_scale.float()[:, None]) for up in ups]
+    return Up(torch.cat([up.mixed for up in ups], 1), torch.cat(scaled, 1))
+
+
+def _returned(
+    dy2: torch.Tensor,
+    back: Return,
+    gain: torch.Tensor | None,
+    d_bias: torch.Tensor | None,
+    kept: torch.Tensor | None,
+    dot: torch.Tensor | None,
+) -> Returned:
+    """What one adapter asked of dy, and the sums that are no adapter's where there is a place for them."""
+    (M, N), R, kind = dy2.shape, back.B.shape[1], _TYPES[dy2.dtype]
+    u = dy2.new_empty(M, R) if back.want_v or back.want_core else None
+    frozen = 0 if back.want_out_scale else back.frozen_columns
+    P = mixed = None
+    if back.want_B or back.want_out_scale:
+        P = torch.zeros(N, R, dtype=torch.float32) if frozen else torch.empty(N, R, dtype=torch.float32)
+        mixed = _rows(_mixed(back.h, back.core)[:, frozen:])
+    live = R - frozen if P is not None else 0
+    scale = _wide(back.out_scale)
+    sums = live + (d_bias is not None) + (dot is not None)
+    work = torch.empty(library().grad_output_workspace(kind, M, N, 0 if u is None else R, sums), dtype=torch.float32)
+    library().grad_output(
+        kind, dy2.data_ptr(), M, N, dy2.stride(0), *_factor(back.B.t()), float(back.scaling), _at(gain), _at(scale), _at(u), _at(mixed),
+        live, mixed.stride(0) if live else 0, P[:, frozen:].data_ptr() if live else 0, R, _at(d_bias), _at(kept),
+        0 if kept is None else kept.stride(0), _at(dot), work.data_ptr(), _threads(M * N * R),
+    )  # fmt: skip
+    v = u if back.core is None else _by_core(u, back) if back.want_v else None
+    d_core = _d_core(u, back) if back.want_core else None
+    d_out_scale = (P * back.B).sum(1) if back.want_out_scale else None
+    return Returned(v if back.want_v else None, _dB(P, back) if back.want_B else None, d_core, d_out_scale)
+
+
+def _by_core(u: torch.Tensor, back: Return) -> torch.Tensor:
+    """v = u·core"""
+    return u * back.core.to(u.dtype) if back.core.dim() == 1 else _down(u, back.core.t())
+
+
+def _d_core(u: torch.Tensor, back: Return) -> torch.Tensor:
+    """s uᵀh, or its diagonal."""
+    return (u.float() * back.h).sum(0) if back.core.dim() == 1 else _outer(back.h, u)
+
+
+def _dB(P: torch.Tensor, back: Return) -> torch.Tensor:
+    """out_scale⊙P, its frozen columns zero."""
+    dB = P if back.out_scale is None else P * back.out_scale[:, None]
+    if back.want_out_scale and back.frozen_columns:
+        dB[:, : back.frozen_columns] = 0
+    return dB
