@@ -10,6 +10,8 @@ namespace lorafast {
 // Numbers of a row that one tile sums: so many that what it reads of the factor stays in the nearest cache for the next rows.
 template <class T>
 constexpr int64_t DOWN_COLUMNS = 256 * per_cell<T>;
+// Rows of the next tile that are fetched while one group of ranks goes by.
+constexpr int AHEAD = 2;
 // Rows a task takes.
 constexpr int64_t DOWN_TASK = 4 * DOWN_ROWS;
 
@@ -27,15 +29,15 @@ inline void down_tile(const Matrix<const T>& x, int64_t m0, int64_t rows, int64_
     for (int64_t r = 0; r < ranks; r += DOWN_RANKS, b += stream) {
       Vector sums[I][DOWN_RANKS];
       clear(sums);
+      // The ranks fetch the next tile's rows among them, a few each.
+      const T* next = a + (I + r / DOWN_RANKS * AHEAD % I) * x.stride;
       if (bits)
-        multiply_long<T, Read::masked, false>(a, x.stride, whole, masks, bits_row, b, sums);
-      else if (r)
-        multiply_long<T, Read::whole, false>(a, x.stride, whole, nullptr, 0, b, sums);
+        multiply_long<T, Read::masked, AHEAD>(a, x.stride, whole, next, masks, bits_row, b, sums);
       else
-        multiply_long<T, Read::whole, true>(a, x.stride, whole, nullptr, 0, b, sums);
+        multiply_long<T, Read::whole, AHEAD>(a, x.stride, whole, next, nullptr, 0, b, sums);
       if (whole < n)
-        multiply_long<T, Read::ending, false>(a + whole, x.stride, n - whole, masks ? masks + whole / 8 : nullptr, bits_row,
-                                              b + whole / SPAN<T> * DOWN_RANKS * W, sums);
+        multiply_long<T, Read::ending, 0>(a + whole, x.stride, n - whole, nullptr, masks ? masks + whole / 8 : nullptr, bits_row,
+                                          b + whole / SPAN<T> * DOWN_RANKS * W, sums);
       for (int ii = 0; ii < I; ++ii) add_totals(sums[ii][0], sums[ii][1], sums[ii][2], sums[ii][3], totals + (i + ii) * ranks + r);
     }
   });

@@ -16,27 +16,37 @@ inline void stage_rows(const Matrix<const T>& x, int64_t m0, int64_t rows, int64
     for (int64_t k = 0; k < n; k += step) store(to + k / per_cell<T>, load_cells<T, Read::ending>(x.row(m0 + i) + k, n - k));
 }
 
-// The same as cells whose pairs lie along the tokens: [cells<T>(rows)][stride]. bits: which numbers are kept, or null.
-template <class T>
-inline void stage_columns(const Matrix<const T>& x, int64_t m0, int64_t rows, int64_t k0, int64_t n, const uint8_t* bits,
-                          int64_t bits_stride, float* to, int64_t stride) {
+template <class T, Read how>
+inline void stage_columns_as(const Matrix<const T>& x, int64_t m0, int64_t rows, int64_t k0, int64_t n, const uint8_t* bits,
+                             int64_t bits_stride, float* to, int64_t stride) {
   for (int64_t i = 0; i < rows; i += per_cell<T>, to += stride) {
     const T* a = x.row(m0 + i) + k0;
     const uint8_t* keep_a = bits ? bits + i * bits_stride : nullptr;
     // The columns that come next lie far from each other, where no processor expects them.
     for (int64_t row = 0; row < per_cell<T>; ++row) __builtin_prefetch(a + row * x.stride + n);
     if constexpr (paired<T>) {
-      constexpr int step = 2 * W;
-      const T none[step] = {};
       const bool both = i + 1 < rows;
-      const T* b = both ? a + x.stride : none;
-      const uint8_t* keep_b = keep_a && both ? keep_a + bits_stride : keep_a;
-      for (int64_t k = 0; k < n; k += step) pair_rows(a + k, both ? b + k : none, n - k, keep_a, keep_b, k / 8, to + k);
+      for (int64_t k = 0; k < n; k += 2 * W) {
+        const Vector u = load_cells<T, how>(a + k, n - k, bits ? keep_a + k / 8 : nullptr);
+        const Vector v = both ? load_cells<T, how>(a + x.stride + k, n - k, bits ? keep_a + bits_stride + k / 8 : nullptr) : zero();
+        interleave(u, v, to + k);
+      }
     } else {
-      for (int64_t k = 0; k < n; k += W)
-        store(to + k, load_cells<T, Read::ending>(a + k, n - k, keep_a ? keep_a + k / 8 : nullptr));
+      for (int64_t k = 0; k < n; k += W) store(to + k, load_cells<T, how>(a + k, n - k, bits ? keep_a + k / 8 : nullptr));
     }
   }
+}
+
+// The same as cells whose pairs lie along the tokens: [cells<T>(rows)][stride]. bits: which numbers are kept, or null.
+template <class T>
+inline void stage_columns(const Matrix<const T>& x, int64_t m0, int64_t rows, int64_t k0, int64_t n, const uint8_t* bits,
+                          int64_t bits_stride, float* to, int64_t stride) {
+  if (n % (W * per_cell<T>))
+    stage_columns_as<T, Read::ending>(x, m0, rows, k0, n, bits, bits_stride, to, stride);
+  else if (bits)
+    stage_columns_as<T, Read::masked>(x, m0, rows, k0, n, bits, bits_stride, to, stride);
+  else
+    stage_columns_as<T, Read::whole>(x, m0, rows, k0, n, nullptr, 0, to, stride);
 }
 
 }  // namespace lorafast

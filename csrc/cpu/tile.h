@@ -26,9 +26,9 @@ inline __attribute__((always_inline)) void multiply(const char* a, int64_t a_row
 }
 
 // sums[i][j] += Σ over spans of a's row i times b's rank j, lane by lane. a: n numbers of each row, a_row numbers apart; bits:
-// theirs, bits_row bytes apart, or null; b: J ranks of W cells a span. ahead: whether the I rows below are fetched meanwhile.
-template <class T, Read how, bool ahead, int I, int J>
-inline __attribute__((always_inline)) void multiply_long(const T* a, int64_t a_row, int64_t n, const uint8_t* bits,
+// theirs, bits_row bytes apart, or null; b: J ranks of W cells a span. ahead: how many of the rows from `next` on are fetched meanwhile.
+template <class T, Read how, int ahead, int I, int J>
+inline __attribute__((always_inline)) void multiply_long(const T* a, int64_t a_row, int64_t n, const T* next, const uint8_t* bits,
                                                          int64_t bits_row, const float* b, Vector (&sums)[I][J]) {
   for (int64_t k = 0; k < n; k += W * per_cell<T>, b += J * W) {
     Vector rank[J];
@@ -36,7 +36,7 @@ inline __attribute__((always_inline)) void multiply_long(const T* a, int64_t a_r
     for (int j = 0; j < J; ++j) rank[j] = load(b + j * W);
 #pragma GCC unroll 12
     for (int i = 0; i < I; ++i) {
-      if (ahead && k * sizeof(T) % 64 == 0) __builtin_prefetch(a + (i + I) * a_row + k);
+      if (i < ahead && k * sizeof(T) % 64 == 0) __builtin_prefetch(next + i * a_row + k);
       const Vector row = load_cells<T, how>(a + i * a_row + k, n - k, bits ? bits + i * bits_row + k / 8 : nullptr);
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) sums[i][j] = mac<paired<T>>(sums[i][j], row, rank[j]);

@@ -78,7 +78,7 @@ constexpr const char* ISA = "avx2";
 inline Vector load_pairs(const bf16*, int64_t, const uint8_t*) { return zero(); }
 inline Vector load_pairs(const bf16*, const uint8_t*) { return zero(); }
 inline Vector pair(Vector a, Vector) { return a; }
-inline void pair_rows(const bf16*, const bf16*, int64_t, const uint8_t*, const uint8_t*, int64_t, float*) {}
+inline void interleave(Vector, Vector, float*) {}
 inline Vector mac_pairs(Vector sum, Vector, Vector) { return sum; }
 
 }  // namespace lorafast

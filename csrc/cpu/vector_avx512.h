@@ -84,14 +84,12 @@ inline Vector load_pairs(const bf16* from, int64_t n, const uint8_t* bits) {
 inline Vector load_pairs(const bf16* from, const uint8_t* bits) {
   return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(*reinterpret_cast<const uint32_t*>(bits), from));
 }
-// 2W columns of two rows, the first n of them: cell i is (a[i], b[i]). keep_a, keep_b: the rows' bits, or null; k: the first
-// column.
-inline void pair_rows(const bf16* a, const bf16* b, int64_t n, const uint8_t* keep_a, const uint8_t* keep_b, int64_t k, float* to) {
+// 2W columns of two rows, given as pairs along the rows, as pairs across them: cell i is (a[i], b[i]).
+inline void interleave(Vector a, Vector b, float* to) {
   static const uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_loadu_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  const __m512i u = _mm512_castps_si512(load_pairs(a, n, keep_a ? keep_a + k / 8 : nullptr));
-  const __m512i v = _mm512_castps_si512(load_pairs(b, n, keep_b ? keep_b + k / 8 : nullptr));
+  const __m512i u = _mm512_castps_si512(a), v = _mm512_castps_si512(b);
   _mm512_storeu_si512(to, _mm512_permutex2var_epi16(u, low, v));
   _mm512_storeu_si512(to + W, _mm512_permutex2var_epi16(u, high, v));
 }
@@ -102,7 +100,7 @@ constexpr const char* ISA = "avx512";
 inline Vector load_pairs(const bf16*, int64_t, const uint8_t*) { return zero(); }
 inline Vector load_pairs(const bf16*, const uint8_t*) { return zero(); }
 inline Vector pair(Vector a, Vector) { return a; }
-inline void pair_rows(const bf16*, const bf16*, int64_t, const uint8_t*, const uint8_t*, int64_t, float*) {}
+inline void interleave(Vector, Vector, float*) {}
 inline Vector mac_pairs(Vector sum, Vector, Vector) { return sum; }
 #endif
 
