@@ -99,12 +99,16 @@ class Adapted(Merging):
         return self.lora_out_scale
 
     def _norm(self) -> torch.Tensor:
-        exact = not self.adapter.detach_norm and torch.is_grad_enabled()
-        cache = not exact and (self.adapter.cache_norm or not (self.training or torch.is_grad_enabled()))
+        t, (exact, cache) = self._tensors(), self._norm_kind()
         return functional.row_norm(
-            self._W(), self.lora_A, self.lora_B, self.lora_core, self.lora_out_scale, self.scaling,
-            self.adapter.axis, detach=not exact, cache=cache,
-        )  # fmt: skip
+            t.weight, t.lora_A, t.lora_B, t.core, t.out_scale, self.scaling, self.adapter.axis, detach=not exact, cache=cache
+        )
+
+    def _norm_kind(self) -> tuple[bool, bool]:
+        """Whether the norm has its exact gradient in this call, and whether it may come from the cache."""
+        adapter, grad = self.adapter, torch.is_grad_enabled()
+        exact = grad and not adapter.detach_norm
+        return exact, not exact and (adapter.cache_norm or not (self.training or grad))
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
@@ -297,10 +301,17 @@ class Adapted(Merging):
         return self.adapter.parts(*self._W().shape)
 
     def _tensors(self) -> Tensors:
-        return Tensors(
-            self._W(), self.bias, self.lora_A, self.lora_B, self.lora_core, self.lora_magnitude, None,
-            self.lora_out_scale, self.lora_bias, None, split_scaling(self.scaling)[1],
-        )  # fmt: skip
+        # A tenth of the price of nn.Module's attributes, at every call. Instead of an entry there may be a property (parametrized)
+        # or a view (flattened); and somebody else's dict may gather an entry when it is asked for.
+        held = self._parameters
+        try:
+            bias, A, B, core = held["bias"], held["lora_A"], held["lora_B"], held["lora_core"]
+            magnitude, out_scale, lora_bias = held["lora_magnitude"], held["lora_out_scale"], held["lora_bias"]
+        except KeyError:
+            bias, A, B, core = self.bias, self.lora_A, self.lora_B, self.lora_core
+            magnitude, out_scale, lora_bias = self.lora_magnitude, self.lora_out_scale, self.lora_bias
+        scale = split_scaling(self.scaling)[1]
+        return Tensors(self._W(), bias, A, B, core, magnitude, None, out_scale, lora_bias, None, scale)
 
     def _settings(self) -> Settings:
         """The settings of a forward pass outside training."""

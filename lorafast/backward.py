@@ -5,25 +5,26 @@ from __future__ import annotations
 import torch
 
 from lorafast import dispatch, norm, philox, reference
+from lorafast.dispatch import Routes
 from lorafast.forward import inputs
-from lorafast.problem import LowRank, OutputGrads, Problem, Return, Segment, Settings, Tensors, Up, Wants, scaling_of, tokens
+from lorafast.problem import LowRank, OutputGrads, Return, Segment, Settings, Tensors, Up, Wants, facts, scaling_of, tokens
 
 
 def backward(
     dy: torch.Tensor, x: torch.Tensor | None, h: torch.Tensor | None, kept: torch.Tensor | None, t: Tensors, c: Settings, w: Wants
-) -> list[torch.Tensor]:
-    """The gradients in Wants' order, each in its tensor's dtype.  dy [...,N]; x, h and kept (y or z) None where not needed.
+) -> list[torch.Tensor | None]:
+    """Wants' gradients, None where not wanted, each in its tensor's dtype.  dy [...,N]; x, h and kept (y or z) None if not needed.
 
     A bias that is not needed may be None too; its gradient then comes in the accumulator's dtype.
     """
-    problem = Problem.of(dy, t, c)
+    routes = dispatch.routes(facts(dy, t, c))
     by_row = t.magnitude is not None and c.axis == "out"
     gain = norm.gain(t.magnitude, t.norm)
     if by_row and w.gain and c.keep == "recompute":
-        kept = _inner(x, h, t, c, problem)
+        kept = _inner(x, h, t, c, routes)
     needs_v = w.x or w.lora_A or (w.gain and not by_row)
     back = Return(t.lora_B, scaling_of(t, c), t.out_scale, t.core, h, c.frozen_columns, needs_v, w.lora_B, w.core, w.out_scale)
-    sums: OutputGrads = dispatch.pick("grad_output", problem).grad_output(
+    sums: OutputGrads = routes["grad_output"].grad_output(
         dy,
         [back],
         gain if by_row else None,
@@ -37,25 +38,30 @@ def backward(
         found["lora_bias"] = d_lora_bias * gain if by_row else d_lora_bias
     if w.lora_A:
         low = LowRank(own.v, t.lora_A, t.seed, c.dropout)
-        (found["lora_A"],) = dispatch.pick("grad_project", problem).grad_project(inputs(x, t, c)[0], [low])
+        (found["lora_A"],) = routes["grad_project"].grad_project(inputs(x, t, c)[0], [low])
     if by_row:
         if w.gain:
-            found |= _gain_grads(_d_gain(sums, t, c, gain), gain, t)
+            found |= _gain_grads(_d_gain(sums, t, c, gain), gain, t, w)
         if w.x:
-            found["x"] = _d_x_by_row(dy, own.v, gain, t, c, problem)
+            found["x"] = _d_x_by_row(dy, own.v, gain, t, c, routes)
     elif t.magnitude is not None:
         if w.x or w.gain:
-            found |= _in_axis(dy, x, own.v, gain, t, c, w, problem)
+            found |= _in_axis(dy, x, own.v, gain, t, c, w, routes)
     elif w.x:
-        found["x"] = _d_x(dy, t, problem, LowRank(own.v, t.lora_A, t.seed, c.dropout))
-    like = t._asdict() | {"x": dy}
-    return [found[name] if like[name] is None else found[name].to(like[name].dtype) for name in w.names]
+        found["x"] = _d_x(dy, t, routes, LowRank(own.v, t.lora_A, t.seed, c.dropout))
+    # Wants' order is x and then Tensors' own, from the bias on.
+    likes = (dy, *t[1 : len(Wants._fields)])
+    return [_as(found[name], like) if wanted else None for name, wanted, like in zip(Wants._fields, w, likes, strict=True)]
 
 
-def _inner(x: torch.Tensor, h: torch.Tensor, t: Tensors, c: Settings, problem: Problem) -> torch.Tensor:
+def _as(gradient: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
+    return gradient if like is None or gradient.dtype == like.dtype else gradient.to(like.dtype)
+
+
+def _inner(x: torch.Tensor, h: torch.Tensor, t: Tensors, c: Settings, routes: Routes) -> torch.Tensor:
     """z again, one GEMM: what keep="inner" would have saved."""
     up = Up(reference.mix(h, t.core), t.lora_B, scaling_of(t, c), t.out_scale)
-    return dispatch.pick("linear", problem).linear(inputs(x, t, c)[1], t.weight, [up])[0]
+    return routes["linear"].linear(inputs(x, t, c)[1], t.weight, [up])[0]
 
 
 def _bias_in_dot(t: Tensors, c: Settings) -> bool:
@@ -73,34 +79,34 @@ def _d_gain(sums: OutputGrads, t: Tensors, c: Settings, gain: torch.Tensor) -> t
     return sums.dot + t.lora_bias * scaling_of(t, c) * sums.d_bias
 
 
-def _gain_grads(d_gain: torch.Tensor, gain: torch.Tensor, t: Tensors) -> dict[str, torch.Tensor]:
+def _gain_grads(d_gain: torch.Tensor, gain: torch.Tensor, t: Tensors, w: Wants) -> dict[str, torch.Tensor]:
     """gain = m/norm: d_m = d_gain/norm, d_norm = -d_gain·gain/norm."""
     d_magnitude = norm.divided(d_gain, t.norm)
-    return {"magnitude": d_magnitude, "norm": -d_magnitude * gain}
+    return {"magnitude": d_magnitude} | ({"norm": -d_magnitude * gain} if w.norm else {})
 
 
-def _d_x(dy: torch.Tensor, t: Tensors, problem: Problem, low: LowRank | None, gain: torch.Tensor | None = None) -> torch.Tensor:
+def _d_x(dy: torch.Tensor, t: Tensors, routes: Routes, low: LowRank | None, gain: torch.Tensor | None = None) -> torch.Tensor:
     lows = [] if low is None else [low]
-    return dispatch.pick("grad_input", problem).grad_input([Segment(dy, t.weight, gain)], lows)
+    return routes["grad_input"].grad_input([Segment(dy, t.weight, gain)], lows)
 
 
-def _d_x_by_row(dy: torch.Tensor, v: torch.Tensor, gain: torch.Tensor, t: Tensors, c: Settings, problem: Problem) -> torch.Tensor:
+def _d_x_by_row(dy: torch.Tensor, v: torch.Tensor, gain: torch.Tensor, t: Tensors, c: Settings, routes: Routes) -> torch.Tensor:
     if not c.drops_base:
-        return _d_x(dy, t, problem, LowRank(v, t.lora_A, t.seed, c.dropout), gain)
+        return _d_x(dy, t, routes, LowRank(v, t.lora_A, t.seed, c.dropout), gain)
     # dx = dy W + mask⊙(((gain-1)⊙dy) W + v A): the correction and the adapter share one mask.
-    through_drop = _d_x(dy, t, problem, LowRank(v, t.lora_A), gain - 1)
-    return _d_x(dy, t, problem, None).add_(philox.dropped(through_drop, t.seed, c.dropout))
+    through_drop = _d_x(dy, t, routes, LowRank(v, t.lora_A), gain - 1)
+    return _d_x(dy, t, routes, None).add_(philox.dropped(through_drop, t.seed, c.dropout))
 
 
 def _in_axis(
-    dy: torch.Tensor, x: torch.Tensor, v: torch.Tensor, gain: torch.Tensor, t: Tensors, c: Settings, w: Wants, problem: Problem
+    dy: torch.Tensor, x: torch.Tensor, v: torch.Tensor, gain: torch.Tensor, t: Tensors, c: Settings, w: Wants, routes: Routes
 ) -> dict[str, torch.Tensor]:
     """axis="in": dx and the gradients of magnitude and norm through in_gain⊙x."""
     if not c.drops_base:
-        d_scaled = _d_x(dy, t, problem, LowRank(v, t.lora_A, t.seed, c.dropout))
+        d_scaled = _d_x(dy, t, routes, LowRank(v, t.lora_A, t.seed, c.dropout))
         d_x = d_scaled * gain
     else:
-        base = _d_x(dy, t, problem, None)
+        base = _d_x(dy, t, routes, None)
         dropped = philox.dropped(base, t.seed, c.dropout)
         low_rank = philox.dropped(torch.mm(v, t.lora_A.to(v.dtype)).view_as(base), t.seed, c.dropout)
         d_x = base + (gain - 1) * dropped + gain * low_rank
@@ -108,5 +114,5 @@ def _in_axis(
     found = {"x": d_x}
     if w.gain:
         d_gain = (d_scaled.to(gain.dtype) * x).reshape(tokens(x), x.shape[-1]).sum(0)
-        found |= _gain_grads(d_gain, gain, t)
+        found |= _gain_grads(d_gain, gain, t, w)
     return found

@@ -58,13 +58,37 @@ def candidates(asked: str) -> tuple[str, ...]:
     return (asked,)
 
 
+class Routes(dict[str, ModuleType]):
+    """The backend of each primitive of one problem, chosen when it is first asked for.
+
+    ValueError for an unknown LORAFAST_BACKEND, RuntimeError if it cannot.
+    """
+
+    def __init__(self, problem: Problem, asked: str, log: bool) -> None:
+        super().__init__()
+        self._question = problem, asked, log
+
+    def __missing__(self, primitive: str) -> ModuleType:
+        self[primitive] = found = _choose(primitive, *self._question)
+        return found
+
+
+def routes(facts: tuple) -> Routes:
+    """The backends of the problem with these facts, which is only made the first time."""
+    return _pick(facts, env.backend(), env.log())
+
+
 def pick(primitive: str, problem: Problem) -> ModuleType:
     """The backend that serves this primitive. ValueError for an unknown LORAFAST_BACKEND, RuntimeError if it cannot."""
-    return _pick(primitive, problem, env.backend(), env.log())
+    return _pick(problem, env.backend(), env.log())[primitive]
 
 
 @functools.lru_cache(maxsize=4096)
-def _pick(primitive: str, problem: Problem, asked: str, log: bool) -> ModuleType:
+def _pick(problem: Problem | tuple, asked: str, log: bool) -> Routes:
+    return Routes(problem if isinstance(problem, Problem) else Problem(*problem), asked, log)
+
+
+def _choose(primitive: str, problem: Problem, asked: str, log: bool) -> ModuleType:
     refusals = {}
     for backend in candidates(asked):
         refusals[backend] = why_not(backend, primitive, problem)

@@ -37,11 +37,12 @@ CXXFLAGS = Variable(
 )
 
 VARIABLES = (BACKEND, LOG, CPU_ISA, CACHE, CXXFLAGS)
+_KEYS = {variable: os.environ.encodekey(variable.name) for variable in VARIABLES}
 
 
 def backend() -> str:
     """The backend asked for, `auto` unless set."""
-    return os.environ.get(BACKEND.name, "").strip().lower() or BACKEND.default
+    return _value(BACKEND).strip().lower() or BACKEND.default
 
 
 def interprets() -> bool:
@@ -51,7 +52,17 @@ def interprets() -> bool:
 
 def log() -> bool:
     """Whether routes are printed."""
-    return os.environ.get(LOG.name, LOG.default) not in ("", "0")
+    return _value(LOG) not in ("", "0")
+
+
+def _value(variable: Variable) -> str:
+    # Read at every call of a layer: asking os.environ for what is not set encodes a name and raises inside, 20 times the price of
+    # a look into the dict below it.
+    try:
+        found = os.environ._data.get(_KEYS[variable])
+    except AttributeError:  # somebody put another mapping in its place
+        return os.environ.get(variable.name, "")
+    return "" if found is None else os.environ.decodevalue(found)
 
 
 def cpu_isa() -> str:

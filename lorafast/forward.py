@@ -8,23 +8,23 @@ from __future__ import annotations
 import torch
 
 from lorafast import dispatch, norm, philox
-from lorafast.problem import Down, Problem, Settings, Tensors, Up, accumulator, scaling_of
+from lorafast.problem import Down, Settings, Tensors, Up, accumulator, facts, scaling_of
 
 
-def forward(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y [...,N], h [M,R] and, with keep="inner", z [M,N] (else empty): all fresh."""
-    problem = Problem.of(x, t, c)
-    adapter_x, base_x = inputs(x, t, c)
+def forward(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """y [...,N], h [M,R] and, with keep="inner", z [M,N] (else None): all fresh."""
+    routes = dispatch.routes(facts(x, t, c))
+    adapter_x, base_x = (x, x) if t.magnitude is None else inputs(x, t, c)
     down = Down(t.lora_A, t.core, t.seed, c.dropout)
-    ((h, mixed),) = dispatch.pick("project", problem).project(adapter_x, [down])
+    ((h, mixed),) = routes["project"].project(adapter_x, [down])
     ups = [Up(mixed, t.lora_B, scaling_of(t, c), t.out_scale)]
-    linear = dispatch.pick("linear", problem).linear
+    linear = routes["linear"].linear
     gain = norm.gain(t.magnitude, t.norm) if c.axis == "out" else None
     y, z = linear(base_x, t.weight, ups, gain, bias_of(t, c, gain), keep_inner=c.keep == "inner")
     if gain is not None and c.drops_base:
         # x Wᵀ + (gain-1)⊙drop(x) Wᵀ, written so that nothing large cancels however small or large the gain is.
         y += linear(x - base_x, t.weight, [])[0]
-    return y, h, x.new_empty(0) if z is None else z
+    return y, h, z
 
 
 def inputs(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, torch.Tensor]:

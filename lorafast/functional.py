@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lorafast import checks, ops, philox, reference  # noqa: F401  (ops registers what torch.ops.lorafast calls)
+from lorafast import checks, onlookers, ops, philox, reference
 from lorafast.problem import Scaling, Settings, Tensors, activation_dtype, resolved_keep, split_scaling
 from lorafast.several import Factors
 from lorafast.several import several as call_several
@@ -42,7 +42,8 @@ def linear(
     Raises ValueError or TypeError naming the argument and the shapes. Sources: arXiv 2106.09685, 2402.09353, 2406.12832.
     """
     parts = Tensors(weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed)
-    checks.call(x, parts._asdict(), scaling, dropout, axis, dropout_on, keep, frozen_columns)
+    plain = onlookers.plain(x, *parts)
+    runs_in = checks.call(x, parts, scaling, dropout, axis, dropout_on, keep, frozen_columns, plain)
     p = float(dropout) if training else 0.0
     if p and seed is None:
         seed = philox.draw(x.device)
@@ -53,14 +54,16 @@ def linear(
             x, weight, bias, lora_A, lora_B, core, magnitude, norm, axis, out_scale, lora_bias, scaling,
             p, dropout_on, keep, frozen_columns, seed,
         )  # fmt: skip
+    plain = plain and (scale is None or onlookers.plain(scale))
     if magnitude is not None and norm is None:
-        norm = row_norm(weight, lora_A, lora_B, core, out_scale, scaling, axis)
-    x = x.to(activation_dtype(x))
-    trains_gain = magnitude is not None and grad and (magnitude.requires_grad or norm.requires_grad)
-    settings = Settings(number, p, axis, dropout_on, frozen_columns=frozen_columns)
-    settings = settings._replace(keep=resolved_keep(keep, settings, trains_gain, bias is None and lora_bias is None, x.dtype))
-    tensors = parts._replace(norm=norm, seed=seed if p else None, scale=scale)
-    return torch.ops.lorafast.linear(x, *tensors, *settings)[0]
+        norm = _row_norm(parts._replace(scale=scale), number, axis, plain)
+    if x.dtype != runs_in:
+        x = x.to(runs_in)
+    settings = Settings(number, p, axis, dropout_on, "none", frozen_columns)
+    if magnitude is not None and grad and (magnitude.requires_grad or norm.requires_grad):
+        settings = settings._replace(keep=resolved_keep(keep, settings, True, bias is None and lora_bias is None, runs_in))
+    tensors = Tensors(weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed if p else None, scale)
+    return ops.linear(x, tensors, settings, plain)
 
 
 def several(
@@ -73,10 +76,12 @@ def several(
     """
     if not adapters:
         raise ValueError(f"adapters is empty; weight {tuple(weight.shape)} alone is torch.nn.functional.linear")
-    ready = []
+    ready, plain = [], True
     for one in adapters:
         parts = Tensors(weight, bias, one.lora_A, one.lora_B, lora_bias=one.lora_bias, seed=one.seed)
-        checks.call(x, parts._asdict(), one.s, one.dropout, "out", "adapter", "auto", 0)
+        looked_at = onlookers.plain(x, *parts)
+        checks.call(x, parts, one.s, one.dropout, "out", "adapter", "auto", 0, looked_at)
+        plain = plain and looked_at and (one.scale is None or onlookers.plain(one.scale))
         p = float(one.dropout) if training else 0.0
         seed = (philox.draw(x.device) if one.seed is None else one.seed) if p else None
         number, scale = split_scaling(one.s)
@@ -84,7 +89,7 @@ def several(
     trained = weight.requires_grad or any(one.scale is not None and one.scale.requires_grad for one in ready)
     if trained and torch.is_grad_enabled():
         raise ValueError(f"weight {tuple(weight.shape)} and tensor scalings must be frozen where several adapters share a call")
-    return call_several(x.to(activation_dtype(x)), weight, bias, ready)
+    return call_several(x.to(activation_dtype(x)), weight, bias, ready, plain)
 
 
 def row_norm(
@@ -105,10 +110,16 @@ def row_norm(
     torch.compile or a CUDA graph looks on.
     """
     parts = Tensors(weight, None, lora_A, lora_B, core, None, None, out_scale)
+    plain = onlookers.plain(*parts)
     checks.word("axis", axis, checks.AXES)
-    checks.factors(parts._asdict(), axis)
+    checks.factors(parts, axis, plain)
     number, scale = split_scaling(scaling)
     if not detach and torch.is_grad_enabled() and (weight.requires_grad or (scale is not None and scale.requires_grad)):
         return reference.row_norm(weight, lora_A, lora_B, core, out_scale, scaling, axis)
-    cache = cache and not torch.compiler.is_compiling()
-    return torch.ops.lorafast.row_norm(*parts._replace(scale=scale), *Settings(number, axis=axis), detach, cache)
+    plain = plain and (scale is None or onlookers.plain(scale))
+    return _row_norm(parts._replace(scale=scale), number, axis, plain, detach, cache and not torch.compiler.is_compiling())
+
+
+def _row_norm(t: Tensors, number: float, axis: str, plain: bool, detach: bool = True, cache: bool = False) -> torch.Tensor:
+    factors = Tensors(t.weight, None, t.lora_A, t.lora_B, t.core, None, None, t.out_scale, None, None, t.scale)
+    return ops.row_norm(factors, Settings(number, 0.0, axis), detach, cache, plain)

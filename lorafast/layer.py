@@ -20,12 +20,13 @@ class Product(Adapted):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._merged is not None or self.disabled:
             return self._base_product(x)
-        a = self.adapter
-        gain_norm = None if self.lora_magnitude is None else self._norm()
+        a, t = self.adapter, self._tensors()
+        # Any other norm functional.linear computes for itself, and need not check the factors twice for it.
+        special = t.magnitude is not None and (any(self._norm_kind()) or t.weight.requires_grad or t.scale is not None)
+        norm = self._norm() if special else None
         return functional.linear(
-            x, self._W(), self.bias, self.lora_A, self.lora_B, self.lora_core, self.lora_magnitude, gain_norm, a.axis,
-            self.lora_out_scale, self.lora_bias, self.scaling, a.dropout, a.dropout_on, a.keep, self.frozen_columns,
-            training=self.training,
+            x, t.weight, t.bias, t.lora_A, t.lora_B, t.core, t.magnitude, norm, a.axis, t.out_scale, t.lora_bias, self.scaling,
+            a.dropout, a.dropout_on, a.keep, self.frozen_columns, None, self.training,
         )  # fmt: skip
 
     def _base_product(self, x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +80,10 @@ class Linear(Product, nn.Linear):
         self.weight, self.bias = base.weight, base.bias
 
     def _W(self) -> torch.Tensor:
-        return self.weight
+        try:
+            return self._parameters["weight"]
+        except KeyError:
+            return self.weight
 
     def _new_base(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafast import arch, dispatch
 from lorafast.panels import panels
-from lorafast.problem import Problem, Settings, Tensors, Wants, accumulator, scaling_of
+from lorafast.problem import Settings, Tensors, Wants, accumulator, facts_of_norm, scaling_of
 
 
 class _Mark(NamedTuple):
@@ -55,12 +55,12 @@ def gain(magnitude: torch.Tensor | None, norm: torch.Tensor | None) -> torch.Ten
     """m/norm in the norm's dtype, 0 where the norm is 0; None without a magnitude."""
     if magnitude is None:
         return None
-    return divided(magnitude.to(norm.dtype), norm)
+    return divided(magnitude if magnitude.dtype == norm.dtype else magnitude.to(norm.dtype), norm)
 
 
 def divided(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a/b, 0 where b is 0."""
-    return torch.where(b == 0, torch.zeros_like(b), a / b)
+    return (a / b).masked_fill(b == 0, 0)
 
 
 def effective_B(t: Tensors, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -110,7 +110,7 @@ def _unfold(d_effective: torch.Tensor, t: Tensors, wide: torch.dtype) -> dict[st
 def _compute(t: Tensors, c: Settings) -> torch.Tensor:
     plain = t.core is None and t.out_scale is None
     B = t.lora_B if plain else effective_B(t)
-    return dispatch.pick("row_norm", Problem.of_norm(t, c)).row_norm(t.weight, t.lora_A, B, scaling_of(t, c), c.axis)
+    return dispatch.routes(facts_of_norm(t, c))["row_norm"].row_norm(t.weight, t.lora_A, B, scaling_of(t, c), c.axis)
 
 
 def _parts(t: Tensors) -> tuple[torch.Tensor | None, ...]:

@@ -7,6 +7,7 @@ laid flat; it returns what backward needs beside y, so that nothing is computed 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import weakref
 from collections.abc import Callable
@@ -15,10 +16,10 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
 
-from lorafast import norm
+from lorafast import norm, onlookers
 from lorafast.backward import backward
 from lorafast.forward import forward
-from lorafast.problem import Settings, Tensors, Wants, accumulator, saves, tokens
+from lorafast.problem import Saves, Settings, Tensors, Wants, accumulator, saves, tokens
 
 _LIBRARY = torch.library.Library("lorafast", "FRAGMENT")
 _T, _S = len(Tensors._fields), len(Settings._fields)
@@ -37,6 +38,10 @@ _ROW_NORM_BACKWARD = f"row_norm_backward(Tensor d_norm, Tensor value, {_TENSORS}
 _AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU)
 for _device in ("CUDA", "XPU", "MPS", "HPU", "PrivateUse1"):
     _AUTOCAST = _AUTOCAST | DispatchKeySet(getattr(DispatchKey, f"Autocast{_device}"))
+# And with it, in the same guard, what torch._C._AutoDispatchBelowAutograd leaves out.
+_AUTOGRAD_TOO = _AUTOCAST
+for _key in (DispatchKey.AutogradFunctionality, DispatchKey.AutogradOther, DispatchKey.AutogradNestedTensor):
+    _AUTOGRAD_TOO = _AUTOGRAD_TOO | DispatchKeySet(_key)
 
 
 def below_autocast() -> contextlib.AbstractContextManager:
@@ -44,14 +49,39 @@ def below_autocast() -> contextlib.AbstractContextManager:
     return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
 
 
+def below_autograd() -> contextlib.AbstractContextManager:
+    """Inside, nothing is recorded either: where an op's kernel is, for what goes there without the dispatcher."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD_TOO)
+
+
+def linear(x: torch.Tensor, t: Tensors, c: Settings, plain: bool) -> torch.Tensor:
+    """y [...,N] by lorafast::linear; past the dispatcher if all tensors are plain ones and nobody looks on. Checks nothing."""
+    if not plain or onlookers.present():
+        return torch.ops.lorafast.linear(x, *t, *c)[0]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *t):
+        return _differentiable_linear(True, c, x, *t)
+    with below_autograd():
+        return forward(x, t, c)[0]
+
+
+def row_norm(t: Tensors, c: Settings, detach: bool, cache: bool, plain: bool) -> torch.Tensor:
+    """The norm [N] or [K] by lorafast::row_norm; past the dispatcher as linear, where no gradient is asked for."""
+    if not plain or not (detach or not torch.is_grad_enabled()) or onlookers.present():
+        return torch.ops.lorafast.row_norm(*t, *c, detach, cache)
+    with below_autograd():
+        return norm.row_norm(t, c, cache)
+
+
 def _linear(x: torch.Tensor, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with below_autocast():
-        return forward(x, Tensors(*flat[:_T]), Settings(*flat[_T:]))
+        y, h, z = forward(x, Tensors(*flat[:_T]), Settings(*flat[_T:]))
+        return y, h, x.new_empty(0) if z is None else z
 
 
 def _linear_backward(dy, x, h, kept, *flat) -> list[torch.Tensor]:
     with below_autocast():
-        return backward(dy, x, h, kept, Tensors(*flat[:_T]), Settings(*flat[_T : _T + _S]), Wants(*flat[-1]))
+        found = backward(dy, x, h, kept, Tensors(*flat[:_T]), Settings(*flat[_T : _T + _S]), Wants(*flat[-1]))
+    return [gradient for gradient in found if gradient is not None]
 
 
 def _row_norm(*flat) -> torch.Tensor:
@@ -94,44 +124,71 @@ class _Linear(torch.autograd.Function):
     """y = gain⊙(x Wᵀ + s·h' Bᵀ) + bias, saving x by reference, h [M,R], and for DoRA y by reference or z [M,N]."""
 
     @staticmethod
-    def forward(ctx, x, *flat):
-        asked = dict(zip(("x", *Tensors._fields), ctx.needs_input_grad, strict=False))
-        if asked["weight"] or asked["scale"]:
-            raise RuntimeError(_TRAINED)
-        with torch._C._AutoDispatchBelowAutograd():
-            y, h, z = torch.ops.lorafast.linear(x, *flat)
-        t, c = Tensors(*flat[:_T]), Settings(*flat[_T:])
-        wants = Wants(**{name: asked[name] for name in Wants._fields})
-        saved = saves(wants, c, t.magnitude is not None)
+    def forward(ctx, directly, c, x, *tensors):
+        t = Tensors._make(tensors)
+        wants, saved = _asked(ctx.needs_input_grad, c.axis, c.keep, t.magnitude is not None)
+        if directly:
+            with below_autograd():
+                y, h, z = forward(x, t, c)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                y, h, z = torch.ops.lorafast.linear(x, *t, *c)
         kept = y if saved.y else z if saved.z else None
         # The biases are read again only to correct Σ dy⊙kept; otherwise they may change before backward.
-        t = t._replace(bias=t.bias if saved.y else None, lora_bias=t.lora_bias if saved.z or c.keep == "recompute" else None)
-        ctx.save_for_backward(x if saved.x else None, h if saved.h else None, kept, *t)
+        bias, lora_bias = t.bias if saved.y else None, t.lora_bias if saved.z or c.keep == "recompute" else None
+        ctx.save_for_backward(x if saved.x else None, h if saved.h else None, kept, t.weight, bias, *t[2:8], lora_bias, *t[9:])
         ctx.settings, ctx.wants = c, wants
-        ctx.output = weakref.ref(y), y._version
-        ctx.layer = getattr(t.magnitude, "lorafast_name", None) or f"the DoRA layer with weight {tuple(t.weight.shape)}"
+        if c.keep == "output":
+            ctx.output = weakref.ref(y), y._version
+            ctx.layer = getattr(t.magnitude, "lorafast_name", None) or f"the DoRA layer with weight {tuple(t.weight.shape)}"
+        if directly:
+            return y
         ctx.mark_non_differentiable(h, z)
         return y, h, z
 
     @staticmethod
     def backward(ctx, dy, *_):
-        y, version = ctx.output[0](), ctx.output[1]
-        modified = ctx.settings.keep == "output" and y is not None and y._version != version
-        try:
-            x, h, kept, *flat = ctx.saved_tensors
-        except RuntimeError as error:
-            # A y that nobody holds any more cannot be asked, but is the likeliest.
-            if modified or (y is None and ctx.settings.keep == "output" and "inplace" in str(error)):
-                raise RuntimeError(_MODIFIED.format(ctx.layer)) from error
-            raise
-        # Under saved-tensor hooks, non-reentrant checkpointing among them, torch itself checks nothing: what comes back is a y
-        # that has been recomputed, and overwritten again by the op that follows.
-        if modified or (ctx.settings.keep == "output" and kept._version != version):
-            raise RuntimeError(_MODIFIED.format(ctx.layer))
-        wants: Wants = ctx.wants
-        found = torch.ops.lorafast.linear_backward(dy, x, h, kept, *flat, *ctx.settings, list(wants))
-        grads = dict(zip(wants.names, found, strict=True))
-        return *(grads.get(name) for name in ("x", *Tensors._fields)), *([None] * _S)
+        c, wants = ctx.settings, ctx.wants
+        x, h, kept, *flat = ctx.saved_tensors if c.keep != "output" else _with_unmodified_output(ctx)
+        if not torch.is_grad_enabled() and onlookers.plain(dy, x, h, kept, *flat) and not onlookers.present():
+            with below_autograd():
+                d_x, *found = backward(dy, x, h, kept, Tensors._make(flat), c, wants)
+        else:
+            given = iter(torch.ops.lorafast.linear_backward(dy, x, h, kept, *flat, *c, list(wants)))
+            d_x, *found = [next(given) if wanted else None for wanted in wants]
+        return None, None, d_x, None, *found, None, None
+
+
+@functools.lru_cache(maxsize=1024)
+def _asked(needs: tuple[bool, ...], axis: str, keep: str, has_gain: bool) -> tuple[Wants, Saves]:
+    """Of what _Linear's arguments need: the gradients wanted, and what to save for them."""
+    _, _, want_x, want_weight, *wanted, _, want_scale = needs
+    if want_weight or want_scale:
+        raise RuntimeError(_TRAINED)
+    wants = Wants(want_x, *wanted)
+    return wants, saves(wants, Settings(axis=axis, keep=keep), has_gain)
+
+
+def _with_unmodified_output(ctx) -> tuple[torch.Tensor | None, ...]:
+    """What keep="output" saved, its y as forward left it."""
+    y, version = ctx.output[0](), ctx.output[1]
+    modified = y is not None and y._version != version
+    try:
+        saved = ctx.saved_tensors
+    except RuntimeError as error:
+        # A y that nobody holds any more cannot be asked, but is the likeliest.
+        if modified or (y is None and "inplace" in str(error)):
+            raise RuntimeError(_MODIFIED.format(ctx.layer)) from error
+        raise
+    # Under saved-tensor hooks, non-reentrant checkpointing among them, torch itself checks nothing: what comes back is a y
+    # that has been recomputed, and overwritten again by the op that follows.
+    if modified or saved[2]._version != version:
+        raise RuntimeError(_MODIFIED.format(ctx.layer))
+    return saved
+
+
+# Function.apply looks for a transform and its leftovers first; nobody comes here with either.
+_differentiable_linear = super(torch.autograd.Function, _Linear).apply
 
 
 class _RowNorm(torch.autograd.Function):
@@ -219,7 +276,11 @@ def register(schema: str, kernel: Callable, fake: Callable, autograd: Callable) 
     torch.library.register_fake(f"lorafast::{op}", fake, lib=_LIBRARY)
 
 
-register(_LINEAR, _linear, _fake_linear, differentiable(_Linear.apply, "linear"))
+def _apply(x: torch.Tensor, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _Linear.apply(False, Settings(*flat[_T:]), x, *flat[:_T])
+
+
+register(_LINEAR, _linear, _fake_linear, differentiable(_apply, "linear"))
 register(_LINEAR_BACKWARD, _linear_backward, _fake_linear_backward, once("linear_backward"))
 register(_ROW_NORM, _row_norm, _fake_row_norm, differentiable(_RowNorm.apply, "row_norm", lambda args: args[-2]))
 register(_ROW_NORM_BACKWARD, _row_norm_backward, _fake_row_norm_backward, once("row_norm_backward"))

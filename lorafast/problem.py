@@ -6,7 +6,7 @@ Sizes: M tokens, K in, N out, R rank.  x [M,K] (any leading dims), weight [N,K],
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -176,34 +176,34 @@ class Problem:
     @classmethod
     def of(cls, x: torch.Tensor, t: Tensors, c: Settings) -> Problem:
         """The problem of one layer's call; x may be any activation [..., K] or, in backward, dy [..., N]."""
-        N, K = t.weight.shape
-        return cls(
-            arch=arch.of(x.device),
-            dtype=x.dtype,
-            M=tokens(x),
-            K=K,
-            N=(N,),
-            R=(t.lora_A.shape[0],),
-            weight_dtype=t.weight.dtype,
-            factor_dtype=t.lora_A.dtype,
-            transposed=t.weight.stride(0) == 1 and N != 1 and K != 1,
-            core="none" if t.core is None else "diagonal" if t.core.dim() == 1 else "full",
-            dropout=c.dropout,
-            dropout_on=c.dropout_on,
-            gain="none" if t.magnitude is None else c.axis,
-            keep=c.keep,
-            out_scale=t.out_scale is not None,
-        )
-
-    def with_ranks(self, R: tuple[int, ...]) -> Problem:
-        """The same with these adapters on the one weight."""
-        return replace(self, R=R)
+        return cls(*facts(x, t, c))
 
     @classmethod
     def of_norm(cls, t: Tensors, c: Settings) -> Problem:
         """The problem of row_norm, which the weight alone decides."""
-        folded = Tensors(t.weight, lora_A=t.lora_A, lora_B=t.lora_B)
-        return replace(cls.of(t.weight[:0], folded, Settings()), gain=c.axis)
+        return cls(*facts_of_norm(t, c))
+
+
+def facts(x: torch.Tensor, t: Tensors, c: Settings, R: tuple[int, ...] | None = None) -> tuple:
+    """The fields of Problem.of(x, t, c) in order: as good a key, and quicker to make and to hash. R: the ranks, if several."""
+    weight, A, core = t.weight, t.lora_A, t.core
+    N, K = weight.shape
+    return (
+        arch.of(x.device), x.dtype, tokens(x), K, (N,), R or (A.shape[0],), weight.dtype, A.dtype,
+        weight.stride(0) == 1 and N != 1 and K != 1,
+        "none" if core is None else "diagonal" if core.dim() == 1 else "full",
+        c.dropout, c.dropout_on, "none" if t.magnitude is None else c.axis, c.keep, t.out_scale is not None,
+    )  # fmt: skip
+
+
+def facts_of_norm(t: Tensors, c: Settings) -> tuple:
+    """The fields of Problem.of_norm(t, c) in order."""
+    weight, A = t.weight, t.lora_A
+    N, K = weight.shape
+    return (
+        arch.of(weight.device), weight.dtype, 0, K, (N,), (A.shape[0],), weight.dtype, A.dtype,
+        weight.stride(0) == 1 and N != 1 and K != 1, "none", 0.0, "adapter", c.axis, "none", False,
+    )  # fmt: skip
 
 
 def tokens(x: torch.Tensor) -> int:
@@ -218,8 +218,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def activation_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype a call runs in: autocast's if it is on for x's device and x is not fp64, else x's own."""
-    device = x.device.type
-    if device != "meta" and x.dtype != torch.float64 and x.is_floating_point() and torch.is_autocast_enabled(device):
+    device = "cpu" if x.is_cpu else x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64 and x.is_floating_point():
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -249,8 +249,10 @@ def resolved_keep(keep: str, c: Settings, trains_gain: bool, unbiased: bool, dty
 
 def saves(w: Wants, c: Settings, has_gain: bool) -> Saves:
     """What backward needs for the gradients asked for. c.keep is resolved."""
-    by_row = has_gain and w.gain and c.axis == "out"
-    by_column = has_gain and w.gain and c.axis == "in"
+    if not has_gain:
+        return Saves(w.lora_A, w.lora_B or w.core or w.out_scale, False, False)
+    by_row = w.gain and c.axis == "out"
+    by_column = w.gain and c.axis == "in"
     remade = by_row and c.keep == "recompute"
     return Saves(
         x=w.lora_A or remade or by_column,

@@ -7,14 +7,16 @@ Kept for backward: x by reference if an A trains, and M·Rᵢ for every B that t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from lorafast import dispatch
-from lorafast.ops import below_autocast, differentiable, once, register
-from lorafast.problem import Down, LowRank, Problem, Return, Scaling, Segment, Settings, Tensors, Up, accumulator, tokens
+from lorafast import dispatch, onlookers
+from lorafast.dispatch import Routes
+from lorafast.ops import below_autocast, below_autograd, differentiable, once, register
+from lorafast.problem import Down, LowRank, Return, Scaling, Segment, Settings, Tensors, Up, accumulator, facts, tokens
 
 
 class Factors(NamedTuple):
@@ -41,19 +43,31 @@ _FORWARD = f"several(Tensor x, Tensor weight, Tensor? bias, {_LISTS}) -> (Tensor
 _BACKWARD = f"several_backward(Tensor dy, Tensor? x, Tensor?[] h, Tensor weight, {_LISTS}, bool[] wants) -> Tensor[]"
 
 
-def several(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Sequence[Factors]) -> torch.Tensor:
-    """y [...,N] of x [...,K], weight [N,K] and at least one adapter. Checks nothing: lorafast.functional.several does."""
-    return torch.ops.lorafast.several(x, weight, bias, *map(list, zip(*adapters, strict=True)))[0]
+def several(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Sequence[Factors], plain: bool = False
+) -> torch.Tensor:
+    """y [...,N] of x [...,K], weight [N,K] and at least one adapter. Checks nothing: lorafast.functional.several does.
+
+    plain: as in ops.linear.
+    """
+    lists = [list(one) for one in zip(*adapters, strict=True)]
+    if not plain or onlookers.present():
+        return torch.ops.lorafast.several(x, weight, bias, *lists)[0]
+    laid_flat = [one for some in lists for one in some]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, bias, *laid_flat):
+        return _Several.apply(True, len(adapters), x, weight, bias, *laid_flat)
+    with below_autograd():
+        return _several(x, weight, bias, *lists)[0]
 
 
 def _several(x, weight, bias, *lists) -> tuple[torch.Tensor, list[torch.Tensor]]:
     adapters = [Factors(*one) for one in zip(*lists, strict=True)]
     with below_autocast():
-        problem = _problem(x, weight, adapters)
+        routes = _routes(x, weight, adapters)
         downs = [Down(one.lora_A, None, one.seed, one.dropout) for one in adapters]
-        projected = dispatch.pick("project", problem).project(x, downs)
+        projected = routes["project"].project(x, downs)
         ups = [Up(mixed, one.lora_B, one.s) for (_, mixed), one in zip(projected, adapters, strict=True)]
-        y, _ = dispatch.pick("linear", problem).linear(x, weight, ups, None, _bias(bias, weight, adapters))
+        y, _ = routes["linear"].linear(x, weight, ups, None, _bias(bias, weight, adapters))
         return y, [h for h, _ in projected]
 
 
@@ -63,17 +77,17 @@ def _several_backward(dy, x, hs, weight, *rest) -> list[torch.Tensor]:
     adapters = [Factors(*one) for one in zip(*lists, strict=True)]
     want_x, want_bias, asked = _unpacked(wants)
     with below_autocast():
-        problem = _problem(dy, weight, adapters)
+        routes = _routes(dy, weight, adapters)
         returns = [
             Return(one.lora_B, one.s, h=h, want_v=want_x or want_A, want_B=want_B)
             for one, h, (want_A, want_B, _) in zip(adapters, hs, asked, strict=True)
         ]
         any_bias = want_bias or any(want for _, _, want in asked)
-        sums = dispatch.pick("grad_output", problem).grad_output(dy, returns, None, None, want_bias=any_bias)
+        sums = routes["grad_output"].grad_output(dy, returns, None, None, want_bias=any_bias)
         lows = [LowRank(own.v, one.lora_A, one.seed, one.dropout) for own, one in zip(sums.adapters, adapters, strict=True)]
         trained = [low for low, (want_A, _, _) in zip(lows, asked, strict=True) if want_A]
-        in_A = iter(dispatch.pick("grad_project", problem).grad_project(x, trained) if trained else ())
-        found = [dispatch.pick("grad_input", problem).grad_input([Segment(dy, weight)], lows)] if want_x else []
+        in_A = iter(routes["grad_project"].grad_project(x, trained) if trained else ())
+        found = [routes["grad_input"].grad_input([Segment(dy, weight)], lows)] if want_x else []
     found += [sums.d_bias] if want_bias else []
     for own, one, (want_A, want_B, want_lora_bias) in zip(sums.adapters, adapters, asked, strict=True):
         found += [next(in_A).to(one.lora_A.dtype)] if want_A else []
@@ -82,11 +96,11 @@ def _several_backward(dy, x, hs, weight, *rest) -> list[torch.Tensor]:
     return found
 
 
-def _problem(x: torch.Tensor, weight: torch.Tensor, adapters: list[Factors]) -> Problem:
+def _routes(x: torch.Tensor, weight: torch.Tensor, adapters: list[Factors]) -> Routes:
     """One entry of R for each adapter; dropout is the largest."""
     first, p = adapters[0], max(one.dropout for one in adapters)
-    problem = Problem.of(x, Tensors(weight, lora_A=first.lora_A, lora_B=first.lora_B), Settings(dropout=p))
-    return problem.with_ranks(tuple(one.lora_A.shape[0] for one in adapters))
+    ranks = tuple(one.lora_A.shape[0] for one in adapters)
+    return dispatch.routes(facts(x, Tensors(weight, lora_A=first.lora_A, lora_B=first.lora_B), Settings(dropout=p), ranks))
 
 
 def _bias(bias: torch.Tensor | None, weight: torch.Tensor, adapters: list[Factors]) -> torch.Tensor | None:
@@ -124,11 +138,11 @@ class _Several(torch.autograd.Function):
     """Lists laid flat, because autograd looks at arguments one by one: x, weight, bias, then all A, all B, …"""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, count, *flat):
+    def forward(ctx, directly, count, x, weight, bias, *flat):
         lists = [list(flat[i : i + count]) for i in range(0, len(flat), count)]
         with torch._C._AutoDispatchBelowAutograd():
-            y, hs = torch.ops.lorafast.several(x, weight, bias, *lists)
-        asked_x, asked_weight, asked_bias, _, *asked = ctx.needs_input_grad
+            y, hs = (_several if directly else torch.ops.lorafast.several)(x, weight, bias, *lists)
+        _, _, asked_x, asked_weight, asked_bias, *asked = ctx.needs_input_grad
         if asked_weight or any(asked[_TRAINABLE * count :]):
             raise RuntimeError("lorafast::several has no gradient for weight or a tensor scaling")
         each = list(zip(*(asked[i * count : (i + 1) * count] for i in range(_TRAINABLE)), strict=True))
@@ -139,6 +153,8 @@ class _Several(torch.autograd.Function):
         lists[2] = [None] * count
         ctx.save_for_backward(kept_x, weight, *kept_h, *(one for some in lists[:_TENSORS] for one in some))
         ctx.count, ctx.numbers = count, lists[_TENSORS:]
+        if directly:
+            return y
         ctx.mark_non_differentiable(*hs)
         return y, *hs
 
@@ -146,15 +162,19 @@ class _Several(torch.autograd.Function):
     def backward(ctx, dy, *_):
         n, (x, weight, *flat) = ctx.count, ctx.saved_tensors
         hs, *lists = [list(flat[i : i + n]) for i in range(0, len(flat), n)]
-        found = iter(torch.ops.lorafast.several_backward(dy, x, hs, weight, *lists, *ctx.numbers, ctx.wants))
+        directly = not torch.is_grad_enabled() and onlookers.plain(dy, x, weight, *flat) and not onlookers.present()
+        with below_autograd() if directly else contextlib.nullcontext():
+            call = _several_backward if directly else torch.ops.lorafast.several_backward
+            found = iter(call(dy, x, hs, weight, *lists, *ctx.numbers, ctx.wants))
         want_x, want_bias, asked = _unpacked(ctx.wants)
         d_x, d_bias = (next(found) if want else None for want in (want_x, want_bias))
         each = [[next(found) if want else None for want in one] for one in asked]
-        return d_x, None, d_bias, None, *(one[i] for i in range(_TRAINABLE) for one in each), *([None] * (n * (7 - _TRAINABLE)))
+        by_list = [one[i] for i in range(_TRAINABLE) for one in each]
+        return None, None, d_x, None, d_bias, *by_list, *([None] * (n * (len(Factors._fields) - _TRAINABLE)))
 
 
 def _apply(x, weight, bias, *lists) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    y, *hs = _Several.apply(x, weight, bias, len(lists[0]), *(one for some in lists for one in some))
+    y, *hs = _Several.apply(False, len(lists[0]), x, weight, bias, *(one for some in lists for one in some))
     return y, hs
 
 

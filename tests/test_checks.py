@@ -1,9 +1,13 @@
 """Bad input: one error, which names the argument and the shapes, and changes nothing."""
 
+import random
+
 import pytest
 import torch
 
 import lorafast
+from lorafast import checks, onlookers
+from lorafast.problem import Tensors
 
 N, K, R = 6, 5, 2
 GOOD = {
@@ -84,3 +88,41 @@ def test_right():
 def test_in_the_layer_too():
     with pytest.raises(ValueError, match=r"x \(2, 4\) must end in K=5"):
         lorafast.Linear(K, N)(torch.randn(2, 4))
+
+
+def _values():
+    """For every argument, some that are right with GOOD and some that are not."""
+    shapes = [(), (1,), (R,), (N,), (K,), (R, R), (R, K), (N, R), (N, K), (0, K), (N, 0), (3, K), (2, 3, K)]
+    dtypes = [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.complex64]
+    tensors = [torch.zeros(shape, dtype=dtype) for shape in shapes for dtype in dtypes]
+    tensors += [None, 2.0, [1.0], torch.empty(N, device="meta"), torch.randn(K, N).t(), torch.nn.Parameter(torch.randn(N))]
+    numbers = [0, 1, 2, 0.0, 0.3, 0.99, 1e-9, 1 - 1e-9, 1.0, -1, 1e400, -1e400, 1e400 - 1e400, True, False, "1", None, 2**70, [0]]
+    words = [*checks.AXES, *checks.DROPOUT_ON, *checks.KEEPS, "", 0, None, ["out"]]
+    named = {name: tensors for name in ("x", *Tensors._fields[:-1])} | dict.fromkeys(("axis", "dropout_on", "keep"), words)
+    return named | {"scaling": [*numbers, torch.ones(()), torch.ones(2)], "dropout": numbers, "frozen_columns": [*numbers, N]}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_glance_lets_pass_what_a_close_look_does_and_no_more(autocast):
+    def verdict(plain):
+        parts = Tensors(*(given[name] for name in Tensors._fields[:-1]))
+        numbers = (given[name] for name in ("scaling", "dropout", "axis", "dropout_on", "keep", "frozen_columns"))
+        try:
+            return checks.call(given["x"], parts, *numbers, plain and onlookers.plain(given["x"], *parts))
+        except Exception as error:
+            return type(error), str(error)
+
+    choose, values, accepted = random.Random(0), _values(), 0
+    usual = {"scaling": 1.0, "dropout": 0.0, "axis": "out", "dropout_on": "adapter", "keep": "auto", "frozen_columns": 0}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for name in (*values, *(None for _ in range(4000))):
+            for value in values[name] if name else (None,):
+                given = dict.fromkeys(Tensors._fields[:-1]) | usual | GOOD
+                for optional in ("bias", "core", "magnitude", "norm", "out_scale", "lora_bias", "seed"):
+                    given[optional] = choose.choice((None, GOOD[optional]))
+                changed = {name: value} if name else {one: choose.choice(values[one]) for one in choose.sample(sorted(values), 2)}
+                given |= changed
+                closely = verdict(plain=False)
+                assert verdict(plain=True) == closely, changed
+                accepted += isinstance(closely, torch.dtype)
+    assert accepted > 100

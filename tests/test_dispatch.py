@@ -1,13 +1,15 @@
 """Routes: auto may fall back, a forced backend raises with every reason, and nothing is silent."""
 
+import os
 import types
 
 import pytest
 import torch
 
+import lorafast
 from lorafast import arch, dispatch, env, links
 from lorafast.backends import eager
-from lorafast.problem import PRIMITIVES, Problem, Settings, Tensors
+from lorafast.problem import PRIMITIVES, Problem, Settings, Tensors, facts
 
 X86 = Problem(arch.Arch("cpu", "cpu"), torch.float32, 8, 6, (5,), (2,), torch.float32, torch.float32)
 
@@ -123,6 +125,33 @@ def test_the_environment_is_read_at_each_call(clean):
     clean.setenv("LORAFAST_BACKEND", " Eager ")
     assert env.backend() == "eager"
     assert not env.log()
+    clean.delenv("LORAFAST_BACKEND")
+    assert env.backend() == "auto"
+    clean.setattr(os, "environ", {"LORAFAST_BACKEND": "cpu", "LORAFAST_LOG": "1"})
+    assert env.backend() == "cpu"
+    assert env.log()
+
+
+def test_a_layer_hears_of_a_change_at_its_next_call(clean):
+    layer, x = lorafast.Linear(6, 5), torch.randn(3, 6)
+    layer(x)
+    clean.setenv("LORAFAST_BACKEND", "absent")
+    with pytest.raises(RuntimeError, match="LORAFAST_BACKEND=absent cannot project"):
+        layer(x)
+    clean.delenv("LORAFAST_BACKEND")
+    layer(x)
+
+
+def test_facts_are_as_good_a_key_as_the_problem():
+    t = Tensors(torch.empty(5, 6), lora_A=torch.empty(2, 6), lora_B=torch.empty(5, 2), core=torch.empty(2))
+    c = Settings(dropout=0.5, frozen_columns=1)
+    known = facts(torch.empty(3, 6), t, c)
+    assert Problem(*known) == Problem.of(torch.empty(3, 6), t, c)
+    assert (Problem(*known).M, Problem(*known).R, Problem(*known).core, Problem(*known).dropout) == (3, (2,), "diagonal", 0.5)
+    assert dispatch.routes(known) is dispatch.routes(facts(torch.empty(1, 3, 6), t, c._replace(frozen_columns=0)))
+    assert dispatch.routes(known) is not dispatch.routes(facts(torch.empty(4, 6), t, c))
+    of_norm = Problem.of_norm(t, Settings(axis="in"))
+    assert (of_norm.M, of_norm.gain, of_norm.core, of_norm.dropout) == (0, "in", "none", 0.0)
 
 
 def test_a_lost_link_says_how_to_mend_it(tmp_path):
