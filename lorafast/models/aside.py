@@ -17,8 +17,6 @@ from lorafast import checks, philox
 from lorafast.models import variant
 from lorafast.problem import activation_dtype
 
-# Whoever hangs one of these on a part of the layer expects that part to be called.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = ("Tensor", "Parameter", "FakeTensor")
 # Arguments PEFT hands on with every call, None where they are not used.
 _IDLE = ("adapter_names", "alora_offsets")
@@ -26,7 +24,15 @@ _IDLE = ("adapter_names", "alora_offsets")
 
 def active(layer: PeftLinear) -> list[str]:
     """The active adapters this layer has."""
-    return [name for name in layer.active_adapters if name in layer.lora_A]
+    held = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in held]
+
+
+def parts_of(layer: PeftLinear, name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """lora_A, lora_B and the dropout of an adapter of the layer."""
+    # A tenth of the price of nn.Module's attributes, at every call.
+    held = layer._modules
+    return held["lora_A"]._modules[name], held["lora_B"]._modules[name], held["lora_dropout"]._modules[name]
 
 
 def method(layer: PeftLinear, name: str) -> str:
@@ -74,7 +80,10 @@ def why_not_adapters(layer: PeftLinear, names: list[str], dropout_on: str, keep:
         return f"several active adapters of which one is {special}"
     if keep == "output" and dropout_on == "both" and methods == ["DoRA"] and drops(layer.lora_dropout[names[0]]):
         return "keep='output' cannot serve dropout_on='both'"
-    return next((why for name in names if (why := _why_not_adapter(layer, name))), None)
+    for name in names:
+        if why := _why_not_adapter(layer, name):
+            return why
+    return None
 
 
 def _why_not_base(layer: PeftLinear) -> str | None:
@@ -94,7 +103,7 @@ def _why_not_base(layer: PeftLinear) -> str | None:
 
 
 def _why_not_adapter(layer: PeftLinear, name: str) -> str | None:
-    A, B, dropout, made_by = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.lora_variant.get(name)
+    A, B, dropout, made_by = (*parts_of(layer, name), layer.lora_variant.get(name))
     if type(A) is not nn.Linear or type(B) is not nn.Linear:
         return f"its lora_A and lora_B are a {kind(A)} and a {kind(B)}"
     if A.bias is not None:
@@ -103,31 +112,34 @@ def _why_not_adapter(layer: PeftLinear, name: str) -> str | None:
         return f"its dropout is a {kind(dropout)}"
     if drops(dropout) and not 0 < round(dropout.p * philox.STEPS) < philox.STEPS:
         return f"its dropout of {dropout.p} is nothing or all in 16 bits"
-    parts, tensors = [A, B, dropout], [A.weight, B.weight] + ([] if B.bias is None else [B.bias])
+    parts, bias = [A, B, dropout], B.bias
+    tensors = [A.weight, B.weight] if bias is None else [A.weight, B.weight, bias]
     if type(made_by) is variant.LamdaVariant:
         tensors.append(layer.lora_core[name])
     elif made_by is not None:
         if type(made_by) is not DoraLinearVariant:
             return f"its variant is {kind(made_by)}"
-        if B.bias is not None:
+        if bias is not None:
             return "DoRA with lora_bias, which PEFT counts into the norm"
         held = layer.lora_magnitude_vector[name]
         if type(held) is not dora.DoraLinearLayer:
             return f"its magnitude is held by a {kind(held)}"
         parts.append(held)
         tensors.append(held.weight)
-    if why := next((why for part in parts if (why := _taken_over(part))), None):
-        return f"a part of its adapter {why}"
+    for part in parts:
+        if why := _taken_over(part):
+            return f"a part of its adapter {why}"
     return _why_not_tensors(tensors, layer.base_layer.weight) or _why_not_scaling(layer.scaling[name], layer.base_layer.weight)
 
 
 def _why_not_tensors(tensors: list[torch.Tensor], weight: torch.Tensor) -> str | None:
+    device = weight.device
     for one in tensors:
         if type(one) is not nn.Parameter:
             return f"a factor is a {kind(one)}"
         if one.dtype not in checks.DTYPES:
             return f"a factor is {one.dtype}"
-        if one.device != weight.device:
+        if one.device != device:
             return "its adapter and its base layer are on different devices"
     return None
 
@@ -174,9 +186,11 @@ def drops(dropout: nn.Module) -> bool:
 
 def _taken_over(module: nn.Module) -> str | None:
     """Whether somebody expects the module to be called: hooks, offloading, a forward of its own."""
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    # Written out, because every call asks it of every part.
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
-    return "has a forward of its own (offloading?)" if "forward" in vars(module) or "_hf_hook" in vars(module) else None
+    own = vars(module)
+    return "has a forward of its own (offloading?)" if "forward" in own or "_hf_hook" in own else None
 
 
 def kind(thing: object) -> str:

@@ -79,7 +79,8 @@ def fallback(layer: Linear, why: str, x: torch.Tensor, *args, **kwargs) -> torch
 
 def fast(layer: Linear, x: torch.Tensor) -> torch.Tensor:
     """The call on lorafast's ops. aside.why_not_call must have found nothing against it."""
-    weight, bias, names = _weight(layer), layer.base_layer.bias, aside.active(layer)
+    base, names = layer.base_layer, aside.active(layer)
+    weight, bias = _weight(layer, base), base.bias
     if len(names) > 1:
         return functional.several(x, weight, bias, [factors(layer, name) for name in names])
     f, core, magnitude = factors(layer, names[0]), variant.core(layer, names[0]), _magnitude(layer, names[0])
@@ -93,10 +94,10 @@ def fast(layer: Linear, x: torch.Tensor) -> torch.Tensor:
 
 def factors(layer: PeftLinear, name: str) -> Factors:
     """One adapter's tensors and settings, read where they are now: nothing of a layer outlives a call."""
-    A, B, dropout, number = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
+    A, B, dropout = aside.parts_of(layer, name)
     # DoRA's dropout asks the layer whether it trains, the others' ask the dropout.
     drops = aside.drops(dropout) and dropout.training and (layer.training or name not in layer.lora_magnitude_vector)
-    scaling, scale = split_scaling(number)
+    scaling, scale = split_scaling(layer.scaling[name])
     return Factors(A.weight, B.weight, B.bias, None, scale, scaling, dropout.p if drops else 0.0)
 
 
@@ -106,18 +107,17 @@ def explained(layer: Linear) -> list[Call]:
     why = "a forward of its own" if "forward" in vars(layer) else aside.why_not_now(layer, *_options(layer))
     for name in aside.active(layer) or layer.lora_A:
         A, B, dropout, magnitude = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], _magnitude(layer, name)
-        core, bias = variant.core(layer, name), layer.get_base_layer().bias
-        t = Tensors(_weight(layer), bias, A.weight, B.weight, core, magnitude, lora_bias=B.bias)
+        core, base = variant.core(layer, name), layer.get_base_layer()
+        t = Tensors(_weight(layer, base), base.bias, A.weight, B.weight, core, magnitude, lora_bias=B.bias)
         c = Settings(dropout=dropout.p if aside.drops(dropout) else 0.0, dropout_on=layer.lorafast_dropout_on)
         method = f"{aside.method(layer, name)} of PEFT ({name})"
         told.append(Call(method, t, c, layer.lorafast_keep, merged=layer.merged, elsewhere=why and f"PEFT's own forward: {why}"))
     return told
 
 
-def _weight(layer: PeftLinear) -> torch.Tensor:
+def _weight(layer: PeftLinear, base: nn.Module) -> torch.Tensor:
     """The base weight as [N,K]: a view where PEFT's layer holds [K,N]."""
-    weight = layer.get_base_layer().weight
-    return weight.t() if layer.fan_in_fan_out else weight
+    return base.weight.t() if layer.fan_in_fan_out else base.weight
 
 
 def _magnitude(layer: PeftLinear, name: str) -> torch.Tensor | None:
