@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "vector.h"
+#include "workspace.h"
 
 namespace py = pybind11;
 
@@ -10,16 +11,12 @@ PYBIND11_MODULE(LORAFAST_MODULE, m) {
   using namespace lorafast;
   using Free = py::call_guard<py::gil_scoped_release>;
   m.attr("ISA") = ISA;
+  m.def("largest_workspace", &Workspace::largest);
   m.def("down", &entries::down, Free());
-  m.def("down_workspace", &entries::down_workspace);
   m.def("up", &entries::up, Free());
-  m.def("up_workspace", &entries::up_workspace);
   m.def("outer", &entries::outer, Free());
-  m.def("outer_workspace", &entries::outer_workspace);
   m.def("grad_output", &entries::grad_output, Free());
-  m.def("grad_output_workspace", &entries::grad_output_workspace);
   m.def("row_norm", &entries::row_norm, Free());
-  m.def("row_norm_workspace", &entries::row_norm_workspace);
   m.def("drop", &entries::drop, Free());
   m.def("scale", &entries::scale, Free());
 }

@@ -4,6 +4,7 @@
 #include "pack.h"
 #include "stage.h"
 #include "tile.h"
+#include "workspace.h"
 
 namespace lorafast {
 
@@ -43,16 +44,12 @@ inline void down_tile(const Matrix<const T>& x, int64_t m0, int64_t rows, int64_
   });
 }
 
+// h = drop.scale·(drop(x) Fᵀ), rounded once. x [M,K], F [R,K] rounded to T, h [M,R].
 template <class T>
-inline int64_t down_workspace(int64_t K, int64_t R) {
-  return packed_long<T>(K, R);
-}
-
-// h = drop.scale·(drop(x) Fᵀ), rounded once. x [M,K], F [R,K] rounded to T, h [M,R]; work: down_workspace floats.
-template <class T>
-void down(const Matrix<const T>& x, const Factor& F, const Dropout& drop, const Matrix<T>& h, float* work, int threads) {
+void down(const Matrix<const T>& x, const Factor& F, const Dropout& drop, const Matrix<T>& h, int threads) {
   const int64_t ranks = round_up(F.R, DOWN_RANKS), K = x.columns, step = DOWN_COLUMNS<T>, bits_row = step / 8;
   const Vector scale = splat(drop.scale);
+  const Workspace work(packed_long<T>(K, F.R));
   team(threads, [&] {
     pack_long<T>(F, {}, work);
     each(ceil_div(x.rows, DOWN_TASK), [&](int64_t task) {

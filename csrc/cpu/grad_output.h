@@ -121,12 +121,13 @@ inline void finish_sums(const Asked<T>& asked, int64_t N, int64_t shares, const 
   }
 }
 
-// dy [M,N]; work: GradOutputWork(...).floats() floats.
+// dy [M,N].
 template <class T>
-void grad_output(const Matrix<const T>& dy, const Asked<T>& asked, float* work, int threads) {
+void grad_output(const Matrix<const T>& dy, const Asked<T>& asked, int threads) {
   const int64_t M = dy.rows, N = dy.columns, R = asked.u.data ? asked.u.columns : 0, ranks = round_up(R, DOWN_RANKS);
   const Cut cut(M, N, TASK_COLUMNS);
   const GradOutputWork<T> places(M, N, R, asked.rows());
+  const Workspace work(places.floats());
   float *packed = work, *u = packed + places.factor, *sums = u + places.u;
   const Vector s = splat(asked.into_u.s);
   team(threads, [&] {

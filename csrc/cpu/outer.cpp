@@ -5,19 +5,12 @@
 
 namespace lorafast::entries {
 
-void outer(int type, Address x, int64_t M, int64_t K, int64_t stride, Address v, int64_t R, int64_t v_stride, Address seed,
-           uint32_t t, Address out, Address work, int threads) {
+void outer(int type, Address x, int64_t M, int64_t K, int64_t x_stride, Address v, int64_t R, int64_t v_stride, Address seed,
+           uint32_t t, Address out, int threads) {
   of_type(type, [&](auto one) {
     using T = decltype(one);
-    lorafast::outer<T>({at<const T>(x), M, K, stride}, {at<const T>(v), M, R, v_stride}, dropout(seed, t),
-                       {at<float>(out), R, K, K}, at<float>(work), threads);
-  });
-}
-
-int64_t outer_workspace(int type, int64_t M, int64_t K, int64_t R) {
-  return of_type(type, [&](auto one) {
-    using T = decltype(one);
-    return lorafast::outer_workspace<T>(M, K, R);
+    lorafast::outer<T>({at<const T>(x), M, K, x_stride}, {at<const T>(v), M, R, v_stride}, dropout(seed, t),
+                       {at<float>(out), R, K, K}, threads);
   });
 }
 

@@ -4,6 +4,7 @@
 #include "pack.h"
 #include "stage.h"
 #include "tile.h"
+#include "workspace.h"
 
 namespace lorafast {
 
@@ -57,18 +58,13 @@ inline void outer_tile(const float* v, int64_t v_stride, int64_t R, const float*
     block(std::integral_constant<int, 1>{});
 }
 
+// out = drop.scale·vᵀ drop(x), in fp32. x [M,K], v [M,R], out [R,K].
 template <class T>
-inline int64_t outer_workspace(int64_t M, int64_t K, int64_t R) {
-  return Cut(M, K, GROUP).shares * R * round_up(K, GROUP);
-}
-
-// out = drop.scale·vᵀ drop(x), in fp32. x [M,K], v [M,R], out [R,K]; work: outer_workspace floats.
-template <class T>
-void outer(const Matrix<const T>& x, const Matrix<const T>& v, const Dropout& drop, const Matrix<float>& out, float* work,
-           int threads) {
+void outer(const Matrix<const T>& x, const Matrix<const T>& v, const Dropout& drop, const Matrix<float>& out, int threads) {
   const int64_t R = v.columns, K = x.columns, Kp = round_up(K, GROUP);
   const Cut cut(x.rows, K, GROUP);
   const Vector scale = splat(drop.scale);
+  const Workspace work(cut.shares * R * Kp);
   team(threads, [&] {
     each(cut.shares * cut.groups, [&](int64_t task) {
       const int64_t share = task / cut.groups, m_end = at_most((share + 1) * cut.rows, x.rows);

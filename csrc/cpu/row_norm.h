@@ -7,10 +7,6 @@
 
 namespace lorafast {
 
-inline int64_t row_norm_workspace(int64_t N, int64_t K, int64_t R, bool by_row) {
-  return packed_wide(K, R) + (by_row ? 0 : Cut(N, K, GROUP).shares * padded(K));
-}
-
 // v² of a tile of I rows and J vectors of V = W + B A, gathered into squares: per row, or per column.
 template <class T>
 class SquareTile {
@@ -58,12 +54,12 @@ inline void stage_factor(const Factor& B, float s, int64_t n0, int64_t rows, flo
   });
 }
 
-// weight [N,K], A [R,K], B [R,N] as a Factor, out [N] or [K]; work: row_norm_workspace floats.
+// weight [N,K], A [R,K], B [R,N] as a Factor, out [N] or [K].
 template <class T>
-void row_norm(const Matrix<const T>& weight, const Factor& A, const Factor& B, float s, bool by_row, float* out, float* work,
-              int threads) {
+void row_norm(const Matrix<const T>& weight, const Factor& A, const Factor& B, float s, bool by_row, float* out, int threads) {
   const int64_t N = weight.rows, K = weight.columns, Kp = padded(K), Rp = padded(A.R);
   const Cut cut(N, K, GROUP);
+  const Workspace work(packed_wide(K, A.R) + (by_row ? 0 : cut.shares * Kp));
   const SquareTile<T> tile(weight, work, cells<T>(A.R));
   float* sums = work + packed_wide(K, A.R);
   team(threads, [&] {

@@ -26,7 +26,8 @@ inline __attribute__((always_inline)) void multiply(const char* a, int64_t a_row
 }
 
 // sums[i][j] += Σ over spans of a's row i times b's rank j, lane by lane. a: n numbers of each row, a_row numbers apart; bits:
-// theirs, bits_row bytes apart, or null; b: J ranks of W cells a span. ahead: how many of the rows from `next` on are fetched meanwhile.
+// theirs, bits_row bytes apart, or null; b: J ranks of W cells a span. ahead: how many of the rows from `next` on are fetched
+// meanwhile.
 template <class T, Read how, int ahead, int I, int J>
 inline __attribute__((always_inline)) void multiply_long(const T* a, int64_t a_row, int64_t n, const T* next, const uint8_t* bits,
                                                          int64_t bits_row, const float* b, Vector (&sums)[I][J]) {

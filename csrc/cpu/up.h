@@ -4,6 +4,7 @@
 #include "pack.h"
 #include "stage.h"
 #include "tile.h"
+#include "workspace.h"
 
 namespace lorafast {
 
@@ -96,13 +97,12 @@ class UpTask {
   alignas(64) uint8_t bits[UP_TASK_ROWS * BITS_ROW + PHILOX_SLACK];
 };
 
-inline int64_t up_workspace(int64_t N, int64_t R) { return packed_wide(N, R); }
-
-// h [M,R], F [R,N] multiplied by `by` and rounded to T, out [M,N] holding the base's part; work: up_workspace floats.
+// h [M,R], F [R,N] multiplied by `by` and rounded to T, out [M,N] holding the base's part.
 template <class T, End end>
 void up_to(const Matrix<const T>& h, const Factor& F, const Multiplier& by, const Dropout& drop, const Gain<T>& gain,
-           const Matrix<T>& out, float* work, int threads) {
+           const Matrix<T>& out, int threads) {
   const int64_t across = ceil_div(out.columns, UP_TASK_COLUMNS);
+  const Workspace work(packed_wide(out.columns, F.R));
   team(threads, [&] {
     pack_wide<T>(F, by, work);
     each(across * ceil_div(out.rows, UP_TASK_ROWS), [&](int64_t task) {
@@ -116,13 +116,13 @@ void up_to(const Matrix<const T>& h, const Factor& F, const Multiplier& by, cons
 // drop and gain exclude each other.
 template <class T>
 void up(const Matrix<const T>& h, const Factor& F, const Multiplier& by, const Dropout& drop, const Gain<T>& gain,
-        const Matrix<T>& out, float* work, int threads) {
+        const Matrix<T>& out, int threads) {
   if (drop)
-    up_to<T, End::masked>(h, F, by, drop, gain, out, work, threads);
+    up_to<T, End::masked>(h, F, by, drop, gain, out, threads);
   else if (gain.gain)
-    up_to<T, End::gained>(h, F, by, drop, gain, out, work, threads);
+    up_to<T, End::gained>(h, F, by, drop, gain, out, threads);
   else
-    up_to<T, End::plain>(h, F, by, drop, gain, out, work, threads);
+    up_to<T, End::plain>(h, F, by, drop, gain, out, threads);
 }
 
 }  // namespace lorafast

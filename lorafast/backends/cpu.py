@@ -1,7 +1,7 @@
 """The C++ backend for CPU tensors: torch's own GEMM for the base, and csrc/cpu for all that is added to it, one pass each.
 
-What the kernels need beyond their stacks is a tensor, so that it is counted like any other; their results do not depend on the
-number of threads, which is torch's.
+Results do not depend on the number of threads, which is torch's. Python runs slowly right after a GEMM that has emptied the
+caches, so little of it stands between the calls.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import functools
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 
 from lorafast import extension, philox
-from lorafast.backends import eager
 from lorafast.panels import flat
 from lorafast.problem import Down, LowRank, OutputGrads, Problem, Return, Returned, Scaling, Segment, Up
 from lorafast.reference import mix
@@ -52,6 +50,12 @@ def how(primitive: str, problem: Problem) -> str | None:
     return None if isinstance(library(), str) else library().ISA
 
 
+def workspace() -> int:
+    """Bytes of the largest workspace a kernel has had since this was last asked: torch's allocator sees none of them."""
+    asked = library.cache_info().currsize
+    return library().largest_workspace() if asked and not isinstance(library(), str) else 0
+
+
 def project(x: torch.Tensor, downs: list[Down]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """h = drop(x) Aᵀ rounded to x's dtype, and h' = core(h).  x [...,K] -> h, h' [M,R] for each way down."""
     x2, out = _rows(x), []
@@ -74,14 +78,13 @@ def linear(
     keep_inner, which needs a gain, returns z beside y.
     """
     # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start changes no bit.
-    early = bias.to(x.dtype) if bias is not None and gain is None else None
-    y = F.linear(x, weight.to(x.dtype), early)
-    if not ups and gain is None:
+    late = gain is not None
+    y = torch._C._nn.linear(x, weight.to(x.dtype), None if late or bias is None else bias.to(x.dtype))
+    if not ups and not late:
         return y, None
-    y2 = y.view(-1 if y.numel() else 0, weight.shape[0])
-    z = torch.empty_like(y2) if keep_inner else None
-    up = ups[0] if len(ups) == 1 else _joined(ups, y2)
-    _up(up.mixed, up.B, y2, up.scaling, up.out_scale, gain=_wide(gain), bias=None if gain is None else _wide(bias), inner=z)
+    up = ups[0] if len(ups) == 1 else _joined(ups, y)
+    z = y.new_empty(up.mixed.shape[0], y.shape[-1]) if keep_inner else None
+    _up(up.mixed, up.B, y, up.scaling, up.out_scale, gain=_wide(gain), bias=_wide(bias) if late else None, inner=z)
     return y, z
 
 
@@ -96,26 +99,26 @@ def grad_output(
 
     dy [...,N], kept [...,N] or None. Columns of dB before frozen_columns are zero and cost nothing.
     """
-    dy2, adapters = _rows(dy), []
-    sums = torch.float32
-    d_bias = torch.empty(dy2.shape[1], dtype=sums) if want_bias else None
-    dot = None if kept is None else torch.empty(dy2.shape[1], dtype=sums)
-    kept2 = None if kept is None else _rows(kept)
-    gain = _wide(gain)
-    for i, back in enumerate(returns):
-        # The sums that are no adapter's come with the first.
-        adapters.append(_returned(dy2, back, gain, None if i else d_bias, None if i else kept2, None if i else dot))
+    dy2, gain, first, *more = _rows(dy), _wide(gain), *returns
+    N = dy2.shape[1]
+    d_bias = torch.empty(N, dtype=torch.float32) if want_bias else None
+    dot = None if kept is None else torch.empty(N, dtype=torch.float32)
+    # The sums that are no adapter's come with the first.
+    adapters = [_returned(dy2, first, gain, d_bias, None if kept is None else _rows(kept), dot)]
+    adapters += [_returned(dy2, back, gain) for back in more]
     return OutputGrads(adapters, d_bias, dot)
 
 
 def grad_input(segments: list[Segment], low_ranks: list[LowRank]) -> torch.Tensor:
     """dx = Σ (gain⊙dy) W + Σ mask⊙(v A).  dy [...,N] -> dx [...,K]."""
-    dy, K = segments[0].dy, segments[0].weight.shape[1]
-    dx = dy.new_empty(*dy.shape[:-1], K)
-    dx2 = dx.view(flat(dy).shape[0], K)
-    eager.add_products(dx2, list(map(_operands, segments)), started=False, low_first=True)
+    first, *more = segments
+    dx = first.dy.new_empty(*first.dy.shape[:-1], first.weight.shape[1])
+    dx2 = dx if dx.dim() == 2 else dx.view(-1 if dx.numel() else flat(first.dy).shape[0], dx.shape[-1])
+    torch.mm(*_operands(first), out=dx2)
+    for segment in more:
+        dx2.addmm_(*_operands(segment))
     for v, A, seed, p in low_ranks:
-        _up(v, A.t(), dx2, seed=seed, p=p)
+        _up(v, A.t(), dx, seed=seed, p=p)
     return dx
 
 
@@ -127,25 +130,29 @@ def grad_project(x: torch.Tensor, low_ranks: list[LowRank]) -> list[torch.Tensor
 
 def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Scaling = 1.0, axis: str = "out") -> torch.Tensor:
     """‖W + sBA‖ per row (axis="out", [N]) or per column (axis="in", [K]), in fp32."""
-    by_row = axis == "out"
-    if weight.stride(1) != 1 and weight.stride(0) == 1:
+    by_row, down, up = axis == "out", A, B.t()
+    if _lies_across(weight):
         # ‖Wᵀ + sAᵀBᵀ‖ along the other axis: a transposed weight is read as it lies.
-        weight, A, B, by_row = weight.t(), B.t(), A.t(), not by_row
+        weight, down, up, by_row = weight.t(), up, down, not by_row
     weight = _rows(weight)
     (N, K), R = weight.shape, A.shape[0]
     out = torch.empty(N if by_row else K, dtype=torch.float32)
-    work = torch.empty(library().row_norm_workspace(N, K, R, by_row), dtype=torch.float32)
     library().row_norm(
-        _TYPES[weight.dtype], weight.data_ptr(), N, K, weight.stride(0), *_factor(A), *_factor(B.t()), float(scaling), by_row,
-        out.data_ptr(), work.data_ptr(), _threads(N * K * R),
+        _TYPES[weight.dtype], weight.data_ptr(), N, K, weight.stride(0), R, *_factor(down), *_factor(up), float(scaling), by_row,
+        out.data_ptr(), _threads(N * K * R),
     )  # fmt: skip
     return out
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """The activation as [M, width] with its rows dense: a view where strides allow, else a transient copy."""
-    x2 = flat(x)
+    x2 = x if x.dim() == 2 else flat(x)
     return x2 if x2.stride(1) == 1 or x2.shape[1] == 1 else x2.contiguous()
+
+
+def _lies_across(weight: torch.Tensor) -> bool:
+    """Whether it lies in memory as its transpose."""
+    return weight.stride(1) != 1 and weight.stride(0) == 1
 
 
 def _wide(vector: torch.Tensor | None) -> torch.Tensor | None:
@@ -159,7 +166,11 @@ def _at(tensor: torch.Tensor | None) -> int:
 
 def _factor(F: torch.Tensor) -> tuple[int, ...]:
     """A factor [R, length] as the kernels read it, of any strides."""
-    return F.data_ptr(), _TYPES[F.dtype], F.shape[0], *F.stride()
+    return F.data_ptr(), _TYPES[F.dtype], *F.stride()
+
+
+def _dropout(seed: torch.Tensor | None, p: float) -> tuple[int, int]:
+    return (seed.data_ptr(), philox.threshold(p)) if p else (0, 0)
 
 
 def _threads(work: int) -> int:
@@ -168,17 +179,12 @@ def _threads(work: int) -> int:
 
 def _down(x2: torch.Tensor, F: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0) -> torch.Tensor:
     """drop(x) Fᵀ, F [R,K] -> [M,R]"""
-    (M, K), R, kind = x2.shape, F.shape[0], _TYPES[x2.dtype]
+    (M, K), R = x2.shape, F.shape[0]
     h = x2.new_empty(M, R)
-    work = torch.empty(library().down_workspace(kind, K, R), dtype=torch.float32)
     library().down(
-        kind, x2.data_ptr(), M, K, x2.stride(0), *_factor(F), *_dropout(seed, p), h.data_ptr(), work.data_ptr(), _threads(M * K * R)
+        _TYPES[x2.dtype], x2.data_ptr(), M, K, x2.stride(0), R, *_factor(F), *_dropout(seed, p), h.data_ptr(), _threads(M * K * R)
     )
     return h
-
-
-def _dropout(seed: torch.Tensor | None, p: float) -> tuple[int, int]:
-    return (seed.data_ptr(), philox.threshold(p)) if p else (0, 0)
 
 
 def _up(
@@ -193,12 +199,14 @@ def _up(
     bias: torch.Tensor | None = None,
     inner: torch.Tensor | None = None,
 ) -> None:
-    """out = gain⊙(out + mask⊙(h (scaling·scale⊙F)ᵀ)) + bias, the sum before gain and bias into inner.  h [M,R], F [N,R]"""
-    (M, R), N, h, scale = h.shape, out.shape[1], _rows(h), _wide(scale)
-    work = torch.empty(library().up_workspace(N, R), dtype=torch.float32)
+    """out = gain⊙(out + mask⊙(h (scaling·scale⊙F)ᵀ)) + bias, the sum before gain and bias into inner.
+
+    h [M,R], F [N,R]; out [...,N] and inner are dense.
+    """
+    (M, R), N, h, scale = h.shape, out.shape[-1], _rows(h), _wide(scale)
     library().up(
-        _TYPES[h.dtype], h.data_ptr(), M, h.stride(0), *_factor(F.t()), N, float(scaling), _at(scale), *_dropout(seed, p), _at(gain),
-        _at(bias), _at(inner), out.data_ptr(), work.data_ptr(), _threads(M * N * R),
+        _TYPES[h.dtype], h.data_ptr(), M, h.stride(0), N, R, *_factor(F.t()), float(scaling), _at(scale), *_dropout(seed, p),
+        _at(gain), _at(bias), _at(inner), out.data_ptr(), _threads(M * N * R),
     )  # fmt: skip
 
 
@@ -206,10 +214,9 @@ def _outer(x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, 
     """vᵀ drop(x) in fp32, v [M,R] -> [R,K]"""
     (M, K), R, v = x2.shape, v.shape[1], _rows(v)
     out = torch.empty(R, K, dtype=torch.float32)
-    work = torch.empty(library().outer_workspace(_TYPES[x2.dtype], M, K, R), dtype=torch.float32)
     library().outer(
         _TYPES[x2.dtype], x2.data_ptr(), M, K, x2.stride(0), v.data_ptr(), R, v.stride(0), *_dropout(seed, p), out.data_ptr(),
-        work.data_ptr(), _threads(M * K * R),
+        _threads(M * K * R),
     )  # fmt: skip
     return out
 
@@ -222,7 +229,7 @@ def _operands(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
     gain = _wide(segment.gain)
     if dy2.shape[0] < weight.shape[1]:
         return _scaled(dy2, gain, by_row=False), weight
-    if weight.stride(1) != 1 and weight.stride(0) == 1:
+    if _lies_across(weight):
         return dy2, _scaled(weight.t(), gain, by_row=False).t()
     return dy2, _scaled(weight, gain, by_row=True)
 
@@ -245,7 +252,7 @@ def _mixed(h: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
 def _joined(ups: list[Up], out: torch.Tensor) -> Up:
     """Several ways up side by side as one; none is one of rank 1 that adds nothing."""
     if not ups:
-        return Up(out.new_zeros(out.shape[0], 1), out.new_zeros(out.shape[1], 1))
+        return Up(out.new_zeros(flat(out).shape[0], 1), out.new_zeros(out.shape[-1], 1))
     scaled = [up.B.float() * up.scaling * (1 if up.out_scale is None else up.out_scale.float()[:, None]) for up in ups]
     return Up(torch.cat([up.mixed for up in ups], 1), torch.cat(scaled, 1))
 
@@ -254,41 +261,41 @@ def _returned(
     dy2: torch.Tensor,
     back: Return,
     gain: torch.Tensor | None,
-    d_bias: torch.Tensor | None,
-    kept: torch.Tensor | None,
-    dot: torch.Tensor | None,
+    d_bias: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    dot: torch.Tensor | None = None,
 ) -> Returned:
     """What one adapter asked of dy, and the sums that are no adapter's where there is a place for them."""
-    (M, N), R, kind = dy2.shape, back.B.shape[1], _TYPES[dy2.dtype]
+    (M, N), R = dy2.shape, back.B.shape[1]
     u = dy2.new_empty(M, R) if back.want_v or back.want_core else None
-    frozen = 0 if back.want_out_scale else back.frozen_columns
-    P = mixed = None
+    P, mixed, live = None, None, 0
     if back.want_B or back.want_out_scale:
+        frozen = 0 if back.want_out_scale else back.frozen_columns
+        live = R - frozen
         P = torch.zeros(N, R, dtype=torch.float32) if frozen else torch.empty(N, R, dtype=torch.float32)
-        mixed = _rows(_mixed(back.h, back.core)[:, frozen:])
-    live = R - frozen if P is not None else 0
+        mixed = _rows(_mixed(back.h, back.core))
     scale = _wide(back.out_scale)
-    sums = live + (d_bias is not None) + (dot is not None)
-    work = torch.empty(library().grad_output_workspace(kind, M, N, 0 if u is None else R, sums), dtype=torch.float32)
     library().grad_output(
-        kind, dy2.data_ptr(), M, N, dy2.stride(0), *_factor(back.B.t()), float(back.scaling), _at(gain), _at(scale), _at(u), _at(mixed),
-        live, mixed.stride(0) if live else 0, P[:, frozen:].data_ptr() if live else 0, R, _at(d_bias), _at(kept),
-        0 if kept is None else kept.stride(0), _at(dot), work.data_ptr(), _threads(M * N * R),
+        _TYPES[dy2.dtype], dy2.data_ptr(), M, N, dy2.stride(0), R, *_factor(back.B.t()), float(back.scaling), _at(gain), _at(scale),
+        _at(u), _at(mixed), mixed.stride(0) if live else 0, live, _at(P), _at(d_bias), _at(kept),
+        0 if kept is None else kept.stride(0), _at(dot), _threads(M * N * R),
     )  # fmt: skip
-    v = u if back.core is None else _by_core(u, back) if back.want_v else None
+    v = None
+    if back.want_v:
+        v = u if back.core is None else _by_core(u, back.core)
     d_core = _d_core(u, back) if back.want_core else None
     d_out_scale = (P * back.B).sum(1) if back.want_out_scale else None
-    return Returned(v if back.want_v else None, _dB(P, back) if back.want_B else None, d_core, d_out_scale)
+    return Returned(v, _dB(P, back) if back.want_B else None, d_core, d_out_scale)
 
 
-def _by_core(u: torch.Tensor, back: Return) -> torch.Tensor:
+def _by_core(u: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
     """v = u·core"""
-    return u * back.core.to(u.dtype) if back.core.dim() == 1 else _down(u, back.core.t())
+    return u * core.to(u.dtype) if core.dim() == 1 else _down(u, core.t())
 
 
 def _d_core(u: torch.Tensor, back: Return) -> torch.Tensor:
     """s uᵀh, or its diagonal."""
-    return (u.float() * back.h).sum(0) if back.core.dim() == 1 else _outer(back.h, u)
+    return (u.float() * back.h).sum(0) if back.core.dim() == 1 else _outer(_rows(back.h), u)
 
 
 def _dB(P: torch.Tensor, back: Return) -> torch.Tensor:
