@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorafast import dispatch, norm, philox, reference
+from lorafast import dispatch, norm, reference
 from lorafast.dispatch import Routes
 from lorafast.forward import inputs
 from lorafast.problem import LowRank, OutputGrads, Return, Segment, Settings, Tensors, Up, Wants, facts, scaling_of, tokens
@@ -38,7 +38,7 @@ def backward(
         found["lora_bias"] = d_lora_bias * gain if by_row else d_lora_bias
     if w.lora_A:
         low = LowRank(own.v, t.lora_A, t.seed, c.dropout)
-        (found["lora_A"],) = routes["grad_project"].grad_project(inputs(x, t, c)[0], [low])
+        (found["lora_A"],) = routes["grad_project"].grad_project(inputs(x, t, c, routes)[0], [low])
     if by_row:
         if w.gain:
             found |= _gain_grads(_d_gain(sums, t, c, gain), gain, t, w)
@@ -61,7 +61,7 @@ def _as(gradient: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
 def _inner(x: torch.Tensor, h: torch.Tensor, t: Tensors, c: Settings, routes: Routes) -> torch.Tensor:
     """z again, one GEMM: what keep="inner" would have saved."""
     up = Up(reference.mix(h, t.core), t.lora_B, scaling_of(t, c), t.out_scale)
-    return routes["linear"].linear(inputs(x, t, c)[1], t.weight, [up])[0]
+    return routes["linear"].linear(inputs(x, t, c, routes)[1], t.weight, [up])[0]
 
 
 def _bias_in_dot(t: Tensors, c: Settings) -> bool:
@@ -95,7 +95,7 @@ def _d_x_by_row(dy: torch.Tensor, v: torch.Tensor, gain: torch.Tensor, t: Tensor
         return _d_x(dy, t, routes, LowRank(v, t.lora_A, t.seed, c.dropout), gain)
     # dx = dy W + mask⊙(((gain-1)⊙dy) W + v A): the correction and the adapter share one mask.
     through_drop = _d_x(dy, t, routes, LowRank(v, t.lora_A), gain - 1)
-    return _d_x(dy, t, routes, None).add_(philox.dropped(through_drop, t.seed, c.dropout))
+    return _d_x(dy, t, routes, None).add_(routes["dropped"].dropped(through_drop, t.seed, c.dropout))
 
 
 def _in_axis(
@@ -107,8 +107,8 @@ def _in_axis(
         d_x = d_scaled * gain
     else:
         base = _d_x(dy, t, routes, None)
-        dropped = philox.dropped(base, t.seed, c.dropout)
-        low_rank = philox.dropped(torch.mm(v, t.lora_A.to(v.dtype)).view_as(base), t.seed, c.dropout)
+        dropped = routes["dropped"].dropped(base, t.seed, c.dropout)
+        low_rank = routes["dropped"].dropped(torch.mm(v, t.lora_A.to(v.dtype)).view_as(base), t.seed, c.dropout)
         d_x = base + (gain - 1) * dropped + gain * low_rank
         d_scaled = dropped + low_rank
     found = {"x": d_x}

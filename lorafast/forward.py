@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from lorafast import dispatch, norm, philox
+from lorafast import dispatch, norm
 from lorafast.problem import Down, Settings, Tensors, Up, accumulator, facts, scaling_of
 
 
 def forward(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """y [...,N], h [M,R] and, with keep="inner", z [M,N] (else None): all fresh."""
     routes = dispatch.routes(facts(x, t, c))
-    adapter_x, base_x = (x, x) if t.magnitude is None else inputs(x, t, c)
+    adapter_x, base_x = (x, x) if t.magnitude is None else inputs(x, t, c, routes)
     down = Down(t.lora_A, t.core, t.seed, c.dropout)
     ((h, mixed),) = routes["project"].project(adapter_x, [down])
     ups = [Up(mixed, t.lora_B, scaling_of(t, c), t.out_scale)]
@@ -27,14 +27,14 @@ def forward(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, tor
     return y, h, z
 
 
-def inputs(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(x: torch.Tensor, t: Tensors, c: Settings, routes: dispatch.Routes) -> tuple[torch.Tensor, torch.Tensor]:
     """What the adapter and the base GEMM read: x itself, except where DoRA's gain or its dropout is on x's side of the GEMM.
 
     axis="in": gain⊙x for both, or x + (gain-1)⊙drop(x) for the base with dropout on both; axis="out" with it: drop(x).
     """
     if t.magnitude is None:
         return x, x
-    base_x = philox.dropped(x, t.seed, c.dropout) if c.drops_base else x
+    base_x = routes["dropped"].dropped(x, t.seed, c.dropout) if c.drops_base else x
     if c.axis == "out":
         return x, base_x
     gain = norm.gain(t.magnitude, t.norm)

@@ -144,6 +144,15 @@ def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Sc
     return out
 
 
+def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """drop(x) itself, for DoRA with dropout on both terms.  x [...,K] -> fresh, dense"""
+    out, x2 = x.new_empty(x.shape), _rows(x)
+    library().drop(
+        _TYPES[x.dtype], x2.data_ptr(), *x2.shape, x2.stride(0), *_dropout(seed, p), 0, out.data_ptr(), _threads(16 * x.numel())
+    )
+    return out
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """The activation as [M, width] with its rows dense: a view where strides allow, else a transient copy."""
     x2 = x if x.dim() == 2 else flat(x)

@@ -27,6 +27,9 @@ from lorafast.reference import mix
 
 _SUM_ROWS = 128
 
+# drop(x) itself, which DoRA with dropout on both terms asks for beside the six.
+dropped = philox.dropped
+
 
 def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
     """Never refuses."""

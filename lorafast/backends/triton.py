@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from lorafast import env
+from lorafast import env, philox
 from lorafast.backends import eager
 from lorafast.kernels import configs, launch, routes
 from lorafast.kernels import grad_output as on_output
@@ -26,6 +26,9 @@ from lorafast.problem import Down, LowRank, OutputGrads, Problem, Return, Scalin
 
 ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# drop(x) itself, which DoRA with dropout on both terms asks for beside the six: torch's for now.
+dropped = philox.dropped
 
 
 def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
