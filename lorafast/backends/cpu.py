@@ -78,13 +78,18 @@ def linear(
     keep_inner, which needs a gain, returns z beside y.
     """
     # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start changes no bit.
-    late = gain is not None
-    y = torch._C._nn.linear(x, weight.to(x.dtype), None if late or bias is None else bias.to(x.dtype))
-    if not ups and not late:
+    if gain is None:
+        y = torch._C._nn.linear(x, _as(weight, x.dtype), None if bias is None else _as(bias, x.dtype))
+        if not ups:
+            return y, None
+    else:
+        y = torch._C._nn.linear(x, _as(weight, x.dtype))
+    mixed, B, scaling, out_scale = ups[0] if len(ups) == 1 else _joined(ups, y)
+    if gain is None:
+        _up(mixed, B, y, scaling, out_scale)
         return y, None
-    up = ups[0] if len(ups) == 1 else _joined(ups, y)
-    z = y.new_empty(up.mixed.shape[0], y.shape[-1]) if keep_inner else None
-    _up(up.mixed, up.B, y, up.scaling, up.out_scale, gain=_wide(gain), bias=_wide(bias) if late else None, inner=z)
+    z = y.new_empty(mixed.shape[0], y.shape[-1]) if keep_inner else None
+    _up(mixed, B, y, scaling, out_scale, gain=_wide(gain), bias=_wide(bias), inner=z)
     return y, z
 
 
@@ -159,6 +164,11 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x2 if x2.stride(1) == 1 or x2.shape[1] == 1 else x2.contiguous()
 
 
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """tensor.to(dtype), which takes its time to find that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _lies_across(weight: torch.Tensor) -> bool:
     """Whether it lies in memory as its transpose."""
     return weight.stride(1) != 1 and weight.stride(0) == 1
@@ -166,7 +176,7 @@ def _lies_across(weight: torch.Tensor) -> bool:
 
 def _wide(vector: torch.Tensor | None) -> torch.Tensor | None:
     """As the kernels read gains and biases: dense, in fp32."""
-    return None if vector is None else vector.float().contiguous()
+    return None if vector is None else _as(vector, torch.float32).contiguous()
 
 
 def _at(tensor: torch.Tensor | None) -> int:
@@ -175,7 +185,14 @@ def _at(tensor: torch.Tensor | None) -> int:
 
 def _factor(F: torch.Tensor) -> tuple[int, ...]:
     """A factor [R, length] as the kernels read it, of any strides."""
-    return F.data_ptr(), _TYPES[F.dtype], *F.stride()
+    along_R, along_length = F.stride()
+    return F.data_ptr(), _TYPES[F.dtype], along_R, along_length
+
+
+def _turned(F: torch.Tensor) -> tuple[int, ...]:
+    """A factor [length, R] as the kernels read it."""
+    along_length, along_R = F.stride()
+    return F.data_ptr(), _TYPES[F.dtype], along_R, along_length
 
 
 def _dropout(seed: torch.Tensor | None, p: float) -> tuple[int, int]:
@@ -212,9 +229,10 @@ def _up(
 
     h [M,R], F [N,R]; out [...,N] and inner are dense.
     """
-    (M, R), N, h, scale = h.shape, out.shape[-1], _rows(h), _wide(scale)
+    (M, R), N, scale = h.shape, out.shape[-1], _wide(scale)
+    h = _rows(h)
     library().up(
-        _TYPES[h.dtype], h.data_ptr(), M, h.stride(0), N, R, *_factor(F.t()), float(scaling), _at(scale), *_dropout(seed, p),
+        _TYPES[h.dtype], h.data_ptr(), M, h.stride(0), N, R, *_turned(F), float(scaling), _at(scale), *_dropout(seed, p),
         _at(gain), _at(bias), _at(inner), out.data_ptr(), _threads(M * N * R),
     )  # fmt: skip
 
@@ -232,7 +250,7 @@ def _outer(x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, 
 
 def _operands(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
     """The two operands of (gain⊙dy) W, the gain in the smaller one."""
-    dy2, weight = flat(segment.dy), segment.weight.to(segment.dy.dtype)
+    dy2, weight = flat(segment.dy), _as(segment.weight, segment.dy.dtype)
     if segment.gain is None:
         return dy2, weight
     gain = _wide(segment.gain)
@@ -285,7 +303,7 @@ def _returned(
         mixed = _rows(_mixed(back.h, back.core))
     scale = _wide(back.out_scale)
     library().grad_output(
-        _TYPES[dy2.dtype], dy2.data_ptr(), M, N, dy2.stride(0), R, *_factor(back.B.t()), float(back.scaling), _at(gain), _at(scale),
+        _TYPES[dy2.dtype], dy2.data_ptr(), M, N, dy2.stride(0), R, *_turned(back.B), float(back.scaling), _at(gain), _at(scale),
         _at(u), _at(mixed), mixed.stride(0) if live else 0, live, _at(P), _at(d_bias), _at(kept),
         0 if kept is None else kept.stride(0), _at(dot), _threads(M * N * R),
     )  # fmt: skip
