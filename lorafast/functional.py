@@ -62,8 +62,9 @@ def linear(
     settings = Settings(number, p, axis, dropout_on, "none", frozen_columns)
     if magnitude is not None and grad and (magnitude.requires_grad or norm.requires_grad):
         settings = settings._replace(keep=resolved_keep(keep, settings, True, bias is None and lora_bias is None, runs_in))
-    tensors = Tensors(weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed if p else None, scale)
-    return ops.linear(x, tensors, settings, plain)
+    if norm is not None or p or seed is not None or scale is not None:
+        parts = Tensors(weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed if p else None, scale)
+    return ops.linear(x, parts, settings, plain)
 
 
 def several(

@@ -10,6 +10,8 @@ namespace lorafast {
 // Runs body() on every thread of a team.
 template <class Body>
 inline void team(int threads, Body&& body) {
+  // One alone needs no team, and in a forked child must not ask for one: its parent's threads are not there.
+  if (threads == 1) return body();
 #pragma omp parallel num_threads(threads)
   body();
 }

@@ -13,7 +13,7 @@ import torch
 
 from lorafast import extension, philox
 from lorafast.panels import flat
-from lorafast.problem import Down, LowRank, OutputGrads, Problem, Return, Returned, Scaling, Segment, Up
+from lorafast.problem import Down, LowRank, OutputGrads, Problem, Return, Returned, Scaling, Segment, Up, tokens
 from lorafast.reference import mix
 
 # As csrc/cpu/types.h numbers and bounds them.
@@ -21,6 +21,8 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_RANK = 256
 # Multiply-adds below which waking a second thread costs more than it brings.
 _ONE_THREAD = 1 << 18
+# Multiply-adds of a GEMM below which the caches outlive it, and every call of torch's saved is worth more than its place.
+_SMALL = 1 << 22
 
 
 @functools.cache
@@ -77,19 +79,22 @@ def linear(
 
     keep_inner, which needs a gain, returns z beside y.
     """
+    (N, K), M, dtype = weight.shape, tokens(x), x.dtype
+    weight = _as(weight, dtype)
     # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start changes no bit.
-    if gain is None:
-        y = torch._C._nn.linear(x, _as(weight, x.dtype), None if bias is None else _as(bias, x.dtype))
-        if not ups:
-            return y, None
-    else:
-        y = torch._C._nn.linear(x, _as(weight, x.dtype))
-    mixed, B, scaling, out_scale = ups[0] if len(ups) == 1 else _joined(ups, y)
-    if gain is None:
-        _up(mixed, B, y, scaling, out_scale)
-        return y, None
-    z = y.new_empty(mixed.shape[0], y.shape[-1]) if keep_inner else None
-    _up(mixed, B, y, scaling, out_scale, gain=_wide(gain), bias=_wide(bias), inner=z)
+    early, late = (None if bias is None else _as(bias, dtype), None) if gain is None else (None, bias)
+    small = M * N * K < _SMALL
+    y = torch._C._nn.linear(x, weight, early) if small else torch.empty(*x.shape[:-1], N, dtype=dtype)
+    y2 = y if y.dim() == 2 else y.view(M, N)
+    z = torch.empty(M, N, dtype=dtype) if keep_inner else None
+    arguments = _held = None
+    if ups or gain is not None:
+        mixed, B, scaling, scale = ups[0] if len(ups) == 1 else _joined(ups, y2)
+        arguments, _held = _added(mixed, B, y2, scaling, scale, None, 0.0, _wide(gain), _wide(late), z)
+    if not small:
+        _product(flat(x), weight.t(), early, y2)
+    if arguments:
+        library().up(*arguments)
     return y, z
 
 
@@ -117,13 +122,15 @@ def grad_output(
 def grad_input(segments: list[Segment], low_ranks: list[LowRank]) -> torch.Tensor:
     """dx = Σ (gain⊙dy) W + Σ mask⊙(v A).  dy [...,N] -> dx [...,K]."""
     first, *more = segments
-    dx = first.dy.new_empty(*first.dy.shape[:-1], first.weight.shape[1])
-    dx2 = dx if dx.dim() == 2 else dx.view(-1 if dx.numel() else flat(first.dy).shape[0], dx.shape[-1])
+    K, M = first.weight.shape[1], tokens(first.dy)
+    dx = torch.empty(*first.dy.shape[:-1], K, dtype=first.dy.dtype)
+    dx2 = dx if dx.dim() == 2 else dx.view(M, K)
+    added = [_added(v, A.t(), dx2, seed=seed, p=p) for v, A, seed, p in low_ranks]
     torch.mm(*_operands(first), out=dx2)
     for segment in more:
         dx2.addmm_(*_operands(segment))
-    for v, A, seed, p in low_ranks:
-        _up(v, A.t(), dx, seed=seed, p=p)
+    for arguments, _ in added:
+        library().up(*arguments)
     return dx
 
 
@@ -151,7 +158,7 @@ def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Sc
 
 def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """drop(x) itself, for DoRA with dropout on both terms.  x [...,K] -> fresh, dense"""
-    out, x2 = x.new_empty(x.shape), _rows(x)
+    out, x2 = torch.empty(x.shape, dtype=x.dtype), _rows(x)
     library().drop(
         _TYPES[x.dtype], x2.data_ptr(), *x2.shape, x2.stride(0), *_dropout(seed, p), 0, out.data_ptr(), _threads(16 * x.numel())
     )
@@ -206,14 +213,14 @@ def _threads(work: int) -> int:
 def _down(x2: torch.Tensor, F: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0) -> torch.Tensor:
     """drop(x) Fᵀ, F [R,K] -> [M,R]"""
     (M, K), R = x2.shape, F.shape[0]
-    h = x2.new_empty(M, R)
+    h = torch.empty(M, R, dtype=x2.dtype)
     library().down(
         _TYPES[x2.dtype], x2.data_ptr(), M, K, x2.stride(0), R, *_factor(F), *_dropout(seed, p), h.data_ptr(), _threads(M * K * R)
     )
     return h
 
 
-def _up(
+def _added(
     h: torch.Tensor,
     F: torch.Tensor,
     out: torch.Tensor,
@@ -224,17 +231,18 @@ def _up(
     gain: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     inner: torch.Tensor | None = None,
-) -> None:
-    """out = gain⊙(out + mask⊙(h (scaling·scale⊙F)ᵀ)) + bias, the sum before gain and bias into inner.
+) -> tuple[tuple, tuple]:
+    """For library().up: out = gain⊙(out + mask⊙(h (scaling·scale⊙F)ᵀ)) + bias, the sum before gain and bias into inner.
 
-    h [M,R], F [N,R]; out [...,N] and inner are dense.
+    h [M,R], F [N,R]; out [M,N] and inner are dense. The arguments are made before the GEMM that fills out, after which the
+    call alone is left; beside them the tensors whose addresses they hold, which have to live that long.
     """
-    (M, R), N, scale = h.shape, out.shape[-1], _wide(scale)
-    h = _rows(h)
-    library().up(
+    (M, R), N, h, scale = h.shape, out.shape[1], _rows(h), _wide(scale)
+    arguments = (
         _TYPES[h.dtype], h.data_ptr(), M, h.stride(0), N, R, *_turned(F), float(scaling), _at(scale), *_dropout(seed, p),
         _at(gain), _at(bias), _at(inner), out.data_ptr(), _threads(M * N * R),
     )  # fmt: skip
+    return arguments, (h, F, scale, seed, gain, bias)
 
 
 def _outer(x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0) -> torch.Tensor:
@@ -246,6 +254,14 @@ def _outer(x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, 
         _threads(M * K * R),
     )  # fmt: skip
     return out
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out = a b + bias, bit for bit what torch.nn.functional.linear computes."""
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
 
 
 def _operands(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
@@ -264,7 +280,7 @@ def _operands(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
 def _scaled(x: torch.Tensor, gain: torch.Tensor, by_row: bool) -> torch.Tensor:
     """gain⊙x, with one gain for each row or each column."""
     x = _rows(x)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty(x.shape, dtype=x.dtype)
     library().scale(
         _TYPES[x.dtype], x.data_ptr(), *x.shape, x.stride(0), gain.data_ptr(), by_row, out.data_ptr(), _threads(16 * x.numel())
     )
@@ -294,7 +310,7 @@ def _returned(
 ) -> Returned:
     """What one adapter asked of dy, and the sums that are no adapter's where there is a place for them."""
     (M, N), R = dy2.shape, back.B.shape[1]
-    u = dy2.new_empty(M, R) if back.want_v or back.want_core else None
+    u = torch.empty(M, R, dtype=dy2.dtype) if back.want_v or back.want_core else None
     P, mixed, live = None, None, 0
     if back.want_B or back.want_out_scale:
         frozen = 0 if back.want_out_scale else back.frozen_columns
