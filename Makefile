@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
 RESULTS ?= results
-KERNEL_TESTS ?= tests/test_cpu.py tests/test_cpu_isa.py
+KERNEL_TESTS ?= $(wildcard tests/test_cpu*.py)
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
 
 .PHONY: bench test micro build sanitize lint conformance env clean

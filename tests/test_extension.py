@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled import needs_compiler
 
 from lorafast import arch, env, extension, toolchain
 
-ABLE = sys.platform == "linux" and shutil.which("c++") and Path(sysconfig.get_path("include"), "Python.h").exists()
-pytestmark = pytest.mark.skipif(not ABLE, reason="needs Linux, a C++ compiler and Python's headers")
+pytestmark = needs_compiler
 
 ANSWER = "#pragma once\nconstexpr long kAnswer = 42;\nint threads();\n"
 THREADS = '#include <omp.h>\n#include "answer.h"\nint threads() { return omp_get_max_threads(); }\n'

@@ -109,14 +109,15 @@ def grad_output(
 
     dy [...,N], kept [...,N] or None. Columns of dB before frozen_columns are zero and cost nothing.
     """
-    dy2, gain, first, *more = _rows(dy), _wide(gain), *returns
+    dy2, gain = _rows(dy), _wide(gain)
     N = dy2.shape[1]
     d_bias = torch.empty(N, dtype=torch.float32) if want_bias else None
     dot = None if kept is None else torch.empty(N, dtype=torch.float32)
-    # The sums that are no adapter's come with the first.
+    # The sums that are no adapter's come with the first, or with one that asks for nothing.
+    first, *more = returns or [Return(torch.empty(N, 1), want_v=False)]
     adapters = [_returned(dy2, first, gain, d_bias, None if kept is None else _rows(kept), dot)]
     adapters += [_returned(dy2, back, gain) for back in more]
-    return OutputGrads(adapters, d_bias, dot)
+    return OutputGrads(adapters[: len(returns)], d_bias, dot)
 
 
 def grad_input(segments: list[Segment], low_ranks: list[LowRank]) -> torch.Tensor:
@@ -142,7 +143,7 @@ def grad_project(x: torch.Tensor, low_ranks: list[LowRank]) -> list[torch.Tensor
 
 def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Scaling = 1.0, axis: str = "out") -> torch.Tensor:
     """‖W + sBA‖ per row (axis="out", [N]) or per column (axis="in", [K]), in fp32."""
-    by_row, down, up = axis == "out", A, B.t()
+    by_row, down, up = axis == "out", _known(A), _known(B).t()
     if _lies_across(weight):
         # ‖Wᵀ + sAᵀBᵀ‖ along the other axis: a transposed weight is read as it lies.
         weight, down, up, by_row = weight.t(), up, down, not by_row
@@ -186,6 +187,11 @@ def _wide(vector: torch.Tensor | None) -> torch.Tensor | None:
     return None if vector is None else _as(vector, torch.float32).contiguous()
 
 
+def _known(F: torch.Tensor) -> torch.Tensor:
+    """A factor in a dtype the kernels read: the problem tells lora_A's, and another may be wider."""
+    return F if F.dtype in _TYPES else F.float()
+
+
 def _at(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -212,7 +218,7 @@ def _threads(work: int) -> int:
 
 def _down(x2: torch.Tensor, F: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0) -> torch.Tensor:
     """drop(x) Fᵀ, F [R,K] -> [M,R]"""
-    (M, K), R = x2.shape, F.shape[0]
+    (M, K), R, F = x2.shape, F.shape[0], _known(F)
     h = torch.empty(M, R, dtype=x2.dtype)
     library().down(
         _TYPES[x2.dtype], x2.data_ptr(), M, K, x2.stride(0), R, *_factor(F), *_dropout(seed, p), h.data_ptr(), _threads(M * K * R)
@@ -237,7 +243,7 @@ def _added(
     h [M,R], F [N,R]; out [M,N] and inner are dense. The arguments are made before the GEMM that fills out, after which the
     call alone is left; beside them the tensors whose addresses they hold, which have to live that long.
     """
-    (M, R), N, h, scale = h.shape, out.shape[1], _rows(h), _wide(scale)
+    (M, R), N, h, F, scale = h.shape, out.shape[1], _rows(h), _known(F), _wide(scale)
     arguments = (
         _TYPES[h.dtype], h.data_ptr(), M, h.stride(0), N, R, *_turned(F), float(scaling), _at(scale), *_dropout(seed, p),
         _at(gain), _at(bias), _at(inner), out.data_ptr(), _threads(M * N * R),
@@ -289,7 +295,7 @@ def _scaled(x: torch.Tensor, gain: torch.Tensor, by_row: bool) -> torch.Tensor:
 
 def _mixed(h: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
     """h' = core(h), rounded once."""
-    return mix(h, core) if core is None or core.dim() == 1 else _down(h, core)
+    return mix(h, core) if core is None or core.dim() == 1 else _down(_rows(h), core)
 
 
 def _joined(ups: list[Up], out: torch.Tensor) -> Up:
@@ -317,9 +323,9 @@ def _returned(
         live = R - frozen
         P = torch.zeros(N, R, dtype=torch.float32) if frozen else torch.empty(N, R, dtype=torch.float32)
         mixed = _rows(_mixed(back.h, back.core))
-    scale = _wide(back.out_scale)
+    B, scale = _known(back.B), _wide(back.out_scale)
     library().grad_output(
-        _TYPES[dy2.dtype], dy2.data_ptr(), M, N, dy2.stride(0), R, *_turned(back.B), float(back.scaling), _at(gain), _at(scale),
+        _TYPES[dy2.dtype], dy2.data_ptr(), M, N, dy2.stride(0), R, *_turned(B), float(back.scaling), _at(gain), _at(scale),
         _at(u), _at(mixed), mixed.stride(0) if live else 0, live, _at(P), _at(d_bias), _at(kept),
         0 if kept is None else kept.stride(0), _at(dot), _threads(M * N * R),
     )  # fmt: skip
