@@ -1,10 +1,11 @@
 """Faults to plant in the six primitives, one output at a time: what a bench that is worth its name must not let pass."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 
-from lorafast.backends import eager
+from lorafast.backends import cpu, eager
 
 OFF = 1.01
 
@@ -17,8 +18,10 @@ class Fault(NamedTuple):
     found: dict[str, tuple[str, ...]]
 
     def plant(self, monkeypatch):
-        right = getattr(eager, self.primitive)
-        monkeypatch.setattr(eager, self.primitive, lambda *args, **kwargs: self.spoil(right, *args, **kwargs))
+        # In whichever serves here.
+        for backend in (eager, cpu):
+            right = getattr(backend, self.primitive)
+            monkeypatch.setattr(backend, self.primitive, functools.partial(self.spoil, right))
 
 
 def _each(change):

@@ -22,7 +22,8 @@ void grad_output(int type, Address dy, int64_t M, int64_t N, int64_t dy_stride, 
                  int64_t F_l, float s, Address gain, Address scale, Address u, Address mixed, int64_t mixed_stride, int64_t live,
                  Address P, Address d_bias, Address kept, int64_t kept_stride, Address dot, int threads);
 
-void row_norm(int type, Address weight, int64_t N, int64_t K, int64_t weight_stride, int64_t R, Address A, int A_type, int64_t A_R,
+// Whether out was written: not where a factor is all zeros.
+bool row_norm(int type, Address weight, int64_t N, int64_t K, int64_t weight_stride, int64_t R, Address A, int A_type, int64_t A_R,
               int64_t A_l, Address B, int B_type, int64_t B_R, int64_t B_l, float s, bool by_row, Address out, int threads);
 
 void scale(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride, Address gain, bool by_row, Address out,

@@ -54,6 +54,20 @@ inline void stage_factor(const Factor& B, float s, int64_t n0, int64_t rows, flo
   });
 }
 
+// Whether there is anything but zeros: the first number tells, except of a factor that has not been trained yet.
+inline bool any(const Factor& f) {
+  bool found = false;
+  typed(f, [&](auto* data) {
+    for (int64_t r = 0; r < f.R; ++r)
+      for (int64_t l = 0; l < f.length; ++l)
+        if (total(gather(data + r * f.stride_R + l * f.stride_length, 1, 1)) != 0) {
+          found = true;
+          return;
+        }
+  });
+  return found;
+}
+
 // weight [N,K], A [R,K], B [R,N] as a Factor, out [N] or [K].
 template <class T>
 void row_norm(const Matrix<const T>& weight, const Factor& A, const Factor& B, float s, bool by_row, float* out, int threads) {

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from lorafast import extension, philox
+from lorafast.backends import eager
 from lorafast.panels import flat
 from lorafast.problem import Down, LowRank, OutputGrads, Problem, Return, Returned, Scaling, Segment, Up, tokens
 from lorafast.reference import mix
@@ -83,7 +84,8 @@ def linear(
     weight = _as(weight, dtype)
     # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start changes no bit.
     early, late = (None if bias is None else _as(bias, dtype), None) if gain is None else (None, bias)
-    small = M * N * K < _SMALL
+    # Of more dims torch's result would be a view.
+    small = x.dim() == 2 and M * N * K < _SMALL
     y = torch._C._nn.linear(x, weight, early) if small else torch.empty(*x.shape[:-1], N, dtype=dtype)
     y2 = y if y.dim() == 2 else y.view(M, N)
     z = torch.empty(M, N, dtype=dtype) if keep_inner else None
@@ -143,18 +145,19 @@ def grad_project(x: torch.Tensor, low_ranks: list[LowRank]) -> list[torch.Tensor
 
 def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Scaling = 1.0, axis: str = "out") -> torch.Tensor:
     """‖W + sBA‖ per row (axis="out", [N]) or per column (axis="in", [K]), in fp32."""
-    by_row, down, up = axis == "out", _known(A), _known(B).t()
+    by_row, down, up, given = axis == "out", _known(A), _known(B).t(), weight
     if _lies_across(weight):
         # ‖Wᵀ + sAᵀBᵀ‖ along the other axis: a transposed weight is read as it lies.
         weight, down, up, by_row = weight.t(), up, down, not by_row
     weight = _rows(weight)
     (N, K), R = weight.shape, A.shape[0]
     out = torch.empty(N if by_row else K, dtype=torch.float32)
-    library().row_norm(
+    adapted = library().row_norm(
         _TYPES[weight.dtype], weight.data_ptr(), N, K, weight.stride(0), R, *_factor(down), *_factor(up), float(scaling), by_row,
         out.data_ptr(), _threads(N * K * R),
     )  # fmt: skip
-    return out
+    # Where BA is nothing yet, torch's own norm, by which PEFT starts its magnitudes: the gain is then exactly 1.
+    return out if adapted else eager.row_norm(given, A, B, scaling, axis)
 
 
 def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
