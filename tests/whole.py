@@ -103,9 +103,9 @@ def grad_output(backend, dtype, factor, M, N, K, R, layout):
     h = whole(M, R, dtype, layout, most=3)
     for i, core in enumerate(cores(R, factor)):
         gain, out_scale = (None, powers(N))[i % 2], (None, powers(N))[i // 2]
-        back = Return(B, torch.tensor(2.0) if i else HALF, out_scale, core, h, (R // 2, R, 0)[i], True, True, core is not None)
+        back = Return(B, torch.tensor(2.0) if i else HALF, out_scale, core, h, (0, R // 2, R)[i], True, True, core is not None)
         back = back._replace(want_out_scale=out_scale is not None)
-        beside = Return(whole(N, 2, factor, "transposed"), h=None)
+        beside = Return(whole(N, 2, factor, "transposed"), h=whole(M, 2, dtype, "sliced"), frozen_columns=2, want_B=True)
         sums = backend.grad_output(dy, [back, beside], gain, kept, want_bias=True)
         same(sums.d_bias, dy.double().sum(0), torch.float32)
         same(sums.dot, (dy.double() * kept.double()).sum(0), torch.float32)
