@@ -11,10 +11,11 @@ from lorafast.bench import tables
 from lorafast.bench.record import Results
 
 ROOT = Path(lorafast.__file__).resolve().parent.parent
-FILES = sorted((ROOT / "bench" / "results").glob("*.json"))
-LAYER = Results.read(ROOT / "bench" / "results" / "amd-epyc-2-cores.json").records
-ACCELERATED = Results.read(ROOT / "bench" / "results" / "amd-epyc-2-cores-minilm-accelerated.json").records
-MODEL = Results.read(ROOT / "bench" / "results" / "amd-epyc-2-cores-minilm.json").records
+RESULTS = ROOT / "bench" / "results"
+FILES = sorted(RESULTS.glob("*.json"))
+LAYER = Results.read(RESULTS / "amd-epyc-2-cores.json").records
+ACCELERATED = Results.read(RESULTS / "amd-epyc-2-cores-minilm-accelerated.json").records
+MODEL = Results.read(RESULTS / "amd-epyc-2-cores-minilm.json").records
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -54,10 +55,41 @@ def accelerated_row(label):
     return [f"{r.error_ratio:.2f}", tables.number(r.ratio_to_frozen, ".2f"), *sizes]
 
 
+def dropping_row(label):
+    """The median of three runs' ratios, and the highest upper end of their intervals."""
+    shape, dtype = label.split(", ")
+    K, N = map(int, shape.split(" → "))
+    runs = [Results.read(RESULTS / f"amd-epyc-2-cores-dropout-{dtype}-{run}.json").records for run in (1, 2, 3)]
+    cells = []
+    for name in ("lorafast lora", "lorafast lamda", "lorafast dora", "eager lora", "eager dora", "peft lora", "peft dora"):
+        rows = [only(records, name, K=K, N=N, M=2048, dropout=0.05, dtype=dtype) for records in runs]
+        ratio, high = statistics.median(r.ratio_to_frozen for r in rows), max(r.ratio_high for r in rows)
+        cells.append(f"{ratio:.2f} (≤ {high:.2f})" if name.startswith("lorafast") else f"{ratio:.2f}")
+    return [
+        *cells,
+        f"{max(r.floor for records in runs for r in records if r.label == 'lorafast lora' and (r.K, r.N) == (K, N)):.2f}",
+    ]
+
+
+def tokens_row(label):
+    shape, dtype, method = label.split(", ")
+    K, N = map(int, shape.split(" → "))
+    records = Results.read(RESULTS / f"amd-epyc-2-cores-tokens-{dtype}.json").records
+    return [tables.number(only(records, f"lorafast {method}", K=K, N=N, M=M).ratio_to_frozen, ".2f") for M in (64, 512, 8192)] + [
+        tables.number(only(records, f"peft {method}", K=K, N=N, M=M).ratio_to_frozen, ".2f") for M in (64, 512, 8192)
+    ]
+
+
 @pytest.mark.parametrize(
     ("head", "row", "count"),
-    [("| one layer |", layer_row, 7), ("| MiniLM |", model_row, 6), ("| PEFT's MiniLM |", accelerated_row, 4)],
-    ids=["layer", "model", "accelerated"],
+    [
+        ("| one layer |", layer_row, 7),
+        ("| MiniLM |", model_row, 6),
+        ("| PEFT's MiniLM |", accelerated_row, 4),
+        ("| M = 2048 |", dropping_row, 4),
+        ("| other M |", tokens_row, 4),
+    ],
+    ids=["layer", "model", "accelerated", "dropping", "tokens"],
 )
 def test_the_readme_says_what_was_measured(head, row, count):
     text = (ROOT / "README.md").read_text()
