@@ -15,8 +15,8 @@ class Variable(NamedTuple):
 BACKEND = Variable(
     "LORAFAST_BACKEND",
     "auto",
-    "`auto` walks the backends and may fall back; a name (`eager`, `cpu`, `triton`) forces that one, which raises with every reason "
-    "if it cannot",
+    "`auto` walks the backends and may fall back; a name (`eager`, `cpu`, `triton`) forces that one, which raises with every "
+    "reason if it cannot",
 )
 LOG = Variable("LORAFAST_LOG", "0", "`1` prints, once per problem and primitive, which backend was chosen and why not the others")
 CPU_ISA = Variable(
