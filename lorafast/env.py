@@ -22,8 +22,8 @@ LOG = Variable("LORAFAST_LOG", "0", "`1` prints, once per problem and primitive,
 CPU_ISA = Variable(
     "LORAFAST_CPU_ISA",
     "auto",
-    "the instruction set of the C++ kernels: `auto` takes the best the machine runs; a name (`scalar`, `avx2`, `avx512`, "
-    "`avx512bf16`) forces that one",
+    "the instruction set of the C++ kernels, read when they are first needed: `auto` takes the best the machine runs; a name "
+    "(`scalar`, `avx2`, `avx512`, `avx512bf16`) forces that one",
 )
 CACHE = Variable(
     "LORAFAST_CACHE",

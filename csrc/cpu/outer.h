@@ -40,8 +40,7 @@ inline void outer_tile(const float* v, int64_t v_stride, int64_t R, const float*
       constexpr int I = decltype(rows_of)::value;
       Vector part[I][J];
       clear(part);
-      multiply<paired<T>>(reinterpret_cast<const char*>(v + r), sizeof(float), v_stride * sizeof(float),
-                          reinterpret_cast<const char*>(cells + n), OUTER_COLUMNS * sizeof(float), P, part);
+      multiply<paired<T>>(v + r, 1, v_stride, cells + n, OUTER_COLUMNS, P, part);
 #pragma GCC unroll 12
       for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4

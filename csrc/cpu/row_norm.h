@@ -21,8 +21,7 @@ class SquareTile {
       for (int64_t k = k0; k < k1; k += WIDE) {
         Vector sums[I][UP_VECTORS];
         clear(sums);
-        multiply<paired<T>>(reinterpret_cast<const char*>(B + i * B_row), B_row * sizeof(float), sizeof(float),
-                            reinterpret_cast<const char*>(A + k * Rc), WIDE * sizeof(float), Rc, sums);
+        multiply<paired<T>>(B + i * B_row, B_row, 1, A + k * Rc, WIDE, Rc, sums);
         for (int j = 0; j < UP_VECTORS && k + j * W < k1; ++j)
           for (int ii = 0; ii < I; ++ii) {
             const int64_t at = k + j * W;
@@ -39,31 +38,29 @@ class SquareTile {
   int64_t Rc;
 };
 
-// W rows of s·B as cells along R, from [N,R] of any strides.
+// `rows` rows of s·B, multiplied in fp32 and rounded to T, as cells along R.
 template <class T>
 inline void stage_factor(const Factor& B, float s, int64_t n0, int64_t rows, float* to, int64_t stride) {
   typed(B, [&](auto* data) {
     for (int64_t i = 0; i < rows; ++i) {
       const auto* from = data + (n0 + i) * B.stride_length;
-      float wide[MAX_RANK + W];
-      for (int64_t r = 0; r < B.R; r += W) store(wide + r, mul(gather(from + r * B.stride_R, B.stride_R, B.R - r), splat(s)));
-      T narrow[MAX_RANK + W];
-      for (int64_t r = 0; r < B.R; r += W) store(narrow + r, load(wide + r));
+      T narrow[MAX_RANK];
+      for (int64_t r = 0; r < B.R; r += W) store(narrow + r, mul(gather(from + r * B.stride_R, B.stride_R, B.R - r), splat(s)));
       stage_rows<T>({narrow, 1, B.R, 0}, 0, 1, B.R, to + i * stride, 0);
     }
   });
 }
 
-// Whether there is anything but zeros: the first number tells, except of a factor that has not been trained yet.
+// Whether there is anything but zeros: the first numbers tell, except of a factor that has not been trained yet. One so small that
+// its square vanishes may pass for zero; whoever asks has another way then.
 inline bool any(const Factor& f) {
   bool found = false;
   typed(f, [&](auto* data) {
-    for (int64_t r = 0; r < f.R; ++r)
-      for (int64_t l = 0; l < f.length; ++l)
-        if (total(gather(data + r * f.stride_R + l * f.stride_length, 1, 1)) != 0) {
-          found = true;
-          return;
-        }
+    for (int64_t r = 0; r < f.R && !found; ++r)
+      for (int64_t l = 0; l < f.length && !found; l += W) {
+        const Vector v = gather(data + r * f.stride_R + l * f.stride_length, f.stride_length, f.length - l);
+        found = total(mul(v, v)) != 0;
+      }
   });
   return found;
 }

@@ -7,18 +7,18 @@
 
 namespace lorafast {
 
-// sums[i][j] += Σ_p a[i,p] b[p,jW:(j+1)W] over `length` steps. Steps and rows of a are a_step and a_row bytes apart, and an
-// element of a is a cell on every lane; steps of b are b_step bytes apart.
+// sums[i][j] += Σ_p a[i,p] b[p,jW:(j+1)W] over `length` steps, each cell of a on every lane. Rows and steps of a are a_row and
+// a_step cells apart, steps of b b_step cells.
 template <bool pairs, int I, int J>
-inline __attribute__((always_inline)) void multiply(const char* a, int64_t a_row, int64_t a_step, const char* b, int64_t b_step,
+inline __attribute__((always_inline)) void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step,
                                                     int64_t length, Vector (&sums)[I][J]) {
   for (int64_t p = 0; p < length; ++p, a += a_step, b += b_step) {
     Vector row[J];
 #pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) row[j] = load(reinterpret_cast<const float*>(b) + j * W);
+    for (int j = 0; j < J; ++j) row[j] = load(b + j * W);
 #pragma GCC unroll 12
     for (int i = 0; i < I; ++i) {
-      const Vector each = splat_cell(a + i * a_row);
+      const Vector each = splat(a[i * a_row]);
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) sums[i][j] = mac<pairs>(sums[i][j], each, row[j]);
     }

@@ -9,9 +9,6 @@ namespace lorafast {
 // An address as Python gives it.
 using Address = uintptr_t;
 
-// 32 bits at any address, of whatever they are.
-typedef float loose __attribute__((may_alias, aligned(1)));
-
 struct bf16 {
   uint16_t bits;
 };

@@ -37,13 +37,12 @@ class UpTask {
       for (int64_t n = 0; n < columns; n += WIDE) {
         Vector sums[I][UP_VECTORS];
         clear(sums);
-        multiply<paired<T>>(reinterpret_cast<const char*>(staged + i * Rp), Rp * sizeof(float), sizeof(float),
-                            reinterpret_cast<const char*>(packed + (n0 + n) * cells<T>(R)), WIDE * sizeof(float), cells<T>(R),
-                            sums);
+        multiply<paired<T>>(staged + i * Rp, Rp, 1, packed + (n0 + n) * cells<T>(R), WIDE, cells<T>(R), sums);
         const bool whole = n + WIDE <= columns;
 #pragma GCC unroll 12
         for (int ii = 0; ii < I; ++ii) {
           T* to = out.row(m0 + i + ii) + n0 + n;
+          // The lines of the next tile, by the time it comes to them.
           for (int64_t line = 0; line < WIDE; line += 64 / sizeof(T)) __builtin_prefetch(to + I * out.stride + line, 1);
           const uint8_t* kept = bits + (i + ii) * BITS_ROW + n / 8;
           if (whole)

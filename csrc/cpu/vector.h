@@ -16,6 +16,19 @@
 
 namespace lorafast {
 
+#ifdef LORAFAST_PAIRS
+constexpr bool HAS_PAIRS = true;
+#else
+constexpr bool HAS_PAIRS = false;
+
+// Named in branches that are never compiled.
+Vector load_pairs(const bf16*, int64_t, const uint8_t*);
+Vector load_pairs(const bf16*, const uint8_t*);
+Vector pair(Vector, Vector);
+void interleave(Vector, Vector, float*);
+Vector mac_pairs(Vector, Vector, Vector);
+#endif
+
 // Whether an operand of this type is read as pairs.
 template <class T>
 constexpr bool paired = false;
@@ -52,6 +65,7 @@ inline void store_some(T* to, Vector v, int64_t n) {
   else
     store_first(to, v, static_cast<int>(n));
 }
+
 // How cells are read: all W of them, all but those whose bit is 0, or as many as the row has left, bits or not.
 enum class Read { whole, masked, ending };
 

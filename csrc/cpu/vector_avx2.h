@@ -16,7 +16,6 @@ constexpr int DOWN_ROWS = 3, DOWN_RANKS = 4, UP_ROWS = 6, UP_VECTORS = 2, OUTER_
 
 inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector splat(float a) { return _mm256_set1_ps(a); }
-inline Vector splat_cell(const char* at) { return _mm256_set1_ps(*reinterpret_cast<const loose*>(at)); }
 inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 inline Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
@@ -72,13 +71,6 @@ inline Vector keep(Vector v, const uint8_t* bits) {
   return _mm256_and_ps(v, _mm256_castsi256_ps(kept));
 }
 
-constexpr bool HAS_PAIRS = false;
 constexpr const char* ISA = "avx2";
-
-inline Vector load_pairs(const bf16*, int64_t, const uint8_t*) { return zero(); }
-inline Vector load_pairs(const bf16*, const uint8_t*) { return zero(); }
-inline Vector pair(Vector a, Vector) { return a; }
-inline void interleave(Vector, Vector, float*) {}
-inline Vector mac_pairs(Vector sum, Vector, Vector) { return sum; }
 
 }  // namespace lorafast

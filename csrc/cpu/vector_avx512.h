@@ -14,7 +14,6 @@ constexpr int DOWN_ROWS = 6, DOWN_RANKS = 4, UP_ROWS = 6, UP_VECTORS = 4, OUTER_
 
 inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector splat(float a) { return _mm512_set1_ps(a); }
-inline Vector splat_cell(const char* at) { return _mm512_set1_ps(*reinterpret_cast<const loose*>(at)); }
 inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 inline Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
@@ -64,7 +63,7 @@ inline void store_first(fp16* p, Vector v, int n) { _mm256_mask_storeu_epi16(p, 
 inline Vector keep(Vector v, const uint8_t* bits) { return _mm512_maskz_mov_ps(*reinterpret_cast<const uint16_t*>(bits), v); }
 
 #ifdef __AVX512BF16__
-constexpr bool HAS_PAIRS = true;
+#define LORAFAST_PAIRS
 constexpr const char* ISA = "avx512bf16";
 
 inline Vector mac_pairs(Vector sum, Vector a, Vector b) {
@@ -94,14 +93,8 @@ inline void interleave(Vector a, Vector b, float* to) {
   _mm512_storeu_si512(to + W, _mm512_permutex2var_epi16(u, high, v));
 }
 #else
-constexpr bool HAS_PAIRS = false;
 constexpr const char* ISA = "avx512";
 
-inline Vector load_pairs(const bf16*, int64_t, const uint8_t*) { return zero(); }
-inline Vector load_pairs(const bf16*, const uint8_t*) { return zero(); }
-inline Vector pair(Vector a, Vector) { return a; }
-inline void interleave(Vector, Vector, float*) {}
-inline Vector mac_pairs(Vector sum, Vector, Vector) { return sum; }
 #endif
 
 }  // namespace lorafast

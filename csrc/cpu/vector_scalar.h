@@ -56,7 +56,6 @@ inline void narrow(float a, float* out) { *out = a; }
 
 inline Vector splat(float a) { return {{a, a, a, a, a, a, a, a}}; }
 inline Vector zero() { return splat(0); }
-inline Vector splat_cell(const char* at) { return splat(*reinterpret_cast<const loose*>(at)); }
 inline Vector add(Vector a, Vector b) {
   for (int i = 0; i < W; ++i) a.lane[i] += b.lane[i];
   return a;
@@ -107,13 +106,6 @@ inline Vector keep(Vector v, const uint8_t* bits) {
   return v;
 }
 
-constexpr bool HAS_PAIRS = false;
 constexpr const char* ISA = "scalar";
-
-inline Vector load_pairs(const bf16*, int64_t, const uint8_t*) { return zero(); }
-inline Vector load_pairs(const bf16*, const uint8_t*) { return zero(); }
-inline Vector pair(Vector a, Vector) { return a; }
-inline void interleave(Vector, Vector, float*) {}
-inline Vector mac_pairs(Vector sum, Vector, Vector) { return sum; }
 
 }  // namespace lorafast
