@@ -12,6 +12,9 @@ DROPOUT_ON = ("adapter", "both")
 KEEPS = ("auto", "output", "inner", "recompute")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NUMBERS = (int, float)
+# Calls that were found right, and the dtypes they run in. So many are kept, and then forgotten together.
+_passed: dict[tuple | None, torch.dtype] = {}
+_KEPT = 4096
 
 
 def call(
@@ -23,12 +26,16 @@ def call(
     dropout_on: str,
     keep: str,
     frozen_columns: int,
-    plain: bool = False,
+    signature: tuple | None = None,
 ) -> torch.dtype:
-    """Everything lorafast.linear is given; the dtype it runs in. plain: onlookers.plain of the tensors; then a glance may do."""
-    if plain and _right_numbers(scaling, dropout, frozen_columns) and _right_words(axis, dropout_on, keep, dropout):
-        runs_in = activation_dtype(x)
-        if _right_tensors(x, t, frozen_columns, axis) and _fits(t.weight, x, runs_in):
+    """Everything lorafast.linear is given; the dtype it runs in.
+
+    signature: onlookers.signature(x, *t). What has passed once need not be looked at again: only the scaling is no part of it.
+    """
+    seen = None
+    if signature and type(scaling) in _NUMBERS and scaling - scaling == 0:
+        seen = _seen(signature, x, dropout, axis, dropout_on, keep, frozen_columns)
+        if (runs_in := _passed.get(seen)) is not None:
             return runs_in
     words(axis, dropout_on, keep, dropout)
     floating("x", x)
@@ -50,13 +57,21 @@ def call(
     # A symbolic integer, which torch.compile may pass, is no int but compares like one.
     if not isinstance(frozen_columns, int | torch.SymInt) or not 0 <= frozen_columns <= R:
         raise ValueError(f"frozen_columns {frozen_columns!r} must be an integer between 0 and R={R}, lora_B {(N, R)}")
+    _remember(seen, runs_in)
     return runs_in
 
 
-def factors(t: Tensors, axis: str, plain: bool = False) -> tuple[int, int, int]:
-    """The weight and every tensor whose shape it decides; N, K and R. plain: as in call."""
-    if plain and _right_factors(t, axis):
-        return *t.weight.shape, t.lora_A.shape[0]
+def norm(t: Tensors, axis: str, signature: tuple | None = None) -> None:
+    """Everything lorafast.functional.row_norm is given but its scaling. signature: onlookers.signature(*t), as in call."""
+    seen = (signature, axis) if signature and type(axis) is str else None
+    if seen not in _passed:
+        word("axis", axis, AXES)
+        factors(t, axis)
+        _remember(seen, t.weight.dtype)
+
+
+def factors(t: Tensors, axis: str) -> tuple[int, int, int]:
+    """The weight and every tensor whose shape it decides; N, K and R."""
     tensors = t._asdict()
     pair("weight", tensors["weight"], "[N, K]")
     N, K = tensors["weight"].shape
@@ -128,51 +143,24 @@ def shaped(name: str, tensor: torch.Tensor, shapes: list[tuple[int, ...]], weigh
         raise ValueError(f"{name} {tuple(tensor.shape)} must be {forms} for weight {weight} and rank {R}")
 
 
-# The glances: asked at every call, so they are quick. What they let pass is right; of the rest they know nothing.
+def _seen(
+    signature: tuple, x: torch.Tensor, dropout: float, axis: str, dropout_on: str, keep: str, frozen_columns: int
+) -> tuple | None:
+    """All that decides whether a call is right, its scaling left out; None where 1, 1.0 and True would be taken for one another."""
+    words = type(axis) is str and type(dropout_on) is str and type(keep) is str
+    if not words or type(dropout) not in _NUMBERS or type(frozen_columns) is not int:
+        return None
+    device = "cpu" if x.is_cpu else "cuda"
+    cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return signature, cast, dropout, axis, dropout_on, keep, frozen_columns
 
 
-def _right_numbers(scaling: Scaling, dropout: float, frozen_columns: int) -> bool:
-    if type(scaling) not in _NUMBERS or scaling - scaling != 0 or type(frozen_columns) is not int or type(dropout) not in _NUMBERS:
-        return False
-    return dropout == 0 or (0 < dropout < 1 and 0 < round(dropout * philox.STEPS) < philox.STEPS)
-
-
-def _right_words(axis: str, dropout_on: str, keep: str, dropout: float) -> bool:
-    if axis == "out":
-        return dropout_on in DROPOUT_ON and keep in KEEPS and (keep != "output" or dropout == 0 or dropout_on == "adapter")
-    return axis == "in" and dropout_on in DROPOUT_ON and keep in ("auto", "recompute")
-
-
-def _right_tensors(x: torch.Tensor, t: Tensors, frozen_columns: int, axis: str) -> bool:
-    if not _right_factors(t, axis):
-        return False
-    shape, (R, K) = x.shape, t.lora_A.shape
-    return (
-        x.dtype in DTYPES
-        and len(shape) > 0
-        and shape[-1] == K
-        and 0 <= frozen_columns <= R
-        and (t.norm is None or t.magnitude is not None)
-        and (t.seed is None or (t.seed.dtype == torch.int64 and t.seed.shape == (1,)))
-    )
-
-
-def _right_factors(t: Tensors, axis: str) -> bool:
-    weight, bias, A, B, core, magnitude, norm, out_scale, lora_bias, _, _ = t
-    if weight is None or A is None or B is None or weight.dim() != 2 or A.dim() != 2:
-        return False
-    (N, K), (R, columns) = weight.shape, A.shape
-    if R == 0 or columns != K or B.shape != (N, R) or not (weight.dtype in DTYPES and A.dtype in DTYPES and B.dtype in DTYPES):
-        return False
-    if bias is not None and (bias.shape != (N,) or bias.dtype not in DTYPES):
-        return False
-    if core is not None and ((core.shape != (R, R) and core.shape != (R,)) or core.dtype not in DTYPES):
-        return False
-    if magnitude is None and norm is None and out_scale is None and lora_bias is None:
-        return True
-    gains = K if axis == "in" else N
-    wanted = ((magnitude, gains), (norm, gains), (out_scale, N), (lora_bias, N))
-    return all(one is None or (one.shape == (size,) and one.dtype in DTYPES) for one, size in wanted)
+def _remember(seen: tuple | None, runs_in: torch.dtype) -> None:
+    if seen is None:
+        return
+    if len(_passed) >= _KEPT:
+        _passed.clear()
+    _passed[seen] = runs_in
 
 
 def _seed(seed: torch.Tensor | None, x: torch.Tensor) -> None:

@@ -19,8 +19,9 @@ def forward(x: torch.Tensor, t: Tensors, c: Settings) -> tuple[torch.Tensor, tor
     ((h, mixed),) = routes["project"].project(adapter_x, [down])
     ups = [Up(mixed, t.lora_B, scaling_of(t, c), t.out_scale)]
     linear = routes["linear"].linear
-    gain = norm.gain(t.magnitude, t.norm) if c.axis == "out" else None
-    y, z = linear(base_x, t.weight, ups, gain, bias_of(t, c, gain), keep_inner=c.keep == "inner")
+    gain = norm.gain(t.magnitude, t.norm) if c.axis == "out" and t.magnitude is not None else None
+    bias = t.bias if t.lora_bias is None else bias_of(t, c, gain)
+    y, z = linear(base_x, t.weight, ups, gain, bias, c.keep == "inner")
     if gain is not None and c.drops_base:
         # x Wᵀ + (gain-1)⊙drop(x) Wᵀ, written so that nothing large cancels however small or large the gain is.
         y += linear(x - base_x, t.weight, [])[0]

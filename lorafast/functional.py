@@ -41,30 +41,45 @@ def linear(
     norm=None computes ‖W+sBA‖, detached; seed=None draws one from torch's generator. A trained weight runs on plain autograd.
     Raises ValueError or TypeError naming the argument and the shapes. Sources: arXiv 2106.09685, 2402.09353, 2406.12832.
     """
-    parts = Tensors(weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed)
-    plain = onlookers.plain(x, *parts)
-    runs_in = checks.call(x, parts, scaling, dropout, axis, dropout_on, keep, frozen_columns, plain)
+    t = Tensors(weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed)
+    return of(x, t, scaling, dropout, dropout_on, axis, keep, frozen_columns, training)
+
+
+def of(
+    x: torch.Tensor,
+    t: Tensors,
+    scaling: Scaling,
+    dropout: float,
+    dropout_on: str = "adapter",
+    axis: str = "out",
+    keep: str = "auto",
+    frozen_columns: int = 0,
+    training: bool = True,
+) -> torch.Tensor:
+    """linear of tensors that are already together; t.scale is scaling's to set."""
+    signature = onlookers.signature(x, *t)
+    runs_in = checks.call(x, t, scaling, dropout, axis, dropout_on, keep, frozen_columns, signature)
+    plain = signature is not None
     p = float(dropout) if training else 0.0
-    if p and seed is None:
-        seed = philox.draw(x.device)
+    seed = (philox.draw(x.device) if t.seed is None else t.seed) if p else None
     number, scale = split_scaling(scaling)
     grad = torch.is_grad_enabled()
-    if grad and (weight.requires_grad or (scale is not None and scale.requires_grad)):
+    if grad and (t.weight.requires_grad or (scale is not None and scale.requires_grad)):
         return reference.linear(
-            x, weight, bias, lora_A, lora_B, core, magnitude, norm, axis, out_scale, lora_bias, scaling,
+            x, t.weight, t.bias, t.lora_A, t.lora_B, t.core, t.magnitude, t.norm, axis, t.out_scale, t.lora_bias, scaling,
             p, dropout_on, keep, frozen_columns, seed,
         )  # fmt: skip
-    plain = plain and (scale is None or onlookers.plain(scale))
-    if magnitude is not None and norm is None:
-        norm = _row_norm(parts._replace(scale=scale), number, axis, plain)
+    if seed is not t.seed or scale is not t.scale:
+        plain = plain and (scale is None or onlookers.plain(scale))
+        t = Tensors(*t[:-2], seed, scale)
+    if t.magnitude is not None and t.norm is None:
+        t = t._replace(norm=_row_norm(t, number, axis, plain))
     if x.dtype != runs_in:
         x = x.to(runs_in)
     settings = Settings(number, p, axis, dropout_on, "none", frozen_columns)
-    if magnitude is not None and grad and (magnitude.requires_grad or norm.requires_grad):
-        settings = settings._replace(keep=resolved_keep(keep, settings, True, bias is None and lora_bias is None, runs_in))
-    if norm is not None or p or seed is not None or scale is not None:
-        parts = Tensors(weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed if p else None, scale)
-    return ops.linear(x, parts, settings, plain)
+    if t.magnitude is not None and grad and (t.magnitude.requires_grad or t.norm.requires_grad):
+        settings = settings._replace(keep=resolved_keep(keep, settings, True, t.bias is None and t.lora_bias is None, runs_in))
+    return ops.linear(x, t, settings, plain)
 
 
 def several(
@@ -80,9 +95,9 @@ def several(
     ready, plain = [], True
     for one in adapters:
         parts = Tensors(weight, bias, one.lora_A, one.lora_B, lora_bias=one.lora_bias, seed=one.seed)
-        looked_at = onlookers.plain(x, *parts)
-        checks.call(x, parts, one.s, one.dropout, "out", "adapter", "auto", 0, looked_at)
-        plain = plain and looked_at and (one.scale is None or onlookers.plain(one.scale))
+        signature = onlookers.signature(x, *parts)
+        checks.call(x, parts, one.s, one.dropout, "out", "adapter", "auto", 0, signature)
+        plain = plain and signature is not None and (one.scale is None or onlookers.plain(one.scale))
         p = float(one.dropout) if training else 0.0
         seed = (philox.draw(x.device) if one.seed is None else one.seed) if p else None
         number, scale = split_scaling(one.s)
@@ -111,13 +126,12 @@ def row_norm(
     torch.compile or a CUDA graph looks on.
     """
     parts = Tensors(weight, None, lora_A, lora_B, core, None, None, out_scale)
-    plain = onlookers.plain(*parts)
-    checks.word("axis", axis, checks.AXES)
-    checks.factors(parts, axis, plain)
+    signature = onlookers.signature(*parts)
+    checks.norm(parts, axis, signature)
     number, scale = split_scaling(scaling)
     if not detach and torch.is_grad_enabled() and (weight.requires_grad or (scale is not None and scale.requires_grad)):
         return reference.row_norm(weight, lora_A, lora_B, core, out_scale, scaling, axis)
-    plain = plain and (scale is None or onlookers.plain(scale))
+    plain = signature is not None and (scale is None or onlookers.plain(scale))
     return _row_norm(parts._replace(scale=scale), number, axis, plain, detach, cache and not torch.compiler.is_compiling())
 
 

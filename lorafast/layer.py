@@ -23,11 +23,9 @@ class Product(Adapted):
         a, t = self.adapter, self._tensors()
         # Any other norm functional.linear computes for itself, and need not check the factors twice for it.
         special = t.magnitude is not None and (any(self._norm_kind()) or t.weight.requires_grad or t.scale is not None)
-        norm = self._norm() if special else None
-        return functional.linear(
-            x, t.weight, t.bias, t.lora_A, t.lora_B, t.core, t.magnitude, norm, a.axis, t.out_scale, t.lora_bias, self.scaling,
-            a.dropout, a.dropout_on, a.keep, self.frozen_columns, None, self.training,
-        )  # fmt: skip
+        if special:
+            t = t._replace(norm=self._norm())
+        return functional.of(x, t, self.scaling, a.dropout, a.dropout_on, a.axis, a.keep, self.frozen_columns, self.training)
 
     def _base_product(self, x: torch.Tensor) -> torch.Tensor:
         if self._away is None:

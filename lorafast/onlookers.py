@@ -36,18 +36,29 @@ def plain(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
 
     No subclass, nothing on meta, and nothing the dispatcher would have to unwrap, negate or fill in first. Under a compiler: no.
     """
+    return signature(x, *others) is not None
+
+
+def signature(x: torch.Tensor, *others: torch.Tensor | None) -> tuple | None:
+    """Of tensors that are plain: x's dtype and width, the others' dtypes and shapes. None if one of them is not."""
     if torch.compiler.is_compiling() or type(x) not in _TYPES or x.is_neg() or x._is_zerotensor() or _wrapped(x):
-        return False
+        return None
     on_cpu, device = x.is_cpu, x.device
     if not (on_cpu or x.is_cuda):
-        return False
+        return None
+    seen = [x.dtype, x.shape[-1:]]
     for t in others:
-        if t is not None and (
+        if t is None:
+            seen.append(None)
+            continue
+        if (
             type(t) not in _TYPES
             or (not t.is_cpu if on_cpu else t.device != device)
             or t.is_neg()
             or t._is_zerotensor()
             or _wrapped(t)
         ):
-            return False
-    return True
+            return None
+        seen.append(t.dtype)
+        seen.append(t.shape)
+    return tuple(seen)

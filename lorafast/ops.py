@@ -54,14 +54,21 @@ def below_autograd() -> contextlib.AbstractContextManager:
     return torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD_TOO)
 
 
+def _directly(kernel: Callable, *args):
+    """kernel(*args) where no gradient is recorded anyway: a guard would slow down every call of torch's inside."""
+    if not torch._C._is_any_autocast_enabled():
+        return kernel(*args)
+    with below_autocast():
+        return kernel(*args)
+
+
 def linear(x: torch.Tensor, t: Tensors, c: Settings, plain: bool) -> torch.Tensor:
     """y [...,N] by lorafast::linear; past the dispatcher if all tensors are plain ones and nobody looks on. Checks nothing."""
     if not plain or onlookers.present():
         return torch.ops.lorafast.linear(x, *t, *c)[0]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *t):
         return _differentiable_linear(True, c, x, *t)
-    with below_autograd():
-        return forward(x, t, c)[0]
+    return _directly(forward, x, t, c)[0]
 
 
 def row_norm(t: Tensors, c: Settings, detach: bool, cache: bool, plain: bool) -> torch.Tensor:
@@ -128,8 +135,7 @@ class _Linear(torch.autograd.Function):
         t = Tensors._make(tensors)
         wants, saved = _asked(ctx.needs_input_grad, c.axis, c.keep, t.magnitude is not None)
         if directly:
-            with below_autograd():
-                y, h, z = forward(x, t, c)
+            y, h, z = _directly(forward, x, t, c)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 y, h, z = torch.ops.lorafast.linear(x, *t, *c)
@@ -151,8 +157,7 @@ class _Linear(torch.autograd.Function):
         c, wants = ctx.settings, ctx.wants
         x, h, kept, *flat = ctx.saved_tensors if c.keep != "output" else _with_unmodified_output(ctx)
         if not torch.is_grad_enabled() and onlookers.plain(dy, x, h, kept, *flat) and not onlookers.present():
-            with below_autograd():
-                d_x, *found = backward(dy, x, h, kept, Tensors._make(flat), c, wants)
+            d_x, *found = _directly(backward, dy, x, h, kept, Tensors._make(flat), c, wants)
         else:
             given = iter(torch.ops.lorafast.linear_backward(dy, x, h, kept, *flat, *c, list(wants)))
             d_x, *found = [next(given) if wanted else None for wanted in wants]

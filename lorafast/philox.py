@@ -74,4 +74,4 @@ def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
 
 def draw(device: torch.device) -> torch.Tensor:
     """A fresh seed, int64 [1] on the device, from torch's own generator there."""
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.randint(2**63 - 1, (1,), device=device)

@@ -208,7 +208,8 @@ def facts_of_norm(t: Tensors, c: Settings) -> tuple:
 
 def tokens(x: torch.Tensor) -> int:
     """M, the product of all dims but the last."""
-    return math.prod(x.shape[:-1])
+    shape = x.shape
+    return shape[0] if len(shape) == 2 else math.prod(shape[:-1])
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import lorafast
 from lorafast.backends import eager
 from lorafast.bench import micro
 from lorafast.problem import PRIMITIVES
@@ -20,3 +21,11 @@ def test_what_is_timed_runs(primitive, p, monkeypatch):
     monkeypatch.setattr(micro, "M", 5)
     monkeypatch.setattr(micro, "R", 2)
     assert micro.CALLS[primitive](eager, micro.Operands(6, 4, torch.bfloat16), p) is not None
+
+
+def test_a_call_is_timed_of_every_kind_of_layer():
+    x = torch.randn(4, 16)
+    frozen, *adapted = [made() for made in micro.LAYERS.values()]
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert {type(layer.adapter) for layer in adapted} == {lorafast.LoRA, lorafast.LaMDA, lorafast.DoRA}
+    assert all(layer(x).shape == (4, 16) and layer.training for layer in adapted)

@@ -8,8 +8,10 @@
 
 namespace lorafast::entries {
 
+// mixed: h by a core [R,R], whose strides along mixed's and h's ranks are core_R and core_l.
 void down(int type, Address x, int64_t M, int64_t K, int64_t x_stride, int64_t R, Address F, int F_type, int64_t F_R, int64_t F_l,
-          Address seed, uint32_t t, Address h, int threads);
+          Address seed, uint32_t t, Address h, Address core, int core_type, int64_t core_R, int64_t core_l, Address mixed,
+          int threads);
 
 void up(int type, Address h, int64_t M, int64_t h_stride, int64_t N, int64_t R, Address F, int F_type, int64_t F_R, int64_t F_l,
         float s, Address scale, Address seed, uint32_t t, Address gain, Address bias, Address inner, Address out, int threads);

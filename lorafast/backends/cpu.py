@@ -61,11 +61,8 @@ def workspace() -> int:
 
 def project(x: torch.Tensor, downs: list[Down]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """h = drop(x) Aᵀ rounded to x's dtype, and h' = core(h).  x [...,K] -> h, h' [M,R] for each way down."""
-    x2, out = _rows(x), []
-    for A, core, seed, p in downs:
-        h = _down(x2, A, seed, p)
-        out.append((h, _mixed(h, core)))
-    return out
+    x2 = _rows(x)
+    return [_down(x2, A, seed, p, core) for A, core, seed, p in downs]
 
 
 def linear(
@@ -80,21 +77,27 @@ def linear(
 
     keep_inner, which needs a gain, returns z beside y.
     """
-    (N, K), M, dtype = weight.shape, tokens(x), x.dtype
+    (N, K), shape, dtype = weight.shape, x.shape, x.dtype
     weight = _as(weight, dtype)
     # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start changes no bit.
-    early, late = (None if bias is None else _as(bias, dtype), None) if gain is None else (None, bias)
+    early, late = (bias, None) if gain is None else (None, bias)
+    if early is not None:
+        early = _as(early, dtype)
     # Of more dims torch's result would be a view.
-    small = x.dim() == 2 and M * N * K < _SMALL
-    y = torch._C._nn.linear(x, weight, early) if small else torch.empty(*x.shape[:-1], N, dtype=dtype)
-    y2 = y if y.dim() == 2 else y.view(M, N)
-    z = torch.empty(M, N, dtype=dtype) if keep_inner else None
+    if len(shape) == 2 and shape[0] * N * K < _SMALL:
+        y = y2 = torch._C._nn.linear(x, weight, early)
+        product = None
+    else:
+        y = torch.empty(*shape[:-1], N, dtype=dtype)
+        y2 = y.view(tokens(x), N)
+        product = flat(x), weight.t(), early, y2
+    z = torch.empty_like(y2) if keep_inner else None
     arguments = _held = None
     if ups or gain is not None:
         mixed, B, scaling, scale = ups[0] if len(ups) == 1 else _joined(ups, y2)
-        arguments, _held = _added(mixed, B, y2, scaling, scale, None, 0.0, _wide(gain), _wide(late), z)
-    if not small:
-        _product(flat(x), weight.t(), early, y2)
+        arguments, _held = _added(mixed, B, y2, scaling, scale, None, 0.0, gain, late, z)
+    if product:
+        _product(*product)
     if arguments:
         library().up(*arguments)
     return y, z
@@ -219,14 +222,24 @@ def _threads(work: int) -> int:
     return 1 if work < _ONE_THREAD else torch.get_num_threads()
 
 
-def _down(x2: torch.Tensor, F: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0) -> torch.Tensor:
-    """drop(x) Fᵀ, F [R,K] -> [M,R]"""
-    (M, K), R, F = x2.shape, F.shape[0], _known(F)
-    h = torch.empty(M, R, dtype=x2.dtype)
+def _down(
+    x2: torch.Tensor, F: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0, core: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h = drop(x) Fᵀ, F [R,K], and h' = core(h), both rounded once -> [M,R]"""
+    (M, K), R, dtype = x2.shape, F.shape[0], x2.dtype
+    if F.dtype not in _TYPES:
+        F = F.float()
+    along_R, along_K = F.stride()
+    h = mixed = torch.empty(M, R, dtype=dtype)
+    mixing = (0, 0, 0, 0, 0)
+    if core is not None and core.dim() == 2:
+        core, mixed = _known(core), torch.empty(M, R, dtype=dtype)
+        mixing = (*_factor(core), mixed.data_ptr())
     library().down(
-        _TYPES[x2.dtype], x2.data_ptr(), M, K, x2.stride(0), R, *_factor(F), *_dropout(seed, p), h.data_ptr(), _threads(M * K * R)
-    )
-    return h
+        _TYPES[dtype], x2.data_ptr(), M, K, x2.stride(0), R, F.data_ptr(), _TYPES[F.dtype], along_R, along_K, *_dropout(seed, p),
+        h.data_ptr(), *mixing, _threads(M * K * R),
+    )  # fmt: skip
+    return h, mix(h, core) if mixed is h and core is not None else mixed
 
 
 def _added(
@@ -246,10 +259,22 @@ def _added(
     h [M,R], F [N,R]; out [M,N] and inner are dense. The arguments are made before the GEMM that fills out, after which the
     call alone is left; beside them the tensors whose addresses they hold, which have to live that long.
     """
-    (M, R), N, h, F, scale = h.shape, out.shape[1], _rows(h), _known(F), _wide(scale)
+    (M, R), N = h.shape, out.shape[1]
+    if h.stride(1) != 1:
+        h = h.contiguous()
+    if F.dtype not in _TYPES:
+        F = F.float()
+    if scale is not None:
+        scale = _wide(scale)
+    if gain is not None:
+        gain = _wide(gain)
+    if bias is not None:
+        bias = _wide(bias)
+    along_N, along_R = F.stride()
     arguments = (
-        _TYPES[h.dtype], h.data_ptr(), M, h.stride(0), N, R, *_turned(F), float(scaling), _at(scale), *_dropout(seed, p),
-        _at(gain), _at(bias), _at(inner), out.data_ptr(), _threads(M * N * R),
+        _TYPES[h.dtype], h.data_ptr(), M, h.stride(0), N, R, F.data_ptr(), _TYPES[F.dtype], along_R, along_N, float(scaling),
+        0 if scale is None else scale.data_ptr(), *_dropout(seed, p), 0 if gain is None else gain.data_ptr(),
+        0 if bias is None else bias.data_ptr(), 0 if inner is None else inner.data_ptr(), out.data_ptr(), _threads(M * N * R),
     )  # fmt: skip
     return arguments, (h, F, scale, seed, gain, bias)
 
@@ -298,7 +323,7 @@ def _scaled(x: torch.Tensor, gain: torch.Tensor, by_row: bool) -> torch.Tensor:
 
 def _mixed(h: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
     """h' = core(h), rounded once."""
-    return mix(h, core) if core is None or core.dim() == 1 else _down(_rows(h), core)
+    return mix(h, core) if core is None or core.dim() == 1 else _down(_rows(h), core)[0]
 
 
 def _joined(ups: list[Up], out: torch.Tensor) -> Up:
@@ -342,7 +367,7 @@ def _returned(
 
 def _by_core(u: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
     """v = u·core"""
-    return u * core.to(u.dtype) if core.dim() == 1 else _down(u, core.t())
+    return u * core.to(u.dtype) if core.dim() == 1 else _down(u, core.t())[0]
 
 
 def _d_core(u: torch.Tensor, back: Return) -> torch.Tensor:
