@@ -99,7 +99,8 @@ def test_forged_tensors(change, match, folder):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"peft_type": "ADALORA"}, r"peft_type='ADALORA' must be one of 'LORA', 'VERA'"),
+        ({"peft_type": "LOHA"}, r"peft_type='LOHA' must be one of 'LORA', 'VERA'"),
+        ({"peft_type": "ADALORA"}, r"0: the file lacks lora_core, and its config says AdaLoRA\(r=12"),
         ({"peft_type": None}, r"peft_type=None"),
         ({"peft_type": ["LORA"]}, r"peft_type=\['LORA'\]"),
         ({"r": 3}, r"lora_A\.weight \(2, 6\) must be \(3, 6\)"),

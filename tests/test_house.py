@@ -39,6 +39,7 @@ SHARED = {
             "plan",
             "targets",
             "besides",
+            "triplets",
             "peft_config",
             "adapt",
             "summary",

@@ -40,6 +40,8 @@ class Adapter:
     keeps: ClassVar[str]
     # Whether a lookup table (nn.Embedding) can have this adapter.
     embeds: ClassVar[bool] = True
+    # In what the layers of one model may differ: what a rank or alpha pattern may set.
+    per_layer: ClassVar[tuple[str, ...]] = ("r", "alpha")
 
     # What the formula runs with unless a method has a field for it. Annotated, they would take a field's place in its order.
     dropout = 0.0
@@ -107,3 +109,7 @@ class Scaled(Adapter):
     def scaling(self) -> float:
         """s = alpha/r, or alpha/√r with rslora."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def alpha_for(self, scaling: float) -> float:
+        """The alpha that gives this s."""
+        return scaling * (math.sqrt(self.r) if self.rslora else self.r)

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from lorafast.adapted import Adapted, factor_dtype
+from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.adapter import Adapter, Part
 from lorafast.methods.vera import projections
-from lorafast.models import besides, files, form, keys, peft_config
+from lorafast.models import besides, files, form, keys, peft_config, triplets
 from lorafast.models.names import adapted, clean, near, some
 from lorafast.models.plan import Plan
 from lorafast.models.targets import owners, storage
@@ -104,6 +105,8 @@ def content_of(
     starts: dict[str, dict[str, torch.Tensor] | None] = {}
     for name, module in modules.items():
         held = {part: tensors[key] for part, key in found.layers[name].items()} | _cut(specs[name], module, found, tensors)
+        if isinstance(specs[name], AdaLoRA):
+            held = {part: triplets.held(part, tensor) for part, tensor in held.items()}
         now, first = form.unstack(held) if stacked else (held, None)
         dtype = module.lora_A.dtype if isinstance(module, Adapted) else factor_dtype(module.weight, adapter_dtype)
         values[name] = _finite(name, now, dtype)
@@ -185,7 +188,8 @@ def _refuse_parts(name: str, module: nn.Module, adapter: Adapter, file: files.Ad
         told = [f"has {', '.join(given[part] for part in extra)}"] * bool(extra) + [f"lacks {', '.join(lacking)}"] * bool(lacking)
         raise ValueError(f"{name}: the file {' and '.join(told)}, and its config says {adapter}")
     for part, key in given.items():
-        _refuse_shape(key, file.entries[key].shape, parts[part].shape)
+        shape, wanted = file.entries[key].shape, parts[part].shape
+        _refuse_shape(key, shape, triplets.filed_shape(part, wanted, shape) if isinstance(adapter, AdaLoRA) else wanted)
         _refuse_dtype(key, file.entries[key], torch.float32)
     N, K = _shape(module)
     for part, key in found.shared.items():

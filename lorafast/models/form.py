@@ -12,10 +12,11 @@ from torch import nn
 
 from lorafast.adapted import Adapted
 from lorafast.layer import Conv1D
+from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.adapter import Adapter
 from lorafast.methods.lamda import LaMDA
 from lorafast.methods.pissa import PiSSA
-from lorafast.models import besides, peft_config
+from lorafast.models import besides, peft_config, triplets
 from lorafast.models.names import clean, ends_with
 from lorafast.models.plan import matching
 
@@ -96,7 +97,7 @@ def _as_it_scales(name: str, layer: Adapted) -> Adapter:
         return layer.adapter
     if not hasattr(layer.adapter, "alpha"):
         raise ValueError(f"{name}.scaling is {scaling}, and {layer.adapter} knows none but {layer.adapter.scaling}")
-    return replace(layer.adapter, alpha=scaling * layer.r**0.5 if layer.adapter.rslora else scaling * layer.r)
+    return replace(layer.adapter, alpha=layer.adapter.alpha_for(scaling))
 
 
 def _common(own: dict[str, Adapter]) -> Adapter:
@@ -104,9 +105,10 @@ def _common(own: dict[str, Adapter]) -> Adapter:
     (r, alpha), _ = ranks.most_common(1)[0]
     common = next(a for a in own.values() if (a.r, getattr(a, "alpha", None)) == (r, alpha))
     for name, adapter in own.items():
-        numbers = {field: getattr(common, field) for field in ("r", "alpha") if hasattr(common, field)}
+        numbers = {field: getattr(common, field) for field in common.per_layer if hasattr(common, field)}
         if type(adapter) is not type(common) or replace(adapter, **numbers) != common:
-            raise ValueError(f"{name} has {adapter}, other layers {common}: one file holds adapters may differ in r and alpha")
+            apart = " and ".join(common.per_layer)
+            raise ValueError(f"{name} has {adapter}, other layers {common}: adapters of one file may differ in {apart} alone")
     return common
 
 
@@ -142,7 +144,9 @@ def config_of(model: nn.Module, layers: dict[str, Adapted], held: dict[str, Adap
         "task_type": task,
         "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
     }
-    if hasattr(common, "alpha"):
+    if isinstance(common, AdaLoRA):
+        said |= {"rank_pattern": triplets.pattern(held)} | model.__dict__.get(triplets.SCHEDULE, {})
+    elif hasattr(common, "alpha"):
         said["rank_pattern"] = _pattern({name: adapter.r for name, adapter in held.items()}, common.r)
         said["alpha_pattern"] = _pattern({name: adapter.alpha for name, adapter in held.items()}, common.alpha)
     return said

@@ -10,8 +10,9 @@ from torch import nn
 
 from lorafast.adapted import NAMES, Adapted
 from lorafast.embedding import Embedding
+from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.vera import VeRA
-from lorafast.models import besides
+from lorafast.models import besides, triplets
 from lorafast.models.names import adapted
 
 PREFIX = "base_model.model."
@@ -24,7 +25,7 @@ _EMBEDDING = _LINEAR | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_
 _VERA = {"lora_core": "vera_lambda_d", "lora_out_scale": "vera_lambda_b"}
 # What all layers of a VeRA model cut their factors from.
 VERA_SHARED = {"lora_A": "base_model.vera_A", "lora_B": "base_model.vera_B"}
-_PARTS = {word: part for words in (_LINEAR, _EMBEDDING, _VERA) for part, word in words.items()}
+_PARTS = {word: part for words in (_LINEAR, _EMBEDDING, _VERA, triplets.WORDS) for part, word in words.items()}
 _PARTS["lora_magnitude_vector.weight"] = "lora_magnitude"  # before PEFT 0.11
 # PEFT with bias="all" writes a bias of a module to save three times.
 _AGAIN = (".original_module.", ".modules_to_save.default.", ".modules_to_save.")
@@ -63,6 +64,8 @@ def of_layer(name: str, layer: Adapted, values: dict[str, torch.Tensor], plain: 
     words = _EMBEDDING if isinstance(layer, Embedding) else _LINEAR
     if isinstance(layer.adapter, VeRA) and not plain:
         words = _VERA
+    elif isinstance(layer.adapter, AdaLoRA) and not plain:
+        words, values = triplets.WORDS, {part: triplets.filed(part, tensor) for part, tensor in values.items()}
     return {f"{PREFIX}{name}.{words[part]}": tensor for part, tensor in values.items() if part in words}
 
 

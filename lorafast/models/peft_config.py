@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.adapter import Adapter
 from lorafast.methods.dora import DoRA
 from lorafast.methods.lamda import LaMDA
 from lorafast.methods.lora import LoRA
 from lorafast.methods.pissa import PiSSA
 from lorafast.methods.vera import VeRA
+from lorafast.models import triplets
 from lorafast.models.plan import Plan
 
 # Fields that say nothing about what a layer computes: who wrote the file and for what, or how weights lie.
@@ -47,7 +49,7 @@ def asked(config: Any, model: nn.Module) -> dict[str, Any]:
     if said.get("target_modules") is None:
         from peft.utils import constants
 
-        tables = {"VERA": "VERA", "LORA": "LORA"}
+        tables = {kind: kind for kind in ("VERA", "LORA", "ADALORA")}
         table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{tables.get(said['peft_type'], 'LORA')}_TARGET_MODULES_MAPPING")
         kind = getattr(getattr(model, "config", None), "model_type", None)
         if kind not in table:
@@ -64,11 +66,13 @@ def plan_of(config: dict[str, Any], loading: bool = False) -> Plan:
     Raises ValueError or TypeError naming the field: one of another type, one unknown that says something, or one that is not ours.
     """
     kind = config.get("peft_type")
-    readers: dict[str, Callable] = {"LORA": _lora, "VERA": _vera, LAMDA: _lamda, DORA_IN: _dora_in}
+    readers: dict[str, Callable] = {"LORA": _lora, "VERA": _vera, "ADALORA": _adalora, LAMDA: _lamda, DORA_IN: _dora_in}
     if not isinstance(kind, str) or kind not in readers:
         raise ValueError(f"peft_type={kind!r} must be one of {', '.join(map(repr, readers))}")
     left = {key: value for key, value in config.items() if key not in _IDLE}
     adapter = readers[kind](_Fields(left), loading)
+    if isinstance(adapter, AdaLoRA) and left.get("rank_pattern"):
+        left["rank_pattern"] = triplets.ranks(left["rank_pattern"], adapter.init_r)
     said = {key: left.pop(key) for key in _PLAN if left.get(key) is not None}
     said |= {key: [said[key]] for key in ("layers_to_transform",) if isinstance(said.get(key), int)}
     said |= {key: [said[key]] for key in ("layers_pattern",) if isinstance(said.get(key), str)}
@@ -151,6 +155,24 @@ def _vera(f: _Fields, loading: bool) -> Adapter:
     )  # fmt: skip
 
 
+def _adalora(f: _Fields, loading: bool) -> Adapter:
+    init = f.take("init_lora_weights", True, bool, str)
+    f.take("r", 8, int)  # LoraConfig's, which means nothing here
+    for name, value in triplets.SCHEDULE_FIELDS.items():
+        f.take(name, value, int, float)
+    r, target_r = f.take("init_r", 12, int), f.take("target_r", 8, int)
+    if loading:
+        # PEFT looks at none of these where it makes or loads such a layer, so that no file's values depend on them.
+        for name in ("use_rslora", "alpha_pattern"):
+            f.take(name, None, bool, dict)
+        target_r = min(target_r, r)
+    elif init is not True:
+        raise ValueError(f"init_lora_weights={init!r}: AdaLoRA has one start, A and B normal and E at 0; say True")
+    return AdaLoRA(
+        r=r, target_r=target_r, alpha=f.take("lora_alpha", 8, int, float), dropout=f.take("lora_dropout", 0.0, int, float)
+    )  # fmt: skip
+
+
 def dict_of(adapter: Adapter) -> dict[str, Any]:
     """What a config says of an adapter. Its start is written as one that leaves the weight alone: see checkpoint."""
     if isinstance(adapter, VeRA):
@@ -158,6 +180,11 @@ def dict_of(adapter: Adapter) -> dict[str, Any]:
             "peft_type": "VERA", "r": adapter.r, "d_initial": adapter.d_initial, "vera_dropout": adapter.dropout,
             "projection_prng_key": adapter.projection_prng_key, "save_projection": True, "init_weights": True,
         }  # fmt: skip
+    if isinstance(adapter, AdaLoRA):
+        return {
+            "peft_type": "ADALORA", "init_r": adapter.init_r, "target_r": adapter.target_r, "lora_alpha": adapter.alpha,
+            "lora_dropout": adapter.dropout, "init_lora_weights": True,
+        } | triplets.SCHEDULE_FIELDS  # fmt: skip
     said = {
         "peft_type": "LORA", "r": adapter.r, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora, "init_lora_weights": True,

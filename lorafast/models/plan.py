@@ -71,7 +71,7 @@ class Plan:
         if not isinstance(pattern, Mapping):
             raise ValueError(f"{name}={pattern!r} must be a dict from regular expressions to numbers")
         what = "r" if name == "rank_pattern" else "alpha"
-        if pattern and what not in {f.name for f in fields(self.adapter)}:
+        if pattern and what not in {f.name for f in fields(self.adapter)}.intersection(self.adapter.per_layer):
             raise ValueError(f"{name}={pattern!r}: {type(self.adapter).__name__} has no {what} of its own per layer")
         if pattern and what == "r" and self.adapter.fitted([(1, 1)]) is not self.adapter:
             raise ValueError(f"{name}={pattern!r}: the layers of {type(self.adapter).__name__} share tensors of one rank")
