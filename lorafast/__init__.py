@@ -6,6 +6,7 @@ from lorafast.embedding import Embedding
 from lorafast.functional import linear
 from lorafast.layer import Linear
 from lorafast.methods.adalora import AdaLoRA
+from lorafast.methods.aflora import AFLoRA
 from lorafast.methods.catalog import list_methods
 from lorafast.methods.dora import DoRA
 from lorafast.methods.lamda import LaMDA
@@ -24,7 +25,29 @@ from lorafast.models.summary import adapter_parameters, trainable_summary
 __version__ = VERSION
 
 __all__ = [
-    "AdaLoRA", "DoRA", "Embedding", "LaMDA", "Linear", "LoRA", "PiSSA", "VeRA", "accelerate", "adapt", "adapter_parameters",
-    "adapter_state_dict", "disable_adapter", "explain", "linear", "list_methods", "load_adapter", "merge", "merge_and_unload",
-    "patch_peft", "restore", "save_adapter", "trainable_summary", "unload",
+    "AFLoRA",
+    "AdaLoRA",
+    "DoRA",
+    "Embedding",
+    "LaMDA",
+    "Linear",
+    "LoRA",
+    "PiSSA",
+    "VeRA",
+    "accelerate",
+    "adapt",
+    "adapter_parameters",
+    "adapter_state_dict",
+    "disable_adapter",
+    "explain",
+    "linear",
+    "list_methods",
+    "load_adapter",
+    "merge",
+    "merge_and_unload",
+    "patch_peft",
+    "restore",
+    "save_adapter",
+    "trainable_summary",
+    "unload",
 ]  # fmt: skip

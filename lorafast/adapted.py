@@ -25,6 +25,9 @@ NAMES = ("lora_A", "lora_B", "lora_core", "lora_magnitude", "lora_out_scale", "l
 class Adapted(Merging):
     """A base module with an adapter. A subclass is of the base's class, and says in _W how its weight is a matrix [N,K]."""
 
+    # The parts that a schedule has frozen whole: what lets an adapter train again leaves them to it.
+    frozen_parts: frozenset[str] = frozenset()
+
     @classmethod
     def _from(cls, base: nn.Module, adapter: Adapter | None, adapter_dtype: torch.dtype | None, start: bool = True) -> Adapted:
         """A layer on the base's own Parameters, frozen; base itself is kept for plain(). start=False leaves the adapter's values

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lorafast
-from lorafast import AdaLoRA, DoRA, LaMDA, LoRA, PiSSA, VeRA
+from lorafast import AdaLoRA, AFLoRA, DoRA, LaMDA, LoRA, PiSSA, VeRA
 
 N, K = 14, 10
 ADAPTERS = [
@@ -23,6 +23,7 @@ ADAPTERS = [
     DoRA(r=3, init=PiSSA(4)),
     VeRA(r=3),
     AdaLoRA(r=3, target_r=2),
+    AFLoRA(r=3),
 ]
 each_adapter = pytest.mark.parametrize("adapter", ADAPTERS, ids=repr)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lorafast
-from lorafast import DoRA, LaMDA, LoRA, PiSSA, VeRA
+from lorafast import AFLoRA, DoRA, LaMDA, LoRA, PiSSA, VeRA
 
 METHODS = {
     "lora": (LoRA(r=4, alpha=8), {}),
@@ -30,6 +30,7 @@ OURS_ALONE = {
     "lamda-zero": LaMDA(r=4, init="zero"),
     "dora-in": DoRA(r=4, axis="in"),
     "fa": LoRA(freeze_A=True),
+    "aflora": AFLoRA(d_initial=0.3, dropout=0.1),
 }
 
 
@@ -88,7 +89,7 @@ def test_what_peft_has_not(method, tmp_path):
     }
     assert all(torch.equal(v, untouched[n]) for n, v in tiny.tensors(lorafast.unload(loaded)).items()) or ours.adapter.residual
     if method != "fa":
-        with pytest.raises(KeyError, match=r"LAMDA|DORA"):
+        with pytest.raises(KeyError, match=r"LAMDA|LORAFAST_(DORA_IN|AFLORA)"):
             tiny.from_peft(tiny.llama(), tmp_path)
 
 

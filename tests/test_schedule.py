@@ -1,4 +1,4 @@
-"""LaMDAFreeze: columns freeze in order, bitwise, under AdamW with weight decay; resume is exact."""
+"""LaMDAFreeze: columns freeze in order, bitwise, under AdamW with weight decay; resume is exact. And all schedules in a group."""
 
 import copy
 import os
@@ -10,7 +10,7 @@ from torch import nn
 from torch.multiprocessing import spawn
 
 import lorafast
-from lorafast.schedule import LaMDAFreeze
+from lorafast.schedule import LISA, AFLoRA, LaMDAFreeze
 
 R, T = 4, 20
 
@@ -77,35 +77,85 @@ def test_the_copy_is_gone_once_all_are_frozen_and_decay_cannot_reach_them():
     assert torch.equal(model[0].lora_B, before)
 
 
-def test_ddp_goes_on_when_all_columns_are_frozen(tmp_path):
+def test_ddp_goes_on_when_parameters_freeze(tmp_path):
     spawn(_train_in_a_group, args=(str(tmp_path / "rendezvous"),), nprocs=2)
 
 
 def _train_in_a_group(rank, rendezvous):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    for method in (_lamda, _aflora, _lisa):
+        method(rank)
+    dist.destroy_process_group()
+    # Left without ado: DDP's reducer would wait for gloo's threads, and they may wait for the interpreter.
+    os._exit(0)
+
+
+def _alike_in_the_group(model, parallel, optimizer, schedule, step, rank, before_the_step=lambda: None):
+    torch.manual_seed(100 + 10 * step + rank)
+    parallel(torch.randn(8, 10)).sub(1).square().mean().backward()
+    before_the_step()
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    for parameter in model.parameters():
+        theirs = parameter.detach().clone()
+        dist.broadcast(theirs, 0)
+        assert torch.equal(theirs, parameter)
+
+
+def _lamda(rank):
     model = model_of()
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer, schedule = optimizer_of(model), LaMDAFreeze(model, total_steps=4, fraction=0.5)
     frozen = None
     for step in range(5):
-        torch.manual_seed(100 + 10 * step + rank)
-        parallel(torch.randn(8, 10)).square().mean().backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        _alike_in_the_group(model, parallel, optimizer, schedule, step, rank)
         if model[0].frozen_columns == R:
             now = model[0].lora_B.detach().clone()
             assert frozen is None or torch.equal(now, frozen)
             frozen = now
-        for parameter in model.parameters():
-            theirs = parameter.detach().clone()
-            dist.broadcast(theirs, 0)
-            assert torch.equal(theirs, parameter)
     assert frozen is not None
-    dist.destroy_process_group()
-    # Left without ado: DDP's reducer would wait for gloo's threads, and they may wait for the interpreter.
-    os._exit(0)
+
+
+def _aflora(rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(lorafast.Linear(10, 10, adapter=lorafast.AFLoRA(r=R)) for _ in range(3)))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer, schedule, held = optimizer_of(model), AFLoRA(parallel, total_steps=10, warmup=1, final=2, deltaT=1), {}
+
+    def zeros():
+        assert not any(model.get_parameter(name).grad.any() for name in held)
+
+    for step in range(12):
+        _alike_in_the_group(model, parallel, optimizer, schedule, step, rank, zeros)
+        for name in schedule.frozen:
+            now = model.get_parameter(name).detach().clone()
+            assert torch.equal(now, held.setdefault(name, now))
+        if step == 10:  # what is loaded is what stays, though momentum goes on
+            model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+            held = {name: value + 1 for name, value in held.items()}
+    assert len(held) == 6
+
+
+def _lisa(rank):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(10, 10) for _ in range(4)), "head": nn.Linear(10, 2)})
+    model.forward = lambda x: model["head"](nn.Sequential(*model["layers"])(x))
+    with pytest.raises(ValueError, match=r"must be in DistributedDataParallel\(\.\.\., find_unused_parameters=True\)"):
+        LISA(model, "layers", seed=1)
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    with pytest.raises(ValueError, match="give every rank the same seed"):
+        LISA(parallel, "layers")
+    optimizer, schedule, seen = optimizer_of(model), LISA(parallel, "layers", active=1, every=2, seed=1), set()
+    for step in range(12):
+        chosen, before = schedule.chosen, [layer.weight.detach().clone() for layer in model["layers"]]
+        _alike_in_the_group(model, parallel, optimizer, schedule, step, rank)
+        assert [not torch.equal(now.weight, old) for now, old in zip(model["layers"], before, strict=True)] == [
+            index in chosen for index in range(4)
+        ]
+        seen.add(chosen)
+    assert len(seen) > 2
 
 
 def test_the_gradient_of_a_frozen_column_is_zero():

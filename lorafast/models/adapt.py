@@ -141,7 +141,7 @@ def let_train(model: nn.Module, trainable: bool) -> None:
     for layer in adapted(model).values():
         for name, part in layer._parts().items():
             # What a schedule has frozen is its to thaw.
-            if name != "lora_B" or layer.frozen_columns < layer.r:
+            if name not in layer.frozen_parts and (name != "lora_B" or layer.frozen_columns < layer.r):
                 getattr(layer, name).requires_grad_(trainable and part.trained)
     besides.let_train(model, trainable)
 

@@ -146,8 +146,9 @@ def config_of(model: nn.Module, layers: dict[str, Adapted], held: dict[str, Adap
     }
     if isinstance(common, AdaLoRA):
         said |= {"rank_pattern": triplets.pattern(held)} | model.__dict__.get(triplets.SCHEDULE, {})
-    elif hasattr(common, "alpha"):
+    elif common.fitted([(1, 1)]) is common:  # else its layers share tensors of one rank, and PEFT's config has no pattern
         said["rank_pattern"] = _pattern({name: adapter.r for name, adapter in held.items()}, common.r)
+    if hasattr(common, "alpha") and not isinstance(common, AdaLoRA):
         said["alpha_pattern"] = _pattern({name: adapter.alpha for name, adapter in held.items()}, common.alpha)
     return said
 

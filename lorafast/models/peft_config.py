@@ -10,6 +10,7 @@ from torch import nn
 
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.adapter import Adapter
+from lorafast.methods.aflora import AFLoRA
 from lorafast.methods.dora import DoRA
 from lorafast.methods.lamda import LaMDA
 from lorafast.methods.lora import LoRA
@@ -33,7 +34,7 @@ _PLAN = (
     "layers_pattern",
 )  # fmt: skip
 # What PEFT does not have goes under a type it refuses, rather than being read as something else.
-LAMDA, DORA_IN = "LAMDA", "LORAFAST_DORA_IN"
+LAMDA, DORA_IN, AFLORA = "LAMDA", "LORAFAST_DORA_IN", "LORAFAST_AFLORA"
 
 
 def is_one(adapter: object) -> bool:
@@ -66,7 +67,9 @@ def plan_of(config: dict[str, Any], loading: bool = False) -> Plan:
     Raises ValueError or TypeError naming the field: one of another type, one unknown that says something, or one that is not ours.
     """
     kind = config.get("peft_type")
-    readers: dict[str, Callable] = {"LORA": _lora, "VERA": _vera, "ADALORA": _adalora, LAMDA: _lamda, DORA_IN: _dora_in}
+    readers: dict[str, Callable] = {
+        "LORA": _lora, "VERA": _vera, "ADALORA": _adalora, LAMDA: _lamda, DORA_IN: _dora_in, AFLORA: _aflora,
+    }  # fmt: skip
     if not isinstance(kind, str) or kind not in readers:
         raise ValueError(f"peft_type={kind!r} must be one of {', '.join(map(repr, readers))}")
     left = {key: value for key, value in config.items() if key not in _IDLE}
@@ -173,6 +176,12 @@ def _adalora(f: _Fields, loading: bool) -> Adapter:
     )  # fmt: skip
 
 
+def _aflora(f: _Fields, loading: bool) -> Adapter:
+    return AFLoRA(
+        r=f.take("r", 4, int), d_initial=f.take("d_initial", 1.0, int, float), dropout=f.take("lora_dropout", 0.0, int, float)
+    )
+
+
 def dict_of(adapter: Adapter) -> dict[str, Any]:
     """What a config says of an adapter. Its start is written as one that leaves the weight alone: see checkpoint."""
     if isinstance(adapter, VeRA):
@@ -185,6 +194,8 @@ def dict_of(adapter: Adapter) -> dict[str, Any]:
             "peft_type": "ADALORA", "init_r": adapter.init_r, "target_r": adapter.target_r, "lora_alpha": adapter.alpha,
             "lora_dropout": adapter.dropout, "init_lora_weights": True,
         } | triplets.SCHEDULE_FIELDS  # fmt: skip
+    if isinstance(adapter, AFLoRA):
+        return {"peft_type": AFLORA, "r": adapter.r, "d_initial": adapter.d_initial, "lora_dropout": adapter.dropout}
     said = {
         "peft_type": "LORA", "r": adapter.r, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora, "init_lora_weights": True,

@@ -1,6 +1,8 @@
 """Floor 7: schedules that change what trains while it trains. One paper, one file."""
 
 from lorafast.schedule.adalora import AdaLoRA
+from lorafast.schedule.aflora import AFLoRA
 from lorafast.schedule.lamda import LaMDAFreeze
+from lorafast.schedule.lisa import LISA
 
-__all__ = ["AdaLoRA", "LaMDAFreeze"]
+__all__ = ["LISA", "AFLoRA", "AdaLoRA", "LaMDAFreeze"]
