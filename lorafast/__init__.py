@@ -11,6 +11,7 @@ from lorafast.methods.catalog import list_methods
 from lorafast.methods.dora import DoRA
 from lorafast.methods.lamda import LaMDA
 from lorafast.methods.lora import LoRA
+from lorafast.methods.lora_ga import LoRAGA
 from lorafast.methods.pissa import PiSSA
 from lorafast.methods.vera import VeRA
 from lorafast.models.accelerate import accelerate, patch_peft, restore
@@ -18,36 +19,17 @@ from lorafast.models.adapt import adapt
 from lorafast.models.checkpoint import load_adapter, save_adapter
 from lorafast.models.disable import disable_adapter
 from lorafast.models.explain import explain
+from lorafast.models.gradients import estimate_gradients
 from lorafast.models.keys import adapter_state_dict
 from lorafast.models.merge import merge, merge_and_unload, unload
+from lorafast.models.ranks import spectral_ranks
 from lorafast.models.summary import adapter_parameters, trainable_summary
 
 __version__ = VERSION
 
 __all__ = [
-    "AFLoRA",
-    "AdaLoRA",
-    "DoRA",
-    "Embedding",
-    "LaMDA",
-    "Linear",
-    "LoRA",
-    "PiSSA",
-    "VeRA",
-    "accelerate",
-    "adapt",
-    "adapter_parameters",
-    "adapter_state_dict",
-    "disable_adapter",
-    "explain",
-    "linear",
-    "list_methods",
-    "load_adapter",
-    "merge",
-    "merge_and_unload",
-    "patch_peft",
-    "restore",
-    "save_adapter",
-    "trainable_summary",
+    "AFLoRA", "AdaLoRA", "DoRA", "Embedding", "LaMDA", "Linear", "LoRA", "LoRAGA", "PiSSA", "VeRA", "accelerate", "adapt",
+    "adapter_parameters", "adapter_state_dict", "disable_adapter", "estimate_gradients", "explain", "linear", "list_methods",
+    "load_adapter", "merge", "merge_and_unload", "patch_peft", "restore", "save_adapter", "spectral_ranks", "trainable_summary",
     "unload",
 ]  # fmt: skip

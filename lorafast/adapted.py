@@ -57,6 +57,7 @@ class Adapted(Merging):
         if not isinstance(adapter, Adapter):
             raise TypeError(f"adapter must be a lorafast adapter such as lorafast.LoRA(r=8), not {adapter!r}")
         checks.pair("weight", self.weight, "[N, K]")
+        adapter = adapter.at("", self._W()) if start else adapter
         dtype = factor_dtype(self.weight, adapter_dtype)
         if dtype not in checks.DTYPES:
             raise TypeError(f"adapter_dtype {dtype!r} must be one of {', '.join(map(str, checks.DTYPES))}")

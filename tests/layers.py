@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import lorafast
-from lorafast import AdaLoRA, AFLoRA, DoRA, LaMDA, LoRA, PiSSA, VeRA
+from lorafast import AdaLoRA, AFLoRA, DoRA, LaMDA, LoRA, LoRAGA, PiSSA, VeRA
 
 N, K = 14, 10
+G = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
 ADAPTERS = [
     LoRA(r=3),
     LoRA(r=3, lora_bias=True),
@@ -21,6 +22,7 @@ ADAPTERS = [
     LaMDA(r=3, init="repo"),
     LoRA(r=3, alpha=5, init=PiSSA()),
     DoRA(r=3, init=PiSSA(4)),
+    LoRA(r=3, alpha=5, init=LoRAGA(G)),
     VeRA(r=3),
     AdaLoRA(r=3, target_r=2),
     AFLoRA(r=3),

@@ -204,12 +204,19 @@ def test_an_id_on_the_hub_without_a_network(monkeypatch, tmp_path):
     refused("someone/adapter", r"pip install 'lorafast\[hub\]'")
 
 
+GA = '"kind": "LoRAGA", "direction": "ArB2r", "scale": "gd", "gamma": 16, "svd_niter": null, "compat": null'
+
+
 @pytest.mark.parametrize(
     "metadata",
     ["{", "[]", '{"adapter": 3}', '{"adapter": {"method": "LoRA", "keep": "all"}}', '{"adapter": {"method": "DoRA"}}',
      '{"adapter": {"method": "LoRA", "init": {"svd_niter": -1}}}', '{"stacked": true}', '{"adapter": {"method": ["LoRA"]}}',
      '{"stacked": true, "alpha": "x", "alpha_pattern": {}}', '{"stacked": 1, "alpha": 8, "alpha_pattern": {"(": 1}}',
-     '{"adapter": {"method": "LoRA", "freeze_A": 1}}', '{"adapter": {"method": "LoRA", "init": {"path": "/"}}}'],
+     '{"adapter": {"method": "LoRA", "freeze_A": 1}}', '{"adapter": {"method": "LoRA", "init": {"path": "/"}}}',
+     '{"adapter": {"method": "LoRA", "init": {"kind": ["LoRAGA"], "svd_niter": 0}}}', '{"adapter": {"init": {"kind": "LoRA"}}}',
+     f'{{"adapter": {{"method": "LoRA", "init": {{{GA}, "norm_clip": false}}}}}}',
+     f'{{"adapter": {{"method": "LoRA", "init": {{{GA}}}}}, "stacked": true, "alpha": 4, "alpha_pattern": {{}}}}',
+     f'{{"adapter": {{"method": "LoRA", "init": {{{GA}, "norm_clip": 1}}}}, "stacked": true, "alpha": 4, "alpha_pattern": {{}}}}'],
 )  # fmt: skip
 def test_forged_metadata(metadata, folder):
     save_file(load_file(folder / files.WEIGHTS), folder / files.WEIGHTS, metadata={"lorafast": metadata})

@@ -83,6 +83,12 @@ class Adapter:
         """The adapter for layers of these shapes (N, K) together; another one only where they share tensors."""
         return self
 
+    def at(self, name: str, weight: torch.Tensor) -> Adapter:
+        """The adapter for the layer of this name ("" where it has none) and weight [N,K]; another one only where its start depends
+        on the layer.
+        """
+        return self
+
     def parts(self, N: int, K: int) -> dict[str, Part]:
         """The adapter tensors of a layer with weight [N,K], by the name of their Parameter, one of adapted.NAMES."""
         raise NotImplementedError

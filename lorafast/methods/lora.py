@@ -7,7 +7,7 @@ Saved for backward: x by reference + M·R; with freeze_A (LoRA-FA, arXiv 2308.03
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -21,8 +21,8 @@ INITS = ("kaiming", "gaussian")
 
 @dataclass(frozen=True, repr=False)
 class LoRA(Scaled):
-    """PEFT's defaults. init: A from U(±1/√K) ("kaiming") or N(0, 1/r²) ("gaussian"), B = 0; or PiSSA(), which changes W.
-    lora_bias: a trained bias on B.
+    """PEFT's defaults. init: A from U(±1/√K) ("kaiming") or N(0, 1/r²) ("gaussian"), B = 0; or PiSSA() or
+    LoRAGA(gradients), which change W. lora_bias: a trained bias on B.
     """
 
     init: str | Start = "kaiming"
@@ -43,6 +43,10 @@ class LoRA(Scaled):
     @property
     def residual(self) -> bool:
         return isinstance(self.init, Start)
+
+    def at(self, name: str, weight: torch.Tensor) -> LoRA:
+        init = self.init.at(name, weight, self.r) if self.residual else self.init
+        return self if init is self.init else replace(self, init=init)
 
     def parts(self, N: int, K: int) -> dict[str, Part]:
         parts = {"lora_A": Part((self.r, K), not self.freeze_A), "lora_B": Part((N, self.r))}

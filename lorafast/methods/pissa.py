@@ -23,6 +23,8 @@ class PiSSA(Start):
     svd_niter: int | None = None
 
     paper: ClassVar[str] = "arXiv 2404.02948"
+    trains: ClassVar[str] = "A, B"
+    keeps: ClassVar[str] = "x by reference + M·R"
 
     def __post_init__(self) -> None:
         svd.iterations(self.svd_niter)

@@ -104,10 +104,12 @@ def install(
     finish: what else belongs to it. Whatever fails, finish included, the model is as it was.
     """
     own = plan.adapters(clean(names[0]) for names in found.values())
-    shapes = [tuple(module.weight.shape) if isinstance(module, nn.Linear) else tuple(module.weight.t().shape) for module in found]
+    shapes = [tuple(_matrix(module).shape) for module in found]
     specs = {module: own[clean(names[0])].fitted(shapes) for module, names in found.items()}
     _refuse_tied(model, found, specs)
     also = besides.chosen(model, plan, found)
+    if fill is None:
+        specs = {module: spec.at(clean(found[module][0]), _matrix(module)) for module, spec in specs.items()}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers: dict[nn.Module, Adapted] = {}
     try:
@@ -151,6 +153,11 @@ def put(model: nn.Module, names: list[str], module: nn.Module) -> None:
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
+
+
+def _matrix(module: nn.Module) -> torch.Tensor:
+    """The weight as [N,K]."""
+    return module.weight.detach() if isinstance(module, nn.Linear) else module.weight.detach().t()
 
 
 def _share(layers: Collection[Adapted]) -> None:

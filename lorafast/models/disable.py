@@ -18,7 +18,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         with torch.no_grad(), lorafast.disable_adapter(policy):
             reference = policy(ids)
 
-    What an init took out of a weight (LaMDA residual, PiSSA) is added to the product again, at the price of a low-rank path.
+    What an init took out of a weight (LaMDA residual, PiSSA, LoRA-GA) is added to the product again: a low-rank path is its price.
     ValueError if the model has no adapted layer, RuntimeError if one is merged or its first values are not known; then nothing is
     disabled.
     """

@@ -15,7 +15,9 @@ from lorafast.layer import Conv1D
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.adapter import Adapter
 from lorafast.methods.lamda import LaMDA
+from lorafast.methods.lora_ga import LoRAGA
 from lorafast.methods.pissa import PiSSA
+from lorafast.methods.start import Start
 from lorafast.models import besides, peft_config, triplets
 from lorafast.models.names import clean, ends_with
 from lorafast.models.plan import matching
@@ -24,6 +26,7 @@ from lorafast.models.plan import matching
 _BEYOND = ("freeze_A", "dropout_on", "keep", "detach_norm", "cache_norm")
 # What a start leaves of an adapter in a file: twice its rank, the second half undoing what the start took out of the weight.
 _STACKED = ("lora_A", "lora_B", "lora_core")
+_STARTS: dict[str, type[Start]] = {"PiSSA": PiSSA, "LoRAGA": LoRAGA}
 
 
 class Form(NamedTuple):
@@ -83,11 +86,21 @@ def overlaid(adapter: Adapter, extras: dict[str, Any]) -> Adapter:
     if not isinstance(said, dict) or said.get("method") != type(adapter).__name__ or not said.keys() <= known:
         raise ValueError(f"the file is of {said!r}, its config of {adapter}")
     own = {name: value for name, value in said.items() if name != "method"}
-    if isinstance(init := own.get("init"), dict):
-        if init.keys() != {"svd_niter"}:
-            raise ValueError(f"init={init!r} of the file is no start")
-        own["init"] = PiSSA(**init)
+    if isinstance(own.get("init"), dict):
+        own["init"] = _start_of(own["init"])
+    if isinstance(own.get("init"), LoRAGA) and not extras.get("stacked"):
+        raise ValueError(f"the file is of {own['init']}, and holds no start")
     return replace(adapter, **own)
+
+
+def _start_of(said: dict[str, Any]) -> Start:
+    """The start of these settings. Before there was a second kind, none was named."""
+    settings = dict(said)
+    kind = settings.pop("kind", "PiSSA")
+    start = _STARTS.get(kind) if isinstance(kind, str) else None
+    if start is None or settings.keys() != start().settings().keys():
+        raise ValueError(f"init={said!r} of the file is no start")
+    return start(**settings)
 
 
 def _as_it_scales(name: str, layer: Adapted) -> Adapter:
@@ -119,7 +132,7 @@ def _extras(adapter: Adapter) -> dict[str, Any]:
     if isinstance(adapter, LaMDA) and adapter.residual:
         said |= {"init": adapter.init, "svd_niter": adapter.svd_niter}
     elif adapter.residual:
-        said["init"] = {"svd_niter": adapter.init.svd_niter}
+        said["init"] = {"kind": type(adapter.init).__name__} | adapter.init.settings()
     return {"method": type(adapter).__name__} | said
 
 

@@ -46,8 +46,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors under the keys PEFT saves them by: factors, and what trains besides (modules_to_save, biases).
 
     Detached, on their device, sharing memory with the model; gathered if sharded, which every rank must then call. Where a start
-    changed the weight (LaMDA residual, PiSSA) these are the factors beside that weight: save_adapter writes what fits the untouched
-    one. ValueError if the model has no adapted layer.
+    changed the weight (LaMDA residual, PiSSA, LoRA-GA) these are the factors beside that weight: save_adapter writes what fits the
+    untouched one. ValueError if the model has no adapted layer.
     """
     layers = adapted(model, awake=True)
     found: dict[str, torch.Tensor] = {}

@@ -26,7 +26,7 @@ _IDLE = (
 )  # fmt: skip
 # Starts that leave the weight alone, so that their files need nothing of ours; and what configures a start.
 _STARTED_ELSEWHERE = ("eva", "orthogonal")
-_START_CONFIGS = ("eva_config",)
+_START_CONFIGS = ("eva_config", "lora_ga_config")
 # What PEFT makes trainable and saves where a config names a task and no modules_to_save.
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _PLAN = (
@@ -137,6 +137,10 @@ def _init(init: bool | str, loading: bool) -> str | PiSSA:
                 "save it from PEFT with path_initial_model_for_weight_conversion"
             )
         return PiSSA(int(niter[1]))
+    if init == "lora_ga":
+        absent = "what PEFT took out of the weights is not in the file; save it with path_initial_model_for_weight_conversion"
+        given = "no config holds gradients; adapt with lorafast.LoRA(init=lorafast.LoRAGA(gradients, compat='peft'))"
+        raise ValueError(f"init_lora_weights='lora_ga': {absent if loading else given}")
     raise ValueError(f"init_lora_weights={init!r} is not lorafast's: start the model in PEFT, and lorafast.accelerate it")
 
 
