@@ -1,5 +1,6 @@
 """lorafast: adapter layers (LoRA, DoRA, LaMDA) at the frozen layer's cost."""
 
+from lorafast import optim as optim
 from lorafast import schedule as schedule
 from lorafast._version import VERSION
 from lorafast.embedding import Embedding

@@ -51,6 +51,7 @@ SHARED = {
         ),
         *("checkpoint", "explain", "variant", "aside", "peft"),
     ),
+    "optim": ("factors",),
     "bench": (
         *(
             "refusal",
