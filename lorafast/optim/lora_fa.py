@@ -27,14 +27,14 @@ class _Inverse(NamedTuple):
 class LoRAFA(torch.optim.AdamW):
     """AdamW on g_B' for lora_B, plain AdamW for all else that trains (DoRA's magnitude, biases, modules_to_save).
 
-    model: adapted with freeze_A=True. ridge: added to the diagonal of A Aᵀ before the pseudo-inverse, as PEFT does. settings: amsgrad,
-    maximize, foreach, fused, capturable and differentiable of AdamW. s is read at every step and may be a tensor. Under DoRA G is the
-    gradient of W + sBA before the gain. Two groups, by "name": "factors" and "other"; each has an lr of its own to set, and
-    add_param_group takes more. p.grad stays what backward made of it. Two habits are torch's and not PEFT's: eps is added to √v̂
-    (there to √v, before the bias correction), and weights decay before the step (there after it).
+    model: adapted with freeze_A=True. ridge: added to the diagonal of A Aᵀ before the pseudo-inverse, as PEFT does. settings:
+    amsgrad, maximize, foreach, fused, capturable and differentiable of AdamW. s is read at every step and may be a tensor. Under
+    DoRA G is the gradient of W + sBA before the gain. Two groups, by "name": "factors" and "other"; each has an lr of its own to
+    set, and add_param_group takes more. p.grad stays what backward made of it. Two habits are torch's and not PEFT's: eps is added
+    to √v̂ (there to √v, before the bias correction), and weights decay before the step (there after it).
     Memory: two moments per trained element as AdamW, R·R per layer, and copies of B's gradients while a group steps.
-    The inverse is made anew when A moves, when anything that bumps its version writes to it, and when the optimizer's state is loaded.
-    It cannot see a write through `A.data` into the same memory: load_state_dict(state_dict()) makes it look again.
+    The inverse is made anew when A moves, when anything that bumps its version writes to it, and when the optimizer's state is
+    loaded. It cannot see a write through `A.data` into the same memory: load_state_dict(state_dict()) makes it look again.
     ValueError where lora_A trains, or a core or out_scale stands beside the factors (LaMDA, VeRA).
     """
 

@@ -1,6 +1,6 @@
 """LoRA+ (arXiv 2402.12354): lora_B learns `ratio` times as fast as lora_A.
 
-    η_A = lr,  η_B = ratio·lr            A [R,K], B [N,R]; B starts at 0, and with one rate for both learns too slowly where K is large
+    η_A = lr,  η_B = ratio·lr        A [R,K], B [N,R]; B starts at 0, and with one rate for both learns too slowly where K is large
 An assignment of learning rates to parameters, as PEFT's create_loraplus_optimizer makes it; the optimizer is any class of torch's.
     lr              lora_A, LaMDA's core [R,R], every other trained matrix (modules_to_save)
     ratio·lr        lora_B and every trained vector: DoRA's magnitude, biases, norms, VeRA's core [R] and out_scale [N]
@@ -32,8 +32,8 @@ class LoRAPlus:
 
     What comes back is an optimizer_class and nothing else: its state, hooks, fused and foreach forms, schedulers and GradScaler are
     its own. Each group has a "name" ("A", "embedding", "B", "B_no_decay"; empty ones are left out), and its lr may be set there.
-    ratio: η_B/η_A, above 0; the paper advises about 16. weight_decay: for all but biases and norms, which have none; 0 by default, not
-    optimizer_class's own default. settings: whatever else optimizer_class takes. A PEFT model with LoRA layers will do too.
+    ratio: η_B/η_A, above 0; the paper advises about 16. weight_decay: for all but biases and norms, which have none; 0 by default,
+    not optimizer_class's own default. settings: whatever else optimizer_class takes. A PEFT model with LoRA layers will do too.
     ValueError without an adapter or anything that trains, or for a ratio or rate out of range; TypeError for PEFT's argument names.
     """
 

@@ -3,10 +3,10 @@
     g̃ = s·B·g^A + s·g^B·A,  the nearest to G = dL/d(W + sBA) [N,K] in ‖·‖_F;  A [R,K], B [N,R]
     g^A = (1/s²)(BᵀB)⁺ g_A + X·A,  g^B = (1/s²)(I - B(BᵀB)⁺Bᵀ) g_B (AAᵀ)⁺ - B·X;  any X [R,R] gives the same g̃
     ‖g̃ - G‖ = ‖(I - P_B) G (I - P_A)‖, with the projections on B's columns and A's rows
-g_A = s·Bᵀ·G and g_B = s·G·Aᵀ are what backward gives, so G itself is never needed. Where a factor lacks rank (B = 0 as LoRA starts, A = 0
-as an embedding's does), ⁺ is the pseudo-inverse and all three lines hold: at B = 0 they are the paper's first step, g^A = g_A (= 0) and
-g^B = (1/s²) g_B (AAᵀ)⁻¹. That is decided at every step from the eigenvalues of BᵀB and AAᵀ, of which those up to R·ε times the largest
-count as 0, and not from a count of steps.
+g_A = s·Bᵀ·G and g_B = s·G·Aᵀ are what backward gives, so G itself is never needed. Where a factor lacks rank (B = 0 as LoRA starts,
+A = 0 as an embedding's does), ⁺ is the pseudo-inverse and all three lines hold: at B = 0 they are the paper's first step, g^A = g_A
+(= 0) and g^B = (1/s²) g_B (AAᵀ)⁻¹. That is decided at every step from the eigenvalues of BᵀB and AAᵀ, of which those up to R·ε
+times the largest count as 0, and not from a count of steps.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ class LoRAPro(torch.optim.Optimizer):
     "sgd" takes those of G. x: of all steps with this g̃ the "sylvester" one is nearest to (g_A, g_B); "zero" leaves to A what both
     factors could do, and "symmetric" halves it between them. decay: what weight_decay shrinks by 1 - lr·weight_decay, A and B each
     ("factors", as AdamW on LoRA) or their product ("delta"); which of the two the paper means could not be checked.
-    foreach: for the plain part. Two groups, by "name": "factors" and "other"; every setting may be changed per group. add_param_group
-    takes more; a pair of factors stands in one group. Under DoRA G is the gradient of W + sBA before the gain. s may be a tensor.
-    Memory: "adamw" keeps two moments of N·K per layer in fp32 (fp64 for fp64 factors), as full fine-tuning does: moment_bytes() says how
-    much; and it makes one g̃ at a time. "sgd" keeps nothing. Time per layer: O((N+K)R² + R³), and for "adamw" three products of N·K·R.
-    ValueError for a frozen factor, for a core or out_scale beside them (LaMDA, VeRA) and for settings out of range. RuntimeError, and no
-    step, where one factor of a pair has a gradient and the other none, or a gradient is sparse. What has no gradient rests.
+    foreach: for the plain part. Two groups, by "name": "factors" and "other"; every setting may be changed per group.
+    add_param_group takes more; a pair of factors stands in one group. Under DoRA G is the gradient of W + sBA before the gain.
+    s may be a tensor.
+    Memory: "adamw" keeps two moments of N·K per layer in fp32 (fp64 for fp64 factors), as full fine-tuning does (moment_bytes()),
+    and makes one g̃ at a time; "sgd" keeps nothing. Time per layer: O((N+K)R² + R³), and for "adamw" four products of N·K·R.
+    ValueError for a frozen factor, a core or out_scale beside the factors (LaMDA, VeRA) and settings out of range. RuntimeError,
+    and no step, where one factor of a pair has a gradient and the other none, or a gradient is sparse. What has no gradient rests.
     """
 
     paper: ClassVar[str] = "arXiv 2407.18242"
@@ -69,8 +70,8 @@ class LoRAPro(torch.optim.Optimizer):
         try:
             _check_settings(self.param_groups[-1])
             inside = set(self.param_groups[-1]["params"])
-            for parameter in inside & self._held.keys():
-                _check_pair(self._held[parameter], inside)
+            for one in (self._held[p] for p in self.param_groups[-1]["params"] if p in self._held):
+                _check_pair(one, inside)
         except ValueError:
             self.param_groups.pop()
             raise
