@@ -7,7 +7,8 @@ import types
 import peft
 import pytest
 import torch
-from optimized import assert_resumes, loss_of, model_of, train
+from optimized import assert_resumes, loss_of, losses, model_of
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 import lorafast
@@ -29,7 +30,8 @@ IDS = torch.arange(18).reshape(2, 9) % 9
 # What PEFT calls a parameter, and what it is called here.
 SPELLED = {
     "base_model.model.": "", ".default": "", ".modules_to_save": "", ".base_layer": "", "lora_embedding_": "lora_",
-    "lora_B.bias": "lora_bias", "lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_magnitude_vector.weight": "lora_magnitude",
+    "lora_B.bias": "lora_bias", "lora_A.weight": "lora_A", "lora_B.weight": "lora_B",
+    "lora_magnitude_vector.weight": "lora_magnitude",
 }  # fmt: skip
 
 
@@ -72,7 +74,7 @@ each_case = pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
 @each_case
 def test_groups_are_pefts(fields):
     theirs, ours = pair(fields)
-    made = peft.optimizers.create_loraplus_optimizer(
+    made = create_loraplus_optimizer(
         theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8, loraplus_weight_decay=0.1, loraplus_lr_embedding=3e-5
     )
     want = rates(theirs, made)
@@ -87,7 +89,7 @@ def test_groups_are_pefts(fields):
 @each_case
 def test_steps_are_pefts(fields):
     theirs, ours = pair(fields)
-    made = peft.optimizers.create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    made = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
     optimizer = LoRAPlus(ours, torch.optim.AdamW, lr=1e-3, ratio=16)
     for _ in range(4):
         for model, one in ((theirs, made), (ours, optimizer)):
@@ -155,9 +157,8 @@ def test_schedulers_scalers_and_groups_of_ones_own():
 
 def test_loss_goes_down():
     model = model_of(DoRA(r=3))
-    before = loss_of(model).item()
-    train(model, LoRAPlus(model, lr=2e-3), 30)
-    assert loss_of(model).item() < 0.9 * before
+    found = losses(model, LoRAPlus(model, lr=2e-3))
+    assert found[-1] < 0.8 * found[0]
 
 
 def test_eight_bits_leave_embeddings_wide(monkeypatch):
