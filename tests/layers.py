@@ -16,6 +16,7 @@ ADAPTERS = [
     DoRA(r=3, axis="in"),
     DoRA(r=3, lora_bias=True),
     DoRA(r=3, lora_bias=True, axis="in"),
+    DoRA(magnitude_only=True),
     DoRA(r=3, dropout_on="both", keep="inner", dropout=0.2),
     LaMDA(r=3),
     LaMDA(r=3, init="zero"),

@@ -51,7 +51,7 @@ SHARED = {
         ),
         *("checkpoint", "explain", "variant", "aside", "peft"),
     ),
-    "optim": ("factors",),
+    "optim": ("factors", "weights"),
     "bench": (
         *(
             "refusal",

@@ -28,6 +28,7 @@ def adapt(
     exclude_modules: Names | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    adapter_pattern: Mapping[str, Adapter] | None = None,
     modules_to_save: Collection[str] = (),
     bias: str = "none",
     seed: int | None = None,
@@ -39,8 +40,10 @@ def adapt(
     target_modules: "all-linear" (every nn.Linear and transformers Conv1D but the model's output embeddings), a regular expression
     that must match a whole name, or names, each whole or the end of one after a dot. nn.Embedding can be named too.
     exclude_modules: names or an expression, as above. rank_pattern, alpha_pattern: {expression: r or alpha} for layers whose name,
-    or its end after a dot, matches. modules_to_save: modules that train as a whole and are saved with the adapter. bias: "all" and
-    "lora_only" (the adapted layers') train biases too. seed: start from a generator of its own. adapter_dtype: as for Linear.
+    or its end after a dot, matches. adapter_pattern: {expression: another adapter} for such layers, as DoRA with
+    DoRA(magnitude_only=True) for some; other mixtures of methods train, but a file cannot hold them. modules_to_save: modules that
+    train as a whole and are saved with the adapter. bias: "all" and "lora_only" (the adapted layers') train biases too. seed: start
+    from a generator of its own. adapter_dtype: as for Linear.
     Weights and biases stay the same Parameters; a module used in several places is replaced in all. Adapters start in module order.
     Raises ValueError or TypeError, and changes nothing, where a name or pattern matches nothing, a match is no plain nn.Linear,
     Conv1D or nn.Embedding or carries hooks, a weight that would change is tied to another, or the model is adapted already, or in
@@ -50,7 +53,7 @@ def adapt(
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     options = {
         "exclude_modules": exclude_modules, "rank_pattern": rank_pattern or {}, "alpha_pattern": alpha_pattern or {},
-        "modules_to_save": modules_to_save, "bias": bias,
+        "adapter_pattern": adapter_pattern or {}, "modules_to_save": modules_to_save, "bias": bias,
     }  # fmt: skip
     if peft_config.is_one(adapter):
         given = {"target_modules": target_modules != ALL_LINEAR, **options, "bias": bias != "none"}
@@ -64,7 +67,7 @@ def adapt(
     refuse_parallel(model)
     found = places(model, plan)
     _warn_of_experts(model, plan, found)
-    with _seeded(seed, model):
+    with seeded(seed, model):
         install(model, plan, found, adapter_dtype)
     if resting:
         let_train(model, False)
@@ -183,7 +186,7 @@ def _refuse_tied(model: nn.Module, found: dict[nn.Module, list[str]], specs: dic
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None, model: nn.Module) -> Iterator[None]:
+def seeded(seed: int | None, model: nn.Module) -> Iterator[None]:
     """A generator of its own for what is drawn inside; torch's go on as if nothing had been drawn."""
     if seed is None:
         yield

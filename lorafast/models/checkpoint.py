@@ -21,8 +21,8 @@ from lorafast.models.targets import places
 def save_adapter(model: nn.Module, path: str | os.PathLike, as_lora: bool = False, rank: int | None = None) -> None:
     """Write the adapter, and what trains besides, to path/adapter_model.safetensors and path/adapter_config.json, as PEFT does.
 
-    LoRA, rsLoRA, DoRA, PiSSA, LoRA-GA, VeRA and AdaLoRA load in PEFT; what PEFT lacks (LaMDA, AFLoRA, axis="in") it refuses. The file
-    fits the untouched base: where a start changed the weight, s (B A - B₀ A₀) is written as one adapter of twice the rank, which
+    LoRA, rsLoRA, DoRA, PiSSA, LoRA-GA, VeRA and AdaLoRA load in PEFT; what it lacks (LaMDA, AFLoRA, axis="in") it refuses. The
+    file fits the untouched base: where a start changed the weight, s (B A - B₀ A₀) is written as one adapter of twice the rank, which
     load_adapter takes apart again. as_lora=True writes plain LoRA whatever the method, for engines that take nothing else: exact
     for low-rank changes, else (DoRA, or a smaller rank) the best of that rank, its error printed.
     Written aside and renamed: a save that is stopped leaves the old adapter or the new one. In a process group every rank calls

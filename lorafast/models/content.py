@@ -14,6 +14,7 @@ from torch import nn
 from lorafast.adapted import Adapted, factor_dtype
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.adapter import Adapter, Part
+from lorafast.methods.dora import DoRA
 from lorafast.methods.vera import projections
 from lorafast.models import besides, files, form, keys, peft_config, triplets
 from lorafast.models.names import adapted, clean, near, some
@@ -54,7 +55,7 @@ def _plan_of(file: files.AdapterFile) -> Plan:
     # What lorafast wrote names modules to save in full.
     plan = replace(peft_config.plan_of(file.config, loading=True), loose=not file.extras)
     if not file.extras.get("stacked"):
-        return replace(plan, adapter=form.overlaid(plan.adapter, file.extras))
+        return _with_magnitudes(replace(plan, adapter=form.overlaid(plan.adapter, file.extras)), file)
     ranks = {"r": plan.adapter.r} | dict(plan.rank_pattern)
     if odd := {key: r for key, r in ranks.items() if r % 2}:
         raise ValueError(f"{files.CONFIG}: {odd} are odd, and cannot be ranks with their starts")
@@ -65,6 +66,19 @@ def _plan_of(file: files.AdapterFile) -> Plan:
     if not adapter.residual or form.stacked(adapter).scaling != plan.adapter.scaling:
         raise ValueError(f"{files.CONFIG} says {plan.adapter}, {files.WEIGHTS} was written for {form.stacked(adapter)}")
     return replace(plan, adapter=adapter, rank_pattern={key: r // 2 for key, r in plan.rank_pattern.items()}, alpha_pattern=pattern)
+
+
+def _with_magnitudes(plan: Plan, file: files.AdapterFile) -> Plan:
+    """The plan with those layers of the file whose magnitude alone trains."""
+    names = file.extras.get("magnitude_only", [])
+    layers = keys.sorted_keys(file.entries).layers
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in layers for name in names):
+        raise ValueError(f"{files.WEIGHTS} metadata: magnitude_only={str(names)[:200]} must be names of layers in the file")
+    if not names:
+        return plan
+    if not isinstance(plan.adapter, DoRA) or plan.adapter.residual:
+        raise ValueError(f"{files.WEIGHTS} metadata: magnitude_only={str(names)[:200]} beside {plan.adapter}")
+    return replace(plan, adapter_pattern={f"^{re.escape(name)}": plan.adapter.alone() for name in names})
 
 
 def content_of(
@@ -171,8 +185,7 @@ def _refuse_dtype(key: str, entry: files.Entry, wanted: torch.dtype) -> None:
 
 
 def _refuse_other_adapter(name: str, layer: Adapted, adapter: Adapter) -> None:
-    theirs = (type(adapter).__name__, adapter.r, adapter.axis, adapter.residual)
-    ours = (type(layer.adapter).__name__, layer.r, layer.adapter.axis, layer.adapter.residual)
+    theirs, ours = ((type(one).__name__, one.r, one.axis, one.residual, form.is_alone(one)) for one in (adapter, layer.adapter))
     # A scaling goes through alpha = s·r and back, which may round.
     if theirs != ours or not math.isclose(adapter.scaling, float(layer.scaling), rel_tol=1e-12):
         raise ValueError(

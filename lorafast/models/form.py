@@ -14,6 +14,7 @@ from lorafast.adapted import Adapted
 from lorafast.layer import Conv1D
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.adapter import Adapter
+from lorafast.methods.dora import DoRA
 from lorafast.methods.lamda import LaMDA
 from lorafast.methods.lora_ga import LoRAGA
 from lorafast.methods.pissa import PiSSA
@@ -23,7 +24,7 @@ from lorafast.models.names import clean, ends_with
 from lorafast.models.plan import matching
 
 # Fields that PEFT's config has no word for.
-_BEYOND = ("freeze_A", "dropout_on", "keep", "detach_norm", "cache_norm")
+_BEYOND = ("freeze_A", "dropout_on", "keep", "detach_norm", "cache_norm", "magnitude_only")
 # What a start leaves of an adapter in a file: twice its rank, the second half undoing what the start took out of the weight.
 _STACKED = ("lora_A", "lora_B", "lora_core")
 _STARTS: dict[str, type[Start]] = {"PiSSA": PiSSA, "LoRAGA": LoRAGA}
@@ -45,6 +46,8 @@ def form_of(model: nn.Module, layers: dict[str, Adapted]) -> Form:
     extras = {"adapter": _extras(common), "stacked": common.residual, "alpha": getattr(common, "alpha", None)}
     if common.residual:
         extras["alpha_pattern"] = _pattern({name: adapter.alpha for name, adapter in own.items()}, common.alpha)
+    if alone := sorted(name for name, adapter in own.items() if is_alone(adapter)) if not is_alone(common) else []:
+        extras["magnitude_only"] = alone
     return Form(held, config_of(model, layers, held), extras)
 
 
@@ -113,15 +116,26 @@ def _as_it_scales(name: str, layer: Adapted) -> Adapter:
     return replace(layer.adapter, alpha=layer.adapter.alpha_for(scaling))
 
 
+def is_alone(adapter: Adapter) -> bool:
+    """Whether it is a DoRA whose magnitude alone trains, and which may stand beside whole ones in a file."""
+    return isinstance(adapter, DoRA) and adapter.magnitude_only
+
+
 def _common(own: dict[str, Adapter]) -> Adapter:
-    ranks = collections.Counter((adapter.r, getattr(adapter, "alpha", None)) for adapter in own.values())
+    whole = {name: adapter for name, adapter in own.items() if not is_alone(adapter)} or own
+    ranks = collections.Counter((adapter.r, getattr(adapter, "alpha", None)) for adapter in whole.values())
     (r, alpha), _ = ranks.most_common(1)[0]
-    common = next(a for a in own.values() if (a.r, getattr(a, "alpha", None)) == (r, alpha))
+    common = next(a for a in whole.values() if (a.r, getattr(a, "alpha", None)) == (r, alpha))
     for name, adapter in own.items():
+        if name not in whole and isinstance(common, DoRA) and not common.residual and adapter == common.alone():
+            continue
         numbers = {field: getattr(common, field) for field in common.per_layer if hasattr(common, field)}
         if type(adapter) is not type(common) or replace(adapter, **numbers) != common:
             apart = " and ".join(common.per_layer)
-            raise ValueError(f"{name} has {adapter}, other layers {common}: adapters of one file may differ in {apart} alone")
+            raise ValueError(
+                f"{name} has {adapter}, other layers {common}: adapters of one file may differ in {apart}, DoRA's (without an init "
+                "that changes the weight) also in magnitude_only"
+            )
     return common
 
 

@@ -34,6 +34,7 @@ class Plan:
     exclude_modules: Names | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    adapter_pattern: Mapping[str, Adapter] = field(default_factory=dict)
     modules_to_save: Collection[str] = ()
     bias: str = "none"
     layers_to_transform: Collection[int] | None = None
@@ -63,36 +64,55 @@ class Plan:
             expressions.compiled("layers_pattern", pattern)
             if self.foreign and not expressions.is_plain(pattern):
                 raise ValueError(f"layers_pattern={pattern[:200]!r} of a file must be a name")
+        self._refuse_adapters()
         for name in ("rank_pattern", "alpha_pattern"):
             self._refuse_pattern(name)
+
+    def _refuse_adapters(self) -> None:
+        pattern = self.adapter_pattern
+        if not isinstance(pattern, Mapping) or not all(isinstance(one, Adapter) for one in pattern.values()):
+            raise TypeError(f"adapter_pattern={pattern!r} must be a dict from regular expressions to lorafast adapters")
+        for key in pattern:
+            expressions.compiled("adapter_pattern", key, _ENDING)
+        if pattern and (shares := next((one for one in self._kinds() if one.fitted([(1, 1)]) is not one), None)):
+            raise ValueError(f"adapter_pattern={pattern!r}: all layers of {type(shares).__name__} share tensors")
+
+    def _kinds(self) -> tuple[Adapter, ...]:
+        return self.adapter, *self.adapter_pattern.values()
 
     def _refuse_pattern(self, name: str) -> None:
         pattern = getattr(self, name)
         if not isinstance(pattern, Mapping):
             raise ValueError(f"{name}={pattern!r} must be a dict from regular expressions to numbers")
         what = "r" if name == "rank_pattern" else "alpha"
-        if pattern and what not in {f.name for f in fields(self.adapter)}.intersection(self.adapter.per_layer):
-            raise ValueError(f"{name}={pattern!r}: {type(self.adapter).__name__} has no {what} of its own per layer")
-        if pattern and what == "r" and self.adapter.fitted([(1, 1)]) is not self.adapter:
-            raise ValueError(f"{name}={pattern!r}: the layers of {type(self.adapter).__name__} share tensors of one rank")
+        for adapter in self._kinds() if pattern else ():
+            if what not in {f.name for f in fields(adapter)}.intersection(adapter.per_layer):
+                raise ValueError(f"{name}={pattern!r}: {type(adapter).__name__} has no {what} of its own per layer")
+            if what == "r" and adapter.fitted([(1, 1)]) is not adapter:
+                raise ValueError(f"{name}={pattern!r}: the layers of {type(adapter).__name__} share tensors of one rank")
         for key, value in pattern.items():
             expressions.compiled(name, key, _ENDING)
-            try:
-                replace(self.adapter, **{what: value})
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{name}[{key!r}]={value!r}: {error}") from error
+            for adapter in self._kinds():
+                try:
+                    replace(adapter, **{what: value})
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{name}[{key!r}]={value!r}: {error}") from error
 
     def adapters(self, names: Iterable[str]) -> dict[str, Adapter]:
-        """The adapter of each layer: rank and alpha each by the first pattern that matches its name, or its end after a dot."""
+        """The adapter of each layer: method, rank and alpha by the first pattern each that matches its name, or its end after a
+        dot.
+        """
         names, own = list(names), collections.defaultdict(dict)
+        kinds = {name: self.adapter_pattern[key] for name, key in matching(self.adapter_pattern, names, self.foreign).items()}
         for what, pattern in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
             for name, key in matching(pattern, names, self.foreign).items():
                 own[name][what] = pattern[key]
-        return {name: replace(self.adapter, **own[name]) if name in own else self.adapter for name in names}
+        kinds = {name: kinds.get(name, self.adapter) for name in names}
+        return {name: replace(kinds[name], **own[name]) if name in own else kinds[name] for name in names}
 
 
-def matching(pattern: Mapping[str, float], names: Iterable[str], foreign: bool = False) -> dict[str, str]:
-    """For each name, the first key of a rank or alpha pattern that matches it, whole or after a dot; others are left out."""
+def matching(pattern: Mapping[str, object], names: Iterable[str], foreign: bool = False) -> dict[str, str]:
+    """For each name, the first key of a pattern that matches it, whole or after a dot; others are left out."""
     names, keys = list(names), list(pattern)
     if all(map(expressions.is_plain, keys)):
         found = {name: next((key for key in keys if expressions.plain_ends(key, name)), None) for name in names}

@@ -150,7 +150,7 @@ def _refuse_adapted(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def _refuse_unused_patterns(plan: Plan, names: list[str]) -> None:
-    for argument in () if plan.forgiving else ("rank_pattern", "alpha_pattern"):
+    for argument in () if plan.forgiving else ("rank_pattern", "alpha_pattern", "adapter_pattern"):
         for key in getattr(plan, argument):
             if not matching({key: 0}, names):
                 raise ValueError(f"{argument}: {key!r} matches no adapted layer{near(key, names)}")

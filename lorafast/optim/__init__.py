@@ -1,7 +1,9 @@
-"""Floor 7: optimizers that know an adapter's factors from other parameters. One paper, one file."""
+"""Floor 7: optimizers that know what an adapter is. One paper, one file."""
 
+from lorafast.optim.galore import GaLore
+from lorafast.optim.lora_as_optimizer import LoRAAsOptimizer
 from lorafast.optim.lora_fa import LoRAFA
 from lorafast.optim.lora_plus import LoRAPlus
 from lorafast.optim.lora_pro import LoRAPro
 
-__all__ = ["LoRAFA", "LoRAPlus", "LoRAPro"]
+__all__ = ["GaLore", "LoRAAsOptimizer", "LoRAFA", "LoRAPlus", "LoRAPro"]
