@@ -119,8 +119,8 @@ def build(
     if not impl.adapts:
         layer = linear
     elif impl.by_peft:
-        peers.check(impl, adapter, problem.dtype)
-        layer = peers.layer(linear, impl, adapter)
+        peers.check(impl, method, problem.dtype)
+        layer = peers.layer(linear, impl, method, adapter)
         if mask and not impl.ours:
             peers.mask(layer)
     else:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import lorafast
-from lorafast.methods.adapter import Adapter
-
 BASES = ("frozen", "full", "lorafast", "accelerated", "eager", "peft", "peft-bf16")
 WITHOUT_ADAPTER = ("frozen", "full")
 
@@ -53,13 +50,3 @@ def contenders(impls: tuple[Impl, ...], methods: tuple[str, ...]) -> tuple[tuple
     """Implementation and method of every row of one problem, the bare frozen layer always first."""
     named = (one for one in impls if one != FROZEN)
     return (FROZEN_KEY, *((one, method) for one in named for method in (methods if one.adapts else (NO_METHOD,))))
-
-
-METHODS = {method.name: method.adapter for method in lorafast.list_methods()}
-
-
-def adapter(method: str, R: int, dropout: float, dropout_on: str = "adapter", **fields: object) -> Adapter:
-    """The method's spec, s = alpha/r = 2 where it has an alpha; dropout_on where it has the choice."""
-    kind = METHODS[method]
-    fields |= {"alpha": 2 * R, "dropout_on": dropout_on}
-    return kind(r=R, dropout=dropout, **{name: value for name, value in fields.items() if name in kind.__dataclass_fields__})

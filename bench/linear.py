@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from lorafast import testing
-from lorafast.bench import bandwidth, compiled, memory, row
+from lorafast.bench import bandwidth, compiled, memory, recipes, row
 from lorafast.bench import impl as impls
 from lorafast.bench.clock import Clock, Mark, Step, interleave
 from lorafast.bench.contender import Contender, Problem, build
@@ -91,7 +91,7 @@ class _ProblemRun:
         if impl.adapts:
             # The start is overwritten by the problem's own values; a residual would be taken out of the weight all share.
             fields = {"init": "zero"} if method == "lamda" else {}
-            adapter = impls.adapter(method, p.R, p.dropout, self.plan.dropout_on, **fields)
+            adapter = recipes.spec(method, p.R, p.dropout, self.plan.dropout_on, **fields)
         return build(impl, method, adapter, p, tensors["weight"], tensors["bias"], mask)
 
     def _examine(self, key: tuple[Impl, str], verifier: Verifier, tensors: dict[str, torch.Tensor]) -> None:

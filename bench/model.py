@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from lorafast import testing
-from lorafast.bench import compiled, memory, row
+from lorafast.bench import compiled, memory, recipes, row
 from lorafast.bench import impl as impls
 from lorafast.bench.clock import Clock, interleave
 from lorafast.bench.contender import form_of, parts_of, route
@@ -18,7 +18,7 @@ from lorafast.bench.encoder import Encoder
 from lorafast.bench.impl import FROZEN_KEY, Impl
 from lorafast.bench.progress import Progress
 from lorafast.bench.record import Record
-from lorafast.bench.trainee import RATES, Batch, Trainee, build
+from lorafast.bench.trainee import WHOLE_RATE, Batch, Trainee, build
 from lorafast.testing import SHORT
 
 Key = tuple[Impl, str]
@@ -30,6 +30,8 @@ MAX_LOSS_GAP = 1e-3
 JUDGED = 16
 # The first steps of training, which are not timed.
 UNTIMED = 3
+# Batches that a start may read gradients of.
+SAMPLED = 4
 
 
 class Plan(NamedTuple):
@@ -120,6 +122,8 @@ class _ModelRun:
                 record.fail("wrong", f"the loss of step {astray} is {curve[astray]}")
             record.losses = curve[:astray]
             self._weigh(record, self.trainees[key])
+            if record.status == "ok":
+                record.peak_bytes = self._peak(self.trainees[key])
         self._compare(records)
         # What went wrong in training is wrong at every batch size.
         self.wrong = {key: record.reason for key, record in records.items() if record.status == "wrong"}
@@ -153,20 +157,28 @@ class _ModelRun:
 
     def _build(self, impl: Impl, method: str) -> Trainee:
         plan = self.plan
-        adapter = impls.adapter(method, plan.R, plan.dropout, plan.dropout_on) if impl.adapts else None
-        return build(impl, method, adapter, self.encoder, plan.seed, self._rate(method), plan.steps)
+        adapter = recipes.spec(method, plan.R, plan.dropout, plan.dropout_on) if impl.adapts else None
+        # Others than those the training walks through first, in their order.
+        batches = self._batches(plan.train_batch, SAMPLED, plan.seed + 1)
+        return build(impl, method, adapter, self.encoder, plan.seed, self._rate(method), plan.steps, plan.R, batches)
 
     def _rate(self, method: str) -> float:
-        """AdamW's learning rate for what trains of the encoder."""
-        return RATES.get(method, RATES["lora"]) if self.plan.lr is None else self.plan.lr
+        """The learning rate for what trains of the encoder."""
+        if self.plan.lr is not None:
+            return self.plan.lr
+        return recipes.RECIPES[method].rate if method in recipes.RECIPES else WHOLE_RATE
+
+    def _optimizer(self, key: Key) -> str:
+        """What steps the encoder, whose name it has."""
+        return type(self.trainees[key].optimizers[-1]).__name__ if key in self.trainees else "AdamW"
 
     def _seed(self, index: int) -> int:
         """Of the masks of one training step."""
         return self.plan.seed * self.plan.steps + index
 
-    def _batches(self, size: int, count: int) -> list[Batch]:
+    def _batches(self, size: int, count: int, seed: int | None = None) -> list[Batch]:
         """The same batches for everybody: a walk through the shuffled training text, again and again."""
-        generator = torch.Generator().manual_seed(self.plan.seed)
+        generator = torch.Generator().manual_seed(self.plan.seed if seed is None else seed)
         picked: list[int] = []
         while len(picked) < size * count:
             picked += torch.randperm(len(self.text.train), generator=generator).tolist()
@@ -181,7 +193,7 @@ class _ModelRun:
         (impl, method), plan = key, self.plan
         return Record(
             bench, str(impl), method, str(plan.device), SHORT[plan.dtype], plan.seed, batch_size * plan.seq, plan.R, plan.dropout,
-            compile=impl.compile, model=plan.model, batch_size=batch_size, seq=plan.seq, optimizer="AdamW",
+            compile=impl.compile, model=plan.model, batch_size=batch_size, seq=plan.seq, optimizer=self._optimizer(key),
             route="inductor" if impl.compile else "torch",
         )  # fmt: skip
 
@@ -221,18 +233,27 @@ class _ModelRun:
         step, device = trainee.step(batch, self.plan.seed), self.plan.device
         step(lambda: None)  # compiles, and makes the optimizer's state
         self._weigh(record, trainee)
-        trainee.optimizer.zero_grad()
+        for optimizer in trainee.optimizers:
+            optimizer.zero_grad()
         constant = [*trainee.model.parameters(), *trainee.model.buffers()]
         record.saved_bytes = testing.saved(lambda: trainee.loss(batch), {}, constant).own
         record.activation_bytes = memory.measured(lambda: trainee.loss(batch), device).held
         record.peak_bytes = memory.measured(lambda: step(lambda: None), device).peak
 
+    def _peak(self, trainee: Trainee) -> int:
+        """The most alive at once in one more step at the training's batch size, as its schedule has left it."""
+        schedule, trainee.schedule = trainee.schedule, None
+        step = trainee.step(self._batches(self.plan.train_batch, 1)[0], self.plan.seed)
+        peak = memory.measured(lambda: step(lambda: None), self.plan.device).peak
+        trainee.schedule = schedule
+        return peak
+
     def _weigh(self, record: Record, trainee: Trainee) -> None:
         """Bytes that do not depend on the batch."""
         record.trainable, record.grad_bytes = trainee.trainable
         record.weight_bytes = _bytes([*trainee.model.parameters(), *trainee.model.buffers()])
-        state = [value for one in trainee.optimizer.state.values() for value in one.values() if isinstance(value, torch.Tensor)]
-        record.optimizer_bytes = _bytes(state)
+        held = (value for optimizer in trainee.optimizers for one in optimizer.state.values() for value in one.values())
+        record.optimizer_bytes = _bytes([value for value in held if isinstance(value, torch.Tensor)])
 
     def _compare(self, records: dict[Key, Record]) -> None:
         """Two implementations of one method that do not walk together: ours is wrong until shown otherwise."""

@@ -12,7 +12,7 @@ import torch
 import lorafast
 from lorafast import checks
 from lorafast.bench import impl as impls
-from lorafast.bench import shapes
+from lorafast.bench import recipes, shapes
 from lorafast.bench.encoder import MODELS
 from lorafast.testing import SHORT
 
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", type=_each(_count), metavar="M,…", help="tokens per batch (default: 64,256,1024, on a GPU 512,2048,8192)")
     add("--dropout", type=_each(_probability), default="0,0.05", metavar="P,…", help="on the adapter's input")
     add("--bias", action="store_true", help="a layer with a bias")
-    _common(linear, 15, "frozen,full,lorafast,eager,peft; in half precision peft-bf16 too, on a GPU peft+compile")
+    _common(linear, recipes.LAYERS, 15, "frozen,full,lorafast,eager,peft; in half precision peft-bf16 too, on a GPU peft+compile")
     model = command("model", "Train a whole pretrained model, then step it by batch size. Lists are separated by commas.")
     add = model.add_argument
     add("--model", choices=MODELS, default="minilm", help="its weights come with a package")
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         type=_positive,
         help="learning rate of the adapters, or of the encoder under full (default: by method); the head's is 1e-3",
     )
-    _common(model, 7, "frozen,lorafast,peft")
+    _common(model, tuple(recipes.RECIPES), 7, "frozen,lorafast,peft")
     tune = command("tune", "Check every Triton kernel, time every route of a product, and print rows for the table of routes.")
     add = tune.add_argument
     told = f"or the linears of {', '.join(shapes.MODELS)}"
@@ -86,9 +86,10 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
-def _common(command: argparse.ArgumentParser, rounds: int, implementations: str) -> None:
+def _common(command: argparse.ArgumentParser, methods: tuple[str, ...], rounds: int, implementations: str) -> None:
     add = command.add_argument
-    add("--methods", type=_methods, default="lora,dora,lamda", metavar="NAME,…", help=f"all, or some of {', '.join(impls.METHODS)}")
+    told = f"all, or some of {', '.join(methods)}"
+    add("--methods", type=_each(_among(methods)), default="lora,dora,lamda", metavar="NAME,…", help=told)
     told = f"some of {', '.join(impls.BASES)}, each also as NAME+compile; frozen always runs (default: {implementations})"
     add("--impl", type=_each(impls.parse), metavar="NAME,…", help=told)
     add("--dropout-on", choices=checks.DROPOUT_ON, default="adapter", help="what lorafast's DoRA drops; PEFT's is always both")
@@ -177,12 +178,12 @@ def _dtype(text: str) -> torch.dtype:
     return found
 
 
-def _method(text: str) -> str | tuple[str, ...]:
-    if text == "all":
-        return tuple(impls.METHODS)
-    if text not in impls.METHODS:
-        raise ValueError(f"{text!r} is none of {', '.join(impls.METHODS)}, nor all")
-    return text
+def _among(methods: tuple[str, ...]) -> Callable[[str], str | tuple[str, ...]]:
+    def method(text: str) -> str | tuple[str, ...]:
+        if text == "all":
+            return methods
+        if text not in methods:
+            raise ValueError(f"{text!r} is none of {', '.join(methods)}, nor all")
+        return text
 
-
-_methods = _each(_method)
+    return method

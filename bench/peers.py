@@ -14,10 +14,10 @@ from lorafast.bench.impl import Impl
 from lorafast.bench.refusal import Unable
 from lorafast.methods.adapter import Adapter
 
-# How PEFT spells a method.
-_CONFIG = {"LoRA": {}, "DoRA": {"use_dora": True}}
-# What PEFT has, and is not built here.
-_NOT_BUILT = ("VeRA",)
+# How PEFT's config spells a method.
+BUILT = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+# What PEFT has not.
+_LACKS = ("dora-exact", "dora-magnitude", "lamda", "lamda++", "lora-pro", "aflora", "galore", "lora-as-optimizer", "lisa")
 # PEFT's parameters by the names lorafast.linear gives them.
 NAMES = {
     "lora_A": "lora_A.default.weight",
@@ -27,12 +27,12 @@ NAMES = {
 DROPOUT_ON = "both"  # PEFT drops x in the correction of DoRA's base term too
 
 
-def check(impl: Impl, adapter: Adapter, dtype: torch.dtype) -> None:
+def check(impl: Impl, method: str, dtype: torch.dtype) -> None:
     """Raise Unable where there is nothing to compare with, or nothing that would be another thing than peft."""
     if importlib.util.find_spec("peft") is None:
         raise Unable("missing", "peft is not installed: pip install 'lorafast[bench]'")
-    if (kind := type(adapter).__name__) not in _CONFIG:
-        raise Unable("missing", f"the bench does not build PEFT's {kind}" if kind in _NOT_BUILT else f"PEFT has no {kind}")
+    if method not in BUILT:
+        raise Unable("missing", f"PEFT has no {method}" if method in _LACKS else f"the bench does not build PEFT's {method}")
     if impl.base == "peft-bf16" and dtype not in (torch.bfloat16, torch.float16):
         raise Unable("unsupported", "peft-bf16 keeps the adapter in the base's half precision; in this dtype it is peft")
 
@@ -43,7 +43,7 @@ def is_layer(module: nn.Module) -> bool:
     return any(f"{kind.__module__}.{kind.__qualname__}" == "peft.tuners.lora.layer.Linear" for kind in type(module).__mro__)
 
 
-def config(adapter: Adapter, target_modules: str | list[str]):
+def config(method: str, adapter: Adapter, target_modules: str | list[str]):
     """PEFT's config for one of our specs."""
     from peft import LoraConfig
 
@@ -53,25 +53,25 @@ def config(adapter: Adapter, target_modules: str | list[str]):
         lora_dropout=adapter.dropout,
         target_modules=target_modules,
         bias="none",
-        **_CONFIG[type(adapter).__name__],
+        **BUILT[method],
     )
 
 
-def model(base: nn.Module, impl: Impl, adapter: Adapter, target_modules: str | list[str]) -> nn.Module:
+def model(base: nn.Module, impl: Impl, method: str, adapter: Adapter, target_modules: str | list[str]) -> nn.Module:
     """get_peft_model; "peft" keeps PEFT's default, fp32 adapters on a half-precision base, and so does what is "accelerated"."""
     from peft import get_peft_model
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
-        made = get_peft_model(base, config(adapter, target_modules), autocast_adapter_dtype=impl.base != "peft-bf16")
+        made = get_peft_model(base, config(method, adapter, target_modules), autocast_adapter_dtype=impl.base != "peft-bf16")
     if impl.base == "accelerated":
         lorafast.accelerate(made)
     return made
 
 
-def layer(base: nn.Linear, impl: Impl, adapter: Adapter) -> nn.Module:
+def layer(base: nn.Linear, impl: Impl, method: str, adapter: Adapter) -> nn.Module:
     """The one layer PEFT makes of a linear."""
-    return model(nn.Sequential(base), impl, adapter, ["0"]).base_model.model[0]
+    return model(nn.Sequential(base), impl, method, adapter, ["0"]).base_model.model[0]
 
 
 class Masked(nn.Module):

@@ -36,9 +36,9 @@ _LINEAR = ("M", "impl", "method", *_RATIO, *_FLOORS, *_TIMES, *_BYTES)
 _STEP = ("batch", "impl", "method", *_RATIO, *_TIMES, *_BYTES)
 _TRAINING = (
     *("impl", "method", "err ratio", "loss: first 10", "last 10", "held-out accuracy", "× frozen", "step ms", "lr"),
-    *("trained params", "optimizer state"),
+    *("trained params", "optimizer", "its state", "peak"),
 )
-WORDS = ("impl", "method")
+WORDS = ("impl", "method", "optimizer")
 
 LEGEND = (
     "err ratio: RMS error against float64 ÷ the eager chain's, the worst over y and every gradient; above 2 a row is wrong and "
@@ -152,7 +152,7 @@ def _training(rows: list[Record]) -> Table:
         _, ratio, _, step, *_ = _speed(r)
         return (
             r.impl, _method(r), _error(r), first, last, number(r.accuracy, ".3f"), ratio, step, number(r.lr, "g"),
-            number(r.trainable, ",d"), size(r.optimizer_bytes),
+            number(r.trainable, ",d"), r.optimizer or NOTHING, size(r.optimizer_bytes), size(r.peak_bytes),
         )  # fmt: skip
 
     table = _table(title, _TRAINING, rows, cells, lambda r: 0)

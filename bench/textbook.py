@@ -11,12 +11,17 @@ from torch import nn
 from lorafast import philox
 from lorafast.testing import Case, Form, chain
 
-# arXiv 2106.09685, 2402.09353, 2406.12832, 2310.11454. Read from no implementation: what forgets a factor is no witness.
+_PAIR = frozenset({"lora_A", "lora_B"})
+# By the papers that lorafast.list_methods names. Read from no implementation: what forgets a factor is no witness.
 TRAINS = {
-    "lora": frozenset({"lora_A", "lora_B"}),
-    "dora": frozenset({"lora_A", "lora_B", "magnitude"}),
-    "lamda": frozenset({"core", "lora_B"}),
+    **dict.fromkeys(("lora", "rslora", "pissa", "lora-ga", "lora+", "lora-pro"), _PAIR),
+    **dict.fromkeys(("dora", "dora-exact"), _PAIR | {"magnitude"}),
+    **dict.fromkeys(("lamda", "lamda++"), frozenset({"core", "lora_B"})),
+    "dora-magnitude": frozenset({"magnitude"}),
+    "lora-fa": frozenset({"lora_B"}),
     "vera": frozenset({"core", "out_scale"}),
+    "adalora": _PAIR | {"core"},
+    "aflora": _PAIR | {"core", "out_scale"},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 import lorafast
 from lorafast import testing
-from lorafast.bench import compiled, peers, trust
+from lorafast.bench import compiled, peers, recipes, trust
 from lorafast.bench.clock import Mark, Step
 from lorafast.bench.contender import PARTS, form_of, parts_of
 from lorafast.bench.encoder import Classifier, Encoder
@@ -20,19 +21,22 @@ from lorafast.bench.impl import Impl
 from lorafast.bench.refusal import Unable
 from lorafast.bench.textbook import TRAINS, EagerLinear, replaced
 from lorafast.methods.adapter import Adapter
-from lorafast.schedule.lamda import LaMDAFreeze
+from lorafast.methods.lamda import LaMDA
+from lorafast.schedule import LaMDAFreeze
 
 Batch = dict[str, torch.Tensor]
 
-# Learning rates of AdamW: the head's under every method, the encoder's by what trains. LaMDA moves the largest singular directions
-# of every weight, and full fine-tuning all of them.
+# AdamW's learning rates: the head's under every method, and the encoder's where all of it trains.
 HEAD_RATE = 1e-3
-RATES = {"lora": 5e-4, "dora": 5e-4, "lamda": 3e-4, "none": 1e-4}
+WHOLE_RATE = 1e-4
 
 
 @dataclass
 class Trainee:
-    """layers: every adapted layer by its path in the model. `module` is what is called, the model or its compiled form."""
+    """layers: every adapted layer by its path in the model. `module` is what is called, the model or its compiled form.
+
+    optimizers: the encoder's last, if it has one of its own.
+    """
 
     impl: Impl
     method: str
@@ -40,26 +44,36 @@ class Trainee:
     model: Classifier
     module: nn.Module
     layers: dict[str, nn.Module]
-    optimizer: torch.optim.Optimizer
-    schedule: LaMDAFreeze | None
-    trainable: tuple[int, int]  # elements and bytes at the start; LaMDA's shrink as it freezes columns
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    schedule: recipes.Schedule | None
+    trainable: tuple[int, int]  # elements and bytes at the start; a schedule may freeze what trains
+
+    @property
+    def whole(self) -> bool:
+        """Whether the encoder's own weights train."""
+        return self.impl.base == "full" or (self.impl.adapts and self.adapter is None)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Cross entropy of a batch."""
-        return F.cross_entropy(self.module(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+        return _loss(self.module, batch)
 
     def step(self, batch: Batch, seed: int, losses: list[torch.Tensor] | None = None) -> Step:
         """Forward, backward, optimizer, in three phases; its dropout masks follow from the seed, whoever went before."""
 
+        penalty = getattr(self.schedule, "penalty", None)
+
         def step(mark: Mark) -> None:
-            self.optimizer.zero_grad()
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
             torch.manual_seed(seed)
             mark()
             loss = self.loss(batch)
+            total = loss if penalty is None else loss + penalty()
             mark()
-            loss.backward()
+            total.backward()
             mark()
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             if self.schedule is not None:
                 self.schedule.step()
             mark()
@@ -77,11 +91,14 @@ class Trainee:
         return right / sum(len(batch["labels"]) for batch in batches)
 
     def thaw(self) -> None:
-        """As at the start of training: no schedule, and no column of lora_B frozen."""
+        """As at the start of training: no schedule, and nothing frozen by one."""
         self.schedule = None
-        if self.method == "lamda":
-            for layer in self.layers.values():
+        self.model.encoder.requires_grad_(self.whole)
+        for layer in self.layers.values():
+            if isinstance(getattr(layer, "adapter", None), LaMDA):
                 layer.freeze_columns(0)
+            for name, part in parts_of(layer).items():
+                part.requires_grad_(name in TRAINS[self.method])
 
     def error(self, batch: Batch, seed: int) -> tuple[float, str]:
         """The worst error ratio of the logits and of every kind of gradient over all layers, as in training, factors random."""
@@ -91,6 +108,8 @@ class Trainee:
     def _error(self, batch: Batch, seed: int, frozen: int) -> tuple[float, str]:
         copied = copy.deepcopy(self.model)
         layers = {path: copied.get_submodule(path) for path in self.layers}
+        if self.whole:
+            copied.requires_grad_(True)  # whatever a schedule has frozen just now
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for layer in layers.values():
@@ -99,11 +118,9 @@ class Trainee:
                     noise = torch.randn(part.shape, generator=generator) * 0.02
                     part.add_(noise.to(part.device, part.dtype))
         chained = {path: self._eager_linear(layer, frozen) for path, layer in layers.items()}
-        trains = TRAINS[self.method] if self.impl.adapts else frozenset()
+        trains = TRAINS[self.method] if self.adapter else frozenset()
         trains -= {"lora_B"} if self.adapter and frozen == self.adapter.r else set()
-        truth, eager = (
-            _outcome(replaced(copied, chained, trains, self.impl.base == "full", wide), batch, seed) for wide in (True, False)
-        )
+        truth, eager = (_outcome(replaced(copied, chained, trains, self.whole, wide), batch, seed) for wide in (True, False))
         for layer in layers.values():
             if frozen:
                 layer.freeze_columns(frozen)
@@ -122,8 +139,9 @@ class Trainee:
     def _eager_linear(self, layer: nn.Module, frozen: int) -> EagerLinear:
         parts = parts_of(layer)
         form = form_of(self.impl, self.method, self.adapter, parts)
-        base = layer if isinstance(layer, lorafast.Linear) else layer.base_layer
-        return EagerLinear(form, self.adapter.scaling, self.adapter.dropout, base, parts, frozen=frozen)
+        ours = isinstance(layer, lorafast.Linear)
+        scaling, base = (float(layer.scaling), layer) if ours else (self.adapter.scaling, layer.base_layer)
+        return EagerLinear(form, scaling, self.adapter.dropout, base, parts, frozen=frozen)
 
 
 def _outcome(model: nn.Module, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
@@ -146,48 +164,83 @@ def _ratio(ours: torch.Tensor | None, eager: torch.Tensor | None, truth: torch.T
     return testing.ratio((ours - truth).norm().item(), (eager - truth).norm().item(), truth.norm().item(), floor)
 
 
-def build(impl: Impl, method: str, adapter: Adapter | None, encoder: Encoder, seed: int, lr: float, total_steps: int) -> Trainee:
-    """A trainee on a copy of the encoder. Trained A factors start alike for all that have them. Raises Unable."""
+def build(
+    impl: Impl, method: str, adapter: Adapter | None, encoder: Encoder, seed: int, lr: float, total_steps: int, R: int = 16,
+    batches: Sequence[Batch] = (),
+) -> Trainee:  # fmt: skip
+    """A trainee on a copy of the encoder. R: of what has no adapter; batches: for a start that reads gradients. Raises Unable."""
     if impl.base == "eager":
         raise Unable("missing", "the bench writes one layer by hand, and no whole model")
-    base, dtype = copy.deepcopy(encoder.model), next(encoder.model.parameters()).dtype
+    if impl.by_peft:
+        peers.check(impl, method, next(encoder.model.parameters()).dtype)
+    recipe = recipes.RECIPES[method] if impl.adapts else recipes.Recipe(lr)
+    base = copy.deepcopy(encoder.model)
     # The frozen model's backward goes through every layer only if its input asks for a gradient; all others are treated alike.
     base.enable_input_require_grads()
-    base.requires_grad_(impl.base == "full")
-    width, device = base.config.hidden_size, next(base.parameters()).device
+    base.requires_grad_(impl.base == "full" or (impl.adapts and adapter is None))
+    model = Classifier(base, base.config.hidden_size, seed, next(base.parameters()).device)
     torch.manual_seed(seed)
-    if impl.base == "lorafast":
-        try:
-            base = lorafast.adapt(base, adapter)
-        except ValueError as error:  # a rank some shape has no room for
-            raise Unable("unsupported", str(error)) from None
-    elif impl.adapts:
-        peers.check(impl, adapter, dtype)
-        base = peers.model(base, impl, adapter, "all-linear")
-    model = Classifier(base, width, seed, device).train()
+    if impl.by_peft:
+        model.encoder = peers.model(base, impl, method, adapter, "all-linear")
+    elif impl.adapts and adapter is not None:
+        _adapt(model, adapter, recipe, batches)
+    model.train()
     named = model.named_modules()
     layers = {path: module for path, module in named if isinstance(module, lorafast.Linear) or peers.is_layer(module)}
-    groups = [{"params": list(model.head.parameters()), "lr": HEAD_RATE}]
-    if trained := [parameter for parameter in base.parameters() if parameter.requires_grad]:
-        groups.append({"params": trained, "lr": lr})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    everything = [parameter for group in groups for parameter in group["params"]]
-    trainable = (sum(p.numel() for p in everything), sum(p.numel() * p.itemsize for p in everything))
-    schedule = None
-    if method == "lamda" and total_steps:
-        # Every change of how many are frozen is compiled anew, a model in half a minute.
-        schedule = LaMDAFreeze(model, total_steps, group=max(1, adapter.r // 4) if impl.compile else 1)
+    if method in peers.BUILT:
+        _start_alike(layers, seed)
+    optimizers = _optimizers(model, recipe, lr, R)
+    schedule = _schedule(model, recipe, optimizers[-1], total_steps, impl.compile)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = (sum(p.numel() for p in trained), sum(p.numel() * p.itemsize for p in trained))
     module = compiled.compiled(model) if impl.compile else model
-    trainee = Trainee(impl, method, adapter, model, module, layers, optimizer, schedule, trainable)
-    _start_alike(trainee, seed)
-    return trainee
+    return Trainee(impl, method, adapter, model, module, layers, optimizers, schedule, trainable)
+
+
+def _adapt(model: Classifier, adapter: Adapter, recipe: recipes.Recipe, batches: Sequence[Batch]) -> None:
+    base, pattern = model.encoder, None
+    if recipe.sampled:
+        adapter = recipes.sampled(adapter, base, batches, lambda _, batch: _loss(model, batch))
+    if recipe.spread:
+        pattern = recipes.spread(base, adapter.r)
+    try:
+        lorafast.adapt(base, adapter, rank_pattern=pattern)
+    except ValueError as error:  # a rank some shape has no room for
+        raise Unable("unsupported", str(error)) from None
+
+
+def _optimizers(model: Classifier, recipe: recipes.Recipe, lr: float, R: int) -> tuple[torch.optim.Optimizer, ...]:
+    groups = [{"params": list(model.head.parameters()), "lr": HEAD_RATE}]
+    if recipe.optimizer is not None:
+        return torch.optim.AdamW(groups, weight_decay=0.0), recipe.optimizer(model.encoder, lr, R)
+    if trained := [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]:
+        groups.append({"params": trained, "lr": lr})
+    return (torch.optim.AdamW(groups, weight_decay=0.0),)
+
+
+def _schedule(
+    model: Classifier, recipe: recipes.Recipe, optimizer: torch.optim.Optimizer, steps: int, compile: bool
+) -> recipes.Schedule | None:
+    if recipe.schedule is None or not steps:
+        return None
+    schedule = recipe.schedule(model.encoder, optimizer, steps)
+    if compile and isinstance(schedule, LaMDAFreeze):
+        # Every change of how many are frozen is compiled anew, a model in half a minute.
+        schedule.group = max(1, schedule.layers[0].r // 4)
+    return schedule
 
 
 @torch.no_grad()
-def _start_alike(trainee: Trainee, seed: int) -> None:
+def _start_alike(layers: dict[str, nn.Module], seed: int) -> None:
+    """Trained A factors start alike for all that have them."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in trainee.layers.values():
+    for layer in layers.values():
         A = parts_of(layer)["lora_A"]
         if A.requires_grad:
             start = (torch.rand(A.shape, generator=generator) * 2 - 1) / A.shape[1] ** 0.5
             A.copy_(start)
+
+
+def _loss(module: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross entropy of a batch."""
+    return F.cross_entropy(module(batch["input_ids"], batch["attention_mask"]), batch["labels"])

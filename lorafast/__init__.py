@@ -3,12 +3,12 @@
 from lorafast import optim as optim
 from lorafast import schedule as schedule
 from lorafast._version import VERSION
+from lorafast.catalog import list_methods
 from lorafast.embedding import Embedding
 from lorafast.functional import linear
 from lorafast.layer import Linear
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.aflora import AFLoRA
-from lorafast.methods.catalog import list_methods
 from lorafast.methods.dora import DoRA
 from lorafast.methods.lamda import LaMDA
 from lorafast.methods.lora import LoRA

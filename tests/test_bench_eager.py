@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import K, N, R, run
 
-from lorafast.bench import contender, textbook, trainee
+from lorafast.bench import contender, recipes, textbook, trainee
 from lorafast.bench import impl as impls
 from lorafast.bench.contender import Problem
 from lorafast.bench.refusal import Unable
@@ -27,10 +27,10 @@ def test_the_chain_by_hand_is_its_own_yardstick_and_drops_by_torch(tmp_path, mon
 
 def test_by_hand_trains_what_the_papers_say_in_one_reading_of_dropout(tmp_path):
     weight, device = torch.randn(N, K), torch.device("cpu")
-    for method in impls.METHODS:
+    for method in recipes.LAYERS:
         for p, read in ((0.0, "adapter"), (0.3, "both")):
             problem = Problem(K, N, R, 8, p, torch.float32, device)
-            adapter = impls.adapter(method, R, p, "both", **({"init": "zero"} if method == "lamda" else {}))
+            adapter = recipes.spec(method, R, p, "both", **({"init": "zero"} if method == "lamda" else {}))
             one = contender.build(impls.parse("eager"), method, adapter, problem, weight, None)
             assert set(one.trained) == {"x"} | textbook.TRAINS[method]
             assert not one.astray
@@ -41,5 +41,5 @@ def test_by_hand_trains_what_the_papers_say_in_one_reading_of_dropout(tmp_path):
 
 def test_no_whole_model_is_written_by_hand():
     with pytest.raises(Unable, match="one layer by hand") as refused:
-        trainee.build(impls.parse("eager"), "lora", impls.adapter("lora", R, 0.0), None, 0, 1e-3, 0)
+        trainee.build(impls.parse("eager"), "lora", recipes.spec("lora", R, 0.0), None, 0, 1e-3, 0)
     assert refused.value.status == "missing"

@@ -23,6 +23,7 @@ FLOORS = (
     ("functional", "fold", "methods", "testing"),
     ("merging", "adapted", "layer", "embedding"),
     ("models", "optim", "schedule"),
+    ("catalog",),
     ("__init__",),
     ("bench",),
 )
@@ -68,6 +69,7 @@ SHARED = {
             "progress",
             "corpus",
             "encoder",
+            "recipes",
             "peers",
             "contender",
             "row",
@@ -75,7 +77,7 @@ SHARED = {
         *("trust", "trainee", "linear", "model", "jobs", "tables", "tune", "plots", "report", "options", "commands", "cli"),
     ),
 }
-GATHERS = ("__init__", "catalog")
+GATHERS = ("__init__",)
 
 
 def tracked(*patterns):

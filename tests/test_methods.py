@@ -157,18 +157,6 @@ def test_a_randomised_svd_repeats_itself_and_leaves_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_list_methods():
-    methods = lorafast.list_methods()
-    assert {"lora", "dora", "lamda"} <= {method.name for method in methods}
-    for method in methods:
-        assert getattr(lorafast, method.adapter.__name__) is method.adapter
-        assert method.adapter.__name__ in lorafast.__all__
-        assert method.adapter().r
-        assert method.paper.startswith("arXiv ")
-        assert method.trains
-        assert method.keeps
-
-
 @pytest.mark.parametrize("shape", [(14, 10), (10, 14), (9, 9)])
 @pytest.mark.parametrize("niter", [None, 0, 4])
 def test_pissa_starts_from_the_principal_part_and_leaves_the_rest(shape, niter):

@@ -22,9 +22,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, as_lora: bool = Fals
     """Write the adapter, and what trains besides, to path/adapter_model.safetensors and path/adapter_config.json, as PEFT does.
 
     LoRA, rsLoRA, DoRA, PiSSA, LoRA-GA, VeRA and AdaLoRA load in PEFT; what it lacks (LaMDA, AFLoRA, axis="in") it refuses. The
-    file fits the untouched base: where a start changed the weight, s (B A - B₀ A₀) is written as one adapter of twice the rank, which
-    load_adapter takes apart again. as_lora=True writes plain LoRA whatever the method, for engines that take nothing else: exact
-    for low-rank changes, else (DoRA, or a smaller rank) the best of that rank, its error printed.
+    file fits the untouched base: where a start changed the weight, s (B A - B₀ A₀) is written as one adapter of twice the rank,
+    which load_adapter takes apart again. as_lora=True writes plain LoRA whatever the method, for engines that take nothing else:
+    exact for low-rank changes, else (DoRA, or a smaller rank) the best of that rank, its error printed.
     Written aside and renamed: a save that is stopped leaves the old adapter or the new one. In a process group every rank calls
     it, and rank 0 writes. ValueError if the layers' adapters cannot share a file, RuntimeError if a start is not known.
     """
