@@ -1,63 +1,22 @@
-"""AdaLoRA and its budget: the formulas in float64, PEFT's whole run beside ours, exact resume, a resize, and refusals."""
+"""AdaLoRA: the spec, its formula in float64, and its files: PEFT's form both ways, whole, masked and resized, and forged."""
 
-import copy
-import io
-from types import SimpleNamespace
+import json
 
 import peft
 import pytest
+import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafast
 from lorafast import AdaLoRA
 from lorafast.schedule import AdaLoRA as Schedule
 
-K, N, R, T = 7, 11, 5, 12
-TIMES = {"total_steps": T, "tinit": 2, "tfinal": 3, "deltaT": 2}
+K, N = 7, 11
 PARTS = ("lora_A", "lora_core", "lora_B")
-
-
-class Net(nn.Module):
-    def __init__(self, dtype=torch.float64):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(K, N, dtype=dtype), nn.Linear(N, K, bias=False, dtype=dtype)
-
-    def forward(self, x, target):
-        y = self.down(torch.tanh(self.up(x)))
-        return SimpleNamespace(loss=(y - target).square().mean(), y=y)
-
-
-def model_of(dtype=torch.float64, **fields):
-    return lorafast.adapt(Net(dtype), AdaLoRA(**{"r": R, "target_r": 2, "alpha": 6} | fields), seed=1)
-
-
-def optimizer_of(model):
-    return torch.optim.AdamW(lorafast.adapter_parameters(model), lr=0.03)
-
-
-def batch(t, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(100 + t)
-    x = torch.randn(9, K, generator=generator, dtype=dtype)
-    return x, x.roll(1, 1) * 2
-
-
-def train(model, optimizer, schedule, first, last, seen=lambda t: None):
-    for t in range(first, last + 1):
-        optimizer.zero_grad()
-        (model(*batch(t, model.up.weight.dtype)).loss + schedule.penalty()).backward()
-        optimizer.step()
-        schedule.step()
-        seen(t)
-
-
-def trained(**times):
-    """A model at the end of a run, and its schedule."""
-    model = model_of()
-    schedule = Schedule(model, **TIMES | times)
-    train(model, optimizer_of(model), schedule, 1, T)
-    return model, schedule
+NAMES = ["q_proj", "v_proj", "down_proj"]
+Q = "base_model.model.model.layers.0.self_attn.q_proj."
 
 
 def test_the_spec():
@@ -97,9 +56,9 @@ def test_where_it_cannot_go():
     with pytest.raises(TypeError, match="made for linears"):
         lorafast.Embedding(4, 3, adapter=AdaLoRA())
     with pytest.raises(ValueError, match="AdaLoRA has no alpha of its own per layer"):
-        lorafast.adapt(Net(), AdaLoRA(), alpha_pattern={"up": 4})
-    with pytest.raises(ValueError, match=r"rank_pattern\['up'\]=13: r=13 must be at most init_r=12"):
-        lorafast.adapt(Net(), AdaLoRA(), rank_pattern={"up": 13})
+        lorafast.adapt(nn.Sequential(nn.Linear(K, N)), AdaLoRA(), alpha_pattern={"0": 4})
+    with pytest.raises(ValueError, match=r"rank_pattern\['0'\]=13: r=13 must be at most init_r=12"):
+        lorafast.adapt(nn.Sequential(nn.Linear(K, N)), AdaLoRA(), rank_pattern={"0": 13})
 
 
 @pytest.mark.parametrize("M", [1, 6])
@@ -120,341 +79,180 @@ def test_the_formula_and_its_gradients(M):
 
 
 def test_what_is_kept_for_backward():
-    row = lorafast.explain(model_of(torch.float32)).rows[0]
-    assert (row.method, row.r, row.saved, row.referenced) == ("AdaLoRA", R, R * 4, ("x",))
+    row = lorafast.explain(lorafast.Linear(K, N, adapter=AdaLoRA(r=5, target_r=2))).rows[0]
+    assert (row.method, row.r, row.saved, row.referenced) == ("AdaLoRA", 5, 5 * 4, ("x",))
 
 
-@pytest.mark.parametrize("times", [{}, {"tinit": 0, "tfinal": 0, "deltaT": 1}, {"tinit": 5, "tfinal": 6, "deltaT": 3}], ids=str)
-def test_the_budget_is_the_codes_formula_and_pefts(times):
-    times = TIMES | times
-    schedule, (tinit, tfinal) = Schedule(model_of(), **times), (times["tinit"], times["tfinal"])
-    config = peft.AdaLoraConfig(
-        init_r=R, target_r=2, total_step=T, target_modules=["up", "down"], **{n: v for n, v in times.items() if n != "total_steps"}
-    )
-    allocator = peft.get_peft_model(Net(), config).base_model.rankallocator
-    budgets = [schedule.budget(t) for t in range(T + 3)]
-    for t, budget in enumerate(budgets):
-        assert budget == allocator.budget_schedule(t)[0]
-        if tinit < t < T - tfinal:
-            assert budget == int(4 + 6 * (1 - (t - tinit) / (T - tinit - tfinal)) ** 3)
-    assert budgets[: tinit + 1] == [10] * (tinit + 1)
-    assert set(budgets[T - tfinal :]) == {4}
-    assert budgets == sorted(budgets, reverse=True)
+def model_of(make=tiny.llama, **fields):
+    model = lorafast.adapt(make(), AdaLoRA(**{"r": 4, "target_r": 2, "alpha": 32} | fields), seed=1)
+    return tiny.shake(model)
 
 
-def test_every_choice_is_the_formulas():
-    """Sensitivity, uncertainty, scores, the kth value and the mask, computed beside the schedule from w and its gradient."""
-    model = model_of()
-    schedule = Schedule(model, **TIMES, beta1=0.7, beta2=0.9)
-    mean, spread, chosen = {}, {}, []
-
-    def check(t):
-        scores = []
-        for layer in (model.up, model.down):
-            for part in PARTS:
-                w, grad = before[layer, part], getattr(layer, part).grad
-                now, key = (w * grad).abs(), (layer, part)
-                mean[key] = 0.7 * mean.get(key, 0) + 0.3 * now
-                spread[key] = 0.9 * spread.get(key, 0) + 0.1 * (now - mean[key]).abs()
-            A, E, B = (mean[layer, part] * spread[layer, part] for part in PARTS)
-            scores.append(E + A.mean(1) + B.mean(0))
-        if t > 2 and (t % 2 == 0 or t == T - 3) and t <= T - 3:
-            if t == T - 3:
-                scores = last
-            threshold = torch.cat(scores).sort().values[10 - schedule.budget(t) - 1]
-            kept = [score > threshold for score in scores]
-            assert sum(int(one.sum()) for one in kept) == schedule.budget(t)
-            chosen.append(kept)
-            assert list(schedule.rank_pattern.values()) == [one.tolist() for one in kept]
-            for layer, one in zip((model.up, model.down), kept, strict=True):
-                assert torch.equal(layer.lora_core == 0, ~one)
-        last[:] = scores
-
-    last, before, optimizer = [], {}, optimizer_of(model)
-    for t in range(1, T + 1):
-        optimizer.zero_grad()
-        (model(*batch(t)).loss + schedule.penalty()).backward()
-        optimizer.step()
-        before = {(layer, part): getattr(layer, part).detach().clone() for layer in (model.up, model.down) for part in PARTS}
-        schedule.step()
-        check(t)
-    assert len(chosen) == 4
-
-
-def test_a_triplet_comes_back_until_the_ranks_are_fixed():
-    model = model_of()
-    schedule, layer = Schedule(model, total_steps=6, tfinal=2), model.up
-    gone = torch.tensor([True, True, False, False, False])
-
-    def step(felt):
-        """Gradients that make these triplets of the first layer matter."""
-        for one, size in ((model.up, 0.0), (model.down, 0.1)):
-            for part in PARTS:
-                getattr(one, part).grad = torch.full_like(getattr(one, part), size)
-        with torch.no_grad():
-            layer.lora_core.add_(1.0)
-        layer.lora_core.grad[felt] = 1e3 * torch.arange(1.0, R + 1, dtype=torch.float64)[felt]
-        schedule.step()
-
-    step(~gone)
-    step(~gone)
-    assert not layer.lora_core[gone].any()
-    assert layer.lora_core[~gone].all()
-    step(gone)
-    assert layer.lora_core[gone].any()
-    step(gone)  # step 4 = 6 - 2 rests on the gradients before it, and its choice is kept
-    fixed = torch.tensor(schedule.rank_pattern["up"])
-    for _ in range(3):
-        step(~fixed)
-        assert torch.equal(layer.lora_core != 0, fixed)
-
-
-@pytest.mark.parametrize("times", [{}, {"tinit": 0, "tfinal": 0, "deltaT": 1}, {"tinit": 0, "tfinal": 1, "deltaT": 4}], ids=str)
-def test_pefts_whole_run(times):
-    times = TIMES | times
-    said = {"total_step" if name == "total_steps" else name: value for name, value in times.items()}
-    config = peft.AdaLoraConfig(init_r=R, target_r=2, lora_alpha=6, target_modules=["up", "down"], orth_reg_weight=0.1, **said)
-    theirs = peft.get_peft_model(Net(), config, autocast_adapter_dtype=False)
-    ours = lorafast.adapt(Net(), config)
-    layers = {name: (getattr(ours, name), getattr(theirs.base_model.model, name)) for name in ("up", "down")}
-    with torch.no_grad():
-        for layer, other in layers.values():
-            for part, name in zip(PARTS, ("lora_A", "lora_E", "lora_B"), strict=True):
-                held = getattr(layer, part)
-                held.copy_(getattr(other, name)["default"].reshape(held.shape))
-    schedule = Schedule(ours, **times, orth_reg_weight=0.1)
-    # PEFT's count of triplets, ranknum, would train too where the base is not fp32, and is in none of its files.
-    trains = [p for name, p in theirs.named_parameters() if "lora_" in name]
-    optimizers = optimizer_of(ours), torch.optim.AdamW(trains, lr=0.03)
-    close = {"rtol": 1e-9, "atol": 1e-12}
-    for t in range(1, T + 1):
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        # A PeftModel without a task goes past the tuner's own forward, and so past the penalty.
-        found, want = ours(*batch(t)), theirs.base_model(*batch(t))
-        torch.testing.assert_close(found.y, want.y, **close)
-        loss = found.loss + schedule.penalty()
-        torch.testing.assert_close(loss, want.loss, **close)
+def run(model, steps=6, tfinal=2):
+    """A model at the end of a run, and its schedule."""
+    schedule = Schedule(model, total_steps=steps, tinit=1, tfinal=tfinal)
+    optimizer = torch.optim.AdamW(lorafast.adapter_parameters(model), lr=0.02)
+    for _ in range(steps):
+        loss = model(input_ids=tiny.IDS)[0].float().log_softmax(-1)[..., 3].mean() + schedule.penalty()
         loss.backward()
-        want.loss.backward()
-        for layer, other in layers.values():
-            for part, name in zip(PARTS, ("lora_A", "lora_E", "lora_B"), strict=True):
-                grad = getattr(layer, part).grad
-                torch.testing.assert_close(grad, getattr(other, name)["default"].grad.reshape(grad.shape), **close)
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         schedule.step()
-        theirs.base_model.update_and_allocate(t)
-        for layer, other in layers.values():
-            torch.testing.assert_close(layer.lora_core, other.lora_E["default"].flatten(), **close)
-            assert torch.equal(layer.lora_core == 0, other.lora_E["default"].flatten() == 0)
-        pattern = theirs.peft_config["default"].rank_pattern or {}
-        # PEFT has no pattern before its first mask.
-        assert {f"{n}.lora_E.default": kept for n, kept in schedule.rank_pattern.items() if pattern or not all(kept)} == pattern
-    assert sum(map(sum, schedule.rank_pattern.values())) == 4
+        optimizer.zero_grad()
+    return schedule
 
 
-def test_the_penalty():
-    model = model_of(torch.float32)
-    schedule = Schedule(model, **TIMES, orth_reg_weight=0.25)
-    double = [M.detach().double() for layer in (model.up, model.down) for M in (layer.lora_A, layer.lora_B.t())]
-    norms = [torch.linalg.matrix_norm(M @ M.t() - torch.eye(R, dtype=M.dtype)) for M in double]
-    with torch.autocast("cpu", torch.bfloat16):
-        found, squared = schedule.penalty(), schedule.penalty(squared=True)
-    torch.testing.assert_close(found.double(), 0.25 * sum(norms) / 4)
-    torch.testing.assert_close(squared.double(), 0.25 * sum(norm**2 for norm in norms))
-    found.backward()
-    assert all(layer.lora_A.grad.any() and layer.lora_core.grad is None for layer in (model.up, model.down))
-    with torch.no_grad():  # orthogonal: no penalty, and no NaN for a gradient
-        for layer in (model.up, model.down):
-            nn.init.orthogonal_(layer.lora_A)
-            nn.init.orthogonal_(layer.lora_B)
-    model.zero_grad()
-    schedule.penalty().backward()
-    assert model.up.lora_A.grad.isfinite().all()
+def through_peft(make, model, tmp_path):
+    """Ours saved and read by both; PEFT's own file of it read by ours. Returns what we load from our own."""
+    want = tiny.out(model)
+    lorafast.save_adapter(model, tmp_path / "ours")
+    loaded = lorafast.load_adapter(make(), tmp_path / "ours")
+    assert torch.equal(tiny.out(loaded), want)
+    theirs = tiny.from_peft(make(), tmp_path / "ours")
+    torch.testing.assert_close(tiny.out(theirs), want, rtol=1e-4, atol=2e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(tiny.out(lorafast.load_adapter(make(), tmp_path / "theirs")), want, rtol=1e-4, atol=2e-5)
+    return loaded
 
 
-def test_a_budget_of_all_takes_nothing():
-    model = model_of(target_r=R)
-    schedule = Schedule(model, total_steps=4)
-    train(model, optimizer_of(model), schedule, 1, 5)
-    assert all(all(kept) for kept in schedule.rank_pattern.values())
-    assert model.up.lora_core.all()
-    assert schedule.resize() == {"up": R, "down": R}
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bart"])
+def test_through_peft_and_back(kind, tmp_path):
+    make = tiny.KINDS[kind]
+    model = model_of(make)
+    loaded = through_peft(make, model, tmp_path)
+    state = load_file(tmp_path / "ours/adapter_model.safetensors")
+    assert lorafast.adapter_state_dict(loaded).keys() == state.keys()
+    assert state.keys() == load_file(tmp_path / "theirs/adapter_model.safetensors").keys()
+    lorafast.save_adapter(model, tmp_path / "plain", as_lora=True)
+    torch.testing.assert_close(tiny.out(tiny.from_peft(make(), tmp_path / "plain")), tiny.out(model), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("at", [1, 5, T - 4, T - 3, T - 1])
-def test_resume_is_exact(at):
-    straight = model_of(torch.float32)
-    optimizer, schedule = optimizer_of(straight), Schedule(straight, **TIMES)
-    train(straight, optimizer, schedule, 1, at)
-    file = io.BytesIO()
-    torch.save([one.state_dict() for one in (straight, optimizer, schedule)], file)
-    train(straight, optimizer, schedule, at + 1, T + 1)
-    for order in ((0, 1, 2), (2, 1, 0)):
-        resumed = model_of(torch.float32)
-        parts = resumed, optimizer_of(resumed), Schedule(resumed, total_steps=99)
-        file.seek(0)
-        states = torch.load(file, weights_only=True)
-        for i in order:
-            parts[i].load_state_dict(states[i])
-        train(*parts, at + 1, T + 1)
-        assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in straight.state_dict().items())
-        assert parts[2].rank_pattern == schedule.rank_pattern
-
-
-def test_a_state_that_does_not_fit_changes_nothing():
+def test_masked_and_then_resized(tmp_path):
     model = model_of()
-    schedule = Schedule(model, **TIMES)
-    train(model, optimizer_of(model), schedule, 1, 5)
-    good, ended = schedule.state_dict(), trained()[1].state_dict()
-    other = copy.deepcopy(good)
-    other["layers"]["up"]["sensitivity"]["lora_A"] = torch.zeros(3, K)
-    nothing = copy.deepcopy(ended)
-    nothing["layers"]["down"]["kept"] = None
-    fresh = Schedule(model_of(), **TIMES).state_dict()
-    for wrong, message in (
-        ({"last_step": 3}, r"\['last_step'\] must hold"),
-        (good | {"layers": {"up": good["layers"]["up"]}}, "state is of the layers up, the model has up, down"),
-        (good | {"last_step": -1}, "last_step=-1"),
-        (good | {"deltaT": 0}, "deltaT=0"),
-        (good | {"last_step": T}, r"up has the sensitivity of \['lora_A', 'lora_B', 'lora_core'\] after step 12 of 9"),
-        (fresh | {"last_step": 4}, "up has the sensitivity of nothing after step 4"),
-        (other, r"up: sensitivity of lora_A \(3, 7\) must be \(5, 7\)"),
-        (nothing, "down has not what it keeps, which is fixed after step 9"),
+    schedule = run(model)
+    masked = tiny.out(model)
+    loaded = through_peft(tiny.llama, model, tmp_path / "masked")
+    assert {layer.r for layer in loaded.modules() if isinstance(layer, lorafast.Linear)} == {4}
+    ranks = schedule.resize()
+    assert len(set(ranks.values())) > 1
+    torch.testing.assert_close(tiny.out(model), masked, rtol=1e-5, atol=1e-6)
+    loaded = through_peft(tiny.llama, model, tmp_path / "resized")
+    found = {name: layer for name, layer in loaded.named_modules() if isinstance(layer, lorafast.Linear)}
+    assert {name: layer.r for name, layer in found.items()} == ranks
+    assert all(layer.adapter == model.get_submodule(name).adapter for name, layer in found.items())
+    said = json.loads((tmp_path / "resized/ours/adapter_config.json").read_text())
+    assert {name: said[name] for name in ("peft_type", "init_r", "target_r", "total_step", "tinit", "tfinal", "deltaT")} == {
+        "peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 6, "tinit": 1, "tfinal": 2, "deltaT": 1,
+    }  # fmt: skip
+    assert said["rank_pattern"] == {f"{name}.lora_E": [i < r for i in range(4)] for name, r in ranks.items()}
+    # Onto a model with the same ranks it loads too; onto one with others it does not.
+    lorafast.load_adapter(loaded, tmp_path / "resized/ours")
+    with pytest.raises(ValueError, match=r"AdaLoRA\(r=4.*the file AdaLoRA\(r="):
+        lorafast.load_adapter(model_of(), tmp_path / "resized/ours")
+    plain = lorafast.merge(loaded)
+    torch.testing.assert_close(tiny.out(plain), tiny.out(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .* invalid shape")
+def test_pefts_own_run_and_its_file(tmp_path):
+    """A model that PEFT has masked, a layer of which it has left nothing."""
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, lora_alpha=32, target_modules=NAMES, total_step=6, tinit=1, tfinal=2, bias="lora_only",
+        task_type="CAUSAL_LM", lora_dropout=0.1,
+    )  # fmt: skip
+    theirs = tiny.pefted(tiny.llama(), config)
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.02)
+    for t in range(1, 5):
+        theirs(input_ids=tiny.IDS, labels=tiny.IDS).loss.backward()
+        optimizer.step()
+        theirs.base_model.update_and_allocate(t)
+        optimizer.zero_grad()
+    pattern = theirs.peft_config["default"].rank_pattern
+    none = "model.layers.1.self_attn.v_proj"
+    pattern[f"{none}.lora_E.default"] = [False] * 4
+    theirs.base_model.rankallocator.mask_using_rank_pattern(theirs.base_model.model, pattern)
+    want = tiny.out(theirs)
+    theirs.save_pretrained(tmp_path)
+    loaded = lorafast.load_adapter(tiny.llama(), tmp_path, trainable=True)
+    torch.testing.assert_close(tiny.out(loaded), want, rtol=1e-4, atol=2e-6)
+    layers = {name: layer for name, layer in loaded.named_modules() if isinstance(layer, lorafast.Linear)}
+    assert {name: layer.r for name, layer in layers.items()} == {
+        key.removesuffix(".lora_E.default"): max(1, sum(kept)) for key, kept in pattern.items()
+    }
+    assert not layers[none].lora_core.any()
+    assert all(layer.adapter.init_r == 4 and layer.adapter.dropout == 0.1 for layer in layers.values())
+    through_peft(tiny.llama, loaded.eval(), tmp_path)
+
+
+def test_pefts_config(tmp_path):
+    config = peft.AdaLoraConfig(init_r=6, target_r=3, lora_alpha=16, total_step=10, target_modules=NAMES, lora_dropout=0.2)
+    ours, theirs = lorafast.adapt(tiny.llama(), config), tiny.pefted(tiny.llama(), config)
+    layer = ours.model.layers[0].self_attn.q_proj
+    assert layer.adapter == AdaLoRA(r=6, target_r=3, alpha=16, dropout=0.2)
+    trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert lorafast.trainable_summary(ours).trainable == trained
+    by_default = lorafast.adapt(tiny.bart(), peft.AdaLoraConfig(total_step=10))
+    found = {name.rpartition(".")[2] for name, one in by_default.named_modules() if isinstance(one, lorafast.Linear)}
+    assert found == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+    for fields, message in (
+        ({"init_lora_weights": False}, "init_lora_weights=False: AdaLoRA has one start"),
+        ({"init_r": 4}, "target_r=8 must be at most init_r=4"),
+        ({"use_rslora": True}, "use_rslora=True: lorafast has no such thing"),
+        ({"alpha_pattern": {"q_proj": 3}}, "AdaLoRA has no alpha of its own per layer"),
     ):
         with pytest.raises(ValueError, match=message):
-            schedule.load_state_dict(wrong)
-    assert schedule.last_step == 5
-    schedule.load_state_dict(ended)
-    schedule.load_state_dict(fresh)
-    assert (schedule.last_step, schedule.budget(0)) == (0, 10)
+            lorafast.adapt(tiny.llama(), peft.AdaLoraConfig(total_step=10, target_modules=NAMES, **fields))
+    # A file of a schedule that could never run is no less an adapter.
+    odd = peft.AdaLoraConfig(total_step=1, init_r=2, target_modules=["q_proj"], use_rslora=True, alpha_pattern={"q_proj": 3})
+    theirs = tiny.pefted(tiny.llama(), odd)
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(tiny.out(lorafast.load_adapter(tiny.llama(), tmp_path)), tiny.out(theirs), rtol=1e-4, atol=2e-6)
 
 
-def test_a_resize():
-    model, schedule = trained()
-    x, target = batch(50)
-    want, kept = model(x, target).y, {name: sum(pattern) for name, pattern in schedule.rank_pattern.items()}
-    assert schedule.resize() == {name: max(1, count) for name, count in kept.items()}
-    torch.testing.assert_close(model(x, target).y, want, rtol=1e-13, atol=1e-15)
-    for name, count in kept.items():
-        layer, r = getattr(model, name), max(1, count)
-        assert (layer.r, layer.adapter) == (r, AdaLoRA(r=r, target_r=2, alpha=6, init_r=R))
-        assert layer.scaling == layer.adapter.scaling == 6 / (R + 1e-5)
-        shapes = {part: getattr(layer, part).shape for part in PARTS}
-        assert shapes == {part: one.shape for part, one in layer.adapter.parts(*layer.weight.shape).items()}
-    merged = copy.deepcopy(model)
-    for layer in (merged.up, merged.down):
-        layer.merge()
-    torch.testing.assert_close(merged(x, target).y, want)
-    before = model(x, target).loss
-    train(model, optimizer_of(model), schedule, 50, 60)
-    assert model(x, target).loss < before
-    schedule.load_state_dict(schedule.state_dict())
-    assert schedule.rank_pattern == {name: [True] * count or [False] for name, count in kept.items()}
-    assert schedule.resize() == {"up": model.up.r, "down": model.down.r}
-
-
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
-def test_an_optimizer_goes_on_through_a_resize(kind):
-    """As if nothing had been dropped, but for the rounding: what was dropped had no part in anything."""
+def test_a_scaling_changed_by_hand(tmp_path):
     model = model_of()
-    optimizer, schedule = kind(lorafast.adapter_parameters(model), lr=0.01), Schedule(model, **TIMES, orth_reg_weight=0.0)
-    train(model, optimizer, schedule, 1, T - 2)
-    masked = copy.deepcopy((model, optimizer, schedule))
-    schedule.resize(optimizer)
-    assert {p for group in optimizer.param_groups for p in group["params"]} == set(lorafast.adapter_parameters(model))
-    assert set(optimizer.state) <= set(lorafast.adapter_parameters(model))
-    train(model, optimizer, schedule, T - 1, T + 4)
-    train(*masked, T - 1, T + 4)
-    torch.testing.assert_close(model(*batch(50)).y, masked[0](*batch(50)).y, rtol=1e-10, atol=1e-12)
+    layers = [layer for layer in model.modules() if isinstance(layer, lorafast.Linear)]
+    layers[0].scaling *= 2
+    with pytest.raises(ValueError, match="adapters of one file may differ in r alone"):
+        lorafast.save_adapter(model, tmp_path / "one")
+    for layer in layers[1:]:
+        layer.scaling *= 2
+    through_peft(tiny.llama, model, tmp_path)
 
 
-def test_a_layer_that_keeps_nothing_runs_as_its_base():
-    model, schedule = trained()
-    state = schedule.state_dict()
-    state["layers"]["up"]["kept"] = torch.zeros(R, dtype=torch.bool)
-    schedule.load_state_dict(state)
-    optimizer = optimizer_of(model)
-    train(model, optimizer, schedule, 1, 1)
-    assert schedule.resize()["up"] == 1
-    train(model, optimizer_of(model), schedule, 2, 3)
-    assert model.up.lora_core.tolist() == [0.0]
-    x = batch(9)[0]
-    torch.testing.assert_close(model.up(x), nn.functional.linear(x, model.up.weight, model.up.bias), rtol=0, atol=0)
-    assert model.up.lora_core.grad.any()
+FORGED = [
+    ({"rank_pattern": ["x"]}, {}, r"rank_pattern=\['x'\] must be a dict"),
+    ({"rank_pattern": {"x": [True] * 4}}, {}, r"rank_pattern\['x'\].* must be a layer's lora_E and a list of flags"),
+    ({"rank_pattern": {"x.lora_E": 3}}, {}, r"rank_pattern\['x\.lora_E'\]=3 must be"),
+    ({"rank_pattern": {"x.lora_E": [1, 0, 1, 1]}}, {}, "must be a layer's lora_E and a list of flags"),
+    ({"rank_pattern": {"x.lora_E": [True] * 3}}, {}, "has 3 flags for init_r=4"),
+    (
+        {"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True] * 3 + [False]}},
+        {},
+        r"q_proj\.lora_A \(4, 32\) must be \(3, 32\)",
+    ),
+    ({"init_r": 3}, {}, r"\(4, 32\) must be \(3, 32\)"),
+    ({"init_r": "4"}, {}, "init_r='4' must be int"),
+    ({"init_r": 10**400}, {}, "must be"),
+    ({"tinit": "x"}, {}, "tinit='x' must be int or float"),
+    ({"lora_alpha": 0}, {}, "alpha=0"),
+    ({"peft_type": "LORA"}, {}, "the file is of|lorafast has no such thing"),
+    ({}, {f"{Q}lora_E": torch.ones(4)}, r"lora_E \(4,\) must be \(4, 1\)"),
+    ({}, {f"{Q}lora_E": torch.ones(0, 1)}, r"lora_E \(0, 1\) must be \(4, 1\)"),
+    ({}, {f"{Q}lora_E": None}, "lacks lora_core"),
+    ({}, {f"{Q}lora_E": torch.full((4, 1), float("nan"))}, r"lora_core \(4,\) of the file is not finite"),
+]
 
 
-def test_layers_of_fewer_triplets_to_begin_with():
-    model = lorafast.adapt(Net(), AdaLoRA(r=R, target_r=2, alpha=6), rank_pattern={"down": 3}, seed=1)
-    assert (model.down.r, model.down.scaling) == (3, model.up.scaling)
-    schedule = Schedule(model, **TIMES)
-    assert (schedule.budget(0), schedule.budget(T)) == (8, 4)
-    train(model, optimizer_of(model), schedule, 1, T)
-    assert sum(schedule.resize().values()) == 4
-
-
-def test_gradients_that_are_missing_or_not_finite():
-    model = model_of(torch.float32)
-    schedule = Schedule(model, **TIMES)
-    with pytest.raises(RuntimeError, match=r"up\.lora_A \(5, 7\) has no gradient.*before zero_grad"):
-        schedule.step()
-    assert schedule.last_step == 0
-    model(*batch(1, torch.float32)).loss.backward()
-    model.down.lora_A.grad = None
-    model.up.lora_core.grad[0] = float("inf")
-    schedule.step()
-    state = schedule.state_dict()["layers"]
-    assert not state["down"]["sensitivity"]["lora_A"].any()
-    assert state["up"]["sensitivity"]["lora_core"].isfinite().all()
-    assert state["up"]["uncertainty"]["lora_core"].isfinite().all()
-
-
-def test_half_precision_factors_have_averages_in_fp32():
-    model = model_of(torch.float32).bfloat16()
-    schedule, optimizer = Schedule(model, **TIMES), optimizer_of(model)
-    train(model, optimizer, schedule, 1, 4)
-    held = schedule.state_dict()["layers"]["up"]["uncertainty"]
-    assert {tensor.dtype for tensor in held.values()} == {torch.float32}
-    train(model, optimizer, schedule, 5, T)
-    assert sum(map(sum, schedule.rank_pattern.values())) == 4
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"total_steps": 0}, "total_steps=0"),
-        ({"total_steps": 2.5}, r"total_steps=2\.5"),
-        ({"tinit": -1}, "tinit=-1"),
-        ({"tfinal": True}, "tfinal=True"),
-        ({"deltaT": 0}, "deltaT=0"),
-        ({"beta1": 1.0}, r"beta1=1\.0"),
-        ({"beta2": 0}, "beta2=0"),
-        ({"orth_reg_weight": -0.1}, r"orth_reg_weight=-0\.1"),
-        ({"orth_reg_weight": float("inf")}, "orth_reg_weight=inf"),
-        ({"tinit": 9}, "tinit=9 and tfinal=3 leave no step of total_steps=12"),
-        ({"tinit": 0, "tfinal": 11}, "tinit=0 and tfinal=11 leave no step"),
-    ],
-)
-def test_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Schedule(model_of(), **TIMES | settings)
-
-
-def test_models_it_is_not_for():
-    with pytest.raises(TypeError, match="model must be a"):
-        Schedule([model_of()], total_steps=5)
-    with pytest.raises(ValueError, match="no layer with an AdaLoRA adapter"):
-        Schedule(lorafast.adapt(Net(), lorafast.LoRA()), total_steps=5)
-    model, schedule = trained()
-    early = Schedule(model, **TIMES)
-    with pytest.raises(RuntimeError, match=r"fixed after step 9: resize.* after 0 is too early"):
-        early.resize()
-    model.up.merge()
-    with pytest.raises(RuntimeError, match=r"merged: unmerge\(\) before resize"):
-        schedule.resize()
-    model.up.unmerge()
-    schedule.resize()
-    small = lorafast.adapt(Net(), AdaLoRA(r=R, target_r=2), rank_pattern={"up|down": 1})
-    with pytest.raises(ValueError, match="target_r of 2 layers makes 4 triplets, and they have 2"):
-        Schedule(small, total_steps=5)
+@pytest.mark.parametrize(("said", "tensors", "message"), FORGED, ids=range(len(FORGED)))
+def test_forged(said, tensors, message, tmp_path):
+    lorafast.save_adapter(model_of(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    state = load_file(tmp_path / "adapter_model.safetensors") | tensors
+    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, tmp_path / "adapter_model.safetensors")
+    plain = tiny.llama()
+    before, modules = tiny.tensors(plain), list(plain.modules())
+    with pytest.raises((ValueError, TypeError), match=message):
+        lorafast.load_adapter(plain, tmp_path)
+    assert list(plain.modules()) == modules
+    assert all(torch.equal(value, before[name]) for name, value in tiny.tensors(plain).items())

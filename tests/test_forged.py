@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafast
-from lorafast import DoRA, LaMDA, LoRA, VeRA
+from lorafast import AdaLoRA, DoRA, LaMDA, LoRA, VeRA
 from lorafast.models import expressions, files
 
 
@@ -100,7 +100,7 @@ def test_forged_tensors(change, match, folder):
     ("changes", "match"),
     [
         ({"peft_type": "LOHA"}, r"peft_type='LOHA' must be one of 'LORA', 'VERA'"),
-        ({"peft_type": "ADALORA"}, r"0: the file lacks lora_core, and its config says AdaLoRA\(r=12"),
+        ({"peft_type": "ADALORA"}, r"the file is of .*'LoRA'.*, its config of AdaLoRA\(r=12"),
         ({"peft_type": None}, r"peft_type=None"),
         ({"peft_type": ["LORA"]}, r"peft_type=\['LORA'\]"),
         ({"r": 3}, r"lora_A\.weight \(2, 6\) must be \(3, 6\)"),
@@ -253,7 +253,14 @@ def test_a_thousand_mutated_folders(tmp_path):
     randomly = random.Random(0)
     sources = []
     for i, (adapter, options) in enumerate(
-        [(LoRA(r=2), {}), (DoRA(r=2), {"bias": "all"}), (LaMDA(r=2), {}), (VeRA(r=3), {}), (LoRA(r=2), {"modules_to_save": ["3"]})]
+        [
+            (LoRA(r=2), {}),
+            (DoRA(r=2), {"bias": "all"}),
+            (LaMDA(r=2), {}),
+            (VeRA(r=3), {}),
+            (LoRA(r=2), {"modules_to_save": ["3"]}),
+            (AdaLoRA(r=2, target_r=1, init_r=3), {}),
+        ]
     ):
         lorafast.save_adapter(moved(adapter, **options), tmp_path / str(i))
         sources.append(tmp_path / str(i))
