@@ -34,7 +34,7 @@ class AdaLoRA:
     step() comes after optimizer.step() and before zero_grad(), whose gradients it reads; like PEFT's update_and_allocate(t) at
     t = 1, 2, ..., total_steps. Add penalty() to the loss. tinit: steps with every triplet; tfinal: steps with those that are left
     at the end; deltaT: steps from one budget to the next; beta1, beta2: of the two averages; orth_reg_weight: of penalty().
-    A gradient that is not finite (a step that a GradScaler skips) counts as nothing new; one that is None as 0.
+    A step with a gradient that is not finite (a GradScaler skips it) is not felt; a gradient that is None counts as 0.
     Nothing gets smaller before resize(). Raises ValueError or TypeError naming the argument. state_dict as torch's: it holds the
     averages, two numbers for every one of A, E and B, until the ranks are fixed.
     """
@@ -109,8 +109,7 @@ class AdaLoRA:
         t = self.last_step + 1
         if t < self._end:
             self._refuse_without_gradients()
-            for i, layer in enumerate(self.layers):
-                self._feel(i, layer)
+            self._feel()
         if t == self._end or (self.tinit < t < self._end and t % self.deltaT == 0):
             self._kept = self._chosen(self.init_budget - self.budget(t))
             self._mask()
@@ -201,19 +200,29 @@ class AdaLoRA:
                 "step() comes after backward() and optimizer.step(), before zero_grad()"
             )
 
-    def _feel(self, i: int, layer: Product) -> None:
-        """Take one layer's gradients into its averages."""
-        for part in _PARTS:
-            w = getattr(layer, part)
-            wide = accumulator(w.dtype)
-            for average in (self._sensitivity[i], self._uncertainty[i]):
-                if part not in average:
-                    average[part] = torch.zeros_like(w, dtype=wide)
-            mean, spread = self._sensitivity[i][part], self._uncertainty[i][part]
-            now = torch.zeros_like(mean) if w.grad is None else (w.to(wide) * w.grad.to(wide)).abs_()
-            now = torch.where(now.isfinite(), now, mean)
-            mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
-            spread.mul_(self.beta2).add_(now.sub_(mean).abs_(), alpha=1 - self.beta2)
+    def _feel(self) -> None:
+        """Take this step's gradients into the averages: a dozen calls for all layers together."""
+        parts = [getattr(layer, part) for layer in self.layers for part in _PARTS]
+        wide = [w.to(accumulator(w.dtype)) for w in parts]
+        for averages in (self._sensitivity, self._uncertainty):
+            if not averages[0]:
+                averages[:] = [
+                    {part: torch.zeros_like(w) for part, w in zip(_PARTS, wide[i : i + len(_PARTS)], strict=True)}
+                    for i in range(0, len(wide), len(_PARTS))
+                ]
+        grads = [torch.zeros_like(w) if held.grad is None else held.grad.to(w.dtype) for held, w in zip(parts, wide, strict=True)]
+        now = torch._foreach_mul(wide, grads)
+        torch._foreach_abs_(now)
+        norms = torch._foreach_norm(now, 1)
+        if not torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all():
+            return
+        mean, spread = ([one[part] for one in averages for part in _PARTS] for averages in (self._sensitivity, self._uncertainty))
+        torch._foreach_mul_(mean, self.beta1)
+        torch._foreach_add_(mean, now, alpha=1 - self.beta1)
+        torch._foreach_sub_(now, mean)
+        torch._foreach_abs_(now)
+        torch._foreach_mul_(spread, self.beta2)
+        torch._foreach_add_(spread, now, alpha=1 - self.beta2)
 
     def _scores(self, i: int) -> torch.Tensor:
         """S [R] of one layer."""
