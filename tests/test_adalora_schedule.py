@@ -364,19 +364,13 @@ def test_half_precision_factors_have_averages_in_fp32():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"total_steps": 0}, "total_steps=0"),
-        ({"total_steps": 2.5}, r"total_steps=2\.5"),
-        ({"tinit": -1}, "tinit=-1"),
-        ({"tfinal": True}, "tfinal=True"),
-        ({"deltaT": 0}, "deltaT=0"),
-        ({"beta1": 1.0}, r"beta1=1\.0"),
-        ({"beta2": 0}, "beta2=0"),
-        ({"orth_reg_weight": -0.1}, r"orth_reg_weight=-0\.1"),
-        ({"orth_reg_weight": float("inf")}, "orth_reg_weight=inf"),
+        ({"total_steps": 0}, "total_steps=0"), ({"total_steps": 2.5}, r"total_steps=2\.5"), ({"tinit": -1}, "tinit=-1"),
+        ({"tfinal": True}, "tfinal=True"), ({"deltaT": 0}, "deltaT=0"), ({"beta1": 1.0}, r"beta1=1\.0"), ({"beta2": 0}, "beta2=0"),
+        ({"orth_reg_weight": -0.1}, r"orth_reg_weight=-0\.1"), ({"orth_reg_weight": float("inf")}, "orth_reg_weight=inf"),
         ({"tinit": 9}, "tinit=9 and tfinal=3 leave no step of total_steps=12"),
         ({"tinit": 0, "tfinal": 11}, "tinit=0 and tfinal=11 leave no step"),
     ],
-)
+)  # fmt: skip
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         Schedule(model_of(), **TIMES | settings)
