@@ -289,6 +289,9 @@ def test_a_resize():
     schedule.load_state_dict(schedule.state_dict())
     assert schedule.rank_pattern == {name: [True] * count or [False] for name, count in kept.items()}
     assert schedule.resize() == {"up": model.up.r, "down": model.down.r}
+    schedule.load_state_dict(schedule.state_dict() | {"last_step": 0})  # another run with what is left
+    train(model, optimizer_of(model), schedule, 1, T)
+    assert sum(map(sum, schedule.rank_pattern.values())) == 4
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])

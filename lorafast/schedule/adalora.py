@@ -138,6 +138,7 @@ class AdaLoRA:
             self._kept[i] = kept[left]
             if len(left) < layer.r:
                 _shrink(layer, left, optimizer)
+        self.init_budget = sum(layer.r for layer in self.layers)
         return {name: layer.r for name, layer in zip(self.names, self.layers, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -232,7 +233,8 @@ class AdaLoRA:
     def _chosen(self, out: int) -> list[torch.Tensor]:
         """Of each layer, which triplets stay when `out` of all have to go."""
         scores = [self._scores(i) for i in range(len(self.layers))]
-        if out == 0:
+        # Less than none where a run begins again after a resize that ties have left below b_T.
+        if out <= 0:
             return [torch.ones_like(score, dtype=torch.bool) for score in scores]
         threshold = torch.cat([score.to(scores[0].device) for score in scores]).kthvalue(out).values
         return [score > threshold.to(score.device) for score in scores]
