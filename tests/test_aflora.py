@@ -37,12 +37,12 @@ def backward(model, step):
     model(torch.randn(8, K, dtype=model[0].weight.dtype)).sub(1).square().mean().backward()
 
 
-def train(model, optimizer, schedule, steps, first=0):
+def train(model, optimizer, schedule, steps, first=0, set_to_none=True):
     for step in range(first, first + steps):
         backward(model, step)
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none)
 
 
 def matrices(model):
@@ -135,6 +135,8 @@ def test_the_threshold_leaves_its_share_above(keep):
     threshold = sorted(scores.tolist())[k - 1]
     assert sum(score < threshold for score in scores.tolist()) == k - 1
     assert found == [one for one in live if sum(one.product().tolist()) / 20 < threshold]
+    # What lies on the threshold stays.
+    assert aflora._below([Scored(torch.ones(5)), Scored(torch.ones(7))], keep) == []
 
 
 class Plain:
@@ -190,13 +192,14 @@ def test_scores_and_freezing_are_those_of_a_slow_plain_implementation():
     assert max(counts) == 6
 
 
-@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"foreach": True}, {"amsgrad": True}], ids=str)
-def test_what_froze_stays_as_it_is_to_the_bit(settings):
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}, {"foreach": False, "amsgrad": True}], ids=str)
+def test_what_froze_stays_as_it_is_to_the_bit(settings, set_to_none):
     model = model_of()
     optimizer, schedule, held = optimizer_of(model, **settings), Freezing(model, **SETTINGS), {}
     for step in range(T):
         before = tiny.tensors(model)
-        train(model, optimizer, schedule, 1, step)
+        train(model, optimizer, schedule, 1, step, set_to_none)
         for name, parameter in matrices(model).items():
             assert parameter.requires_grad == (name not in schedule.frozen)
             assert torch.equal(parameter, before[name]) == (name in held)

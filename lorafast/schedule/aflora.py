@@ -258,4 +258,4 @@ def _steps(name: str, value: float, total_steps: int) -> int:
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not whole and not (isinstance(value, float) and 0 <= value < 1):
         raise ValueError(f"{name}={value!r} must be a count of steps, or a share of total_steps as a float in [0, 1)")
-    return value if whole else int(value * total_steps)
+    return value if whole else round(value * total_steps)
