@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorafast
-from lorafast import AdaLoRA, DoRA, LaMDA, LoRA, VeRA
+from lorafast import AdaLoRA, AFLoRA, DoRA, LaMDA, LoRA, VeRA
 from lorafast.models import expressions, files
 
 
@@ -260,6 +260,7 @@ def test_a_thousand_mutated_folders(tmp_path):
             (VeRA(r=3), {}),
             (LoRA(r=2), {"modules_to_save": ["3"]}),
             (AdaLoRA(r=2, target_r=1, init_r=3), {}),
+            (AFLoRA(r=2), {}),
         ]
     ):
         lorafast.save_adapter(moved(adapter, **options), tmp_path / str(i))
@@ -307,7 +308,7 @@ def _bytes(folder, randomly):
 
 
 VALUES = (
-    *(None, True, False, 0, -1, 2, 3, 10**30, 0.5, 1e308, -1e-320, "", "x", "LORA", "VERA", "LAMDA"),
+    *(None, True, False, 0, -1, 2, 3, 10**30, 0.5, 1e308, -1e-320, "", "x", "LORA", "VERA", "LAMDA", "LORAFAST_AFLORA"),
     *([], ["0"], [0], [None], {}, {"0": 1}, [[]], {"x": []}),
 )
 
