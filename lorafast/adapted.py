@@ -271,6 +271,7 @@ class Adapted(Merging):
         attached = "adapter" in self.__dict__
         if attached:
             self._refuse_if_merged("reset_parameters()")
+            self.adapter.at("", self._W())  # refuses here what could not start afterwards
         super().reset_parameters()
         if attached:
             self._hold_residual(False)
@@ -353,12 +354,21 @@ class Adapted(Merging):
                     self.freeze_columns(self.frozen_columns)
         elif metadata.get("residual"):
             errors.append(f"{prefix}weight is what a start left of a weight: load it together with its adapter's keys")
+        elif why := self._why_no_start():
+            errors.append(f"{prefix}weight without adapter keys would start the adapter anew: {why}")
         else:
             lacking: list[str] = []
             super()._load_from_state_dict(*arguments, lacking, unexpected, errors)
             missing.extend(key for key in lacking if key[len(prefix) :] not in held)
             if len(errors) == before:
                 self._start_from_loaded_weight(assigned=metadata.get("assign_to_params_buffers", False))
+
+    def _why_no_start(self) -> str | None:
+        try:
+            self.adapter.at("", self._W())
+        except ValueError as error:
+            return str(error)
+        return None
 
     def _start_from_loaded_weight(self, assigned: bool) -> None:
         self._hold_residual(False)

@@ -172,7 +172,7 @@ def pole(model):
         (None, {"target_modules": ["idle"]}, ValueError, r"depends on no weight of target_modules=\['idle'\]"),
         (None, {"loss_fn": lambda model, ids: model(ids)}, ValueError, r"must give a scalar tensor, not a tensor \(4, 7\)"),
         (None, {"loss_fn": lambda model, ids: loss_of(model, ids).item()}, ValueError, "not a float"),
-        (None, {"loss_fn": lambda model, ids: loss_of(model, ids).detach()}, ValueError, "detached, or in torch"),
+        (None, {"loss_fn": lambda model, ids: loss_of(model, ids).detach()}, ValueError, "detached, in torch"),
         (None, {"model": [1]}, TypeError, "model must be a torch.nn.Module, not list"),
         (None, {"model": lorafast.adapt(nn.Sequential(nn.Linear(3, 3)), LoRA(r=1))}, ValueError, "is adapted already: 0"),
     ],

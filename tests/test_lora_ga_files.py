@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import lorafast
 from lorafast import DoRA, LoRA, LoRAGA, PiSSA
+from lorafast.models import form
 
 
 @pytest.mark.parametrize("start", ["pissa", "lora-ga"])
@@ -47,8 +48,12 @@ def test_a_loaded_layer_works_and_says_that_its_gradients_are_gone(tmp_path):
     loaded = lorafast.load_adapter(net(torch.float32), tmp_path, trainable=True)
     torch.testing.assert_close(loaded(x), want, rtol=0, atol=0)
     before = copy.deepcopy(loaded.state_dict())
-    with pytest.raises(ValueError, match=r"LoRAGA\(.* has no gradients .*a loaded layer cannot start anew.*estimate_gradients"):
-        loaded.up.reset_adapter()
+    gone = r"LoRAGA\(.* has no gradients .*a loaded layer cannot start anew.*estimate_gradients"
+    for again in (loaded.up.reset_adapter, loaded.up.reset_parameters):
+        with pytest.raises(ValueError, match=gone):
+            again()
+    with pytest.raises(RuntimeError, match=rf"up\.weight without adapter keys would start the adapter anew: {gone}"):
+        loaded.load_state_dict({name: value * 2 for name, value in net(torch.float32).state_dict().items()}, strict=False)
     assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
     with lorafast.disable_adapter(loaded):
         torch.testing.assert_close(loaded(x), net(torch.float32)(x), rtol=1e-5, atol=1e-6)
@@ -57,6 +62,15 @@ def test_a_loaded_layer_works_and_says_that_its_gradients_are_gone(tmp_path):
     lorafast.load_adapter(shaken(model), tmp_path)
     assert all(torch.equal(weight, weights[name]) for name, weight in matrices(model).items())
     torch.testing.assert_close(lorafast.unload(loaded)(x), net(torch.float32)(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", [PiSSA(3), LoRAGA(direction="ArBr", scale="gd", gamma=0.5, svd_niter=2, norm_clip=True)], ids=str)
+def test_a_start_is_described_in_full_and_without_its_tensors(init):
+    said = json.loads(json.dumps({"adapter": form._extras(DoRA(init=init))}))
+    assert form.overlaid(DoRA(), said | {"stacked": True}) == DoRA(init=init)
+    if isinstance(init, LoRAGA):
+        with pytest.raises(ValueError, match=r"the file is of LoRAGA\(.*, and holds no start"):
+            form.overlaid(DoRA(), said)
 
 
 def test_pefts_own_files_are_refused_in_words_or_read(tmp_path):

@@ -87,7 +87,7 @@ def _refuse_loss(loss: object, target_modules: Names) -> None:
     if not loss.requires_grad:
         raise ValueError(
             f"loss_fn(model, batch) gave a loss that depends on no weight of target_modules={target_modules!r}: "
-            "detached, or in torch.no_grad()?"
+            "detached, in torch.no_grad(), or behind reentrant checkpointing?"
         )
 
 
@@ -101,7 +101,7 @@ def _lent(model: nn.Module, weights: set[nn.Parameter], totals: Totals, training
         if weight in totals:
             totals[weight].add_(grad.to("cpu"))
         else:
-            totals[weight] = grad.to("cpu", accumulator(grad.dtype), copy=True)
+            totals[weight] = grad.to("cpu", accumulator(grad.dtype))
 
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
