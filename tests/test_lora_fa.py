@@ -98,9 +98,7 @@ def test_steps_are_pefts(monkeypatch, rslora, weight_decay):
     # PEFT multiplies in bf16 where the machine knows it, which no other run could be compared with to more than two digits.
     monkeypatch.setattr(lorafa, "is_bf16_available", lambda: False)
     made = lorafa.create_lorafa_optimizer(theirs, r=3, lora_alpha=6, lr=1e-3, weight_decay=weight_decay)
-    # What eps is added to differs (LoRAFA says how); with next to none there is no difference.
-    made.param_groups[0]["eps"] = 1e-20
-    optimizer = LoRAFA(ours, lr=1e-3, weight_decay=weight_decay, eps=1e-20)
+    optimizer = LoRAFA(ours, lr=1e-3, weight_decay=weight_decay)
     x = torch.randn(8, 6)
     for _ in range(5):
         for model, one in ((theirs, made), (ours, optimizer)):
@@ -188,6 +186,20 @@ def test_schedulers_and_scalers(fused):
         torch.testing.assert_close(values(scaled)[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_a_layer_that_starts_later_starts_as_if_it_were_the_first():
+    model, fresh = model_of(FROZEN), model_of(FROZEN)
+    optimizer = LoRAFA(model, lr=1e-2, eps=1e-3)
+    loss_of(model).backward()
+    model[2].lora_B.grad = None
+    optimizer.step()
+    model[2].lora_B.grad = torch.ones_like(model[2].lora_B) * 1e-3
+    optimizer.step()
+    fresh[2].lora_B.grad = torch.ones_like(model[2].lora_B) * 1e-3
+    LoRAFA(fresh, lr=1e-2, eps=1e-3).step()
+    assert torch.equal(model[2].lora_B, fresh[2].lora_B)
+    assert not torch.equal(model[0].lora_B, fresh[0].lora_B)
+
+
 def test_groups_have_their_own_rates_and_more_can_come():
     model = model_of(FROZEN)
     optimizer = LoRAFA(model, lr=1e-2)
@@ -272,6 +284,13 @@ def test_more_refusals():
     for wrong, message in (({"lr": -1.0}, "learning rate"), ({"lr": 1e-3, "ridge": -1.0}, r"ridge=-1\.0")):
         with pytest.raises(ValueError, match=message):
             LoRAFA(model_of(FROZEN), **wrong)
+    model = model_of(FROZEN)
+    nn.utils.parametrize.register_parametrization(model[0], "lora_B", nn.Tanh())
+    with pytest.raises(ValueError, match=r"0\.lora_B \(11, 3\) is parametrized"):
+        LoRAFA(model, lr=1e-3)
+
+
+def test_an_A_that_trains_is_refused_later_too():
     model = model_of(FROZEN)
     optimizer = LoRAFA(model, lr=1e-3)
     model[0].lora_A.requires_grad_(True)

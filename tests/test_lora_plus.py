@@ -161,6 +161,24 @@ def test_loss_goes_down():
     assert found[-1] < 0.8 * found[0]
 
 
+def test_with_columns_that_freeze():
+    model = model_of(LaMDA(r=4))
+    optimizer, schedule = (
+        LoRAPlus(model, lr=1e-2, weight_decay=0.1),
+        lorafast.schedule.LaMDAFreeze(model, total_steps=8, fraction=0.5),
+    )
+    held = {}
+    for step in range(6):
+        loss_of(model, step).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        for column in range(min(4, step + 1)):
+            now = model[0].lora_B[:, column].detach().clone()
+            assert torch.equal(held.setdefault(column, now), now)
+    assert not model[0].lora_B.requires_grad
+
+
 def test_eight_bits_leave_embeddings_wide(monkeypatch):
     told = []
     manager = types.SimpleNamespace(register_module_override=lambda *said: told.append(said))

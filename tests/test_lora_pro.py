@@ -220,7 +220,9 @@ def test_an_embedding_whose_A_starts_at_zero():
     assert (table(torch.arange(6)) - target).square().sum() < before
 
 
-@pytest.mark.parametrize("settings", [{}, {"variant": "sgd"}, {"x": "symmetric", "foreach": True, "decay": "delta"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"variant": "sgd"}, {"fused": True}, {"x": "symmetric", "foreach": True, "decay": "delta"}], ids=str
+)
 @pytest.mark.parametrize("adapter", [LoRA(r=3), DoRA(r=3)], ids=repr)
 def test_resume_is_exact(adapter, settings):
     def make():
@@ -284,6 +286,25 @@ def test_schedulers_scalers_closures_and_copies():
     optimizer.zero_grad()
     train(again, other, 1)
     assert all(torch.equal(value, values(again)[name]) for name, value in values(model).items())
+
+
+def test_the_fused_form_steps_alike():
+    found = []
+    for settings in ({}, {"fused": True}, {"foreach": True}):
+        model = model_of(DoRA(r=3), bias="all")
+        found.append(values(train(model, LoRAPro(model, lr=1e-3, weight_decay=0.1, **settings), 3)))
+    for other, (name, value) in itertools.product(found[1:], found[0].items()):
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"variant": "sgd"}, {"decay": "delta"}], ids=str)
+def test_a_rate_that_is_a_tensor(settings):
+    found = []
+    for lr in (1e-2, torch.tensor(1e-2)):
+        model = model_of(LoRA(r=3))
+        found.append(values(train(model, LoRAPro(model, lr, weight_decay=0.1, **settings), 2)))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_what_has_no_gradient_rests():

@@ -26,11 +26,17 @@ class Held(NamedTuple):
 
 
 def held(model: nn.Module) -> dict[nn.Parameter, Held]:
-    """Every adapter tensor of the model, trained or not. ValueError if it has none, RuntimeError if adapters are disabled."""
+    """Every adapter tensor of the model, trained or not. ValueError if it has none or one is parametrized, RuntimeError if adapters
+    are disabled.
+    """
     found: dict[nn.Parameter, Held] = {}
     for name, layer in adapted(model, awake=True).items():
         for part in NAMES:
-            if (parameter := getattr(layer, part)) is not None:
+            parameter = getattr(layer, part)
+            if parameter is not None and not isinstance(parameter, nn.Parameter):
+                where = f"{name}.{part}".lstrip(".")
+                raise ValueError(f"{where} {tuple(parameter.shape)} is parametrized: what trains is not the factor itself")
+            if parameter is not None:
                 found.setdefault(parameter, Held(name, layer, part))
     return found
 

@@ -6,11 +6,14 @@ A does not move, so neither does (A Aᵀ)⁻¹: R·R numbers per layer, made onc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.adamw import adamw
 
 from lorafast.optim.factors import Held, groups, held, inverse_square, refuse_middle
 from lorafast.problem import accumulator
@@ -27,11 +30,13 @@ class _Inverse(NamedTuple):
 class LoRAFA(torch.optim.AdamW):
     """AdamW on g_B' for lora_B, plain AdamW for all else that trains (DoRA's magnitude, biases, modules_to_save).
 
-    model: adapted with freeze_A=True. ridge: added to the diagonal of A Aᵀ before the pseudo-inverse, as PEFT does. settings:
-    amsgrad, maximize, foreach, fused, capturable and differentiable of AdamW. s is read at every step and may be a tensor. Under
-    DoRA G is the gradient of W + sBA before the gain. Two groups, by "name": "factors" and "other"; each has an lr of its own to
-    set, and add_param_group takes more. p.grad stays what backward made of it. Two habits are torch's and not PEFT's: eps is added
-    to √v̂ (there to √v, before the bias correction), and weights decay before the step (there after it).
+    model: adapted with freeze_A=True. ridge: added to the diagonal of A Aᵀ before the pseudo-inverse, as PEFT does. amsgrad,
+    maximize, foreach, fused: AdamW's. s is read at every step and may be a tensor. Under DoRA G is the gradient of W + sBA before
+    the gain.
+    eps: for lora_B as in PEFT's optimizer, added to √v before the bias correction (a first step's is 32 times torch's); for all
+    else as in torch's. Weights decay before the step, as in torch's.
+    Two groups, by "name": "factors" and "other"; each has settings of its own to change, and add_param_group takes more. p.grad
+    stays what backward made of it, and what has none rests.
     Memory: two moments per trained element as AdamW, R·R per layer, and copies of B's gradients while a group steps.
     The inverse is made anew when A moves, when anything that bumps its version writes to it, and when the optimizer's state is
     loaded. It cannot see a write through `A.data` into the same memory: load_state_dict(state_dict()) makes it look again.
@@ -50,13 +55,20 @@ class LoRAFA(torch.optim.AdamW):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         ridge: float = 1e-8,
-        **settings: Any,
+        *,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         if not ridge >= 0:
             raise ValueError(f"ridge={ridge!r} must not be negative")
         # Before torch's, which calls add_param_group.
         self._held, self._ridge, self._inverses = held(model), float(ridge), {}
+        settings = {"amsgrad": amsgrad, "maximize": maximize, "foreach": foreach, "fused": fused}
         super().__init__(groups(model, self._held), lr, betas, eps, weight_decay, **settings)
+        # A GradScaler unscales for itself: a count would be ahead where the fused kernel finds an inf and goes back.
+        self._step_supports_amp_scaling = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a lora_B of the model is corrected there too. ValueError, and no group, for what LoRA-FA is not for."""
@@ -69,18 +81,44 @@ class LoRAFA(torch.optim.AdamW):
             self.param_groups.pop()
             raise
 
-    def _init_group(self, group, params_with_grad, grads, *states):
-        # Where torch gathers a group's gradients for any of its forms (looped, foreach, fused).
-        has_complex = super()._init_group(group, params_with_grad, grads, *states)
-        for i, parameter in enumerate(params_with_grad):
-            one = self._held.get(parameter)
-            if one is not None and one.part == "lora_B":
-                grads[i] = self._corrected(grads[i], one)
-        return has_complex
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, after backward. Returns what closure returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            gathered: list[list] = [[] for _ in range(6)]  # parameters, gradients, first and second moments, amsgrad's, counts
+            self._init_group(group, *gathered)
+            for eps, indices in self._by_eps(group, gathered[0], gathered[5]).items():
+                chosen = [[tensors[i] for i in indices] if tensors else [] for tensors in gathered]
+                chosen[1] = [self._corrected(p, grad) for p, grad in zip(*chosen[:2], strict=True)]
+                (beta1, beta2), names = group["betas"], ("lr", "weight_decay", "amsgrad", "maximize", "foreach", "fused")
+                adamw(*chosen, eps=eps, beta1=beta1, beta2=beta2, **{name: group[name] for name in names})
+        return loss
 
-    def _corrected(self, grad: torch.Tensor, one: Held) -> torch.Tensor:
-        inverse = self._inverse(one.layer.lora_A)
-        return ((grad.to(inverse.dtype) @ inverse) * inverse_square(one.layer.scaling)).to(grad.dtype)
+    def _is_B(self, parameter: nn.Parameter) -> bool:
+        return parameter in self._held and self._held[parameter].part == "lora_B"
+
+    def _by_eps(self, group: dict[str, Any], parameters: list[nn.Parameter], counts: list[torch.Tensor]) -> dict[float, list[int]]:
+        """Which parameters step with which eps: m̂/(√v̂ + ε/√(1 - β₂ᵗ)) is what PEFT's m/(√v + ε) is after the bias correction."""
+        ours = [i for i, parameter in enumerate(parameters) if self._is_B(parameter)]
+        # One wait for the device, if the counts are there.
+        done = torch.stack([counts[i].to(counts[ours[0]].device) for i in ours]).tolist() if ours else []
+        found = dict.fromkeys(range(len(parameters)), group["eps"])
+        found |= {i: group["eps"] / math.sqrt(1 - group["betas"][1] ** (count + 1)) for i, count in zip(ours, done, strict=True)}
+        by_eps: dict[float, list[int]] = {}
+        for i, eps in found.items():
+            by_eps.setdefault(eps, []).append(i)
+        return by_eps
+
+    def _corrected(self, parameter: nn.Parameter, grad: torch.Tensor) -> torch.Tensor:
+        if not self._is_B(parameter):
+            return grad
+        layer = self._held[parameter].layer
+        inverse = self._inverse(layer.lora_A)
+        return ((grad.to(inverse.dtype) @ inverse) * inverse_square(layer.scaling)).to(grad.dtype)
 
     def _inverse(self, A: nn.Parameter) -> torch.Tensor:
         storage, mark = StorageWeakRef(A.untyped_storage()), (A._version, A.data_ptr(), A.dtype, A.shape, A.stride())

@@ -34,9 +34,9 @@ class LoRAPro(torch.optim.Optimizer):
     "sgd" takes those of G. x: of all steps with this g̃ the "sylvester" one is nearest to (g_A, g_B); "zero" leaves to A what both
     factors could do, and "symmetric" halves it between them. decay: what weight_decay shrinks by 1 - lr·weight_decay, A and B each
     ("factors", as AdamW on LoRA) or their product ("delta"); which of the two the paper means could not be checked.
-    foreach: for the plain part. Two groups, by "name": "factors" and "other"; every setting may be changed per group.
-    add_param_group takes more; a pair of factors stands in one group. Under DoRA G is the gradient of W + sBA before the gain.
-    s may be a tensor.
+    fused: Adam in torch's fused kernel, where the device has one, and for that one more N·K at a time. foreach: for the plain part.
+    Two groups, by "name": "factors" and "other"; every setting may be changed per group. add_param_group takes more; a pair of
+    factors stands in one group. Under DoRA G is the gradient of W + sBA before the gain. s may be a tensor.
     Memory: "adamw" keeps two moments of N·K per layer in fp32 (fp64 for fp64 factors), as full fine-tuning does (moment_bytes()),
     and makes one g̃ at a time; "sgd" keeps nothing. Time per layer: O((N+K)R² + R³), and for "adamw" four products of N·K·R.
     ValueError for a frozen factor, a core or out_scale beside the factors (LaMDA, VeRA) and settings out of range. RuntimeError,
@@ -58,11 +58,12 @@ class LoRAPro(torch.optim.Optimizer):
         x: str = "sylvester",
         decay: str = "factors",
         foreach: bool | None = None,
+        fused: bool = False,
     ) -> None:
         # Before torch's, which calls add_param_group.
         self._held = held(model)
         settings = {"lr": lr, "variant": variant, "betas": betas, "eps": eps, "weight_decay": weight_decay, "x": x, "decay": decay}
-        super().__init__(groups(model, self._held), settings | {"foreach": foreach})
+        super().__init__(groups(model, self._held), settings | {"foreach": foreach, "fused": fused})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. ValueError, and no group, for what LoRA-Pro is not for, and for half a pair."""
@@ -146,9 +147,12 @@ class LoRAPro(torch.optim.Optimizer):
 
     def _adam(self, group: dict[str, Any], B: nn.Parameter, g: torch.Tensor) -> torch.Tensor:
         """ĝ of the moments that have seen g [N,K], in g's memory."""
-        state = self.state[B]
-        if not state:
-            state |= {"step": torch.zeros((), device="cpu"), "exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g)}
+        state = _started(self.state[B], g, group)
+        if group["fused"]:
+            # A parameter that is 0, climbs, and does so at rate 1, becomes ĝ.
+            found = torch.zeros_like(g)
+            _adamw_of([found], [g], [state], group | {"lr": 1.0, "weight_decay": 0.0}, maximize=True)
+            return found
         state["step"] += 1
         (beta1, beta2), step = group["betas"], state["step"].item()
         m, v = state["exp_avg"].lerp_(g, 1 - beta1), state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -233,15 +237,23 @@ def _plain(scaling: Scaling) -> Scaling:
     return scaling.detach().reshape(()) if isinstance(scaling, torch.Tensor) else scaling
 
 
+def _started(state: dict[str, torch.Tensor], like: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The state with moments in it. As torch's: the count is on the device for the fused kernel alone."""
+    if not state:
+        step = torch.zeros((), device=like.device if group["fused"] else "cpu", dtype=torch.float32)
+        state |= {"step": step, "exp_avg": torch.zeros_like(like), "exp_avg_sq": torch.zeros_like(like)}
+    return state
+
+
 def _adamw(state: dict, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-    for p in parameters:
-        if not state[p]:
-            state[p] |= {"step": torch.zeros((), device="cpu"), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    kept = [[state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq", "step")]
-    (beta1, beta2), settings = group["betas"], {key: group[key] for key in ("foreach", "lr", "weight_decay", "eps")}
     if parameters:
-        grads, first, second, steps = [p.grad for p in parameters], *kept
-        adamw(parameters, grads, first, second, [], steps, amsgrad=False, beta1=beta1, beta2=beta2, maximize=False, **settings)
+        _adamw_of(parameters, [p.grad for p in parameters], [_started(state[p], p, group) for p in parameters], group)
+
+
+def _adamw_of(parameters: list, grads: list, states: list[dict], group: dict[str, Any], maximize: bool = False) -> None:
+    first, second, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+    (beta1, beta2), settings = group["betas"], {key: group[key] for key in ("foreach", "fused", "lr", "weight_decay", "eps")}
+    adamw(parameters, grads, first, second, [], steps, amsgrad=False, beta1=beta1, beta2=beta2, maximize=maximize, **settings)
 
 
 def _sgd(state: dict, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
