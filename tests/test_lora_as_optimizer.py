@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import lorafast
 from lorafast import LoRA, PiSSA
-from lorafast.optim import LoRAAsOptimizer
+from lorafast.optim import GaLore, LoRAAsOptimizer
 
 R, ALPHA = 3, 5
 KINDS = {
@@ -226,3 +226,16 @@ def test_a_state_of_another_rank_and_further_groups_are_refused():
     with pytest.raises(NotImplementedError, match="train_rest=True"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     assert torch.equal(optimizer._held[0].A, before)
+
+
+def test_where_processes_train_together(monkeypatch):
+    parallel = nn.Module.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(parallel)
+    parallel.module = net()
+    for make in (lambda: GaLore(parallel, lr=0.1, rank=2, per_layer=True), lambda: made(parallel, per_layer=True)):
+        with pytest.raises(ValueError, match="per_layer=True: DistributedDataParallel needs every gradient"):
+            make()
+    assert all(held.target.name in ("0", "2", "3") for held in made(parallel)._held)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match="seed=None: in a process group"):
+        LoRAAsOptimizer(net(), AdamW, lr=0.1)
