@@ -41,20 +41,20 @@ def _freeze(model: nn.Module, _: torch.optim.Optimizer, steps: int) -> Schedule:
     return schedules.LaMDAFreeze(model, steps)
 
 
-# LaMDA moves the largest singular directions of every weight, and full fine-tuning all of them.
+# In the order of list_methods. LaMDA moves the largest singular directions of every weight, and full fine-tuning all of them.
 RECIPES = {
     "lora": Recipe(5e-4),
     "rslora": Recipe(2e-4, {"rslora": True}),
-    "dora": Recipe(5e-4),
-    "dora-exact": Recipe(5e-4, {"detach_norm": False}),
-    "dora-magnitude": Recipe(5e-3, {"magnitude_only": True, "dropout": 0.0}),
-    "lamda": Recipe(3e-4, schedule=_freeze),
-    "lamda++": Recipe(3e-4, schedule=_freeze, spread=True),
     "pissa": Recipe(2e-4, {"init": lorafast.PiSSA()}),
     "lora-ga": Recipe(2e-4, sampled=True),
-    "lora-fa": Recipe(1e-3, {"freeze_A": True}, lambda model, rate, R: optim.LoRAFA(model, rate)),
     "lora+": Recipe(2e-4, optimizer=lambda model, rate, R: optim.LoRAPlus(model, torch.optim.AdamW, lr=rate, ratio=16)),
     "lora-pro": Recipe(2e-4, optimizer=lambda model, rate, R: optim.LoRAPro(model, rate)),
+    "lora-fa": Recipe(1e-3, {"freeze_A": True}, lambda model, rate, R: optim.LoRAFA(model, rate)),
+    "dora": Recipe(5e-4),
+    "dora-exact": Recipe(5e-4, {"detach_norm": False}),
+    "dora-magnitude": Recipe(1e-2, {"magnitude_only": True, "dropout": 0.0}),
+    "lamda": Recipe(3e-4, schedule=_freeze),
+    "lamda++": Recipe(3e-4, schedule=_freeze, spread=True),
     "vera": Recipe(1e-2),
     "adalora": Recipe(2e-3, schedule=lambda model, optimizer, steps: schedules.AdaLoRA(model, steps, steps // 10, steps // 3)),
     "aflora": Recipe(2e-3, schedule=lambda model, optimizer, steps: schedules.AFLoRA(model, steps)),
