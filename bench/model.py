@@ -252,8 +252,7 @@ class _ModelRun:
         """Bytes that do not depend on the batch."""
         record.trainable, record.grad_bytes = trainee.trainable
         record.weight_bytes = _bytes([*trainee.model.parameters(), *trainee.model.buffers()])
-        held = (value for optimizer in trainee.optimizers for one in optimizer.state.values() for value in one.values())
-        record.optimizer_bytes = _bytes([value for value in held if isinstance(value, torch.Tensor)])
+        record.optimizer_bytes = _bytes(list(_tensors([optimizer.state_dict() for optimizer in trainee.optimizers])))
 
     def _compare(self, records: dict[Key, Record]) -> None:
         """Two implementations of one method that do not walk together: ours is wrong until shown otherwise."""
@@ -266,6 +265,15 @@ class _ModelRun:
                     gap, step = ours.loss_gap(theirs)
                     if not gap <= MAX_LOSS_GAP:
                         ours.fail("wrong", f"the loss of step {step} is {gap:.2g} from PEFT's; at most {MAX_LOSS_GAP:g} is right")
+
+
+def _tensors(state: object) -> Iterator[torch.Tensor]:
+    """Every tensor in a state, however deep: an optimizer may hold another."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, dict | list | tuple):
+        for one in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(one)
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:

@@ -75,7 +75,15 @@ def spec(method: str, R: int, dropout: float, dropout_on: str = "adapter", **mor
     """The method's spec, s = alpha/r = 2 where it has an alpha; dropout_on where it has the choice. None where weights train."""
     if (kind := _KINDS[method]) is None:
         return None
-    fields = {"r": R, "alpha": 2 * R, "dropout": dropout, "dropout_on": dropout_on, **RECIPES[method].fields, **more}
+    fields = {
+        "r": R,
+        "target_r": max(1, 2 * R // 3),
+        "alpha": 2 * R,
+        "dropout": dropout,
+        "dropout_on": dropout_on,
+        **RECIPES[method].fields,
+        **more,
+    }
     return kind(**{name: value for name, value in fields.items() if name in kind.__dataclass_fields__})
 
 

@@ -44,7 +44,7 @@ def test_every_contender_is_measured_beside_the_frozen_layer(dtype, tmp_path, ca
                 assert r.adapter_dtype == (dtype if r.impl == "peft-bf16" else "fp32")
     assert by_label(rows, M=8, dropout=0.0)["frozen"].ratio_to_frozen == 1
     printed = capsys.readouterr().out
-    assert "PEFT has no LaMDA" in printed
+    assert "PEFT has no lamda" in printed
     assert "lorafast" in printed
 
 

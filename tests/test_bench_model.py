@@ -84,8 +84,8 @@ def test_a_planted_fault_in_a_model_is_found(fault, monkeypatch, tmp_path, capsy
 def test_a_factor_of_a_model_that_does_not_train_is_wrong(monkeypatch, tmp_path):
     right = trainee.lorafast.adapt
 
-    def adapt(*args):
-        adapted = right(*args)
+    def adapt(*args, **options):
+        adapted = right(*args, **options)
         layer = next(module for module in adapted.modules() if isinstance(module, lorafast.Linear))
         layer.lora_A.requires_grad_(False)  # one of 36
         return adapted

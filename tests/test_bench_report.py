@@ -10,7 +10,7 @@ import rows
 import torch
 from rich.console import Console
 
-from lorafast.bench import cli, commands, options, plots, report, tables
+from lorafast.bench import cli, commands, options, plots, recipes, report, tables
 from lorafast.bench.progress import Progress
 from lorafast.bench.record import Results
 
@@ -132,7 +132,7 @@ def test_a_file_that_is_none_is_refused_in_a_line(text, tmp_path, capsys):
         (["--dropout", "1"], "dropout 1.0 must be in [0, 1)"),
         (["--dropout", "nan"], "dropout nan must be in [0, 1)"),
         (["--dropout", "1e-9"], "dropout"),
-        (["--methods", "lora,qlora"], "'qlora' is none of lora, dora, lamda, vera, nor all"),
+        (["--methods", "lora,qlora"], "'qlora' is none of lora, dora, lamda, lora-fa, vera, adalora, aflora, nor all"),
         (["--dtype", "fp8"], "'fp8' is none of fp32, bf16, fp16"),
         (["--js", "a.json"], "unrecognized arguments: --js a.json"),
         (["--seconds", "0"], "'0' must be a number above 0"),
@@ -149,7 +149,7 @@ def test_lists_are_laid_flat_and_nothing_comes_twice():
     asked = options.parser().parse_args(["linear", "--shape", "minilm,384x384,8x4", "--tokens", "8,8,4", "--methods", "all"])
     assert asked.shape == ((384, 384), (384, 1536), (1536, 384), (8, 4))
     assert asked.tokens == (8, 4)
-    assert asked.methods == ("lora", "dora", "lamda", "vera")
+    assert asked.methods == recipes.LAYERS
 
 
 def test_torchs_names_of_dtypes_are_known():

@@ -1,4 +1,4 @@
-"""Inits, parametrisations, optimizers and schedules are axes: every pair trains, or the optimizer says why not and changes nothing."""
+"""Starts, adapters, optimizers and schedules are axes: every pair trains, or says why not and changes nothing."""
 
 import copy
 import itertools
@@ -52,7 +52,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize(("optimizer", "adapter"), itertools.product(OPTIMIZERS, ADAPTERS))
+@pytest.mark.parametrize(("optimizer", "adapter"), list(itertools.product(OPTIMIZERS, ADAPTERS)))
 def test_every_pair_trains_or_says_why_not(optimizer, adapter):
     model = model_of(ADAPTERS[adapter])
     before = copy.deepcopy(model.state_dict())

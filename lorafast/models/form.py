@@ -133,8 +133,8 @@ def _common(own: dict[str, Adapter]) -> Adapter:
         if type(adapter) is not type(common) or replace(adapter, **numbers) != common:
             apart = " and ".join(common.per_layer)
             raise ValueError(
-                f"{name} has {adapter}, other layers {common}: adapters of one file may differ in {apart}, DoRA's (without an init "
-                "that changes the weight) also in magnitude_only"
+                f"{name} has {adapter}, other layers {common}: adapters of one file may differ in {apart} alone, DoRA's (without "
+                "an init that changes the weight) in magnitude_only too"
             )
     return common
 
