@@ -38,9 +38,7 @@ def row_norm(t: Tensors, c: Settings, cache: bool = False) -> torch.Tensor:
     """‖W + s·(out_scale⊙B)·core·A‖ along c.axis, fp32 (fp64 for fp64): [N] for "out", [K] for "in". Always a fresh tensor."""
     if not cache or not _cacheable(t):
         return _compute(t, c)
-    # Of what does not train, as under DoRA(magnitude_only=True), no optimizer makes anything else.
-    trained = any(part is not None and part.requires_grad for part in _parts(t))
-    marks, rest = tuple(map(_mark, _parts(t))), (_count_steps() if trained else None, c.scaling, c.axis)
+    marks, rest = tuple(map(_mark, _parts(t))), (_count_steps(), c.scaling, c.axis)
     entry = _entries.get(t.lora_B)
     if entry is None or (entry.marks, entry.rest) != (marks, rest):
         entry = _entries[t.lora_B] = _Entry(marks, rest, _compute(t, c))

@@ -26,8 +26,7 @@ class DoRA(LoRA):
     """LoRA's fields, and: axis "out"|"in"; dropout_on "adapter" (one base GEMM) or "both" (PEFT's reading: two each way);
     keep "auto" ("output" without bias in bf16/fp32, else "inner"); detach_norm=False for the exact gradient; cache_norm=True
     keeps the norm across gradient accumulation. Where m is 0, keep="output" gives d_m = 0, the others the true one.
-    magnitude_only=True trains m alone; r and alpha are then 1 whatever is given, what else speaks of A and B is refused, and with
-    cache_norm=True the norm is taken once.
+    magnitude_only=True trains m alone; r and alpha are then 1 whatever is given, and what else speaks of A and B is refused.
     """
 
     axis: str = "out"
