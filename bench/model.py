@@ -123,7 +123,10 @@ class _ModelRun:
             record.losses = curve[:astray]
             self._weigh(record, self.trainees[key])
             if record.status == "ok":
-                record.peak_bytes = self._peak(self.trainees[key])
+                try:
+                    record.peak_bytes = self._peak(self.trainees[key])
+                except Exception as error:
+                    self._failed(key, error, records)
         self._compare(records)
         # What went wrong in training is wrong at every batch size.
         self.wrong = {key: record.reason for key, record in records.items() if record.status == "wrong"}

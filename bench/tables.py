@@ -49,7 +49,8 @@ LEGEND = (
     "at their flops a second; floor: pass by pass over x, y, W beside those products, at a copy's bytes a second where more.",
     "saved: bytes autograd keeps beyond x, y and weights (of a model: beyond weights); keeps: x or y, by reference.",
     "activations: bytes alive at the end of forward, y included; peak: the most alive at once in a step, beyond weights, inputs "
-    "and optimizer state. (both): DoRA that drops x in the correction of its base term too, as PEFT does.",
+    "and optimizer state; its state: what the optimizer's state dict holds, a schedule's own left out. (both): DoRA that drops x "
+    "in the correction of its base term too, as PEFT does.",
 )
 
 

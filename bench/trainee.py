@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ class Trainee:
     optimizers: tuple[torch.optim.Optimizer, ...]
     schedule: recipes.Schedule | None
     trainable: tuple[int, int]  # elements and bytes at the start; a schedule may freeze what trains
+    flags: dict[str, bool]  # what of the model trained at the start, by name
 
     @property
     def whole(self) -> bool:
@@ -91,14 +93,15 @@ class Trainee:
         return right / sum(len(batch["labels"]) for batch in batches)
 
     def thaw(self) -> None:
-        """As at the start of training: no schedule, and nothing frozen by one."""
+        """What trains is what trained at the start, and no schedule changes it any more."""
         self.schedule = None
-        self.model.encoder.requires_grad_(self.whole)
         for layer in self.layers.values():
             if isinstance(getattr(layer, "adapter", None), LaMDA):
                 layer.freeze_columns(0)
-            for name, part in parts_of(layer).items():
-                part.requires_grad_(name in TRAINS[self.method])
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self.flags[name])
+            if not self.flags[name]:
+                parameter.grad = None
 
     def error(self, batch: Batch, seed: int) -> tuple[float, str]:
         """The worst error ratio of the logits and of every kind of gradient over all layers, as in training, factors random."""
@@ -117,13 +120,15 @@ class Trainee:
                     # Where B is 0, A has no gradient to be wrong about.
                     noise = torch.randn(part.shape, generator=generator) * 0.02
                     part.add_(noise.to(part.device, part.dtype))
-        chained = {path: self._eager_linear(layer, frozen) for path, layer in layers.items()}
+        share = frozen / self.adapter.r if frozen else 0.0
+        columns = {path: round(share * parts_of(layer)["lora_A"].shape[0]) for path, layer in layers.items()}
+        chained = {path: self._eager_linear(layer, columns[path]) for path, layer in layers.items()}
         trains = TRAINS[self.method] if self.adapter else frozenset()
         trains -= {"lora_B"} if self.adapter and frozen == self.adapter.r else set()
         truth, eager = (_outcome(replaced(copied, chained, trains, self.whole, wide), batch, seed) for wide in (True, False))
-        for layer in layers.values():
+        for path, layer in layers.items():
             if frozen:
-                layer.freeze_columns(frozen)
+                layer.freeze_columns(columns[path])
             if not self.impl.ours:
                 peers.mask(layer)
         if self.impl.compile:
@@ -182,19 +187,21 @@ def build(
     torch.manual_seed(seed)
     if impl.by_peft:
         model.encoder = peers.model(base, impl, method, adapter, "all-linear")
-    elif impl.adapts and adapter is not None:
-        _adapt(model, adapter, recipe, batches)
-    model.train()
-    named = model.named_modules()
-    layers = {path: module for path, module in named if isinstance(module, lorafast.Linear) or peers.is_layer(module)}
-    if method in peers.BUILT:
-        _start_alike(layers, seed)
-    optimizers = _optimizers(model, recipe, lr, R)
-    schedule = _schedule(model, recipe, optimizers[-1], total_steps, impl.compile)
+    with _refusals():
+        if not impl.by_peft and impl.adapts and adapter is not None:
+            _adapt(model, adapter, recipe, batches)
+        model.train()
+        named = model.named_modules()
+        layers = {path: module for path, module in named if isinstance(module, lorafast.Linear) or peers.is_layer(module)}
+        if method in peers.BUILT:
+            _start_alike(layers, seed)
+        optimizers = _optimizers(model, recipe, lr, R)
+        schedule = _schedule(model, recipe, optimizers[-1], total_steps, impl.compile)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainable = (sum(p.numel() for p in trained), sum(p.numel() * p.itemsize for p in trained))
     module = compiled.compiled(model) if impl.compile else model
-    return Trainee(impl, method, adapter, model, module, layers, optimizers, schedule, trainable)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    return Trainee(impl, method, adapter, model, module, layers, optimizers, schedule, trainable, flags)
 
 
 def _adapt(model: Classifier, adapter: Adapter, recipe: recipes.Recipe, batches: Sequence[Batch]) -> None:
@@ -203,9 +210,15 @@ def _adapt(model: Classifier, adapter: Adapter, recipe: recipes.Recipe, batches:
         adapter = recipes.sampled(adapter, base, batches, lambda _, batch: _loss(model, batch))
     if recipe.spread:
         pattern = recipes.spread(base, adapter.r)
+    lorafast.adapt(base, adapter, rank_pattern=pattern)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What a method cannot do with what was asked: a rank some shape has no room for, too few steps for a schedule."""
     try:
-        lorafast.adapt(base, adapter, rank_pattern=pattern)
-    except ValueError as error:  # a rank some shape has no room for
+        yield
+    except ValueError as error:
         raise Unable("unsupported", str(error)) from None
 
 

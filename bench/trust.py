@@ -19,7 +19,7 @@ from lorafast.testing import Case, Yardstick, chain, make
 
 def stages(impl: Impl, method: str, R: int) -> tuple[int, ...]:
     """How many columns of lora_B are frozen, each time a contender is judged: LaMDA's schedule freezes some, then all."""
-    return tuple(dict.fromkeys((0, R // 2, R))) if impl.base == "lorafast" and method == "lamda" else (0,)
+    return tuple(dict.fromkeys((0, R // 2, R))) if impl.base == "lorafast" and method in ("lamda", "lamda++") else (0,)
 
 
 def worst(found: Iterable[tuple]) -> tuple:

@@ -54,8 +54,9 @@ def _whole(name: str, made: type, kind: str, ask: str) -> Method:
     return Method(name, None, made.paper, made.trains, made.keeps, kind, ask)
 
 
-_ALONE = {"trains": "magnitude", "keeps": "y by reference, z or nothing (keep)"}
+_ALONE = {"trains": "magnitude", "keeps": "y by reference, z, or x by reference + M·R (keep)"}
 _BOTH = "x by reference + M·R"
+_SPREAD = "adapt(model, LaMDA(r=16), rank_pattern=spectral_ranks(model)), schedule.LaMDAFreeze(model, total_steps)"
 
 METHODS = (
     _adapter(LoRA, "LoRA(r=16)"),
@@ -69,7 +70,7 @@ METHODS = (
     _variant("dora-exact", DoRA, "DoRA(r=16, detach_norm=False)"),
     _variant("dora-magnitude", DoRA, "DoRA(magnitude_only=True)", **_ALONE),
     _adapter(LaMDA, "LaMDA(r=16), schedule.LaMDAFreeze(model, total_steps)"),
-    _variant("lamda++", LaMDA, "adapt(model, LaMDA(r=16), rank_pattern=spectral_ranks(model, (8, 16, 32), 16))", "ranks"),
+    _variant("lamda++", LaMDA, _SPREAD, "ranks"),
     _adapter(VeRA, "VeRA(r=256)"),
     _adapter(AdaLoRA, "AdaLoRA(r=12, target_r=8), schedule.AdaLoRA(model, total_steps)"),
     _adapter(AFLoRA, "AFLoRA(r=4), schedule.AFLoRA(model, total_steps)"),

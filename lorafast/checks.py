@@ -63,8 +63,9 @@ def call(
 
 def norm(t: Tensors, axis: str, signature: tuple | None = None) -> None:
     """Everything lorafast.functional.row_norm is given but its scaling. signature: onlookers.signature(*t), as in call."""
-    seen = (signature, axis) if signature and type(axis) is str else None
-    if seen not in _passed:
+    # The weight comes first among the tensors, and of the first a signature has the width alone.
+    seen = (signature, t.weight.shape, axis) if signature and type(axis) is str else None
+    if seen is None or seen not in _passed:
         word("axis", axis, AXES)
         factors(t, axis)
         _remember(seen, t.weight.dtype)

@@ -80,6 +80,19 @@ def test_the_norm_checks_its_factors_too():
         lorafast.functional.row_norm(GOOD["weight"], GOOD["lora_A"], GOOD["lora_B"], axis="rows")
 
 
+def test_the_norm_takes_no_weight_for_one_it_has_seen():
+    A, B = GOOD["lora_A"], GOOD["lora_B"]
+    for axis in ("out", "in"):
+        for _ in range(2):
+            lorafast.functional.row_norm(GOOD["weight"], A, B, axis=axis)
+        for weight in (torch.randn(N + 1, K), torch.randn(N - 1, K), torch.randn(500, K)):
+            with pytest.raises(ValueError, match=r"lora_B \(6, 2\) must be"):
+                lorafast.functional.row_norm(weight, A, B, axis=axis)
+        for weight in (torch.randn(K), torch.randn(2, N, K)):
+            with pytest.raises(ValueError, match=r"weight \(.*\) must be \[N, K\]"):
+                lorafast.functional.row_norm(weight, A, B, axis=axis)
+
+
 def test_right():
     assert lorafast.linear(**GOOD).shape == (3, N)
     assert lorafast.linear(**GOOD, dropout=0.5, frozen_columns=2, keep="recompute").shape == (3, N)

@@ -115,7 +115,8 @@ class GaLore(Optimizer):
         self._move(group, [parameter])
 
     def _prepare(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        """New projections where they are due, and all that may be refused."""
+        """All that may be refused, and new projections where they are due."""
+        due = {}
         for parameter in parameters:
             G, state = parameter.grad, self.state[parameter]
             if G.is_sparse:
@@ -124,7 +125,9 @@ class GaLore(Optimizer):
             if group["rank"] is not None and step % group["update_gap"] == 0:
                 if not G.isfinite().all():
                     raise ValueError(f"the gradient of a weight {tuple(G.shape)} is not finite: it has no SVD to project by")
-                state["projection"] = _projection(G, group["rank"], group["svd_niter"])
+                due[parameter] = _projection(G, group["rank"], group["svd_niter"])
+        for parameter, projection in due.items():
+            self.state[parameter]["projection"] = projection
 
     def _move(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
         beta1, beta2 = group["betas"]
