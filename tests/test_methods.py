@@ -215,6 +215,32 @@ def test_vera_shares_what_peft_draws():
     assert {n.rpartition(".")[2] for n, p in ours.named_parameters() if p.requires_grad} == {"lora_core", "lora_out_scale"}
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_vera_is_pefts_forward_and_back(bias):
+    """Against peft.tuners.vera's Linear, in float64: the output, dx, and the gradients of both vectors."""
+    peft = pytest.importorskip("peft")
+    base = torch.nn.Linear(10, 14, bias=bias).double()
+    theirs = peft.get_peft_model(torch.nn.Sequential(copy.deepcopy(base)), peft.VeraConfig(r=6, target_modules=["0"])).double()
+    held = theirs.base_model.model[0]
+    ours = lorafast.Linear.from_linear(base, VeRA(r=6))
+    with torch.no_grad():
+        ours.lora_A.copy_(held.vera_A["default"])
+        ours.lora_B.copy_(held.vera_B["default"])
+        ours.core.copy_(held.vera_lambda_d["default"].normal_())
+        ours.out_scale.copy_(held.vera_lambda_b["default"].normal_())
+    x, dy = torch.randn(3, 5, 10, dtype=torch.float64), torch.randn(3, 5, 14, dtype=torch.float64)
+    found = []
+    for model, core, out_scale in (
+        (ours, ours.core, ours.out_scale),
+        (theirs, held.vera_lambda_d["default"], held.vera_lambda_b["default"]),
+    ):
+        own = x.clone().requires_grad_()
+        y = model(own)
+        found.append((y, *torch.autograd.grad(y, (own, core, out_scale), dy)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
