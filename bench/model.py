@@ -161,8 +161,9 @@ class _ModelRun:
     def _build(self, impl: Impl, method: str) -> Trainee:
         plan = self.plan
         adapter = recipes.spec(method, plan.R, plan.dropout, plan.dropout_on) if impl.adapts else None
+        sampled = impl.adapts and recipes.RECIPES[method].sampled
         # Others than those the training walks through first, in their order.
-        batches = self._batches(plan.train_batch, SAMPLED, plan.seed + 1)
+        batches = self._batches(plan.train_batch, SAMPLED, plan.seed + 1) if sampled else []
         return build(impl, method, adapter, self.encoder, plan.seed, self._rate(method), plan.steps, plan.R, batches)
 
     def _rate(self, method: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from lorafast import philox
@@ -117,6 +119,18 @@ def probability(dropout: float) -> None:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout} must be in [0, 1)")
     philox.threshold(dropout)
+
+
+def whole(name: str, value: int, least: int = 1) -> None:
+    """An integer of at least `least`, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+
+
+def number(name: str, value: float, below: float = math.inf) -> None:
+    """A number in [0, below)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
+        raise ValueError(f"{name}={value!r} must be a number in [0, {below})")
 
 
 def floating(name: str, tensor: torch.Tensor) -> None:

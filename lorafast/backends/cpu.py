@@ -226,6 +226,7 @@ def _down(
     x2: torch.Tensor, F: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0, core: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """h = drop(x) Fᵀ, F [R,K], and h' = core(h), both rounded once -> [M,R]"""
+    # Here and in _added the helpers below stand written out: on a small layer their calls cost more than the kernel.
     (M, K), R, dtype = x2.shape, F.shape[0], x2.dtype
     if F.dtype not in _TYPES:
         F = F.float()

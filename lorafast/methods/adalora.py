@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 
+from lorafast import checks
 from lorafast.methods.adapter import Adapter, Part
 
 _STD = 0.02
@@ -42,9 +43,7 @@ class AdaLoRA(Adapter):
         if self.init_r is None:
             object.__setattr__(self, "init_r", self.r)
         for name in ("target_r", "init_r"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+            checks.whole(name, getattr(self, name))
         for name in ("r", "target_r"):
             if getattr(self, name) > self.init_r:
                 raise ValueError(f"{name}={getattr(self, name)} must be at most init_r={self.init_r}: a budget only shrinks")

@@ -58,8 +58,7 @@ class Adapter:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r={self.r!r} must be an integer of at least 1")
+        checks.whole("r", self.r)
         for field in fields(self):
             if isinstance(field.default, bool) and not isinstance(getattr(self, field.name), bool):
                 raise TypeError(f"{field.name}={getattr(self, field.name)!r} must be True or False")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lorafast import fold, norm
+from lorafast import checks, fold, norm
 from lorafast.adapted import Adapted
 from lorafast.methods import svd
 from lorafast.methods.lora import LoRA
@@ -39,8 +39,8 @@ def as_lora(model: nn.Module, layers: dict[str, Adapted], rank: int | None) -> E
     """A model's adapters as LoRA with s = 1, in fp32 (fp64 for fp64 factors), and what truncation loses. rank=None: exact, to a
     rounding; DoRA's change has no rank for that.
     """
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank={rank!r} must be an integer of at least 1")
+    if rank is not None:
+        checks.whole("rank", rank)
     tensors, errors, plain = {}, {}, {}
     for name, layer in layers.items():
         layer._refuse_if_merged("save_adapter(as_lora=True)")

@@ -74,8 +74,8 @@ def _refused_or_sorted(ranks: Collection[int], energy_rank: int | None, budget: 
     numbers = [*ranks] if isinstance(ranks, Collection) and not isinstance(ranks, str) else []
     if not numbers or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in numbers):
         raise ValueError(f"ranks={ranks!r} must be integers of at least 1")
-    if energy_rank is not None and (isinstance(energy_rank, bool) or not isinstance(energy_rank, int) or energy_rank < 1):
-        raise ValueError(f"energy_rank={energy_rank!r} must be an integer of at least 1")
+    if energy_rank is not None:
+        checks.whole("energy_rank", energy_rank)
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf):
         raise ValueError(f"budget={budget!r} must be a positive number, the largest mean rank")
     return sorted(set(numbers), reverse=True)

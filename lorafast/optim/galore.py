@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from lorafast import checks
 from lorafast.methods import svd
 from lorafast.models.names import unwrapped
 from lorafast.models.plan import ALL_LINEAR, Names
@@ -59,13 +60,13 @@ class GaLore(Optimizer):
         per_layer: bool = False,
     ) -> None:
         for name, value in (("rank", rank), ("update_gap", update_gap)):
-            weights.whole(name, value)
+            checks.whole(name, value)
         for name, value in (("lr", lr), ("scale", scale), ("eps", eps), ("weight_decay", weight_decay)):
-            weights.number(name, value)
+            checks.number(name, value)
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"betas={betas!r} must be two numbers in [0, 1)")
         for beta in betas:
-            weights.number("betas", beta, 1.0)
+            checks.number("betas", beta, 1.0)
         svd.iterations(svd_niter)
         asked = weights.chosen(model, target_modules, exclude_modules)
         projected = [one.weight for one in asked if one.weight.requires_grad and min(one.weight.shape) >= rank]

@@ -1,8 +1,7 @@
-"""What the optimizers over whole weights ask of a model: which weights, numbers in range, and a hook that frees a gradient."""
+"""What the optimizers over whole weights ask of a model: which weights, and a hook that frees a gradient."""
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -51,20 +50,6 @@ def chosen(model: nn.Module, target_modules: Names, exclude_modules: Names | Non
             raise NotImplementedError(f"{name}.weight {tuple(module.weight.shape)} is a sharded DTensor")
         found.setdefault(module.weight, Target(clean(name), module.weight, transposed, isinstance(module, Adapted)))
     return list(found.values())
-
-
-def whole(name: str, value: int, least: int = 1) -> int:
-    """An integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-    return value
-
-
-def number(name: str, value: float, below: float = math.inf) -> float:
-    """A number in [0, below)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
-        raise ValueError(f"{name}={value!r} must be a number in [0, {below})")
-    return value
 
 
 def refuse_parallel(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from lorafast import checks
 from lorafast.layer import Product
 from lorafast.methods import adalora
 from lorafast.models.names import adapted, some, unwrapped
@@ -166,8 +167,7 @@ class AdaLoRA:
         if state["layers"].keys() != set(self.names):
             raise ValueError(f"state is of the layers {some(state['layers'])}, the model has {some(self.names)}")
         step = state["last_step"]
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"last_step={step!r} must be an integer of at least 0")
+        checks.whole("last_step", step, 0)
         settings = {name: state[name] for name in _SETTINGS}
         end = _checked(**settings)
         loaded = [
@@ -250,8 +250,7 @@ class AdaLoRA:
 def _checked(total_steps: int, tinit: int, tfinal: int, deltaT: int, beta1: float, beta2: float, orth_reg_weight: float) -> int:
     """The step whose choice is kept, of settings that can be."""
     for name, value, least in (("total_steps", total_steps, 1), ("tinit", tinit, 0), ("tfinal", tfinal, 0), ("deltaT", deltaT, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        checks.whole(name, value, least)
     for name, value in (("beta1", beta1), ("beta2", beta2)):
         if not isinstance(value, int | float) or not 0 < value < 1:
             raise ValueError(f"{name}={value!r} must be a number in (0, 1)")

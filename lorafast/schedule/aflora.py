@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lorafast import checks
 from lorafast.adapted import Adapted
 from lorafast.methods import aflora
 from lorafast.models.names import adapted, some
@@ -112,8 +113,7 @@ class AFLoRA:
 
     def _set(self, last_step: int, total_steps: int, warmup: float, final: float, deltaT: int, beta1: float, beta2: float) -> None:
         for name, value in (("total_steps", total_steps), ("deltaT", deltaT)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+            checks.whole(name, value)
         for name, value in (("beta1", beta1), ("beta2", beta2)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ValueError(f"{name}={value!r} must be a number in [0, 1)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lorafast import checks
 from lorafast.layer import Linear
 from lorafast.methods.lamda import LaMDA
 
@@ -56,8 +57,7 @@ class LaMDAFreeze:
 
     def _set(self, last_step: int, total_steps: int, fraction: float, group: int) -> None:
         for name, value in (("total_steps", total_steps), ("group", group)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+            checks.whole(name, value)
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ValueError(f"fraction={fraction!r} must be a number in (0, 1]")
         self.last_step, self.total_steps, self.fraction, self.group = last_step, total_steps, fraction, group

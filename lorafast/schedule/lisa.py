@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lorafast import checks
 from lorafast.adapted import Adapted
 from lorafast.models.names import near, unwrapped
 
@@ -105,8 +106,7 @@ class LISA:
 
     def _set(self, last_step: int, active: int, every: int) -> None:
         for name, value in (("active", active), ("every", every)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+            checks.whole(name, value)
         if active > len(self._trained):
             raise ValueError(f"active={active} is more than the {len(self._trained)} blocks there are")
         self.last_step, self.active, self.every = last_step, active, every
