@@ -59,9 +59,8 @@ class GradOutputTask {
       : dy(dy), asked(asked), packed(packed), left_stride(padded(asked.summed())) {}
 
   void operator()(int64_t m_first, int64_t m_end, int64_t n_first, int64_t n_end, float* u, float* sums) {
-    const int64_t Np = round_up(dy.columns, GROUP), ranks = round_up(asked.u.columns, DOWN_RANKS), dot_row = asked.summed() * Np;
-    for (int64_t r = 0; r < asked.rows(); ++r)
-      std::memset(sums + r * Np + n_first, 0, sizeof(float) * (round_up(n_end, GROUP) - n_first));
+    const int64_t ranks = round_up(asked.u.columns, DOWN_RANKS), all = asked.rows();
+    std::memset(sums + n_first * all, 0, sizeof(float) * (round_up(n_end, OUTER_COLUMNS) - n_first) * all);
     if (asked.u.data) std::memset(u + m_first * ranks, 0, sizeof(float) * (m_end - m_first) * ranks);
     for (int64_t m = m_first; m < m_end; m += PANEL<T>) {
       const int64_t rows = at_most(PANEL<T>, m_end - m);
@@ -69,16 +68,18 @@ class GradOutputTask {
       if (asked.u.data)
         for (int64_t n = n_first; n < n_end; n += DOWN_COLUMNS<T>)
           down_tile(dy, m, rows, n, at_most(DOWN_COLUMNS<T>, n_end - n), nullptr, 0, packed, ranks, u + m * ranks);
-      if (!asked.rows()) continue;
+      if (!all) continue;
       stage_left(m, rows);
       for (int64_t n = n_first; n < n_end; n += OUTER_COLUMNS) {
         const int64_t columns = at_most(OUTER_COLUMNS, n_end - n);
-        stage_columns(dy, m, rows, n, columns, nullptr, 0, right, OUTER_COLUMNS);
-        outer_tile<T>(left, left_stride, asked.summed(), right, cells<T>(rows), columns, sums + n, Np);
-        if (asked.dot) {
-          stage_columns(asked.kept, m, rows, n, columns, nullptr, 0, kept, OUTER_COLUMNS);
-          dot_tile<T>(right, kept, cells<T>(rows), sums + dot_row + n);
+        if ((n - n_first) % GROUP == 0) {
+          stage_group(dy, m, rows, n, n_end, right);
+          if (asked.dot) stage_group(asked.kept, m, rows, n, n_end, kept);
         }
+        outer_tile<T>(left, left_stride, asked.summed(), right.at(n, n_first), cells<T>(rows), columns, sums + sums_of(n, all));
+        if (asked.dot)
+          dot_tile<T>(right.at(n, n_first), kept.at(n, n_first), cells<T>(rows),
+                      sums + sums_of(n, all) + asked.summed() * OUTER_COLUMNS);
       }
     }
   }
@@ -86,12 +87,16 @@ class GradOutputTask {
  private:
   // h' as cells, and beside it the ones whose product with dy is the bias's gradient.
   void stage_left(int64_t m, int64_t rows) {
-    if (asked.P.data) stage_columns(asked.mixed, m, rows, 0, asked.P_rows(), nullptr, 0, left, left_stride);
+    if (asked.P.data) stage_columns(asked.mixed, m, rows, 0, asked.P_rows(), nullptr, 0, left, left_stride, 0);
     if (asked.d_bias) {
       float one[W];
       store(one, cell<T>(splat(1), splat(1)));
       for (int64_t p = 0; p < cells<T>(rows); ++p) left[p * left_stride + asked.P_rows()] = one[0];
     }
+  }
+
+  static void stage_group(const Matrix<const T>& x, int64_t m, int64_t rows, int64_t n, int64_t n_end, Staged& to) {
+    stage_columns(x, m, rows, n, at_most(GROUP, n_end - n), nullptr, 0, to.cells, OUTER_COLUMNS, BLOCK);
   }
 
   const Matrix<const T>& dy;
@@ -100,8 +105,7 @@ class GradOutputTask {
   // No wider than it must be: a wider one puts the rows where they drive each other from the cache.
   const int64_t left_stride;
   alignas(64) float left[PANEL<T> * (MAX_RANK + W) + 2 * W];
-  alignas(64) float right[PANEL<T> * OUTER_COLUMNS];
-  alignas(64) float kept[PANEL<T> * OUTER_COLUMNS];
+  Staged right, kept;
 };
 
 // The shares of W columns added up, and laid as the gradients lie.
@@ -110,7 +114,8 @@ inline void finish_sums(const Asked<T>& asked, int64_t N, int64_t shares, const 
   const int64_t Np = round_up(N, GROUP), rows = asked.rows(), some = at_most(W, N - n);
   for (int64_t r = 0; r < rows; ++r) {
     Vector sum = zero();
-    for (int64_t share = 0; share < shares; ++share) sum = add(sum, load(sums + (share * rows + r) * Np + n));
+    for (int64_t share = 0; share < shares; ++share)
+      sum = add(sum, load(sums + share * rows * Np + sums_of(n, rows) + r * OUTER_COLUMNS));
     if (r >= asked.P_rows()) {
       store_some((asked.d_bias && r == asked.P_rows() ? asked.d_bias : asked.dot) + n, sum, some);
       continue;

@@ -9,11 +9,15 @@
 namespace lorafast {
 
 // A panel of rows is summed in registers, a few columns at a time, before it joins what is in memory.
+constexpr int64_t PANEL_CELLS = 64;
 template <class T>
-constexpr int64_t PANEL = 64 * per_cell<T>;
+constexpr int64_t PANEL = PANEL_CELLS * per_cell<T>;
 constexpr int64_t OUTER_COLUMNS = OUTER_VECTORS * W;
-// Columns a task takes at least, and columns whose bits are drawn at once: whole calls of keep_bits.
+// Columns a task takes at least, and columns that are staged at once, their bits drawn: whole calls of keep_bits.
 constexpr int64_t GROUP = 256;
+// Cells from one block of staged columns to the next: not a power of two, which would send them all to the same few places of the
+// cache.
+constexpr int64_t BLOCK = PANEL_CELLS * OUTER_COLUMNS + 2 * W;
 // The most shares a sum over tokens is cut into, and tasks a matrix is cut into. Shapes alone decide, never threads.
 constexpr int64_t MOST_SHARES = 8, MOST_TASKS = 32;
 
@@ -29,10 +33,21 @@ struct Cut {
   }
 };
 
-// sums[r][0:columns] += Σ_p v[p][r] cells[p][...] for r < R: v [P][v_stride], cells [P][OUTER_COLUMNS].
+// A group of columns, staged.
+struct Staged {
+  alignas(64) float cells[GROUP / OUTER_COLUMNS * BLOCK];
+
+  // The block of column n of a task that began at column `first`.
+  float* at(int64_t n, int64_t first) { return cells + (n - first) % GROUP / OUTER_COLUMNS * BLOCK; }
+};
+
+// Where the sums of column n lie among those of `rows` rows: [columns / OUTER_COLUMNS][rows][OUTER_COLUMNS], what a tile adds to
+// being one piece.
+inline int64_t sums_of(int64_t n, int64_t rows) { return n / OUTER_COLUMNS * OUTER_COLUMNS * rows + n % OUTER_COLUMNS; }
+
+// sums[r][0:columns] += Σ_p v[p][r] cells[p][...] for r < R: v [P][v_stride], cells [P][OUTER_COLUMNS], sums [R][OUTER_COLUMNS].
 template <class T>
-inline void outer_tile(const float* v, int64_t v_stride, int64_t R, const float* cells, int64_t P, int64_t columns, float* sums,
-                       int64_t sums_stride) {
+inline void outer_tile(const float* v, int64_t v_stride, int64_t R, const float* cells, int64_t P, int64_t columns, float* sums) {
   int64_t n = 0;
   const auto block = [&](auto vectors_of) {
     constexpr int J = decltype(vectors_of)::value;
@@ -45,7 +60,7 @@ inline void outer_tile(const float* v, int64_t v_stride, int64_t R, const float*
       for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < J; ++j) {
-          float* to = sums + (r + i) * sums_stride + n + j * W;
+          float* to = sums + (r + i) * OUTER_COLUMNS + n + j * W;
           store(to, add(load(to), part[i][j]));
         }
     });
@@ -68,18 +83,22 @@ void outer(const Matrix<const T>& x, const Matrix<const T>& v, const Dropout& dr
     each(cut.shares * cut.groups, [&](int64_t task) {
       const int64_t share = task / cut.groups, m_end = at_most((share + 1) * cut.rows, x.rows);
       const int64_t first = task % cut.groups * cut.columns, end = at_most(first + cut.columns, K);
-      alignas(64) float right[PANEL<T> * OUTER_COLUMNS], left[PANEL<T> * MAX_RANK + 2 * W];
+      alignas(64) float left[PANEL<T> * MAX_RANK + 2 * W];
       alignas(64) uint8_t bits[PANEL<T> * GROUP / 8 + PHILOX_SLACK];
+      Staged right;
       float* sums = work + share * R * Kp;
-      for (int64_t r = 0; r < R; ++r) std::memset(sums + r * Kp + first, 0, sizeof(float) * (round_up(end, GROUP) - first));
+      std::memset(sums + first * R, 0, sizeof(float) * (round_up(end, OUTER_COLUMNS) - first) * R);
       for (int64_t m = share * cut.rows; m < m_end; m += PANEL<T>) {
         const int64_t rows = at_most(PANEL<T>, m_end - m);
-        stage_columns(v, m, rows, 0, R, nullptr, 0, left, padded(R));
+        stage_columns(v, m, rows, 0, R, nullptr, 0, left, padded(R), 0);
         for (int64_t k = first; k < end; k += OUTER_COLUMNS) {
-          const int64_t within = (k - first) % GROUP, n = at_most(OUTER_COLUMNS, end - k);
-          if (drop && !within) keep_tile(drop, K, m, rows, k, at_most(GROUP, end - k), bits, GROUP / 8);
-          stage_columns(x, m, rows, k, n, drop ? bits + within / 8 : nullptr, GROUP / 8, right, OUTER_COLUMNS);
-          outer_tile<T>(left, padded(R), R, right, cells<T>(rows), n, sums + k, Kp);
+          if ((k - first) % GROUP == 0) {
+            const int64_t n = at_most(GROUP, end - k);
+            if (drop) keep_tile(drop, K, m, rows, k, n, bits, GROUP / 8);
+            stage_columns(x, m, rows, k, n, drop ? bits : nullptr, GROUP / 8, right.cells, OUTER_COLUMNS, BLOCK);
+          }
+          outer_tile<T>(left, padded(R), R, right.at(k, first), cells<T>(rows), at_most(OUTER_COLUMNS, end - k),
+                        sums + sums_of(k, R));
         }
       }
     });
@@ -87,7 +106,8 @@ void outer(const Matrix<const T>& x, const Matrix<const T>& v, const Dropout& dr
       const int64_t r = task % R, first = task / R * GROUP;
       for (int64_t k = first; k < at_most(first + GROUP, K); k += W) {
         Vector sum = zero();
-        for (int64_t share = 0; share < cut.shares; ++share) sum = add(sum, load(work + (share * R + r) * Kp + k));
+        for (int64_t share = 0; share < cut.shares; ++share)
+          sum = add(sum, load(work + share * R * Kp + sums_of(k, R) + r * OUTER_COLUMNS));
         store_some(out.row(r) + k, mul(sum, scale), K - k);
       }
     });

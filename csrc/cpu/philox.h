@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "types.h"
 #include "vector.h"
@@ -36,28 +37,41 @@ constexpr int PHILOX_SLACK = 7;
 inline void keep_run(const Opening& key, uint64_t counter, int64_t groups, uint32_t t, uint8_t* out) {
   const __m512i m0 = _mm512_set1_epi64(MULTIPLY0), m1 = _mm512_set1_epi64(MULTIPLY1), least = _mm512_set1_epi16(t);
   // Lane 2L + j draws for counter 4j + L, so that joining the words leaves the counters in order.
-  const __m512i lanes = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int64_t g = 0; g < groups; g += 8) {
-    // Each word lies in the low half of 64 bits; what the high half holds is never read.
-    const __m512i p1 = _mm512_mul_epu32(_mm512_add_epi64(_mm512_set1_epi64(counter + g), lanes), m0);
-    const __m512i q2 = _mm512_mul_epu32(_mm512_xor_si512(_mm512_srli_epi64(p1, 32), _mm512_set1_epi64(key.k1[0])), m1);
-    __m512i c0 = _mm512_xor_si512(_mm512_srli_epi64(q2, 32), _mm512_set1_epi64(key.k0[1])), c1 = q2;
-    __m512i c2 = _mm512_xor_si512(p1, _mm512_set1_epi64(key.c2)), c3 = _mm512_set1_epi64(key.c3);
-#pragma GCC unroll 7
-    for (int round = 2; round < ROUNDS; ++round) {
-      const __m512i p = _mm512_mul_epu32(c0, m0), q = _mm512_mul_epu32(c2, m1);
-      c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(q, 32), c1, _mm512_set1_epi64(key.k0[round]), 0x96);
-      c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p, 32), c3, _mm512_set1_epi64(key.k1[round]), 0x96);
-      c1 = q;
-      c3 = p;
+  const __m512i lanes = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), step = _mm512_set1_epi64(8ull * MULTIPLY0);
+  __m512i opened = _mm512_mul_epu32(_mm512_add_epi64(_mm512_set1_epi64(counter), lanes), m0);
+  // 64 · C halves at once. Each word lies in the low half of 64 bits; what the high half holds is never read.
+  const auto draw = [&](auto calls, uint8_t* to) {
+    constexpr int C = decltype(calls)::value;
+    __m512i c0[C], c1[C], c2[C], c3[C];
+#pragma GCC unroll 4
+    for (int i = 0; i < C; ++i, opened = _mm512_add_epi64(opened, step)) {
+      c1[i] = _mm512_mul_epu32(_mm512_xor_si512(_mm512_srli_epi64(opened, 32), _mm512_set1_epi64(key.k1[0])), m1);
+      c0[i] = _mm512_xor_si512(_mm512_srli_epi64(c1[i], 32), _mm512_set1_epi64(key.k0[1]));
+      c2[i] = _mm512_xor_si512(opened, _mm512_set1_epi64(key.c2));
+      c3[i] = _mm512_set1_epi64(key.c3);
     }
-    const __m512i front = _mm512_mask_mov_epi32(c0, 0xAAAA, _mm512_slli_epi64(c2, 32));
-    const __m512i back = _mm512_mask_mov_epi32(c1, 0xAAAA, _mm512_slli_epi64(c3, 32));
-    const uint64_t low = _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(front, back), least);
-    const uint64_t high = _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(front, back), least);
-    const uint64_t bits = high << 32 | low;
-    std::memcpy(out + g, &bits, sizeof bits);
-  }
+#pragma GCC unroll 7
+    for (int round = 2; round < ROUNDS; ++round)
+#pragma GCC unroll 4
+      for (int i = 0; i < C; ++i) {
+        const __m512i p = _mm512_mul_epu32(c0[i], m0), q = _mm512_mul_epu32(c2[i], m1);
+        c0[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(q, 32), c1[i], _mm512_set1_epi64(key.k0[round]), 0x96);
+        c2[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p, 32), c3[i], _mm512_set1_epi64(key.k1[round]), 0x96);
+        c1[i] = q;
+        c3[i] = p;
+      }
+#pragma GCC unroll 4
+    for (int i = 0; i < C; ++i) {
+      const __m512i front = _mm512_mask_shuffle_epi32(c0[i], 0xAAAA, c2[i], _MM_PERM_CCAA);
+      const __m512i back = _mm512_mask_shuffle_epi32(c1[i], 0xAAAA, c3[i], _MM_PERM_CCAA);
+      const uint32_t bits[2] = {_mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(front, back), least),
+                                _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(front, back), least)};
+      std::memcpy(to + 8 * i, bits, sizeof bits);
+    }
+  };
+  int64_t g = 0;
+  for (; g + 32 <= groups; g += 32) draw(std::integral_constant<int, 4>{}, out + g);
+  for (; g < groups; g += 8) draw(std::integral_constant<int, 1>{}, out + g);
 }
 #elif defined(__AVX2__)
 constexpr int PHILOX_SLACK = 3;

@@ -18,35 +18,38 @@ inline void stage_rows(const Matrix<const T>& x, int64_t m0, int64_t rows, int64
 
 template <class T, Read how>
 inline void stage_columns_as(const Matrix<const T>& x, int64_t m0, int64_t rows, int64_t k0, int64_t n, const uint8_t* bits,
-                             int64_t bits_stride, float* to, int64_t stride) {
-  for (int64_t i = 0; i < rows; i += per_cell<T>, to += stride) {
+                             int64_t bits_stride, float* to, int64_t width, int64_t apart) {
+  constexpr int64_t step = W * per_cell<T>;
+  for (int64_t i = 0; i < rows; i += per_cell<T>, to += width) {
     const T* a = x.row(m0 + i) + k0;
     const uint8_t* keep_a = bits ? bits + i * bits_stride : nullptr;
-    // The columns that come next lie far from each other, where no processor expects them.
-    for (int64_t row = 0; row < per_cell<T>; ++row) __builtin_prefetch(a + row * x.stride + n);
-    if constexpr (paired<T>) {
-      const bool both = i + 1 < rows;
-      for (int64_t k = 0; k < n; k += 2 * W) {
+    const bool both = paired<T> && i + 1 < rows;
+    float* block = to;
+    for (int64_t first = 0; first < n; first += width, block += apart)
+      for (int64_t k = first; k < at_most(first + width, n); k += step) {
         const Vector u = load_cells<T, how>(a + k, n - k, bits ? keep_a + k / 8 : nullptr);
-        const Vector v = both ? load_cells<T, how>(a + x.stride + k, n - k, bits ? keep_a + bits_stride + k / 8 : nullptr) : zero();
-        interleave(u, v, to + k);
+        if constexpr (paired<T>) {
+          const uint8_t* keep_b = bits ? keep_a + bits_stride + k / 8 : nullptr;
+          interleave(u, both ? load_cells<T, how>(a + x.stride + k, n - k, keep_b) : zero(), block + (k - first));
+        } else {
+          store(block + (k - first), u);
+        }
       }
-    } else {
-      for (int64_t k = 0; k < n; k += W) store(to + k, load_cells<T, how>(a + k, n - k, bits ? keep_a + k / 8 : nullptr));
-    }
   }
 }
 
-// The same as cells whose pairs lie along the tokens: [cells<T>(rows)][stride]. bits: which numbers are kept, or null.
+// The same as cells whose pairs lie along the tokens, in blocks of `width` columns: [n / width][cells<T>(rows)][width], the blocks
+// `apart` cells from each other. Rows are read as far as they go, because rows a power of two apart would drive each other from
+// the cache before their next columns' turn came. bits: which numbers are kept, or null.
 template <class T>
 inline void stage_columns(const Matrix<const T>& x, int64_t m0, int64_t rows, int64_t k0, int64_t n, const uint8_t* bits,
-                          int64_t bits_stride, float* to, int64_t stride) {
+                          int64_t bits_stride, float* to, int64_t width, int64_t apart) {
   if (n % (W * per_cell<T>))
-    stage_columns_as<T, Read::ending>(x, m0, rows, k0, n, bits, bits_stride, to, stride);
+    stage_columns_as<T, Read::ending>(x, m0, rows, k0, n, bits, bits_stride, to, width, apart);
   else if (bits)
-    stage_columns_as<T, Read::masked>(x, m0, rows, k0, n, bits, bits_stride, to, stride);
+    stage_columns_as<T, Read::masked>(x, m0, rows, k0, n, bits, bits_stride, to, width, apart);
   else
-    stage_columns_as<T, Read::whole>(x, m0, rows, k0, n, nullptr, 0, to, stride);
+    stage_columns_as<T, Read::whole>(x, m0, rows, k0, n, nullptr, 0, to, width, apart);
 }
 
 }  // namespace lorafast

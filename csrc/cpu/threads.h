@@ -16,10 +16,11 @@ inline void team(int threads, Body&& body) {
   body();
 }
 
-// Inside a team: task(i) for every i, on whichever thread is free; all are done when it returns.
+// Inside a team: task(i) for every i; all are done when it returns. Each thread has a run of them, so that no two work on the same
+// rows: those that do fetch each other's lines.
 template <class Task>
 inline void each(int64_t count, Task&& task) {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
   for (int64_t i = 0; i < count; ++i) task(i);
 }
 

@@ -14,7 +14,7 @@ import torch
 from lorafast import extension, philox
 from lorafast.backends import eager
 from lorafast.panels import flat
-from lorafast.problem import Down, LowRank, OutputGrads, Problem, Return, Returned, Scaling, Segment, Up, tokens
+from lorafast.problem import Down, LowRank, OutputGrads, Problem, Return, Returned, Scaling, Segment, Up
 from lorafast.reference import mix
 
 # As csrc/cpu/types.h numbers and bounds them.
@@ -89,7 +89,7 @@ def linear(
         product = None
     else:
         y = torch.empty(*shape[:-1], N, dtype=dtype)
-        y2 = y.view(tokens(x), N)
+        y2 = flat(y)
         product = flat(x), weight.t(), early, y2
     z = torch.empty_like(y2) if keep_inner else None
     arguments = _held = None
@@ -128,9 +128,8 @@ def grad_output(
 def grad_input(segments: list[Segment], low_ranks: list[LowRank]) -> torch.Tensor:
     """dx = Σ (gain⊙dy) W + Σ mask⊙(v A).  dy [...,N] -> dx [...,K]."""
     first, *more = segments
-    K, M = first.weight.shape[1], tokens(first.dy)
-    dx = torch.empty(*first.dy.shape[:-1], K, dtype=first.dy.dtype)
-    dx2 = dx if dx.dim() == 2 else dx.view(M, K)
+    dx = torch.empty(*first.dy.shape[:-1], first.weight.shape[1], dtype=first.dy.dtype)
+    dx2 = flat(dx)
     added = [_added(v, A.t(), dx2, seed=seed, p=p) for v, A, seed, p in low_ranks]
     torch.mm(*_operands(first), out=dx2)
     for segment in more:
@@ -174,7 +173,7 @@ def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """The activation as [M, width] with its rows dense: a view where strides allow, else a transient copy."""
-    x2 = x if x.dim() == 2 else flat(x)
+    x2 = flat(x)
     return x2 if x2.stride(1) == 1 or x2.shape[1] == 1 else x2.contiguous()
 
 
