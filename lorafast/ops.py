@@ -67,7 +67,7 @@ def linear(x: torch.Tensor, t: Tensors, c: Settings, plain: bool) -> torch.Tenso
     if not plain or onlookers.present():
         return torch.ops.lorafast.linear(x, *t, *c)[0]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *t):
-        return _differentiable_linear(True, c, x, *t)
+        return _differentiable_linear(t, c, x, *t)
     return _directly(forward, x, t, c)[0]
 
 
@@ -131,8 +131,9 @@ class _Linear(torch.autograd.Function):
     """y = gain⊙(x Wᵀ + s·h' Bᵀ) + bias, saving x by reference, h [M,R], and for DoRA y by reference or z [M,N]."""
 
     @staticmethod
-    def forward(ctx, directly, c, x, *tensors):
-        t = Tensors._make(tensors)
+    def forward(ctx, together, c, x, *tensors):
+        # together: the tensors as the caller had them, where the call goes past the dispatcher.
+        directly, t = together is not None, together or Tensors._make(tensors)
         wants, saved = _asked(ctx.needs_input_grad, c.axis, c.keep, t.magnitude is not None)
         if directly:
             y, h, z = _directly(forward, x, t, c)
@@ -282,7 +283,7 @@ def register(schema: str, kernel: Callable, fake: Callable, autograd: Callable) 
 
 
 def _apply(x: torch.Tensor, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _Linear.apply(False, Settings(*flat[_T:]), x, *flat[:_T])
+    return _Linear.apply(None, Settings(*flat[_T:]), x, *flat[:_T])
 
 
 register(_LINEAR, _linear, _fake_linear, differentiable(_apply, "linear"))

@@ -233,8 +233,11 @@ def _down(
     h = mixed = torch.empty(M, R, dtype=dtype)
     mixing = (0, 0, 0, 0, 0)
     if core is not None and core.dim() == 2:
-        core, mixed = _known(core), torch.empty(M, R, dtype=dtype)
-        mixing = (*_factor(core), mixed.data_ptr())
+        if core.dtype not in _TYPES:
+            core = core.float()
+        along_out, along_in = core.stride()
+        mixed = torch.empty(M, R, dtype=dtype)
+        mixing = (core.data_ptr(), _TYPES[core.dtype], along_out, along_in, mixed.data_ptr())
     library().down(
         _TYPES[dtype], x2.data_ptr(), M, K, x2.stride(0), R, F.data_ptr(), _TYPES[F.dtype], along_R, along_K, *_dropout(seed, p),
         h.data_ptr(), *mixing, _threads(M * K * R),
