@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lorafast"
 
 # Floor by floor; on one floor an arrow may run from left to right. A folder stands for every file in it.
 FLOORS = (
-    ("_version", "env", "arch", "links", "onlookers"),
+    ("_version", "env", "arch", "links", "onlookers", "onednn"),
     ("problem", "panels", "philox", "reference"),
     ("toolchain", "extension", "kernels"),
     ("backends",),

@@ -14,7 +14,7 @@ void down(int type, Address x, int64_t M, int64_t K, int64_t x_stride, int64_t R
           int threads);
 
 void up(int type, Address h, int64_t M, int64_t h_stride, int64_t N, int64_t R, Address F, int F_type, int64_t F_R, int64_t F_l,
-        float s, Address scale, Address seed, uint32_t t, Address gain, Address bias, Address inner, Address out, int threads);
+        float s, Address scale, Address seed, uint32_t t, Address gain, Address bias, Address inner, int threads, Address out);
 
 void outer(int type, Address x, int64_t M, int64_t K, int64_t x_stride, Address v, int64_t R, int64_t v_stride, Address seed,
            uint32_t t, Address out, int threads);

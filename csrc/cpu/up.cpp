@@ -6,7 +6,7 @@
 namespace lorafast::entries {
 
 void up(int type, Address h, int64_t M, int64_t h_stride, int64_t N, int64_t R, Address F, int F_type, int64_t F_R, int64_t F_l,
-        float s, Address scale, Address seed, uint32_t t, Address gain, Address bias, Address inner, Address out, int threads) {
+        float s, Address scale, Address seed, uint32_t t, Address gain, Address bias, Address inner, int threads, Address out) {
   of_type(type, [&](auto one) {
     using T = decltype(one);
     const Gain<T> after{at<float>(gain), at<float>(bias), {at<T>(inner), M, N, N}};

@@ -11,10 +11,10 @@ from types import ModuleType
 
 import torch
 
-from lorafast import extension, philox
+from lorafast import extension, onednn, philox
 from lorafast.backends import eager
 from lorafast.panels import flat
-from lorafast.problem import Down, LowRank, OutputGrads, Problem, Return, Returned, Scaling, Segment, Up
+from lorafast.problem import Down, LowRank, OutputGrads, Problem, Return, Returned, Scaling, Segment, Up, tokens
 from lorafast.reference import mix
 
 # As csrc/cpu/types.h numbers and bounds them.
@@ -77,29 +77,33 @@ def linear(
 
     keep_inner, which needs a gain, returns z beside y.
     """
-    (N, K), shape, dtype = weight.shape, x.shape, x.dtype
+    (N, K), M, dtype = weight.shape, tokens(x), x.dtype
     weight = _as(weight, dtype)
     # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start changes no bit.
     early, late = (bias, None) if gain is None else (None, bias)
     if early is not None:
         early = _as(early, dtype)
+    large = M * N * K >= _SMALL
     # Of more dims torch's result would be a view.
-    if len(shape) == 2 and shape[0] * N * K < _SMALL:
-        y = y2 = torch._C._nn.linear(x, weight, early)
-        product = None
-    else:
-        y = torch.empty(*shape[:-1], N, dtype=dtype)
-        y2 = flat(y)
-        product = flat(x), weight.t(), early, y2
-    z = torch.empty_like(y2) if keep_inner else None
+    by_torch = not large and x.dim() == 2
+    by_onednn = large and early is not None and onednn.serves(x, weight)
+    y = operands = None
+    if not (by_torch or by_onednn):
+        y = torch.empty(*x.shape[:-1], N, dtype=dtype)
+        operands = flat(x), weight.t(), early, flat(y)
+    z = torch.empty(M, N, dtype=dtype) if keep_inner else None
     arguments = _held = None
     if ups or gain is not None:
-        mixed, B, scaling, scale = ups[0] if len(ups) == 1 else _joined(ups, y2)
-        arguments, _held = _added(mixed, B, y2, scaling, scale, None, 0.0, gain, late, z)
-    if product:
-        _product(*product)
+        mixed, B, scaling, scale = ups[0] if len(ups) == 1 else _joined(ups, x, N)
+        arguments, _held = _added(mixed, B, scaling, scale, None, 0.0, gain, late, z)
+    if by_torch:
+        y = torch._C._nn.linear(x, weight, early)
+    elif by_onednn:
+        y = onednn.linear(x, weight, early)
+    else:
+        _product(*operands)
     if arguments:
-        library().up(*arguments)
+        library().up(*arguments, y.data_ptr())
     return y, z
 
 
@@ -130,12 +134,12 @@ def grad_input(segments: list[Segment], low_ranks: list[LowRank]) -> torch.Tenso
     first, *more = segments
     dx = torch.empty(*first.dy.shape[:-1], first.weight.shape[1], dtype=first.dy.dtype)
     dx2 = flat(dx)
-    added = [_added(v, A.t(), dx2, seed=seed, p=p) for v, A, seed, p in low_ranks]
+    added = [_added(v, A.t(), seed=seed, p=p) for v, A, seed, p in low_ranks]
     torch.mm(*_operands(first), out=dx2)
     for segment in more:
         dx2.addmm_(*_operands(segment))
     for arguments, _ in added:
-        library().up(*arguments)
+        library().up(*arguments, dx.data_ptr())
     return dx
 
 
@@ -248,7 +252,6 @@ def _down(
 def _added(
     h: torch.Tensor,
     F: torch.Tensor,
-    out: torch.Tensor,
     scaling: Scaling = 1.0,
     scale: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
@@ -259,10 +262,11 @@ def _added(
 ) -> tuple[tuple, tuple]:
     """For library().up: out = gain⊙(out + mask⊙(h (scaling·scale⊙F)ᵀ)) + bias, the sum before gain and bias into inner.
 
-    h [M,R], F [N,R]; out [M,N] and inner are dense. The arguments are made before the GEMM that fills out, after which the
-    call alone is left; beside them the tensors whose addresses they hold, which have to live that long.
+    h [M,R], F [N,R]; inner [M,N] is dense, as out has to be, whose address is the last argument and not among these. They are made
+    before the GEMM that fills out, after which the call alone is left; beside them the tensors whose addresses they hold, which
+    have to live that long.
     """
-    (M, R), N = h.shape, out.shape[1]
+    (M, R), N = h.shape, F.shape[0]
     if h.stride(1) != 1:
         h = h.contiguous()
     if F.dtype not in _TYPES:
@@ -277,7 +281,7 @@ def _added(
     arguments = (
         _TYPES[h.dtype], h.data_ptr(), M, h.stride(0), N, R, F.data_ptr(), _TYPES[F.dtype], along_R, along_N, float(scaling),
         0 if scale is None else scale.data_ptr(), *_dropout(seed, p), 0 if gain is None else gain.data_ptr(),
-        0 if bias is None else bias.data_ptr(), 0 if inner is None else inner.data_ptr(), out.data_ptr(), _threads(M * N * R),
+        0 if bias is None else bias.data_ptr(), 0 if inner is None else inner.data_ptr(), _threads(M * N * R),
     )  # fmt: skip
     return arguments, (h, F, scale, seed, gain, bias)
 
@@ -329,10 +333,10 @@ def _mixed(h: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
     return mix(h, core) if core is None or core.dim() == 1 else _down(_rows(h), core)[0]
 
 
-def _joined(ups: list[Up], out: torch.Tensor) -> Up:
+def _joined(ups: list[Up], x: torch.Tensor, N: int) -> Up:
     """Several ways up side by side as one; none is one of rank 1 that adds nothing."""
     if not ups:
-        return Up(out.new_zeros(flat(out).shape[0], 1), out.new_zeros(out.shape[-1], 1))
+        return Up(x.new_zeros(tokens(x), 1), x.new_zeros(N, 1))
     scaled = [up.B.float() * up.scaling * (1 if up.out_scale is None else up.out_scale.float()[:, None]) for up in ups]
     return Up(torch.cat([up.mixed for up in ups], 1), torch.cat(scaled, 1))
 
