@@ -1,6 +1,6 @@
-"""oneDNN's product with a bias, which torch reaches only when it compiles: the bits of torch.nn.functional.linear, sooner.
+"""oneDNN's own product with a bias, in bf16: the bits of torch.nn.functional.linear, sooner.
 
-In bf16 torch lays the bias all over y and has oneDNN read it again, although oneDNN adds one on its own.
+torch lays the bias all over y and has oneDNN read it again, although oneDNN adds one on its own; only compiled code asks it to.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ ELEMENTS = 1 << 25
 
 def flat(x: torch.Tensor) -> torch.Tensor:
     """The activation as [M, width]: a view where strides allow, else a transient copy."""
-    return x if x.dim() == 2 else x.reshape(tokens(x), x.shape[-1])
+    return x.reshape(tokens(x), x.shape[-1])
 
 
 def panels(x2: torch.Tensor) -> Iterator[slice]:

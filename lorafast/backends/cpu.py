@@ -90,7 +90,7 @@ def linear(
     y = operands = None
     if not (by_torch or by_onednn):
         y = torch.empty(*x.shape[:-1], N, dtype=dtype)
-        operands = flat(x), weight.t(), early, flat(y)
+        operands = _flat(x), weight.t(), early, _flat(y)
     z = torch.empty(M, N, dtype=dtype) if keep_inner else None
     arguments = _held = None
     if ups or gain is not None:
@@ -133,7 +133,7 @@ def grad_input(segments: list[Segment], low_ranks: list[LowRank]) -> torch.Tenso
     """dx = Σ (gain⊙dy) W + Σ mask⊙(v A).  dy [...,N] -> dx [...,K]."""
     first, *more = segments
     dx = torch.empty(*first.dy.shape[:-1], first.weight.shape[1], dtype=first.dy.dtype)
-    dx2 = flat(dx)
+    dx2 = _flat(dx)
     added = [_added(v, A.t(), seed=seed, p=p) for v, A, seed, p in low_ranks]
     torch.mm(*_operands(first), out=dx2)
     for segment in more:
@@ -175,9 +175,14 @@ def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     return out
 
 
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """panels.flat, which takes its time to find that there is nothing to do."""
+    return x if x.dim() == 2 else flat(x)
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """The activation as [M, width] with its rows dense: a view where strides allow, else a transient copy."""
-    x2 = flat(x)
+    x2 = _flat(x)
     return x2 if x2.stride(1) == 1 or x2.shape[1] == 1 else x2.contiguous()
 
 
@@ -307,7 +312,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: t
 
 def _operands(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
     """The two operands of (gain⊙dy) W, the gain in the smaller one."""
-    dy2, weight = flat(segment.dy), _as(segment.weight, segment.dy.dtype)
+    dy2, weight = _flat(segment.dy), _as(segment.weight, segment.dy.dtype)
     if segment.gain is None:
         return dy2, weight
     gain = _wide(segment.gain)
