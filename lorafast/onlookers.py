@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transforms, _tracing, _profiler = (
@@ -19,10 +19,9 @@ _transforms, _tracing, _profiler = (
 
 
 def present() -> bool:
-    """Whether a mode, a transform, a tracer, a profiler or a compiler looks on here and now."""
+    """Whether a mode, a transform, a tracer or a profiler looks on here and now. A compiler shows in that no tensor is plain."""
     return (
-        torch.compiler.is_compiling()
-        or _dispatch_modes() > 0
+        _dispatch_modes() > 0
         or _function_modes() > 0
         or _transforms()
         or forward_ad._current_level >= 0
@@ -41,7 +40,10 @@ def plain(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
 
 def signature(x: torch.Tensor, *others: torch.Tensor | None) -> tuple | None:
     """Of tensors that are plain: x's dtype and width, the others' dtypes and shapes. None if one of them is not."""
-    if torch.compiler.is_compiling() or type(x) not in _TYPES or x.is_neg() or x._is_zerotensor() or _wrapped(x):
+    kind = type(x)
+    if torch.compiler.is_compiling() or (kind is not _Tensor and kind is not _Parameter):
+        return None
+    if x.is_neg() or x._is_zerotensor() or _wrapped(x):
         return None
     on_cpu, device = x.is_cpu, x.device
     if not (on_cpu or x.is_cuda):
@@ -51,8 +53,9 @@ def signature(x: torch.Tensor, *others: torch.Tensor | None) -> tuple | None:
         if t is None:
             seen.append(None)
             continue
+        kind = type(t)
         if (
-            type(t) not in _TYPES
+            (kind is not _Parameter and kind is not _Tensor)
             or (not t.is_cpu if on_cpu else t.device != device)
             or t.is_neg()
             or t._is_zerotensor()

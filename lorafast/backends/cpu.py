@@ -61,8 +61,11 @@ def workspace() -> int:
 
 def project(x: torch.Tensor, downs: list[Down]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """h = drop(x) Aᵀ rounded to x's dtype, and h' = core(h).  x [...,K] -> h, h' [M,R] for each way down."""
-    x2 = _rows(x)
-    return [_down(x2, A, seed, p, core) for A, core, seed, p in downs]
+    x2, found = _rows(x), []
+    # No comprehension, which before Python 3.12 is a call of its own.
+    for A, core, seed, p in downs:
+        found.append(_down(x2, A, seed, p, core))
+    return found
 
 
 def linear(
@@ -78,11 +81,12 @@ def linear(
     keep_inner, which needs a gain, returns z beside y.
     """
     (N, K), M, dtype = weight.shape, tokens(x), x.dtype
-    weight = _as(weight, dtype)
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
     # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start changes no bit.
     early, late = (bias, None) if gain is None else (None, bias)
-    if early is not None:
-        early = _as(early, dtype)
+    if early is not None and early.dtype != dtype:
+        early = early.to(dtype)
     large = M * N * K >= _SMALL
     # Of more dims torch's result would be a view.
     by_torch = not large and x.dim() == 2
@@ -182,7 +186,7 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """The activation as [M, width] with its rows dense: a view where strides allow, else a transient copy."""
-    x2 = _flat(x)
+    x2 = x if x.dim() == 2 else flat(x)
     return x2 if x2.stride(1) == 1 or x2.shape[1] == 1 else x2.contiguous()
 
 
@@ -239,13 +243,13 @@ def _down(
     if F.dtype not in _TYPES:
         F = F.float()
     along_R, along_K = F.stride()
-    h = mixed = torch.empty(M, R, dtype=dtype)
+    h = mixed = x2.new_empty(M, R)
     mixing = (0, 0, 0, 0, 0)
     if core is not None and core.dim() == 2:
         if core.dtype not in _TYPES:
             core = core.float()
         along_out, along_in = core.stride()
-        mixed = torch.empty(M, R, dtype=dtype)
+        mixed = x2.new_empty(M, R)
         mixing = (core.data_ptr(), _TYPES[core.dtype], along_out, along_in, mixed.data_ptr())
     library().down(
         _TYPES[dtype], x2.data_ptr(), M, K, x2.stride(0), R, F.data_ptr(), _TYPES[F.dtype], along_R, along_K, *_dropout(seed, p),
