@@ -9,6 +9,7 @@ import lorafast
 from lorafast import onednn
 from lorafast.backends import cpu
 
+where_tried = pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="the bits on AMX tiles have not been tried")
 # Large enough for cpu.linear to leave torch's linear; M, K, N with odd ones among them.
 SHAPES = [(70, 130, 520), (1, 2051, 2050), (257, 384, 1536), (33, 1030, 129)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -20,6 +21,7 @@ def matrices(M, K, N, dtype):
 
 
 @needs_compiler
+@where_tried
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -38,6 +40,7 @@ def test_an_adapter_at_its_start_changes_no_bit(shape, dtype, training):
     torch.testing.assert_close(layer(strided), F.linear(strided, weight, bias), rtol=0, atol=0)
 
 
+@where_tried
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 64, 64), (3, 64, 48)], ids=str)
 def test_it_has_the_bits_of_torchs_linear(shape):
     x, weight, bias = matrices(*shape, torch.bfloat16)
