@@ -13,6 +13,7 @@ void down(int type, Address x, int64_t M, int64_t K, int64_t x_stride, int64_t R
           Address seed, uint32_t t, Address h, Address core, int core_type, int64_t core_R, int64_t core_l, Address mixed,
           int threads);
 
+// out comes last: the product that makes it may run when all the rest has been made.
 void up(int type, Address h, int64_t M, int64_t h_stride, int64_t N, int64_t R, Address F, int F_type, int64_t F_R, int64_t F_l,
         float s, Address scale, Address seed, uint32_t t, Address gain, Address bias, Address inner, int threads, Address out);
 

@@ -81,31 +81,25 @@ def linear(
     keep_inner, which needs a gain, returns z beside y.
     """
     (N, K), M, dtype = weight.shape, tokens(x), x.dtype
-    if weight.dtype != dtype:
-        weight = weight.to(dtype)
+    weight = _as(weight, dtype)
     # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start changes no bit.
     early, late = (bias, None) if gain is None else (None, bias)
-    if early is not None and early.dtype != dtype:
-        early = early.to(dtype)
+    if early is not None:
+        early = _as(early, dtype)
     large = M * N * K >= _SMALL
-    # Of more dims torch's result would be a view.
-    by_torch = not large and x.dim() == 2
-    by_onednn = large and early is not None and onednn.serves(x, weight)
-    y = operands = None
-    if not (by_torch or by_onednn):
-        y = torch.empty(*x.shape[:-1], N, dtype=dtype)
-        operands = _flat(x), weight.t(), early, _flat(y)
+    if large and early is not None and onednn.serves(x, weight):
+        product, operands = onednn.linear, (x, weight, early)
+    elif large or x.dim() != 2:
+        product, operands = _product, (_flat(x), weight.t(), early, torch.empty(*x.shape[:-1], N, dtype=dtype))
+    else:
+        # Of more dims torch's result would be a view.
+        product, operands = torch._C._nn.linear, (x, weight, early)
     z = torch.empty(M, N, dtype=dtype) if keep_inner else None
     arguments = _held = None
     if ups or gain is not None:
         mixed, B, scaling, scale = ups[0] if len(ups) == 1 else _joined(ups, x, N)
         arguments, _held = _added(mixed, B, scaling, scale, None, 0.0, gain, late, z)
-    if by_torch:
-        y = torch._C._nn.linear(x, weight, early)
-    elif by_onednn:
-        y = onednn.linear(x, weight, early)
-    else:
-        _product(*operands)
+    y = product(*operands)
     if arguments:
         library().up(*arguments, y.data_ptr())
     return y, z
@@ -186,7 +180,7 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """The activation as [M, width] with its rows dense: a view where strides allow, else a transient copy."""
-    x2 = x if x.dim() == 2 else flat(x)
+    x2 = _flat(x)
     return x2 if x2.stride(1) == 1 or x2.shape[1] == 1 else x2.contiguous()
 
 
@@ -306,12 +300,13 @@ def _outer(x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, 
     return out
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out = a b + bias, bit for bit what torch.nn.functional.linear computes."""
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """out [...,N] = a b + bias, bit for bit what torch.nn.functional.linear computes."""
     if bias is None:
-        torch.mm(a, b, out=out)
+        torch.mm(a, b, out=_flat(out))
     else:
-        torch.addmm(bias, a, b, out=out)
+        torch.addmm(bias, a, b, out=_flat(out))
+    return out
 
 
 def _operands(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
