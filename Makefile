@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
 RESULTS ?= results
-KERNEL_TESTS ?= $(wildcard tests/test_cpu*.py)
+KERNEL_TESTS ?= $(wildcard tests/engine/test_cpu*.py)
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
 
 .PHONY: bench test micro build sanitize lint conformance env clean
@@ -20,7 +20,7 @@ test: env
 
 # The C++ kernels ahead of their first use, for every instruction set the compiler knows.
 build: env
-	$(BIN)/python -m lorafast.extension
+	$(BIN)/python -m lorafast.runtime.extension
 
 # The tests of the C++ kernels with a guard on every access. The runtimes come first because Python was not linked with them, and
 # libstdc++ with them, or a C++ exception finds no handler. Built before, so that the compiler does not run under the guard.

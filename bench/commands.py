@@ -37,9 +37,13 @@ def main(arguments: list[str]) -> int:
     """Run one command: 0 no row is wrong, 1 a row is, 2 asked for what cannot be, 130 interrupted (finished rows are kept)."""
     asked = options.parser().parse_args(arguments)
     try:
-        return {"linear": _linear, "model": _model, "tune": _tune, "report": _report, "env": _env}[asked.command](asked, arguments)
+        return {"linear": _linear, "model": _model, "tune": _tune, "report": _report, "env": _env}[
+            asked.command
+        ](asked, arguments)
     except Refused as error:
-        Console(stderr=True, soft_wrap=True).print(f"lorafast-bench {asked.command}: {error}", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"lorafast-bench {asked.command}: {error}", markup=False, highlight=False
+        )
         return REFUSED
 
 
@@ -89,7 +93,11 @@ def _tune(asked: argparse.Namespace, arguments: list[str]) -> int:
                 facts = machine.environment(device, _command(arguments))
                 tune.write(asked.json, facts, list(itertools.chain.from_iterable(timings)), chosen)
     tables.show([tune.table(some) for some in timings], _out(), tune.LEGEND)
-    _out().print("\n".join(["rows for TABLE in kernels/routes.py:", *tune.lines(chosen)]), markup=False, soft_wrap=True)
+    _out().print(
+        "\n".join(["rows for TABLE in kernels/routes.py:", *tune.lines(chosen)]),
+        markup=False,
+        soft_wrap=True,
+    )
     return WRONG if any(one.status == "wrong" for some in timings for one in some) else RIGHT
 
 
@@ -147,7 +155,11 @@ def _defaults(device: torch.device, dtype: torch.dtype) -> tuple[impls.Impl, ...
 
 
 def _collect(
-    groups: Iterator[list[Record]], asked: argparse.Namespace, device: torch.device, arguments: list[str], progress: Progress
+    groups: Iterator[list[Record]],
+    asked: argparse.Namespace,
+    device: torch.device,
+    arguments: list[str],
+    progress: Progress,
 ) -> int:
     """Take rows as they are finished; whatever ends the run, those that are finished are written and shown."""
     results = Results(machine.environment(device, _command(arguments)), [])
@@ -185,7 +197,9 @@ def _unwritten(option: str, path: Path | None, write: Callable[[Path], None]) ->
 def _verdict(records: list[Record]) -> int:
     wrong = [record for record in records if record.status == "wrong"]
     for record in wrong:
-        Console(stderr=True, soft_wrap=True).print(f"WRONG {record.label}: {record.reason}", style="bold red", markup=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"WRONG {record.label}: {record.reason}", style="bold red", markup=False
+        )
     return WRONG if wrong else RIGHT
 
 

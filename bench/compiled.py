@@ -16,7 +16,9 @@ GRAPHS = 64
 
 def compiled(module: nn.Module, torchs_draws: bool = False) -> nn.Module:
     """The module through torch.compile. torchs_draws: random numbers come from torch's generator, in the order eager code asks."""
-    return torch.compile(module, dynamic=False, options={"fallback_random": True} if torchs_draws else None)
+    return torch.compile(
+        module, dynamic=False, options={"fallback_random": True} if torchs_draws else None
+    )
 
 
 def forget() -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import lorafast
-from lorafast import philox
 from lorafast.bench import compiled, peers
 from lorafast.bench.impl import Impl
 from lorafast.bench.refusal import Unable
 from lorafast.bench.textbook import TRAINS, EagerLinear
+from lorafast.engine import philox
 from lorafast.methods.adapter import Adapter
 from lorafast.testing import SHORT, Case, Form
 
@@ -71,7 +71,9 @@ class Contender:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
 
-    def outcome(self, tensors: dict[str, torch.Tensor | None], draw: int) -> dict[str, torch.Tensor]:
+    def outcome(
+        self, tensors: dict[str, torch.Tensor | None], draw: int
+    ) -> dict[str, torch.Tensor]:
         """y and every gradient of one step, with the mask that `seed_of(draw)` stands for."""
         self.load(tensors)
         x = tensors["x"].detach().requires_grad_()
@@ -134,11 +136,19 @@ def build(
         path = route(layer, problem.M)
     parts = parts_of(layer)
     parameters = {"weight": linear.weight} | ({} if bias is None else {"bias": linear.bias}) | parts
-    if unknown := [name for name, p in layer.named_parameters() if all(p is not known for known in parameters.values())]:
+    if unknown := [
+        name
+        for name, p in layer.named_parameters()
+        if all(p is not known for known in parameters.values())
+    ]:
         raise NotImplementedError(f"the truth has no {', '.join(unknown)}")
     must = TRAINS[method] if impl.adapts else frozenset(("weight", "bias") if trains else ())
     trained = ("x", *(name for name in parameters if name in must))
-    astray = tuple(name for name, parameter in parameters.items() if parameter.requires_grad and name not in must)
+    astray = tuple(
+        name
+        for name, parameter in parameters.items()
+        if parameter.requires_grad and name not in must
+    )
     stand_in = mask and problem.dropout > 0 and impl.adapts and (not impl.ours or impl.compile)
     module = compiled.compiled(layer, torchs_draws=stand_in) if impl.compile else layer
     case = Case(
@@ -146,32 +156,60 @@ def build(
         problem.dropout if parts else 0.0, bias is not None,
         adapter.scaling if parts else 1.0, parts["lora_A"].dtype if parts else None,
     )  # fmt: skip
-    return Contender(impl, method, module, layer, case, parameters, trained, "inductor" if impl.compile else path, astray, stand_in)
+    return Contender(
+        impl,
+        method,
+        module,
+        layer,
+        case,
+        parameters,
+        trained,
+        "inductor" if impl.compile else path,
+        astray,
+        stand_in,
+    )
 
 
 def parts_of(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The factors of a layer, ours or PEFT's, by the names lorafast.linear gives them; none of a bare one."""
     if isinstance(layer, lorafast.Linear):
-        return {part: getattr(layer, name) for name, part in PARTS.items() if getattr(layer, name) is not None}
+        return {
+            part: getattr(layer, name)
+            for name, part in PARTS.items()
+            if getattr(layer, name) is not None
+        }
     held = dict(layer.named_parameters())
-    names = {name: name for name in PARTS.values()} if isinstance(layer, EagerLinear) else peers.NAMES
+    names = (
+        {name: name for name in PARTS.values()} if isinstance(layer, EagerLinear) else peers.NAMES
+    )
     return {part: held[name] for part, name in names.items() if name in held}
 
 
 def _by_hand(
-    impl: Impl, method: str, adapter: Adapter, linear: nn.Linear, parts: dict[str, nn.Parameter], mask: bool
+    impl: Impl,
+    method: str,
+    adapter: Adapter,
+    linear: nn.Linear,
+    parts: dict[str, nn.Parameter],
+    mask: bool,
 ) -> EagerLinear:
     """The chain on factors of our start; which of them train, the papers say."""
     for name, parameter in parts.items():
         parameter.requires_grad_(name in TRAINS[method])
-    return EagerLinear(form_of(impl, method, adapter, parts), adapter.scaling, adapter.dropout, linear, parts, mask)
+    return EagerLinear(
+        form_of(impl, method, adapter, parts), adapter.scaling, adapter.dropout, linear, parts, mask
+    )
 
 
-def form_of(impl: Impl, method: str, adapter: Adapter | None, parts: dict[str, torch.Tensor]) -> Form:
+def form_of(
+    impl: Impl, method: str, adapter: Adapter | None, parts: dict[str, torch.Tensor]
+) -> Form:
     """The part of the formula a contender with these parts computes."""
     if not parts:
         return Form(impl.base)
-    core = {None: "none", 1: "diagonal", 2: "full"}[parts["core"].dim() if "core" in parts else None]
+    core = {None: "none", 1: "diagonal", 2: "full"}[
+        parts["core"].dim() if "core" in parts else None
+    ]
     dropout_on = adapter.dropout_on
     if impl.by_peft and "magnitude" in parts and adapter.dropout:
         dropout_on = peers.DROPOUT_ON

@@ -43,13 +43,24 @@ def corpus(library: Path | None = None) -> Corpus:
         for text in sorted(_docstrings(root, name), key=_hash)[:MAX_PER_LABEL]:
             (held_out if _hash(text) % 5 == 0 else train).append(Example(text, label))
     if not held_out or not train:
-        raise Refused(f"no docstrings in {root.name}: this Python carries no sources of its standard library")
-    return Corpus(*(tuple(sorted(part, key=lambda example: _hash(example.text))) for part in (train, held_out)))
+        raise Refused(
+            f"no docstrings in {root.name}: this Python carries no sources of its standard library"
+        )
+    return Corpus(
+        *(
+            tuple(sorted(part, key=lambda example: _hash(example.text)))
+            for part in (train, held_out)
+        )
+    )
 
 
 def _docstrings(root: Path, name: str) -> set[str]:
     """Every docstring of a module or package, in one line, its own name taken out."""
-    files = [root / f"{name}.py"] if (root / f"{name}.py").exists() else sorted((root / name).rglob("*.py"))
+    files = (
+        [root / f"{name}.py"]
+        if (root / f"{name}.py").exists()
+        else sorted((root / name).rglob("*.py"))
+    )
     texts = set()
     for file in files:
         if "test" in file.parts or "tests" in file.parts:

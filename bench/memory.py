@@ -20,7 +20,10 @@ def measured(function: Callable[[], object], device: torch.device) -> Allocated:
     before = torch.cuda.memory_allocated(device)
     kept = function()
     torch.cuda.synchronize(device)
-    found = Allocated(torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before)
+    found = Allocated(
+        torch.cuda.memory_allocated(device) - before,
+        torch.cuda.max_memory_allocated(device) - before,
+    )
     del kept
     return found
 

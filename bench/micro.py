@@ -16,9 +16,19 @@ import pytest
 import torch
 
 import lorafast
-from lorafast import arch, dispatch, testing
-from lorafast.kernels import cost
-from lorafast.problem import PRIMITIVES, Down, LowRank, Problem, Return, Segment, Up
+from lorafast import testing
+from lorafast.engine import dispatch
+from lorafast.engine.kernels import cost
+from lorafast.engine.problem import (
+    PRIMITIVES,
+    BaseTerm,
+    DownProj,
+    LowRankTerm,
+    Problem,
+    UpProj,
+    UpProjGradSpec,
+)
+from lorafast.runtime import devices
 from lorafast.testing import SHORT, Case, Form
 
 M, R = 2048, 16
@@ -34,23 +44,31 @@ class Operands:
 
     def __init__(self, K: int, N: int, dtype: torch.dtype) -> None:
         made = testing.make(Case(Form("lora"), M, N, K, R, dtype), sliced=False)
-        self.x, self.dy, self.weight, self.seed = (made[name] for name in ("x", "dy", "weight", "seed"))
+        self.x, self.dy, self.weight, self.seed = (
+            made[name] for name in ("x", "dy", "weight", "seed")
+        )
         self.A, self.B = made["lora_A"], made["lora_B"]
         self.h, self.v = torch.randn(M, R).to(dtype), torch.randn(M, R).to(dtype)
 
 
 Call = Callable[[ModuleType, Operands, float], object]
 CALLS: dict[str, Call] = {
-    "project": lambda on, o, p: on.project(o.x, [Down(o.A, None, o.seed, p)]),
-    "linear": lambda on, o, p: on.linear(o.x, o.weight, [Up(o.h, o.B, 2.0)]),
-    "grad_output": lambda on, o, p: on.grad_output(o.dy, [Return(o.B, 2.0, h=o.h, want_B=True)]),
-    "grad_input": lambda on, o, p: on.grad_input([Segment(o.dy, o.weight)], [LowRank(o.v, o.A, o.seed, p)]),
-    "grad_project": lambda on, o, p: on.grad_project(o.x, [LowRank(o.v, o.A, o.seed, p)]),
+    "project": lambda on, o, p: on.project(o.x, [DownProj(o.A, None, o.seed, p)]),
+    "linear": lambda on, o, p: on.linear(o.x, o.weight, [UpProj(o.h, o.B, 2.0)]),
+    "grad_output": lambda on, o, p: on.grad_output(
+        o.dy, [UpProjGradSpec(o.B, 2.0, h=o.h, want_B=True)]
+    ),
+    "grad_input": lambda on, o, p: on.grad_input(
+        [BaseTerm(o.dy, o.weight)], [LowRankTerm(o.v, o.A, o.seed, p)]
+    ),
+    "grad_project": lambda on, o, p: on.grad_project(o.x, [LowRankTerm(o.v, o.A, o.seed, p)]),
     "row_norm": lambda on, o, p: on.row_norm(o.weight, o.A, o.B, 2.0),
 }
 
 CASES = [
-    pytest.param(primitive, shape, dtype, p, id=f"{primitive}-{shape[0]}x{shape[1]}-{SHORT[dtype]}-p{p:g}")
+    pytest.param(
+        primitive, shape, dtype, p, id=f"{primitive}-{shape[0]}x{shape[1]}-{SHORT[dtype]}-p{p:g}"
+    )
     for primitive in PRIMITIVES
     for shape in SHAPES
     for dtype in (torch.float32, torch.bfloat16)
@@ -68,11 +86,17 @@ def operands(K: int, N: int, dtype: torch.dtype) -> Operands:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("primitive", "shape", "dtype", "p"), CASES)
 def test_primitive(
-    primitive: str, shape: tuple[int, int], dtype: torch.dtype, p: float, backend: str, benchmark, request: pytest.FixtureRequest
+    primitive: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    p: float,
+    backend: str,
+    benchmark,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Backends of one case stand together; its flops and least bytes are kept beside the times."""
     K, N = shape
-    problem = Problem(arch.of(CPU), dtype, M, K, (N,), (R,), dtype, torch.float32, dropout=p)
+    problem = Problem(devices.of(CPU), dtype, M, K, (N,), (R,), dtype, torch.float32, dropout=p)
     # row_norm sees no activation, nor a mask.
     asked = replace(problem, M=0, gain="out") if primitive == "row_norm" else problem
     if why := dispatch.why_not(backend, primitive, asked):

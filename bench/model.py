@@ -63,7 +63,11 @@ class Plan(NamedTuple):
 
 def progress_total(plan: Plan) -> int:
     """How often a run calls progress.begin."""
-    return len(plan.contenders) + math.ceil(plan.steps / 10) + len(plan.batch_sizes) * (len(plan.contenders) + 1)
+    return (
+        len(plan.contenders)
+        + math.ceil(plan.steps / 10)
+        + len(plan.batch_sizes) * (len(plan.contenders) + 1)
+    )
 
 
 def run(plan: Plan, progress: Progress) -> Iterator[list[Record]]:
@@ -107,7 +111,9 @@ class _ModelRun:
                 self.progress.begin(f"{plan.model}: training, step {index} of {plan.steps}")
             for key in tuple(losses):
                 try:
-                    times[key].append(clock.time(self.trainees[key].step(batch, self._seed(index), losses[key])))
+                    times[key].append(
+                        clock.time(self.trainees[key].step(batch, self._seed(index), losses[key]))
+                    )
                 except Exception as error:
                     self._failed(key, error, records)
                     del losses[key]
@@ -116,8 +122,13 @@ class _ModelRun:
         for key, values in losses.items():
             record, curve = records[key], [round(value.item(), 6) for value in values]
             row.enter_times(record, times[key][untimed:], frozen[untimed:], untimed)
-            record.accuracy, record.lr = self.trainees[key].accuracy(held_out), None if key == FROZEN_KEY else self._rate(key[1])
-            astray = next((step for step, value in enumerate(curve) if not math.isfinite(value)), None)
+            record.accuracy, record.lr = (
+                self.trainees[key].accuracy(held_out),
+                None if key == FROZEN_KEY else self._rate(key[1]),
+            )
+            astray = next(
+                (step for step, value in enumerate(curve) if not math.isfinite(value)), None
+            )
             if astray is not None:
                 record.fail("wrong", f"the loss of step {astray} is {curve[astray]}")
             record.losses = curve[:astray]
@@ -129,7 +140,9 @@ class _ModelRun:
                     self._failed(key, error, records)
         self._compare(records)
         # What went wrong in training is wrong at every batch size.
-        self.wrong = {key: record.reason for key, record in records.items() if record.status == "wrong"}
+        self.wrong = {
+            key: record.reason for key, record in records.items() if record.status == "wrong"
+        }
         for trainee in self.trainees.values():
             trainee.thaw()
         return list(records.values())
@@ -160,11 +173,23 @@ class _ModelRun:
 
     def _build(self, impl: Impl, method: str) -> Trainee:
         plan = self.plan
-        adapter = recipes.spec(method, plan.R, plan.dropout, plan.dropout_on) if impl.adapts else None
+        adapter = (
+            recipes.spec(method, plan.R, plan.dropout, plan.dropout_on) if impl.adapts else None
+        )
         sampled = impl.adapts and recipes.RECIPES[method].sampled
         # Others than those the training walks through first, in their order.
         batches = self._batches(plan.train_batch, SAMPLED, plan.seed + 1) if sampled else []
-        return build(impl, method, adapter, self.encoder, plan.seed, self._rate(method), plan.steps, plan.R, batches)
+        return build(
+            impl,
+            method,
+            adapter,
+            self.encoder,
+            plan.seed,
+            self._rate(method),
+            plan.steps,
+            plan.R,
+            batches,
+        )
 
     def _rate(self, method: str) -> float:
         """The learning rate for what trains of the encoder."""
@@ -187,11 +212,17 @@ class _ModelRun:
         while len(picked) < size * count:
             picked += torch.randperm(len(self.text.train), generator=generator).tolist()
         chosen = [self.text.train[index] for index in picked[: size * count]]
-        return [self.encoder.batch(chosen[i * size : (i + 1) * size], self.plan.seq) for i in range(count)]
+        return [
+            self.encoder.batch(chosen[i * size : (i + 1) * size], self.plan.seq)
+            for i in range(count)
+        ]
 
     def _held_out(self) -> list[Batch]:
         text = self.text.held_out
-        return [self.encoder.batch(list(text[i : i + 32]), self.plan.seq) for i in range(0, len(text), 32)]
+        return [
+            self.encoder.batch(list(text[i : i + 32]), self.plan.seq)
+            for i in range(0, len(text), 32)
+        ]
 
     def _record(self, bench: str, key: Key, batch_size: int) -> Record:
         (impl, method), plan = key, self.plan
@@ -256,7 +287,9 @@ class _ModelRun:
         """Bytes that do not depend on the batch."""
         record.trainable, record.grad_bytes = trainee.trainable
         record.weight_bytes = _bytes([*trainee.model.parameters(), *trainee.model.buffers()])
-        record.optimizer_bytes = _bytes(list(_tensors([optimizer.state_dict() for optimizer in trainee.optimizers])))
+        record.optimizer_bytes = _bytes(
+            list(_tensors([optimizer.state_dict() for optimizer in trainee.optimizers]))
+        )
 
     def _compare(self, records: dict[Key, Record]) -> None:
         """Two implementations of one method that do not walk together: ours is wrong until shown otherwise."""
@@ -265,10 +298,18 @@ class _ModelRun:
         for method in self.plan.methods:
             theirs = records.get((Impl("peft"), method))
             for (impl, other), ours in records.items():
-                if impl.ours and other == method and theirs and ours.status == theirs.status == "ok":
+                if (
+                    impl.ours
+                    and other == method
+                    and theirs
+                    and ours.status == theirs.status == "ok"
+                ):
                     gap, step = ours.loss_gap(theirs)
                     if not gap <= MAX_LOSS_GAP:
-                        ours.fail("wrong", f"the loss of step {step} is {gap:.2g} from PEFT's; at most {MAX_LOSS_GAP:g} is right")
+                        ours.fail(
+                            "wrong",
+                            f"the loss of step {step} is {gap:.2g} from PEFT's; at most {MAX_LOSS_GAP:g} is right",
+                        )
 
 
 def _tensors(state: object) -> Iterator[torch.Tensor]:

@@ -38,14 +38,22 @@ def figures(results: Iterable[Results]) -> dict[str, Figure]:
         where.append(one.env.get("device_name", ""))
         for r in one.records:
             if r.status == "ok":
-                what = f"{r.K}→{r.N}{' with bias' * bool(r.bias)}" if r.bench == "linear" else r.model
+                what = (
+                    f"{r.K}→{r.N}{' with bias' * bool(r.bias)}" if r.bench == "linear" else r.model
+                )
                 size = r.batch_size if r.bench == "training" else None
                 kinds.setdefault((file, r.bench, what, r.seq, r.R, r.dtype, size), []).append(r)
     found = {}
     for (file, bench, what, _, R, dtype, _), rows in kinds.items():
         for name, figure in _drawn(bench, rows).items():
-            figure.suptitle(f"{what}, {_batch(rows[0])}R={R}, {dtype} on {where[file]}", fontsize=11)
-            found[_unique(f"{bench}-{what.replace('→', 'x').replace(' ', '-')}-r{R}-{dtype}-{name}", found)] = figure
+            figure.suptitle(
+                f"{what}, {_batch(rows[0])}R={R}, {dtype} on {where[file]}", fontsize=11
+            )
+            found[
+                _unique(
+                    f"{bench}-{what.replace('→', 'x').replace(' ', '-')}-r{R}-{dtype}-{name}", found
+                )
+            ] = figure
     return found
 
 
@@ -53,17 +61,30 @@ def _drawn(bench: str, rows: list[Record]) -> dict[str, Figure]:
     if bench == "training":
         return {"loss": _losses(rows)}
     x, across = (_batch_size, "batch size") if bench == "step" else (_tokens, "tokens per batch M")
-    value, axis = (_time, "step time, ms") if bench == "step" else (_ratio, "step time ÷ frozen layer's")
+    value, axis = (
+        (_time, "step time, ms") if bench == "step" else (_ratio, "step time ÷ frozen layer's")
+    )
     name = "time" if bench == "step" else "ratio"
-    return {name: _grid(rows, axis, value, across, x), "peak": _grid(rows, "peak memory of a step, MiB", _peak, across, x)}
+    return {
+        name: _grid(rows, axis, value, across, x),
+        "peak": _grid(rows, "peak memory of a step, MiB", _peak, across, x),
+    }
 
 
 def _batch(r: Record) -> str:
-    return "" if r.seq is None else f"{r.batch_size} × {r.seq} tokens, " if r.bench == "training" else f"{r.seq} tokens a text, "
+    return (
+        ""
+        if r.seq is None
+        else f"{r.batch_size} × {r.seq} tokens, "
+        if r.bench == "training"
+        else f"{r.seq} tokens a text, "
+    )
 
 
 def _unique(name: str, taken: dict[str, Figure]) -> str:
-    return next(one for i in itertools.count(1) if (one := name if i == 1 else f"{name}-{i}") not in taken)
+    return next(
+        one for i in itertools.count(1) if (one := name if i == 1 else f"{name}-{i}") not in taken
+    )
 
 
 def svg(figure: Figure) -> str:
@@ -79,7 +100,11 @@ Value = Callable[[Record], tuple[float, float, float] | None]
 
 
 def _ratio(r: Record) -> tuple[float, float, float] | None:
-    return None if r.ratio_to_frozen is None else (r.ratio_to_frozen, r.ratio_to_frozen_p20, r.ratio_to_frozen_p80)
+    return (
+        None
+        if r.ratio_to_frozen is None
+        else (r.ratio_to_frozen, r.ratio_to_frozen_p20, r.ratio_to_frozen_p80)
+    )
 
 
 def _tokens(r: Record) -> int:
@@ -98,7 +123,9 @@ def _peak(r: Record) -> tuple[float, float, float] | None:
     return None if r.peak_bytes is None else (r.peak_bytes / _MIB,) * 3
 
 
-def _grid(rows: list[Record], axis: str, value: Value, across: str, x: Callable[[Record], int]) -> Figure:
+def _grid(
+    rows: list[Record], axis: str, value: Value, across: str, x: Callable[[Record], int]
+) -> Figure:
     """One panel a method and dropout; the bare layers, which have neither method nor dropout, are in all of them."""
     methods, dropouts = _methods(rows), list(dict.fromkeys(r.dropout for r in rows))
     figure = Figure((_WIDTH * len(methods), _HEIGHT * len(dropouts) + 0.9), layout="constrained")
@@ -127,7 +154,11 @@ def _methods(rows: list[Record]) -> list[str]:
 
 def _losses(rows: list[Record]) -> Figure:
     """Loss by step, each point the mean of the ten steps around it; one panel a method and dropout."""
-    columns = [(method, dropout) for method in _methods(rows) for dropout in dict.fromkeys(r.dropout for r in rows)]
+    columns = [
+        (method, dropout)
+        for method in _methods(rows)
+        for dropout in dict.fromkeys(r.dropout for r in rows)
+    ]
     figure = Figure((_WIDTH * len(columns), _HEIGHT + 0.9), layout="constrained")
     panels = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
     for panel, (method, dropout) in zip(panels, columns, strict=True):
@@ -136,8 +167,17 @@ def _losses(rows: list[Record]) -> Figure:
                 color, _, _ = _style(r.impl)
                 # Two right implementations follow one curve: PEFT's is dashed, so that both are seen.
                 style = _DASHED if r.impl.startswith("peft") else "-"
-                smooth = [statistics.fmean(r.losses[max(0, i - 5) : i + 5]) for i in range(len(r.losses))]
-                panel.plot(range(1, len(smooth) + 1), smooth, color=color, linestyle=style, linewidth=1.8, label=r.impl)
+                smooth = [
+                    statistics.fmean(r.losses[max(0, i - 5) : i + 5]) for i in range(len(r.losses))
+                ]
+                panel.plot(
+                    range(1, len(smooth) + 1),
+                    smooth,
+                    color=color,
+                    linestyle=style,
+                    linewidth=1.8,
+                    label=r.impl,
+                )
         panel.set_title(f"{method}, dropout {dropout:g}", fontsize=10)
         panel.set_xlabel("step")
         _plain(panel)
@@ -150,9 +190,21 @@ def _curves(panel: Axes, rows: list[Record], value: Value, x: Callable[[Record],
         points = sorted((x(r), value(r)) for r in rows if r.impl == impl and value(r) is not None)
         if not points:
             continue
-        xs, (middle, low, high) = [at for at, _ in points], zip(*(found for _, found in points), strict=True)
+        xs, (middle, low, high) = (
+            [at for at, _ in points],
+            zip(*(found for _, found in points), strict=True),
+        )
         color, mark, style = _style(impl)
-        panel.plot(xs, middle, color=color, marker=mark, linestyle=style, markersize=4.5, linewidth=1.6, label=impl)
+        panel.plot(
+            xs,
+            middle,
+            color=color,
+            marker=mark,
+            linestyle=style,
+            markersize=4.5,
+            linewidth=1.6,
+            label=impl,
+        )
         panel.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
     ticks = sorted({x(r) for r in rows})
     panel.set_xscale("log", base=2)
@@ -169,7 +221,13 @@ def _floors(panel: Axes, rows: list[Record], x: Callable[[Record], int]) -> None
         if r.floor is not None:
             least[x(r)] = min(r.floor, least.get(x(r), r.floor))
     if least:
-        panel.plot(*zip(*sorted(least.items()), strict=True), color="#111827", linestyle=":", linewidth=1.2, label="floor")
+        panel.plot(
+            *zip(*sorted(least.items()), strict=True),
+            color="#111827",
+            linestyle=":",
+            linewidth=1.2,
+            label="floor",
+        )
 
 
 def _style(impl: str) -> tuple[str, str, object]:
@@ -189,5 +247,7 @@ def _with_legend(figure: Figure) -> Figure:
     for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False)
+    figure.legend(
+        named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False
+    )
     return figure

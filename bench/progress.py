@@ -17,7 +17,12 @@ class Progress:
         self._total, self._done = total, 0
         self._bar = None
         if self._console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.description}"),
+            )
             self._bar = Bar(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("", total=total)
 
@@ -26,7 +31,9 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.end()
 
     def end(self) -> None:
@@ -39,5 +46,7 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=self._done, description=what)
         else:
-            self._console.print(f"[{self._done + 1}/{self._total}] {what}", markup=False, highlight=False)
+            self._console.print(
+                f"[{self._done + 1}/{self._total}] {what}", markup=False, highlight=False
+            )
         self._done += 1

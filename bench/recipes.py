@@ -47,7 +47,12 @@ RECIPES = {
     "rslora": Recipe(2e-4, {"rslora": True}),
     "pissa": Recipe(2e-4, {"init": lorafast.PiSSA()}),
     "lora-ga": Recipe(2e-4, sampled=True),
-    "lora+": Recipe(2e-4, optimizer=lambda model, rate, R: optim.LoRAPlus(model, torch.optim.AdamW, lr=rate, ratio=16)),
+    "lora+": Recipe(
+        2e-4,
+        optimizer=lambda model, rate, R: optim.LoRAPlus(
+            model, torch.optim.AdamW, lr=rate, ratio=16
+        ),
+    ),
     "lora-pro": Recipe(2e-4, optimizer=lambda model, rate, R: optim.LoRAPro(model, rate)),
     "lora-fa": Recipe(1e-3, {"freeze_A": True}, lambda model, rate, R: optim.LoRAFA(model, rate)),
     "dora": Recipe(5e-4),
@@ -56,13 +61,26 @@ RECIPES = {
     "lamda": Recipe(3e-4, schedule=_freeze),
     "lamda++": Recipe(3e-4, schedule=_freeze, spread=True),
     "vera": Recipe(1e-2),
-    "adalora": Recipe(2e-3, schedule=lambda model, optimizer, steps: schedules.AdaLoRA(model, steps, steps // 10, steps // 3)),
-    "aflora": Recipe(2e-3, schedule=lambda model, optimizer, steps: schedules.AFLoRA(model, steps)),
-    "galore": Recipe(1e-3, optimizer=lambda model, rate, R: optim.GaLore(model, rate, rank=R, update_gap=50)),
-    "lora-as-optimizer": Recipe(
-        5e-4, optimizer=lambda model, rate, R: optim.LoRAAsOptimizer(model, torch.optim.AdamW, rate, r=R, alpha=2 * R)
+    "adalora": Recipe(
+        2e-3,
+        schedule=lambda model, optimizer, steps: schedules.AdaLoRA(
+            model, steps, steps // 10, steps // 3
+        ),
     ),
-    "lisa": Recipe(1e-4, schedule=lambda model, optimizer, steps: schedules.LISA(model, "encoder.layer", active=2)),
+    "aflora": Recipe(2e-3, schedule=lambda model, optimizer, steps: schedules.AFLoRA(model, steps)),
+    "galore": Recipe(
+        1e-3, optimizer=lambda model, rate, R: optim.GaLore(model, rate, rank=R, update_gap=50)
+    ),
+    "lora-as-optimizer": Recipe(
+        5e-4,
+        optimizer=lambda model, rate, R: optim.LoRAAsOptimizer(
+            model, torch.optim.AdamW, rate, r=R, alpha=2 * R
+        ),
+    ),
+    "lisa": Recipe(
+        1e-4,
+        schedule=lambda model, optimizer, steps: schedules.LISA(model, "encoder.layer", active=2),
+    ),
 }
 
 
@@ -71,7 +89,9 @@ _KINDS = {method.name: method.adapter for method in lorafast.list_methods()}
 LAYERS = ("lora", "dora", "lamda", "lora-fa", "vera", "adalora", "aflora")
 
 
-def spec(method: str, R: int, dropout: float, dropout_on: str = "adapter", **more: object) -> Adapter | None:
+def spec(
+    method: str, R: int, dropout: float, dropout_on: str = "adapter", **more: object
+) -> Adapter | None:
     """The method's spec, s = alpha/r = 2 where it has an alpha; dropout_on where it has the choice. None where weights train."""
     if (kind := _KINDS[method]) is None:
         return None
@@ -84,10 +104,17 @@ def spec(method: str, R: int, dropout: float, dropout_on: str = "adapter", **mor
         **RECIPES[method].fields,
         **more,
     }
-    return kind(**{name: value for name, value in fields.items() if name in kind.__dataclass_fields__})
+    return kind(
+        **{name: value for name, value in fields.items() if name in kind.__dataclass_fields__}
+    )
 
 
-def sampled(adapter: Adapter, base: nn.Module, batches: Iterable[dict], loss: Callable[[nn.Module, dict], torch.Tensor]) -> Adapter:
+def sampled(
+    adapter: Adapter,
+    base: nn.Module,
+    batches: Iterable[dict],
+    loss: Callable[[nn.Module, dict], torch.Tensor],
+) -> Adapter:
     """The spec with a start from the gradients of these batches."""
     return replace(adapter, init=lorafast.LoRAGA(lorafast.estimate_gradients(base, batches, loss)))
 

@@ -16,7 +16,12 @@ SCHEMA_VERSION = 1
 STATUSES = ("ok", "oom", "wrong", "unsupported", "missing")
 BENCHES = ("linear", "step", "training")
 TIMES = ("fwd_ms", "bwd_ms", "step_ms", "ratio_to_frozen")
-SPEEDS = (*(f"{time}{tail}" for time in TIMES for tail in ("", "_p20", "_p80")), "ratio_low", "ratio_high", "tokens_per_s")
+SPEEDS = (
+    *(f"{time}{tail}" for time in TIMES for tail in ("", "_p20", "_p80")),
+    "ratio_low",
+    "ratio_high",
+    "tokens_per_s",
+)
 # Keys that came after the first files; those that lack them are read all the same.
 LATER = ("ratio_low", "ratio_high", "floor", "fused_floor", "bandwidth_bytes_per_s")
 
@@ -101,7 +106,10 @@ class Record:
 
     def loss_gap(self, other: Record) -> tuple[float, int]:
         """The largest distance of two trained rows' losses, and at which step."""
-        return max((abs(a - b), step) for step, (a, b) in enumerate(zip(self.losses, other.losses, strict=True)))
+        return max(
+            (abs(a - b), step)
+            for step, (a, b) in enumerate(zip(self.losses, other.losses, strict=True))
+        )
 
     @property
     def label(self) -> str:
@@ -120,7 +128,11 @@ class Results:
 
     def document(self) -> dict:
         """As JSON holds it."""
-        return {"schema_version": SCHEMA_VERSION, "env": self.env, "records": [asdict(record) for record in self.records]}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "env": self.env,
+            "records": [asdict(record) for record in self.records],
+        }
 
     def write(self, path: Path) -> None:
         """Whole or not at all; a link stays a link, and what is no regular file (a pipe, /dev/stdout) is written to plainly."""
@@ -162,7 +174,11 @@ def faults(document: object) -> list[str]:
         return [f"schema_version {document['schema_version']!r} is not {SCHEMA_VERSION}"]
     if not isinstance(document["env"], dict) or not isinstance(document["records"], list):
         return ["env must be an object and records a list"]
-    return [f"records[{i}]: {fault}" for i, record in enumerate(document["records"]) for fault in _faults_of(record)]
+    return [
+        f"records[{i}]: {fault}"
+        for i, record in enumerate(document["records"])
+        for fault in _faults_of(record)
+    ]
 
 
 def _faults_of(record: object) -> list[str]:
@@ -181,7 +197,11 @@ def _faults_of(record: object) -> list[str]:
     if record["status"] not in STATUSES:
         wrong.append(f"status is {record['status']!r}")
     elif record["status"] != "ok":
-        wrong += [f"{name} is shown, status is {record['status']}" for name in SPEEDS if record.get(name) is not None]
+        wrong += [
+            f"{name} is shown, status is {record['status']}"
+            for name in SPEEDS
+            if record.get(name) is not None
+        ]
         wrong += [] if record["reason"] else [f"status is {record['status']} without a reason"]
     return wrong
 
@@ -190,4 +210,8 @@ def _fits(value: object, hint: type | UnionType) -> bool:
     kinds = get_args(hint) or (hint,)
     if isinstance(value, bool):
         return bool in kinds
-    return isinstance(value, tuple(kinds)) or (isinstance(value, int) and float in kinds) or (value is None and NoneType in kinds)
+    return (
+        isinstance(value, tuple(kinds))
+        or (isinstance(value, int) and float in kinds)
+        or (value is None and NoneType in kinds)
+    )

@@ -31,25 +31,44 @@ def page(results: list[Results]) -> str:
     parts = [f"<h1>lorafast-bench</h1><p class=lead>{html.escape(_lead(results))}</p>"]
     for figure in plots.figures(results).values():
         parts.append(f"<figure>{plots.svg(figure)}</figure>")
-    parts.append("<h2>How to read the tables</h2>" + "".join(f"<p class=note>{html.escape(line)}</p>" for line in LEGEND))
+    parts.append(
+        "<h2>How to read the tables</h2>"
+        + "".join(f"<p class=note>{html.escape(line)}</p>" for line in LEGEND)
+    )
     parts += [_table(table) for table in tables(results)]
     for one in results:
-        facts = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in one.env.items())
+        facts = "".join(
+            f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>"
+            for k, v in one.env.items()
+        )
         parts.append(f"<h2>Measured on</h2><dl>{facts}</dl>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>lorafast-bench</title>'
     head += f"<style>{_STYLE}</style>"
-    return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    return (
+        f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
 
 
 def _lead(results: list[Results]) -> str:
-    return "; ".join(dict.fromkeys(f"{one.env.get('device_name')}, torch {one.env.get('torch')}" for one in results))
+    return "; ".join(
+        dict.fromkeys(
+            f"{one.env.get('device_name')}, torch {one.env.get('torch')}" for one in results
+        )
+    )
 
 
 def _table(table: Table) -> str:
-    heads = "".join(f"<th{' class=word' if head in WORDS else ''}>{html.escape(head)}</th>" for head in table.heads)
+    heads = "".join(
+        f"<th{' class=word' if head in WORDS else ''}>{html.escape(head)}</th>"
+        for head in table.heads
+    )
     impl, rows = table.heads.index("impl"), []
     for index, row in enumerate(table.rows):
-        kind = " ".join(["end"] * (index in table.sections) + ["ours"] * row[impl].startswith("lorafast"))
+        kind = " ".join(
+            ["end"] * (index in table.sections) + ["ours"] * row[impl].startswith("lorafast")
+        )
         cells = []
         for head, cell in zip(table.heads, row, strict=True):
             named = "word" if head in WORDS else "bad" if cell in ("wrong", "oom") else ""

@@ -8,13 +8,13 @@ import traceback
 
 import torch
 
-from lorafast import env
 from lorafast.bench import memory
 from lorafast.bench.clock import interval, quantiles
 from lorafast.bench.floor import Floor
 from lorafast.bench.impl import Impl
 from lorafast.bench.record import TIMES, Record
 from lorafast.bench.refusal import Unable
+from lorafast.runtime import env
 
 # More than this, and a row is wrong: it shows no speed.
 MAX_ERROR_RATIO = 2.0
@@ -24,26 +24,47 @@ LEAST_ROUNDS = 6
 
 def judge(record: Record, ratio: float, name: str, tokens: int) -> None:
     """Enter the worst error ratio, of what, and over how many tokens."""
-    record.error_ratio, record.error_name, record.error_tokens = ratio if math.isfinite(ratio) else None, name, tokens
+    record.error_ratio, record.error_name, record.error_tokens = (
+        ratio if math.isfinite(ratio) else None,
+        name,
+        tokens,
+    )
     if not ratio <= MAX_ERROR_RATIO:
-        record.fail("wrong", f"{name} errs {ratio:.3g} times what eager errs; at most {MAX_ERROR_RATIO:g} is right")
+        record.fail(
+            "wrong",
+            f"{name} errs {ratio:.3g} times what eager errs; at most {MAX_ERROR_RATIO:g} is right",
+        )
 
 
-def enter_times(record: Record, phases: list[tuple[float, ...]], frozen: list[tuple[float, ...]] | None, warmup: int) -> None:
+def enter_times(
+    record: Record,
+    phases: list[tuple[float, ...]],
+    frozen: list[tuple[float, ...]] | None,
+    warmup: int,
+) -> None:
     """Medians and percentiles of forward, backward, the whole step, and its ratio to the frozen one round by round, that with its
     interval.
     """
     steps = [sum(sample) for sample in phases]
-    values = {"fwd_ms": [sample[0] for sample in phases], "bwd_ms": [sample[1] for sample in phases], "step_ms": steps}
+    values = {
+        "fwd_ms": [sample[0] for sample in phases],
+        "bwd_ms": [sample[1] for sample in phases],
+        "step_ms": steps,
+    }
     if frozen and len(frozen) == len(steps):
-        values["ratio_to_frozen"] = [step / sum(base) for step, base in zip(steps, frozen, strict=True)]
+        values["ratio_to_frozen"] = [
+            step / sum(base) for step, base in zip(steps, frozen, strict=True)
+        ]
     for name in TIMES:
         if name in values:
             found = quantiles(values[name])
             setattr(record, name, found.p50)
             setattr(record, f"{name}_p20", found.p20)
             setattr(record, f"{name}_p80", found.p80)
-    record.ratio_low, record.ratio_high = interval(values.get("ratio_to_frozen", [])) or (None, None)
+    record.ratio_low, record.ratio_high = interval(values.get("ratio_to_frozen", [])) or (
+        None,
+        None,
+    )
     record.tokens_per_s = record.M / (record.step_ms / 1e3)
     record.rounds, record.warmup = len(steps), warmup
 

@@ -27,5 +27,7 @@ def parse(text: str) -> tuple[Shape, ...]:
         return MODELS[text]
     sizes = re.fullmatch(r"(\d+)x(\d+)", text)
     if not sizes or not all(int(size) for size in sizes.groups()):
-        raise ValueError(f"{text!r} is no INxOUT such as 4096x14336, and none of {', '.join(MODELS)}")
+        raise ValueError(
+            f"{text!r} is no INxOUT such as 4096x14336, and none of {', '.join(MODELS)}"
+        )
     return (Shape(*map(int, sizes.groups())),)

@@ -35,7 +35,17 @@ _BYTES = ("saved", "keeps", "activations", "peak")
 _LINEAR = ("M", "impl", "method", *_RATIO, *_FLOORS, *_TIMES, *_BYTES)
 _STEP = ("batch", "impl", "method", *_RATIO, *_TIMES, *_BYTES)
 _TRAINING = (
-    *("impl", "method", "err ratio", "loss: first 10", "last 10", "held-out accuracy", "× frozen", "step ms", "lr"),
+    *(
+        "impl",
+        "method",
+        "err ratio",
+        "loss: first 10",
+        "last 10",
+        "held-out accuracy",
+        "× frozen",
+        "step ms",
+        "lr",
+    ),
     *("trained params", "optimizer", "its state", "peak"),
 )
 WORDS = ("impl", "method", "optimizer")
@@ -89,7 +99,9 @@ def _parts(table: Table, console: Console) -> list[tuple[tuple[str, ...], int]]:
     unbounded = console.options.update(width=1000)
 
     def fits(heads: tuple[str, ...], space: int) -> bool:
-        return console.measure(_drawn(table, heads, space), options=unbounded).maximum <= console.width
+        return (
+            console.measure(_drawn(table, heads, space), options=unbounded).maximum <= console.width
+        )
 
     if fits(table.heads, 2):
         return [(table.heads, 2)]
@@ -105,7 +117,11 @@ def _parts(table: Table, console: Console) -> list[tuple[tuple[str, ...], int]]:
 
 def _drawn(table: Table, heads: tuple[str, ...], space: int) -> RichTable:
     drawn = RichTable(
-        title=Text(table.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, space, 0, 0)
+        title=Text(table.title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, space, 0, 0),
     )
     for head in heads:
         drawn.add_column(Text(head), justify="left" if head in WORDS else "right", no_wrap=True)
@@ -119,7 +135,15 @@ def _kind(r: Record) -> tuple:
     """What the rows of one table have in common."""
     if r.bench == "linear":
         return "linear", r.K, r.N, r.R, r.dtype, r.dropout, r.bias
-    return r.bench, r.model, r.seq, r.R, r.dtype, r.dropout, r.batch_size if r.bench == "training" else None
+    return (
+        r.bench,
+        r.model,
+        r.seq,
+        r.R,
+        r.dtype,
+        r.dropout,
+        r.batch_size if r.bench == "training" else None,
+    )
 
 
 def _linear(rows: list[Record]) -> Table:
@@ -128,7 +152,15 @@ def _linear(rows: list[Record]) -> Table:
 
     def cells(r: Record) -> tuple[str, ...]:
         speed = _speed(r)
-        return (str(r.M), r.impl, _method(r), *speed[: len(_RATIO)], *_floors(r), *speed[len(_RATIO) :], *_bytes(r))
+        return (
+            str(r.M),
+            r.impl,
+            _method(r),
+            *speed[: len(_RATIO)],
+            *_floors(r),
+            *speed[len(_RATIO) :],
+            *_bytes(r),
+        )
 
     return _table(title, _LINEAR, rows, cells, lambda r: r.M)
 
@@ -149,7 +181,11 @@ def _training(rows: list[Record]) -> Table:
     title = f"{r.model}, {steps} steps of {r.batch_size} × {r.seq} tokens, R={r.R}, {r.dtype}, dropout {r.dropout:g}"
 
     def cells(r: Record) -> tuple[str, ...]:
-        first, last = (f"{statistics.fmean(part):.3f}" for part in (r.losses[:10], r.losses[-10:])) if r.losses else (NOTHING,) * 2
+        first, last = (
+            (f"{statistics.fmean(part):.3f}" for part in (r.losses[:10], r.losses[-10:]))
+            if r.losses
+            else (NOTHING,) * 2
+        )
         _, ratio, _, step, *_ = _speed(r)
         return (
             r.impl, _method(r), _error(r), first, last, number(r.accuracy, ".3f"), ratio, step, number(r.lr, "g"),
@@ -175,16 +211,32 @@ def _apart(rows: list[Record]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _table(title: str, heads: tuple[str, ...], rows: list[Record], cells: Callable, section: Callable[[Record], int]) -> Table:
+def _table(
+    title: str,
+    heads: tuple[str, ...],
+    rows: list[Record],
+    cells: Callable,
+    section: Callable[[Record], int],
+) -> Table:
     # What cannot be measured is one note, not a row of dashes at every size.
     shown = [r for r in rows if r.status not in ("missing", "unsupported")]
-    ends = itertools.accumulate(len(list(group)) for _, group in itertools.groupby(shown, key=section))
-    notes = dict.fromkeys(f"{r.label}: {r.status}: {r.reason}" for r in rows if r.status in ("missing", "unsupported"))
+    ends = itertools.accumulate(
+        len(list(group)) for _, group in itertools.groupby(shown, key=section)
+    )
+    notes = dict.fromkeys(
+        f"{r.label}: {r.status}: {r.reason}" for r in rows if r.status in ("missing", "unsupported")
+    )
     for r in shown:
         if r.status != "ok":
             where = f"M={r.M}, " if r.batch_size is None else f"batch {r.batch_size}, "
             notes[f"{where}{r.label}: {r.status}: {r.reason}"] = None
-    return Table(title, heads, tuple(cells(r) for r in shown), frozenset(end - 1 for end in ends), tuple(notes))
+    return Table(
+        title,
+        heads,
+        tuple(cells(r) for r in shown),
+        frozenset(end - 1 for end in ends),
+        tuple(notes),
+    )
 
 
 def _method(r: Record) -> str:
@@ -204,8 +256,17 @@ def _speed(r: Record) -> tuple[str, ...]:
     if r.status != "ok":
         return (_error(r), r.status, *(NOTHING,) * 5)
     interval = NOTHING if r.ratio_low is None else f"{r.ratio_low:.2f}–{r.ratio_high:.2f}"
-    times = (number(value, ".3g") if value is None or value < 100 else f"{value:.0f}" for value in (r.step_ms, r.fwd_ms, r.bwd_ms))
-    return (_error(r), number(r.ratio_to_frozen, ".2f"), interval, *times, number(r.tokens_per_s, ",.0f"))
+    times = (
+        number(value, ".3g") if value is None or value < 100 else f"{value:.0f}"
+        for value in (r.step_ms, r.fwd_ms, r.bwd_ms)
+    )
+    return (
+        _error(r),
+        number(r.ratio_to_frozen, ".2f"),
+        interval,
+        *times,
+        number(r.tokens_per_s, ",.0f"),
+    )
 
 
 def _floors(r: Record) -> tuple[str, ...]:

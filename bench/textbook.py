@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorafast import philox
+from lorafast.engine import philox
 from lorafast.testing import Case, Form, chain
 
 _PAIR = frozenset({"lora_A", "lora_B"})
@@ -41,7 +41,9 @@ class EagerLinear(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         (N, K), R = base.weight.shape, parts["lora_A"].shape[0]
-        self._case = Case(form, 0, N, K, R, base.weight.dtype, dropout, base.bias is not None, scaling)
+        self._case = Case(
+            form, 0, N, K, R, base.weight.dtype, dropout, base.bias is not None, scaling
+        )
         self._masked, self._frozen = masked, frozen
         held = {"weight": base.weight, "bias": base.bias} | parts
         for name in NAMES:
@@ -61,7 +63,13 @@ def frozen_columns(B: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat((B[:, :count].detach(), B[:, count:]), 1) if count else B
 
 
-def replaced(model: nn.Module, layers: dict[str, EagerLinear], trains: frozenset[str], whole: bool, wide: bool) -> nn.Module:
+def replaced(
+    model: nn.Module,
+    layers: dict[str, EagerLinear],
+    trains: frozenset[str],
+    whole: bool,
+    wide: bool,
+) -> nn.Module:
     """A copy of the model, in float64 if wide, with these layers, by their path, put in. `trains` of them train, and the head; if
     `whole`, everything.
     """

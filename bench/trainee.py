@@ -88,7 +88,10 @@ class Trainee:
     def accuracy(self, batches: list[Batch]) -> float:
         """The share of examples whose most likely label is theirs."""
         self.model.eval()
-        right = sum((self.model(b["input_ids"], b["attention_mask"]).argmax(-1) == b["labels"]).sum().item() for b in batches)
+        right = sum(
+            (self.model(b["input_ids"], b["attention_mask"]).argmax(-1) == b["labels"]).sum().item()
+            for b in batches
+        )
         self.model.train()
         return right / sum(len(batch["labels"]) for batch in batches)
 
@@ -106,7 +109,9 @@ class Trainee:
     def error(self, batch: Batch, seed: int) -> tuple[float, str]:
         """The worst error ratio of the logits and of every kind of gradient over all layers, as in training, factors random."""
         R = self.adapter.r if self.adapter else 0
-        return trust.worst(self._error(batch, seed, count) for count in trust.stages(self.impl, self.method, R))
+        return trust.worst(
+            self._error(batch, seed, count) for count in trust.stages(self.impl, self.method, R)
+        )
 
     def _error(self, batch: Batch, seed: int, frozen: int) -> tuple[float, str]:
         copied = copy.deepcopy(self.model)
@@ -121,11 +126,17 @@ class Trainee:
                     noise = torch.randn(part.shape, generator=generator) * 0.02
                     part.add_(noise.to(part.device, part.dtype))
         share = frozen / self.adapter.r if frozen else 0.0
-        columns = {path: round(share * parts_of(layer)["lora_A"].shape[0]) for path, layer in layers.items()}
+        columns = {
+            path: round(share * parts_of(layer)["lora_A"].shape[0])
+            for path, layer in layers.items()
+        }
         chained = {path: self._eager_linear(layer, columns[path]) for path, layer in layers.items()}
         trains = TRAINS[self.method] if self.adapter else frozenset()
         trains -= {"lora_B"} if self.adapter and frozen == self.adapter.r else set()
-        truth, eager = (_outcome(replaced(copied, chained, trains, self.whole, wide), batch, seed) for wide in (True, False))
+        truth, eager = (
+            _outcome(replaced(copied, chained, trains, self.whole, wide), batch, seed)
+            for wide in (True, False)
+        )
         for path, layer in layers.items():
             if frozen:
                 layer.freeze_columns(columns[path])
@@ -137,7 +148,10 @@ class Trainee:
         ours = _outcome(copied, batch, seed)
         floor = torch.finfo(next(self.model.encoder.parameters()).dtype).eps / 8
         # What is there on one side alone is a factor that does not train, or one that must not.
-        ratios = {name: _ratio(ours.get(name), eager.get(name), truth.get(name), floor) for name in truth | ours}
+        ratios = {
+            name: _ratio(ours.get(name), eager.get(name), truth.get(name), floor)
+            for name in truth | ours
+        }
         worst = max(ratios, key=ratios.get)
         return ratios[worst], trust.at_stage(worst, frozen, self.adapter.r if self.adapter else 0)
 
@@ -145,7 +159,9 @@ class Trainee:
         parts = parts_of(layer)
         form = form_of(self.impl, self.method, self.adapter, parts)
         ours = isinstance(layer, lorafast.Linear)
-        scaling, base = (float(layer.scaling), layer) if ours else (self.adapter.scaling, layer.base_layer)
+        scaling, base = (
+            (float(layer.scaling), layer) if ours else (self.adapter.scaling, layer.base_layer)
+        )
         return EagerLinear(form, scaling, self.adapter.dropout, base, parts, frozen=frozen)
 
 
@@ -160,13 +176,19 @@ def _outcome(model: nn.Module, batch: Batch, seed: int) -> dict[str, torch.Tenso
         if parameter.grad is not None:
             kind = next((part for part in PARTS.values() if part in name), "other parameters")
             found.setdefault(kind, []).append(parameter.grad.double().flatten())
-    return {"logits": logits.detach().double()} | {name: torch.cat(grads) for name, grads in found.items()}
+    return {"logits": logits.detach().double()} | {
+        name: torch.cat(grads) for name, grads in found.items()
+    }
 
 
-def _ratio(ours: torch.Tensor | None, eager: torch.Tensor | None, truth: torch.Tensor | None, floor: float) -> float:
+def _ratio(
+    ours: torch.Tensor | None, eager: torch.Tensor | None, truth: torch.Tensor | None, floor: float
+) -> float:
     if ours is None or truth is None or ours.shape != truth.shape:
         return math.inf
-    return testing.ratio((ours - truth).norm().item(), (eager - truth).norm().item(), truth.norm().item(), floor)
+    return testing.ratio(
+        (ours - truth).norm().item(), (eager - truth).norm().item(), truth.norm().item(), floor
+    )
 
 
 def build(
@@ -192,7 +214,11 @@ def build(
             _adapt(model, adapter, recipe, batches)
         model.train()
         named = model.named_modules()
-        layers = {path: module for path, module in named if isinstance(module, lorafast.Linear) or peers.is_layer(module)}
+        layers = {
+            path: module
+            for path, module in named
+            if isinstance(module, lorafast.Linear) or peers.is_layer(module)
+        }
         if method in peers.BUILT:
             _start_alike(layers, seed)
         optimizers = _optimizers(model, recipe, lr, R)
@@ -201,10 +227,14 @@ def build(
     trainable = (sum(p.numel() for p in trained), sum(p.numel() * p.itemsize for p in trained))
     module = compiled.compiled(model) if impl.compile else model
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    return Trainee(impl, method, adapter, model, module, layers, optimizers, schedule, trainable, flags)
+    return Trainee(
+        impl, method, adapter, model, module, layers, optimizers, schedule, trainable, flags
+    )
 
 
-def _adapt(model: Classifier, adapter: Adapter, recipe: recipes.Recipe, batches: Sequence[Batch]) -> None:
+def _adapt(
+    model: Classifier, adapter: Adapter, recipe: recipes.Recipe, batches: Sequence[Batch]
+) -> None:
     base, pattern = model.encoder, None
     if recipe.sampled:
         adapter = recipes.sampled(adapter, base, batches, lambda _, batch: _loss(model, batch))
@@ -222,17 +252,25 @@ def _refusals() -> Iterator[None]:
         raise Unable("unsupported", str(error)) from None
 
 
-def _optimizers(model: Classifier, recipe: recipes.Recipe, lr: float, R: int) -> tuple[torch.optim.Optimizer, ...]:
+def _optimizers(
+    model: Classifier, recipe: recipes.Recipe, lr: float, R: int
+) -> tuple[torch.optim.Optimizer, ...]:
     groups = [{"params": list(model.head.parameters()), "lr": HEAD_RATE}]
     if recipe.optimizer is not None:
         return torch.optim.AdamW(groups, weight_decay=0.0), recipe.optimizer(model.encoder, lr, R)
-    if trained := [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]:
+    if trained := [
+        parameter for parameter in model.encoder.parameters() if parameter.requires_grad
+    ]:
         groups.append({"params": trained, "lr": lr})
     return (torch.optim.AdamW(groups, weight_decay=0.0),)
 
 
 def _schedule(
-    model: Classifier, recipe: recipes.Recipe, optimizer: torch.optim.Optimizer, steps: int, compile: bool
+    model: Classifier,
+    recipe: recipes.Recipe,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    compile: bool,
 ) -> recipes.Schedule | None:
     if recipe.schedule is None or not steps:
         return None

@@ -19,7 +19,11 @@ from lorafast.testing import Case, Yardstick, chain, make
 
 def stages(impl: Impl, method: str, R: int) -> tuple[int, ...]:
     """How many columns of lora_B are frozen, each time a contender is judged: LaMDA's schedule freezes some, then all."""
-    return tuple(dict.fromkeys((0, R // 2, R))) if impl.base == "lorafast" and method in ("lamda", "lamda++") else (0,)
+    return (
+        tuple(dict.fromkeys((0, R // 2, R)))
+        if impl.base == "lorafast" and method in ("lamda", "lamda++")
+        else (0,)
+    )
 
 
 def worst(found: Iterable[tuple]) -> tuple:
@@ -47,7 +51,10 @@ class Verifier:
         """The worst error ratio, of what, and over how many tokens: all, or as many as float64 has room for."""
         if contender.astray:
             return math.inf, f"{contender.astray[0]}, which must not train,", contender.case.M
-        found = worst(self._at_stage(contender, count) for count in stages(contender.impl, contender.method, contender.case.R))
+        found = worst(
+            self._at_stage(contender, count)
+            for count in stages(contender.impl, contender.method, contender.case.R)
+        )
         if contender.frozen:
             contender.freeze(0)
         return found

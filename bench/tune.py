@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorafast import env, testing
+from lorafast import testing
 from lorafast.bench.clock import Clock, Mark, Step, interleave, quantiles
 from lorafast.bench.jobs import JOBS, Job, Sizes, jobs
 from lorafast.bench.progress import Progress
@@ -22,8 +22,9 @@ from lorafast.bench.record import SCHEMA_VERSION
 from lorafast.bench.refusal import Refused
 from lorafast.bench.row import MAX_ERROR_RATIO
 from lorafast.bench.tables import Table
-from lorafast.kernels import routes
-from lorafast.kernels.routes import Route, Row
+from lorafast.engine.kernels import gemm_routing
+from lorafast.engine.kernels.gemm_routing import Route, Row
+from lorafast.runtime import env
 from lorafast.testing import SHORT
 
 FROZEN = "frozen"
@@ -71,7 +72,9 @@ class Timing:
 def check_able(device: torch.device) -> None:
     """Refused where no Triton kernel can run."""
     if device.type != "cuda" and not env.interprets():
-        raise Refused("tune times Triton kernels, which need a GPU (or LORAFAST_BACKEND=triton TRITON_INTERPRET=1, to try the way)")
+        raise Refused(
+            "tune times Triton kernels, which need a GPU (or LORAFAST_BACKEND=triton TRITON_INTERPRET=1, to try the way)"
+        )
 
 
 class Pace(NamedTuple):
@@ -83,13 +86,20 @@ class Pace(NamedTuple):
 
 
 def run(
-    sizes: list[Sizes], dtype: torch.dtype, device: torch.device, pace: Pace, seed: int, progress: Progress
-) -> Iterator[tuple[list[Timing], dict[routes.Key, Row]]]:
+    sizes: list[Sizes],
+    dtype: torch.dtype,
+    device: torch.device,
+    pace: Pace,
+    seed: int,
+    progress: Progress,
+) -> Iterator[tuple[list[Timing], dict[gemm_routing.Key, Row]]]:
     """The timings of one primitive after another, and what the table should say of it."""
     clock = Clock(device)
     for one in sizes:
         for job in jobs(one, dtype, device, seed):
-            progress.begin(f"{job.primitive} {job.variant} {one.M}x{one.K}->{one.N} R={one.R} p={one.p:g} {SHORT[dtype]}")
+            progress.begin(
+                f"{job.primitive} {job.variant} {one.M}x{one.K}->{one.N} R={one.R} p={one.p:g} {SHORT[dtype]}"
+            )
             timings = _measure(job, dtype, clock, pace)
             yield list(timings.values()), _chosen(job, timings)
 
@@ -100,15 +110,22 @@ def progress_total(sizes: list[Sizes]) -> int:
 
 
 def _measure(job: Job, dtype: torch.dtype, clock: Clock, pace: Pace) -> dict[Route | str, Timing]:
-    ways: list[Route | str] = [STREAM] if job.asked is None else list(routes.candidates(job.asked))
-    timings = {way: Timing(job.primitive, job.variant, *job.sizes, SHORT[dtype], str(way)) for way in ways}
+    ways: list[Route | str] = (
+        [STREAM] if job.asked is None else list(gemm_routing.candidates(job.asked))
+    )
+    timings = {
+        way: Timing(job.primitive, job.variant, *job.sizes, SHORT[dtype], str(way)) for way in ways
+    }
     truth, chain = job.chain(torch.float64), job.chain(dtype)
     steps: dict[Route | str, Step] = {}
     for way, timing in timings.items():
         try:
             _check(job, way, timing, truth, chain, dtype)
         except Exception as error:
-            timing.fail("oom" if isinstance(error, torch.cuda.OutOfMemoryError) else "wrong", f"{type(error).__name__}: {error}")
+            timing.fail(
+                "oom" if isinstance(error, torch.cuda.OutOfMemoryError) else "wrong",
+                f"{type(error).__name__}: {error}",
+            )
         if timing.status == "ok":
             steps[way] = _step(job, way)
     del truth, chain
@@ -121,12 +138,23 @@ def _measure(job: Job, dtype: torch.dtype, clock: Clock, pace: Pace) -> dict[Rou
 
     samples = interleave(steps, clock, pace.rounds, pace.warmup, failed, pace.seconds)
     for way, phases in samples.items():
-        _enter(timings[way], job, way, [sample[0] for sample in phases], [sample[0] for sample in samples.get(FROZEN, ())])
+        _enter(
+            timings[way],
+            job,
+            way,
+            [sample[0] for sample in phases],
+            [sample[0] for sample in samples.get(FROZEN, ())],
+        )
     return timings
 
 
 def _check(
-    job: Job, way: Route | str, timing: Timing, truth: list[torch.Tensor], chain: list[torch.Tensor], dtype: torch.dtype
+    job: Job,
+    way: Route | str,
+    timing: Timing,
+    truth: list[torch.Tensor],
+    chain: list[torch.Tensor],
+    dtype: torch.dtype,
 ) -> None:
     """The error rule over all the primitive gives, and whether a second run is the same."""
     first, second = _run(job, way), _run(job, way)
@@ -138,7 +166,10 @@ def _check(
     if not timing.repeats:
         timing.fail("wrong", "two runs differ")
     if not timing.error_ratio <= MAX_ERROR_RATIO:
-        timing.fail("wrong", f"errs {timing.error_ratio:.3g} times what eager errs; at most {MAX_ERROR_RATIO:g} is right")
+        timing.fail(
+            "wrong",
+            f"errs {timing.error_ratio:.3g} times what eager errs; at most {MAX_ERROR_RATIO:g} is right",
+        )
 
 
 def _rms(t: torch.Tensor) -> float:
@@ -147,7 +178,7 @@ def _rms(t: torch.Tensor) -> float:
 
 def _run(job: Job, way: Route | str) -> list[torch.Tensor]:
     if isinstance(way, Route):
-        with routes.taking(way):
+        with gemm_routing.taking(way):
             return job.run()
     return job.run()
 
@@ -165,21 +196,27 @@ def _marked(function: Callable[[], object]) -> Step:
     return step
 
 
-def _enter(timing: Timing, job: Job, way: Route | str, found: list[float], frozen: list[float]) -> None:
+def _enter(
+    timing: Timing, job: Job, way: Route | str, found: list[float], frozen: list[float]
+) -> None:
     times = quantiles(found)
     timing.ms, timing.ms_p20, timing.ms_p80, timing.rounds = *times, len(found)
     if len(frozen) == len(found):
         timing.ratio_to_frozen = quantiles([a / b for a, b in zip(found, frozen, strict=True)]).p50
     if isinstance(way, Route):
-        timing.modelled_ms = 1e3 * routes.seconds(job.asked, way)
+        timing.modelled_ms = 1e3 * gemm_routing.seconds(job.asked, way)
     elif way == STREAM:
         timing.gb_per_s = job.cost.bytes / times.p50 / 1e6
 
 
-def _chosen(job: Job, timings: dict[Route | str, Timing]) -> dict[routes.Key, Row]:
+def _chosen(job: Job, timings: dict[Route | str, Timing]) -> dict[gemm_routing.Key, Row]:
     """The fastest route that is right."""
-    able = {way: timing.ms for way, timing in timings.items() if isinstance(way, Route) and timing.ms is not None}
-    return {routes.key(job.asked): min(able, key=able.get).row} if able else {}
+    able = {
+        way: timing.ms
+        for way, timing in timings.items()
+        if isinstance(way, Route) and timing.ms is not None
+    }
+    return {gemm_routing.key(job.asked): min(able, key=able.get).row} if able else {}
 
 
 def table(timings: list[Timing]) -> Table:
@@ -187,7 +224,16 @@ def table(timings: list[Timing]) -> Table:
     first = timings[0]
     named = f"{first.primitive} ({first.variant})" if first.variant else first.primitive
     title = f"{named}, {first.M} tokens, {first.K} → {first.N}, R = {first.R}, p = {first.dropout:g}, {first.dtype}"
-    heads = ("route", "err ratio", "repeats", "ms", "its p20–p80", "× frozen", "modelled ms", "GB/s")
+    heads = (
+        "route",
+        "err ratio",
+        "repeats",
+        "ms",
+        "its p20–p80",
+        "× frozen",
+        "modelled ms",
+        "GB/s",
+    )
     ordered = sorted(timings, key=lambda one: math.inf if one.ms is None else one.ms)
     rows = tuple(
         (
@@ -205,12 +251,14 @@ def _told(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def lines(chosen: dict[routes.Key, Row]) -> list[str]:
+def lines(chosen: dict[gemm_routing.Key, Row]) -> list[str]:
     """The rows as kernels/routes.py spells them."""
     return [f"    {key}: {row}," for key, row in chosen.items()]
 
 
-def write(path: Path, facts: dict, timings: list[Timing], chosen: dict[routes.Key, Row]) -> None:
+def write(
+    path: Path, facts: dict, timings: list[Timing], chosen: dict[gemm_routing.Key, Row]
+) -> None:
     """Everything as JSON."""
     content = {
         "schema_version": SCHEMA_VERSION,

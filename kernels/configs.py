@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorafast.kernels.devices import device
+from lorafast.engine.kernels.gpu_specs import device
 
 # Ranks a kernel's tile may hold; R is padded to the next.
 BLOCKS_R = (16, 64, 128, 256)
@@ -176,7 +176,12 @@ _ROW_NORM = {
 # The GEMMs' tiles, largest first; under a mask the largest has a stage less, and room for one base summand only.
 _TMA = (Tile(128, 256, 64, 0, 8, 4), Tile(128, 128, 64, 0, 8, 4))
 _TMA_MASKED = (Tile(128, 256, 64, 0, 8, 3), Tile(128, 128, 64, 0, 8, 4))
-_HALF = (Tile(128, 128, 64, 0, 8, 3), Tile(64, 64, 64, 0, 4, 4), Tile(16, 64, 128, 0, 4, 4), Tile(16, 32, 128, 0, 4, 4))
+_HALF = (
+    Tile(128, 128, 64, 0, 8, 3),
+    Tile(64, 64, 64, 0, 4, 4),
+    Tile(16, 64, 128, 0, 4, 4),
+    Tile(16, 32, 128, 0, 4, 4),
+)
 _FULL = (Tile(64, 128, 16, 0, 8, 3), Tile(16, 64, 64, 0, 4, 3))
 GEMM_FINISH = Tile(16, 128, 0, 0, 4, 1)
 # The tallest tile whose sum may be split among programs: taller ones are asked for where there are enough of them.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lorafast.problem import Problem
+from lorafast.engine.problem import Problem
 
 
 class Cost(NamedTuple):
@@ -22,7 +22,10 @@ def project(p: Problem) -> Cost:
     e, R = p.dtype.itemsize, sum(p.R)
     mixed = 0 if p.core == "none" else p.M * R
     mixing = {"none": 0, "diagonal": p.M * R, "full": 2 * p.M * sum(r * r for r in p.R)}[p.core]
-    return Cost(2 * p.M * p.K * R + mixing, e * (p.M * p.K + p.M * R + mixed) + p.factor_dtype.itemsize * R * p.K)
+    return Cost(
+        2 * p.M * p.K * R + mixing,
+        e * (p.M * p.K + p.M * R + mixed) + p.factor_dtype.itemsize * R * p.K,
+    )
 
 
 def linear(p: Problem) -> Cost:
@@ -31,7 +34,10 @@ def linear(p: Problem) -> Cost:
     inner = e * p.M * N if p.keep == "inner" else 0
     return Cost(
         2 * p.M * N * (p.K + R),
-        e * p.M * (p.K + N + R) + p.weight_dtype.itemsize * N * p.K + p.factor_dtype.itemsize * N * R + inner,
+        e * p.M * (p.K + N + R)
+        + p.weight_dtype.itemsize * N * p.K
+        + p.factor_dtype.itemsize * N * R
+        + inner,
     )
 
 
@@ -40,14 +46,20 @@ def grad_output(p: Problem) -> Cost:
     e, N, R = p.dtype.itemsize, sum(p.N), sum(p.R)
     kept = p.M * N if p.gain == "out" and p.keep != "none" else 0
     mixing = {"none": 0, "diagonal": 4 * p.M * R, "full": 6 * p.M * sum(r * r for r in p.R)}[p.core]
-    return Cost(4 * p.M * N * R + mixing + 2 * kept, e * (p.M * N + kept + 2 * p.M * R) + 2 * p.factor_dtype.itemsize * N * R)
+    return Cost(
+        4 * p.M * N * R + mixing + 2 * kept,
+        e * (p.M * N + kept + 2 * p.M * R) + 2 * p.factor_dtype.itemsize * N * R,
+    )
 
 
 def grad_input(p: Problem) -> Cost:
     """dx = (gain⊙dy) W + mask⊙(v A): the base GEMM transposed."""
     e, N, R = p.dtype.itemsize, sum(p.N), sum(p.R)
     factors = p.factor_dtype.itemsize * R * p.K
-    return Cost(2 * p.M * p.K * (N + R), e * p.M * (p.K + N + R) + p.weight_dtype.itemsize * N * p.K + factors)
+    return Cost(
+        2 * p.M * p.K * (N + R),
+        e * p.M * (p.K + N + R) + p.weight_dtype.itemsize * N * p.K + factors,
+    )
 
 
 def grad_project(p: Problem) -> Cost:
@@ -60,4 +72,7 @@ def row_norm(p: Problem) -> Cost:
     """‖W + sBA‖: W once."""
     N, R = sum(p.N), sum(p.R)
     norms = 4 * (p.K if p.gain == "in" else N)
-    return Cost(2 * N * p.K * (R + 1), p.weight_dtype.itemsize * N * p.K + p.factor_dtype.itemsize * R * (N + p.K) + norms)
+    return Cost(
+        2 * N * p.K * (R + 1),
+        p.weight_dtype.itemsize * N * p.K + p.factor_dtype.itemsize * R * (N + p.K) + norms,
+    )

@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from lorafast import philox
-from lorafast.kernels import configs, launch
-from lorafast.kernels.philox import keep_tile
-from lorafast.kernels.routes import Route
+from lorafast.engine import philox
+from lorafast.engine.kernels import configs, launch
+from lorafast.engine.kernels.gemm_routing import Route
+from lorafast.engine.kernels.philox import keep_tile
 
 
 @triton.jit(do_not_specialize=["M", "gains", "biased", "inner"])
@@ -32,13 +32,20 @@ def gemm_tma_kernel(
     MASKED: a3 and b3 are the masked pair, and SEGMENTS counts the others. Beyond its ends a descriptor reads zeros.
     """
     end0, end1, end2, steps = _ends(K0, K1, K2, K3, SEGMENTS, BLOCK_K)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0), flatten=not MASKED):
+    for tile in tl.range(
+        tl.program_id(0),
+        tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N),
+        tl.num_programs(0),
+        flatten=not MASKED,
+    ):
         first_row, first_col = _place(tile, M, N, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if MASKED:
             for step in range(tl.cdiv(K3, BLOCK_K)):
                 acc = _step(a3, b3, acc, first_row, first_col, step * BLOCK_K, BY_ROW)
-            acc = _masked(acc, seed_ptr, first_row, first_col, groups, threshold, scale, BLOCK_M, BLOCK_N)
+            acc = _masked(
+                acc, seed_ptr, first_row, first_col, groups, threshold, scale, BLOCK_M, BLOCK_N
+            )
         for step in range(steps):
             a = a0
             b = b0
@@ -61,8 +68,34 @@ def gemm_tma_kernel(
             acc = _step(a, b, acc, first_row, first_col, local * BLOCK_K, BY_ROW)
         # In halves, so that what a store stages in shared memory leaves room for the next tile's loads.
         low, high = _halves(acc, BLOCK_M, BLOCK_N)
-        _store_tma(low, y, z, gain_ptr, bias_ptr, first_row, first_col, N, gains, biased, inner, BLOCK_N // 2)
-        _store_tma(high, y, z, gain_ptr, bias_ptr, first_row, first_col + BLOCK_N // 2, N, gains, biased, inner, BLOCK_N // 2)
+        _store_tma(
+            low,
+            y,
+            z,
+            gain_ptr,
+            bias_ptr,
+            first_row,
+            first_col,
+            N,
+            gains,
+            biased,
+            inner,
+            BLOCK_N // 2,
+        )
+        _store_tma(
+            high,
+            y,
+            z,
+            gain_ptr,
+            bias_ptr,
+            first_row,
+            first_col + BLOCK_N // 2,
+            N,
+            gains,
+            biased,
+            inner,
+            BLOCK_N // 2,
+        )
 
 
 @triton.jit
@@ -108,7 +141,17 @@ def _step(a, b, acc, first_row, first_col, start, BY_ROW: tl.constexpr):
 
 
 @triton.jit
-def _masked(acc, seed_ptr, first_row, first_col, groups, threshold, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _masked(
+    acc,
+    seed_ptr,
+    first_row,
+    first_col,
+    groups,
+    threshold,
+    scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """mask⊙acc·scale, in halves: the bits of a whole tile would not fit beside its sums."""
     seed = tl.load(seed_ptr)
     rows = first_row + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -120,15 +163,33 @@ def _masked(acc, seed_ptr, first_row, first_col, groups, threshold, scale, BLOCK
 
 @triton.jit
 def _kept(acc, seed, rows, first_col, groups, threshold, scale, WIDTH: tl.constexpr):
-    return tl.where(keep_tile(seed, rows, first_col // 8, groups, threshold, WIDTH // 8), acc * scale, 0.0)
+    return tl.where(
+        keep_tile(seed, rows, first_col // 8, groups, threshold, WIDTH // 8), acc * scale, 0.0
+    )
 
 
 @triton.jit
-def _store_tma(acc, y, z, gain_ptr, bias_ptr, first_row, first_col, N, gains, biased, inner, WIDTH: tl.constexpr):
+def _store_tma(
+    acc,
+    y,
+    z,
+    gain_ptr,
+    bias_ptr,
+    first_row,
+    first_col,
+    N,
+    gains,
+    biased,
+    inner,
+    WIDTH: tl.constexpr,
+):
     if inner:
         z.store([first_row, first_col], acc.to(z.dtype))
     cols = first_col + tl.arange(0, WIDTH)
-    y.store([first_row, first_col], _finished(acc, gain_ptr, bias_ptr, cols, N, gains, biased).to(y.dtype))
+    y.store(
+        [first_row, first_col],
+        _finished(acc, gain_ptr, bias_ptr, cols, N, gains, biased).to(y.dtype),
+    )
 
 
 @triton.jit
@@ -138,7 +199,9 @@ def _finished(acc, gain_ptr, bias_ptr, cols, N, gains, biased):
     In some versions of Triton's interpreter a flag is a plain number, and so is a mask with it: "!= 0" makes it a mask again.
     """
     gain = tl.load(gain_ptr + cols, mask=((cols < N) & (gains != 0)) != 0, other=1.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=((cols < N) & (biased != 0)) != 0, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=((cols < N) & (biased != 0)) != 0, other=0.0).to(
+        tl.float32
+    )
     return acc * gain[None, :] + bias[None, :]
 
 
@@ -162,8 +225,25 @@ def gemm_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if MASKED:
         for step in range(tl.cdiv(K3, BLOCK_K)):
-            acc = _step_at(a3_ptr, b3_ptr, stride_a3, stride_b3, K3, acc, rows, cols, step, M, N, BY_ROW, PRECISION, BLOCK_K)
-        acc = _masked(acc, seed_ptr, first_row, first_col, groups, threshold, scale, BLOCK_M, BLOCK_N)
+            acc = _step_at(
+                a3_ptr,
+                b3_ptr,
+                stride_a3,
+                stride_b3,
+                K3,
+                acc,
+                rows,
+                cols,
+                step,
+                M,
+                N,
+                BY_ROW,
+                PRECISION,
+                BLOCK_K,
+            )
+        acc = _masked(
+            acc, seed_ptr, first_row, first_col, groups, threshold, scale, BLOCK_M, BLOCK_N
+        )
     end0, end1, end2, steps = _ends(K0, K1, K2, K3, SEGMENTS, BLOCK_K)
     for step in range(split * share, min(steps, (split + 1) * share)):
         a_ptr, b_ptr, stride_a, stride_b, K = a0_ptr, b0_ptr, stride_a0, stride_b0, K0
@@ -180,10 +260,27 @@ def gemm_kernel(
             if step >= end2:
                 a_ptr, b_ptr, stride_a, stride_b, K = a3_ptr, b3_ptr, stride_a3, stride_b3, K3
                 local = step - end2
-        acc = _step_at(a_ptr, b_ptr, stride_a, stride_b, K, acc, rows, cols, local, M, N, BY_ROW, PRECISION, BLOCK_K)
+        acc = _step_at(
+            a_ptr,
+            b_ptr,
+            stride_a,
+            stride_b,
+            K,
+            acc,
+            rows,
+            cols,
+            local,
+            M,
+            N,
+            BY_ROW,
+            PRECISION,
+            BLOCK_K,
+        )
     inside = (rows[:, None] < M) & (cols[None, :] < N)
     if SPLIT:
-        tl.store(y_ptr + (split.to(tl.int64) * M + rows[:, None]) * N + cols[None, :], acc, mask=inside)
+        tl.store(
+            y_ptr + (split.to(tl.int64) * M + rows[:, None]) * N + cols[None, :], acc, mask=inside
+        )
     else:
         _store(acc, y_ptr, z_ptr, gain_ptr, bias_ptr, rows, cols, M, N, gains, biased, inner)
 
@@ -194,12 +291,24 @@ def _step_at(
     BY_ROW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     along = (step * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
-    a = tl.load(a_ptr + rows[:, None] * stride_a + along[None, :], mask=(rows[:, None] < M) & (along[None, :] < K), other=0.0)
+    a = tl.load(
+        a_ptr + rows[:, None] * stride_a + along[None, :],
+        mask=(rows[:, None] < M) & (along[None, :] < K),
+        other=0.0,
+    )
     if BY_ROW:
-        b = tl.load(b_ptr + cols[:, None] * stride_b + along[None, :], mask=(cols[:, None] < N) & (along[None, :] < K), other=0.0)
+        b = tl.load(
+            b_ptr + cols[:, None] * stride_b + along[None, :],
+            mask=(cols[:, None] < N) & (along[None, :] < K),
+            other=0.0,
+        )
         b = tl.trans(b)
     else:
-        b = tl.load(b_ptr + along[:, None] * stride_b + cols[None, :], mask=(along[:, None] < K) & (cols[None, :] < N), other=0.0)
+        b = tl.load(
+            b_ptr + along[:, None] * stride_b + cols[None, :],
+            mask=(along[:, None] < K) & (cols[None, :] < N),
+            other=0.0,
+        )
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
@@ -208,7 +317,11 @@ def _store(acc, y_ptr, z_ptr, gain_ptr, bias_ptr, rows, cols, M, N, gains, biase
     where = rows[:, None] * N + cols[None, :]
     inside = (rows[:, None] < M) & (cols[None, :] < N)
     tl.store(z_ptr + where, acc.to(z_ptr.dtype.element_ty), mask=(inside & (inner != 0)) != 0)
-    tl.store(y_ptr + where, _finished(acc, gain_ptr, bias_ptr, cols, N, gains, biased).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        y_ptr + where,
+        _finished(acc, gain_ptr, bias_ptr, cols, N, gains, biased).to(y_ptr.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit(do_not_specialize=["M", "splits", "gains", "biased", "inner"])
@@ -221,7 +334,9 @@ def gemm_finish_kernel(
     inside = (rows[:, None] < M) & (cols[None, :] < N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for split in range(splits):
-        acc += tl.load(sums_ptr + (split * M + rows[:, None]) * N + cols[None, :], mask=inside, other=0.0)
+        acc += tl.load(
+            sums_ptr + (split * M + rows[:, None]) * N + cols[None, :], mask=inside, other=0.0
+        )
     _store(acc, y_ptr, z_ptr, gain_ptr, bias_ptr, rows, cols, M, N, gains, biased, inner)
 
 
@@ -249,10 +364,18 @@ def gemm(
     """
     by_row = launch.dense(summands[0].b, 1)
     # The masked one last, empty places between: those are walked in no steps.
-    slots = [*summands, *[None] * (4 - len(summands) - (masked is not None)), *([masked] if masked else [])]
+    slots = [
+        *summands,
+        *[None] * (4 - len(summands) - (masked is not None)),
+        *([masked] if masked else []),
+    ]
     # Kernels exist for a base with one low-rank summand, and for as many as there can be.
     places = 4 if is_many(len(summands), masked is not None) else 2
-    flags = {"SEGMENTS": places - 1 if masked else places, "MASKED": masked is not None, "BY_ROW": by_row}
+    flags = {
+        "SEGMENTS": places - 1 if masked else places,
+        "MASKED": masked is not None,
+        "BY_ROW": by_row,
+    }
     drop = masked or summands[0]
     ends = gain is not None, bias is not None, inner is not None
     drops = launch.groups(out.shape[1]), philox.threshold(drop.p), philox.scale(drop.p)
@@ -277,9 +400,16 @@ def _by_descriptors(out, inner, slots, lengths, vectors, drop, ends, drops, flag
     places = []
     for one in slots:
         a, b = (None, None) if one is None else (one.a, one.b if flags["BY_ROW"] else one.b.t())
-        places += [None, None] if one is None else [launch.descriptor(a, left), launch.descriptor(b, right)]
+        places += (
+            [None, None]
+            if one is None
+            else [launch.descriptor(a, left), launch.descriptor(b, right)]
+        )
     # An empty place within those that are walked still needs a descriptor, of anything.
-    places = [places[i % 2] if place is None and i < 2 * flags["SEGMENTS"] else place for i, place in enumerate(places)]
+    places = [
+        places[i % 2] if place is None and i < 2 * flags["SEGMENTS"] else place
+        for i, place in enumerate(places)
+    ]
     y = launch.descriptor(out, stored)
     z = y if inner is None else launch.descriptor(inner, stored)
     gemm_tma_kernel[(route.programs,)](
@@ -291,7 +421,11 @@ def _by_descriptors(out, inner, slots, lengths, vectors, drop, ends, drops, flag
 def _by_pointers(out, inner, slots, lengths, vectors, drop, ends, drops, flags, route) -> None:
     (M, N), tile, first = out.shape, route.tile, slots[0]
     pairs = [(first if one is None else one)[:2] for one in slots]
-    strides = [t.stride(0 if place == 0 or flags["BY_ROW"] else 1) for pair in pairs for place, t in enumerate(pair)]
+    strides = [
+        t.stride(0 if place == 0 or flags["BY_ROW"] else 1)
+        for pair in pairs
+        for place, t in enumerate(pair)
+    ]
     split = route.splits > 1
     sums = out.new_empty(route.splits, M, N, dtype=torch.float32) if split else out
     z = out if inner is None else inner

@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from lorafast import philox
-from lorafast.kernels import configs, launch
-from lorafast.kernels.philox import keep_tile
-from lorafast.problem import LowRank
+from lorafast.engine import philox
+from lorafast.engine.kernels import configs, launch
+from lorafast.engine.kernels.philox import keep_tile
+from lorafast.engine.problem import LowRankTerm
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -30,23 +30,31 @@ def grad_project_kernel(
     for step in range(steps):
         rows = (split * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (rows[:, None] < M) & (cols[None, :] < K)
-        x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xk, mask=inside, other=0.0)
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xk, mask=inside, other=0.0
+        )
         if DROPS:
             kept = keep_tile(seed, rows, first_col // 8, groups, threshold, BLOCK_K // 8)
             x = tl.where(kept, x, 0.0).to(x.dtype)
         inside = (rows[:, None] < M) & (ranks[None, :] < R)
-        v = tl.load(v_ptr + rows[:, None] * stride_vm + ranks[None, :] * stride_vr, mask=inside, other=0.0)
+        v = tl.load(
+            v_ptr + rows[:, None] * stride_vm + ranks[None, :] * stride_vr, mask=inside, other=0.0
+        )
         acc = tl.dot(tl.trans(x), v.to(x.dtype), acc, input_precision=PRECISION)
     where = (split * R + ranks[:, None]) * K + cols[None, :]
-    tl.store(out_ptr + where, tl.trans(acc) * scale, mask=(ranks[:, None] < R) & (cols[None, :] < K))
+    tl.store(
+        out_ptr + where, tl.trans(acc) * scale, mask=(ranks[:, None] < R) & (cols[None, :] < K)
+    )
 
 
-def grad_project(x2: torch.Tensor, low: LowRank) -> torch.Tensor:
+def grad_project(x2: torch.Tensor, low: LowRankTerm) -> torch.Tensor:
     """dA = vᵀ drop(x), in fp32.  x [M,K], v [M,R] -> [R,K]"""
     return sum_over_rows(x2, low.v, low.seed, low.p)
 
 
-def sum_over_rows(x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0) -> torch.Tensor:
+def sum_over_rows(
+    x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0
+) -> torch.Tensor:
     """vᵀ drop(x), in fp32.  x [M,K], v [M,R] -> [R,K]"""
     (M, K), R = x2.shape, v.shape[1]
     tile, splits, steps = configs.grad_project(M, K, R, x2.dtype, launch.arch_of(x2))

@@ -8,8 +8,9 @@ import functools
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lorafast import arch, philox
-from lorafast.kernels import configs
+from lorafast.engine import philox
+from lorafast.engine.kernels import configs
+from lorafast.runtime import devices
 
 
 def on(x: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -19,13 +20,19 @@ def on(x: torch.Tensor) -> contextlib.AbstractContextManager:
 
 def arch_of(x: torch.Tensor) -> str:
     """sm_90 and its like; cpu under Triton's interpreter."""
-    return arch.of(x.device).name
+    return devices.of(x.device).name
 
 
 def precision(x: torch.Tensor) -> str:
     """tf32 only where torch's own matrix products use it."""
     # allow_tf32, the older name of the same setting, raises once anybody has used the newer one.
-    return "tf32" if x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return (
+        "tf32"
+        if x.dtype == torch.float32
+        and x.is_cuda
+        and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        else "ieee"
+    )
 
 
 def seed_of(seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
@@ -47,7 +54,13 @@ def aligned(t: torch.Tensor) -> bool:
     """Whether a TMA descriptor can hold it: one dim dense, the rows 16 bytes apart or a multiple, none of them empty or shared."""
     dim = 1 if dense(t, 1) else 0
     apart = t.stride(1 - dim)
-    return dense(t, dim) and t.numel() > 0 and apart >= t.shape[dim] and apart * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
+    return (
+        dense(t, dim)
+        and t.numel() > 0
+        and apart >= t.shape[dim]
+        and apart * t.itemsize % 16 == 0
+        and t.data_ptr() % 16 == 0
+    )
 
 
 def descriptor(t: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
@@ -71,6 +84,8 @@ class Address:
 
 
 @functools.lru_cache(maxsize=8192)
-def _remembered(pointer: int, dtype: torch.dtype, shape: tuple[int, int], apart: int, block: tuple[int, int]) -> TensorDescriptor:
+def _remembered(
+    pointer: int, dtype: torch.dtype, shape: tuple[int, int], apart: int, block: tuple[int, int]
+) -> TensorDescriptor:
     # Made anew a descriptor costs three times as much Python as looking it up, and a call has six.
     return TensorDescriptor(Address(pointer, dtype), list(shape), [apart, 1], list(block))

@@ -7,10 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from lorafast import philox
-from lorafast.kernels import configs, launch
-from lorafast.kernels.philox import keep_tile
-from lorafast.problem import LowRank
+from lorafast.engine import philox
+from lorafast.engine.kernels import configs, launch
+from lorafast.engine.kernels.philox import keep_tile
+from lorafast.engine.problem import LowRankTerm
 
 
 @triton.jit(do_not_specialize=["M", "started"])
@@ -25,18 +25,26 @@ def masked_add_kernel(
     for start in range(0, R, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)
         inside = (rows[:, None] < M) & (ranks[None, :] < R)
-        v = tl.load(v_ptr + rows[:, None] * stride_vm + ranks[None, :] * stride_vr, mask=inside, other=0.0)
+        v = tl.load(
+            v_ptr + rows[:, None] * stride_vm + ranks[None, :] * stride_vr, mask=inside, other=0.0
+        )
         inside = (ranks[:, None] < R) & (cols[None, :] < K)
-        A = tl.load(A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak, mask=inside, other=0.0)
+        A = tl.load(
+            A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak, mask=inside, other=0.0
+        )
         acc = tl.dot(v, A.to(v.dtype), acc, input_precision=PRECISION)
-    kept = keep_tile(tl.load(seed_ptr), rows, tl.program_id(1) * BLOCK_K // 8, groups, threshold, BLOCK_K // 8)
+    kept = keep_tile(
+        tl.load(seed_ptr), rows, tl.program_id(1) * BLOCK_K // 8, groups, threshold, BLOCK_K // 8
+    )
     where = out_ptr + rows[:, None] * K + cols[None, :]
     inside = (rows[:, None] < M) & (cols[None, :] < K)
     before = tl.load(where, mask=(inside & (started != 0)) != 0, other=0.0).to(tl.float32)
-    tl.store(where, (before + tl.where(kept, acc * scale, 0.0)).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        where, (before + tl.where(kept, acc * scale, 0.0)).to(out_ptr.dtype.element_ty), mask=inside
+    )
 
 
-def masked_add(out: torch.Tensor, low: LowRank, started: bool) -> None:
+def masked_add(out: torch.Tensor, low: LowRankTerm, started: bool) -> None:
     """out = (out if started) + mask⊙(v A), in place.  out [M,K] contiguous, low.v [M,R], low.A [R,K]."""
     (M, K), R = out.shape, low.A.shape[0]
     tile = configs.masked_add(out.dtype)

@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from lorafast import philox
-from lorafast.kernels import configs, launch
-from lorafast.kernels.philox import keep_tile
-from lorafast.problem import Down
-from lorafast.reference import mix
+from lorafast.engine import philox
+from lorafast.engine.kernels import configs, launch
+from lorafast.engine.kernels.philox import keep_tile
+from lorafast.engine.problem import DownProj
+from lorafast.engine.reference import mix
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -40,18 +40,30 @@ def project_kernel(
         start = first + step * BLOCK_K
         cols = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
         inside = (rows[:, None] < M) & (cols[None, :] < K)
-        x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xk, mask=inside, other=0.0)
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xk, mask=inside, other=0.0
+        )
         if DROPS:
             kept = keep_tile(seed, rows, start // 8, groups, threshold, BLOCK_K // 8)
             x = tl.where(kept, x, 0.0).to(x.dtype)
         inside = (ranks[:, None] < R) & (cols[None, :] < K)
-        A = tl.load(A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak, mask=inside, other=0.0)
+        A = tl.load(
+            A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak, mask=inside, other=0.0
+        )
         acc = tl.dot(x, tl.trans(A.to(x.dtype)), acc, input_precision=PRECISION)
     inside = (rows[:, None] < M) & (ranks[None, :] < R)
     if PARTS:
-        tl.store(h_ptr + (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * R + ranks[None, :], acc, mask=inside)
+        tl.store(
+            h_ptr + (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * R + ranks[None, :],
+            acc,
+            mask=inside,
+        )
     else:
-        tl.store(h_ptr + rows[:, None] * R + ranks[None, :], (acc * scale).to(h_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            h_ptr + rows[:, None] * R + ranks[None, :],
+            (acc * scale).to(h_ptr.dtype.element_ty),
+            mask=inside,
+        )
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
@@ -68,7 +80,9 @@ def finish_kernel(
     inside = (rows[:, None] < M) & (ranks[None, :] < R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for split in range(splits):
-        acc += tl.load(parts_ptr + (split * M + rows[:, None]) * width + ranks[None, :], mask=inside, other=0.0)
+        acc += tl.load(
+            parts_ptr + (split * M + rows[:, None]) * width + ranks[None, :], mask=inside, other=0.0
+        )
     h = (acc * scale).to(h_ptr.dtype.element_ty)
     where = rows[:, None] * R + ranks[None, :]
     tl.store(h_ptr + where, h, mask=inside)
@@ -78,20 +92,30 @@ def finish_kernel(
     if CORE == 2:
         # The core as [j, i], so that h' = h coreᵀ is a plain product.
         square = (ranks[:, None] < R) & (ranks[None, :] < R)
-        core = tl.load(core_ptr + ranks[None, :] * stride_ci + ranks[:, None] * stride_cj, mask=square, other=0.0).to(h.dtype)
-        tl.store(mixed_ptr + where, tl.dot(h, core, input_precision=PRECISION).to(h.dtype), mask=inside)
+        core = tl.load(
+            core_ptr + ranks[None, :] * stride_ci + ranks[:, None] * stride_cj,
+            mask=square,
+            other=0.0,
+        ).to(h.dtype)
+        tl.store(
+            mixed_ptr + where, tl.dot(h, core, input_precision=PRECISION).to(h.dtype), mask=inside
+        )
 
 
-def project(x2: torch.Tensor, downs: list[Down]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def project(x2: torch.Tensor, downs: list[DownProj]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """h = drop(x) Aᵀ rounded to x's dtype, and h' = core(h).  x [M,K] -> h, h' [M,R] for each way down."""
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for together in _stacks(downs):
         chosen = [downs[i] for i in together]
-        found |= zip(together, [_alone(x2, *chosen)] if len(chosen) == 1 else _stacked(x2, chosen), strict=True)
+        found |= zip(
+            together,
+            [_alone(x2, *chosen)] if len(chosen) == 1 else _stacked(x2, chosen),
+            strict=True,
+        )
     return [found[i] for i in range(len(downs))]
 
 
-def _stacks(downs: list[Down]) -> list[list[int]]:
+def _stacks(downs: list[DownProj]) -> list[list[int]]:
     """Which ways down drop the same elements, and fit into one tile together."""
     stacks: list[list[int]] = []
     for i, down in enumerate(downs):
@@ -106,7 +130,7 @@ def _stacks(downs: list[Down]) -> list[list[int]]:
     return stacks
 
 
-def _alone(x2: torch.Tensor, down: Down) -> tuple[torch.Tensor, torch.Tensor]:
+def _alone(x2: torch.Tensor, down: DownProj) -> tuple[torch.Tensor, torch.Tensor]:
     (M, K), R = x2.shape, down.A.shape[0]
     share = configs.project(M, K, R, x2.dtype, launch.arch_of(x2))
     if share.splits > 1 or (down.core is not None and configs.mixes(R, x2.dtype)):
@@ -116,22 +140,27 @@ def _alone(x2: torch.Tensor, down: Down) -> tuple[torch.Tensor, torch.Tensor]:
     return h, mix(h, down.core)
 
 
-def _stacked(x2: torch.Tensor, downs: list[Down]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _stacked(x2: torch.Tensor, downs: list[DownProj]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     stack = downs[0]._replace(A=torch.cat([down.A for down in downs]))
-    parts = _parts(x2, stack, configs.project(*x2.shape, stack.A.shape[0], x2.dtype, launch.arch_of(x2)))
+    parts = _parts(
+        x2, stack, configs.project(*x2.shape, stack.A.shape[0], x2.dtype, launch.arch_of(x2))
+    )
     firsts = itertools.accumulate((down.A.shape[0] for down in downs), initial=0)
     scale = philox.scale(stack.p)
-    return [finished(parts, i, down.A.shape[0], down.core, scale, x2.dtype) for i, down in zip(firsts, downs, strict=False)]
+    return [
+        finished(parts, i, down.A.shape[0], down.core, scale, x2.dtype)
+        for i, down in zip(firsts, downs, strict=False)
+    ]
 
 
-def _parts(x2: torch.Tensor, down: Down, share: configs.Share) -> torch.Tensor:
+def _parts(x2: torch.Tensor, down: DownProj, share: configs.Share) -> torch.Tensor:
     """drop(x) Aᵀ before its scale, in fp32 parts to be added.  [splits,M,R]"""
     parts = x2.new_empty(share.splits, x2.shape[0], down.A.shape[0], dtype=torch.float32)
     _launch(x2, down, share, parts)
     return parts
 
 
-def _launch(x2: torch.Tensor, down: Down, share: configs.Share, h: torch.Tensor) -> None:
+def _launch(x2: torch.Tensor, down: DownProj, share: configs.Share, h: torch.Tensor) -> None:
     """Into h [M,R], or into parts [splits,M,R]."""
     (M, K), R, tile = x2.shape, down.A.shape[0], share.tile
     if M:
@@ -145,7 +174,12 @@ def _launch(x2: torch.Tensor, down: Down, share: configs.Share, h: torch.Tensor)
 
 
 def finished(
-    parts: torch.Tensor, first: int, R: int, core: torch.Tensor | None, scale: float, dtype: torch.dtype
+    parts: torch.Tensor,
+    first: int,
+    R: int,
+    core: torch.Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """scale·Σ parts, R columns from `first` on, rounded to dtype, and its product with the core.  [splits,M,·] -> [M,R] twice"""
     splits, M, width = parts.shape

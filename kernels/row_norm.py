@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lorafast.kernels import configs, launch
-from lorafast.problem import Scaling
+from lorafast.engine.kernels import configs, launch
+from lorafast.engine.problem import Scaling
 
 
 @triton.jit(do_not_specialize=["scaled"])
@@ -29,7 +29,9 @@ def row_norm_kernel(
         for start in range(0, K, BLOCK_K):
             cols = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
             A = tl.trans(_factor(A_ptr, cols, ranks, K, R, stride_ak, stride_ar))
-            V = _weight(W_ptr, rows, cols, N, K, stride_wn, stride_wk) + tl.dot(B, A, input_precision=PRECISION)
+            V = _weight(W_ptr, rows, cols, N, K, stride_wn, stride_wk) + tl.dot(
+                B, A, input_precision=PRECISION
+            )
             squares += tl.sum(V * V, axis=1)
         tl.store(out_ptr + rows, tl.sqrt(squares), mask=rows < N)
     else:
@@ -39,7 +41,9 @@ def row_norm_kernel(
         for start in range(0, N, BLOCK_N):
             rows = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
             B = _factor(B_ptr, rows, ranks, N, R, stride_bn, stride_br) * s
-            V = _weight(W_ptr, rows, cols, N, K, stride_wn, stride_wk) + tl.dot(B, A, input_precision=PRECISION)
+            V = _weight(W_ptr, rows, cols, N, K, stride_wn, stride_wk) + tl.dot(
+                B, A, input_precision=PRECISION
+            )
             squares += tl.sum(V * V, axis=0)
         tl.store(out_ptr + cols, tl.sqrt(squares), mask=cols < K)
 
@@ -48,17 +52,27 @@ def row_norm_kernel(
 def _factor(ptr, places, ranks, count, R, stride_place, stride_rank):
     """A factor's tile as fp32 [BLOCK, BLOCK_R], zero beyond its ends."""
     inside = (places[:, None] < count) & (ranks[None, :] < R)
-    return tl.load(ptr + places[:, None] * stride_place + ranks[None, :] * stride_rank, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(
+        ptr + places[:, None] * stride_place + ranks[None, :] * stride_rank, mask=inside, other=0.0
+    ).to(tl.float32)
 
 
 @triton.jit
 def _weight(ptr, rows, cols, N, K, stride_n, stride_k):
     """A tile of W as fp32, zero beyond its ends."""
     inside = (rows[:, None] < N) & (cols[None, :] < K)
-    return tl.load(ptr + rows[:, None] * stride_n + cols[None, :] * stride_k, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(
+        ptr + rows[:, None] * stride_n + cols[None, :] * stride_k, mask=inside, other=0.0
+    ).to(tl.float32)
 
 
-def row_norm(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Scaling = 1.0, axis: str = "out") -> torch.Tensor:
+def row_norm(
+    weight: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scaling: Scaling = 1.0,
+    axis: str = "out",
+) -> torch.Tensor:
     """‖W + sBA‖ per row (axis="out", [N]) or per column (axis="in", [K]), in fp32."""
     (N, K), R, by_row = weight.shape, A.shape[0], axis == "out"
     tile = configs.row_norm(R, weight.dtype)

@@ -2,11 +2,10 @@
 
 from lorafast import optim as optim
 from lorafast import schedule as schedule
-from lorafast._version import VERSION
-from lorafast.catalog import list_methods
-from lorafast.embedding import Embedding
+from lorafast.checkpoint.keys import adapter_state_dict
+from lorafast.checkpoint.save_load import load_adapter, save_adapter
 from lorafast.functional import linear
-from lorafast.layer import Linear
+from lorafast.integrations.accelerate import accelerate, patch_peft, restore
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.aflora import AFLoRA
 from lorafast.methods.dora import DoRA
@@ -15,18 +14,19 @@ from lorafast.methods.lora import LoRA
 from lorafast.methods.lora_ga import LoRAGA
 from lorafast.methods.pissa import PiSSA
 from lorafast.methods.vera import VeRA
-from lorafast.models.accelerate import accelerate, patch_peft, restore
 from lorafast.models.adapt import adapt
-from lorafast.models.checkpoint import load_adapter, save_adapter
 from lorafast.models.disable import disable_adapter
 from lorafast.models.explain import explain
 from lorafast.models.gradients import estimate_gradients
-from lorafast.models.keys import adapter_state_dict
 from lorafast.models.merge import merge, merge_and_unload, unload
 from lorafast.models.ranks import spectral_ranks
 from lorafast.models.summary import adapter_parameters, trainable_summary
+from lorafast.nn.embedding import Embedding
+from lorafast.nn.linear import Linear
+from lorafast.registry import list_methods
+from lorafast.runtime import moved_modules
 
-__version__ = VERSION
+__version__ = "0.1.0"
 
 __all__ = [
     "AFLoRA", "AdaLoRA", "DoRA", "Embedding", "LaMDA", "Linear", "LoRA", "LoRAGA", "PiSSA", "VeRA", "accelerate", "adapt",
@@ -34,3 +34,5 @@ __all__ = [
     "load_adapter", "merge", "merge_and_unload", "patch_peft", "restore", "save_adapter", "spectral_ranks", "trainable_summary",
     "unload",
 ]  # fmt: skip
+
+moved_modules.install()

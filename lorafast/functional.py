@@ -6,10 +6,18 @@ from collections.abc import Sequence
 
 import torch
 
-from lorafast import checks, onlookers, ops, philox, reference
-from lorafast.problem import Scaling, Settings, Tensors, activation_dtype, resolved_keep, split_scaling
-from lorafast.several import Factors
-from lorafast.several import several as call_several
+from lorafast.engine import checks, ops, philox, reference
+from lorafast.engine.multi_adapter import Factors
+from lorafast.engine.multi_adapter import several as call_several
+from lorafast.engine.problem import (
+    CallOptions,
+    LayerTensors,
+    Scaling,
+    activation_dtype,
+    resolved_keep,
+    split_scaling,
+)
+from lorafast.runtime import torch_internals
 
 
 def linear(
@@ -41,13 +49,15 @@ def linear(
     norm=None computes ‖W+sBA‖, detached; seed=None draws one from torch's generator. A trained weight runs on plain autograd.
     Raises ValueError or TypeError naming the argument and the shapes. Sources: arXiv 2106.09685, 2402.09353, 2406.12832.
     """
-    t = Tensors(weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed)
+    t = LayerTensors(
+        weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed
+    )
     return of(x, t, scaling, dropout, dropout_on, axis, keep, frozen_columns, training)
 
 
 def of(
     x: torch.Tensor,
-    t: Tensors,
+    t: LayerTensors,
     scaling: Scaling,
     dropout: float,
     dropout_on: str = "adapter",
@@ -57,7 +67,7 @@ def of(
     training: bool = True,
 ) -> torch.Tensor:
     """linear of tensors that are already together; t.scale is scaling's to set."""
-    signature = onlookers.signature(x, *t)
+    signature = torch_internals.signature(x, *t)
     runs_in = checks.call(x, t, scaling, dropout, axis, dropout_on, keep, frozen_columns, signature)
     plain = signature is not None
     p = float(dropout) if training else 0.0
@@ -70,20 +80,28 @@ def of(
             p, dropout_on, keep, frozen_columns, seed,
         )  # fmt: skip
     if seed is not t.seed or scale is not t.scale:
-        plain = plain and (scale is None or onlookers.plain(scale))
-        t = Tensors(*t[:-2], seed, scale)
+        plain = plain and (scale is None or torch_internals.plain(scale))
+        t = LayerTensors(*t[:-2], seed, scale)
     if t.magnitude is not None and t.norm is None:
         t = t._replace(norm=_row_norm(t, number, axis, plain))
     if x.dtype != runs_in:
         x = x.to(runs_in)
-    settings = Settings(number, p, axis, dropout_on, "none", frozen_columns)
+    settings = CallOptions(number, p, axis, dropout_on, "none", frozen_columns)
     if t.magnitude is not None and grad and (t.magnitude.requires_grad or t.norm.requires_grad):
-        settings = settings._replace(keep=resolved_keep(keep, settings, True, t.bias is None and t.lora_bias is None, runs_in))
+        settings = settings._replace(
+            keep=resolved_keep(
+                keep, settings, True, t.bias is None and t.lora_bias is None, runs_in
+            )
+        )
     return ops.linear(x, t, settings, plain)
 
 
 def several(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Sequence[Factors], training: bool = True
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    adapters: Sequence[Factors],
+    training: bool = True,
 ) -> torch.Tensor:
     """y = x Wᵀ + Σᵢ sᵢ(dropᵢ(x) Aᵢᵀ Bᵢᵀ + lora_biasᵢ) + bias: several LoRA adapters on one frozen weight, in one call.
 
@@ -91,20 +109,32 @@ def several(
     an A trains, M·Rᵢ for every B that trains. An adapter that drops without a seed gets one, in their order. Errors as linear's.
     """
     if not adapters:
-        raise ValueError(f"adapters is empty; weight {tuple(weight.shape)} alone is torch.nn.functional.linear")
+        raise ValueError(
+            f"adapters is empty; weight {tuple(weight.shape)} alone is torch.nn.functional.linear"
+        )
     ready, plain = [], True
     for one in adapters:
-        parts = Tensors(weight, bias, one.lora_A, one.lora_B, lora_bias=one.lora_bias, seed=one.seed)
-        signature = onlookers.signature(x, *parts)
+        parts = LayerTensors(
+            weight, bias, one.lora_A, one.lora_B, lora_bias=one.lora_bias, seed=one.seed
+        )
+        signature = torch_internals.signature(x, *parts)
         checks.call(x, parts, one.s, one.dropout, "out", "adapter", "auto", 0, signature)
-        plain = plain and signature is not None and (one.scale is None or onlookers.plain(one.scale))
+        plain = (
+            plain
+            and signature is not None
+            and (one.scale is None or torch_internals.plain(one.scale))
+        )
         p = float(one.dropout) if training else 0.0
         seed = (philox.draw(x.device) if one.seed is None else one.seed) if p else None
         number, scale = split_scaling(one.s)
         ready.append(one._replace(seed=seed, dropout=p, scaling=number, scale=scale))
-    trained = weight.requires_grad or any(one.scale is not None and one.scale.requires_grad for one in ready)
+    trained = weight.requires_grad or any(
+        one.scale is not None and one.scale.requires_grad for one in ready
+    )
     if trained and torch.is_grad_enabled():
-        raise ValueError(f"weight {tuple(weight.shape)} and tensor scalings must be frozen where several adapters share a call")
+        raise ValueError(
+            f"weight {tuple(weight.shape)} and tensor scalings must be frozen where several adapters share a call"
+        )
     return call_several(x.to(activation_dtype(x)), weight, bias, ready, plain)
 
 
@@ -125,16 +155,31 @@ def row_norm(
     factor has been replaced or written and no optimizer has stepped (a write through `.data` is not seen); it is ignored while
     torch.compile or a CUDA graph looks on.
     """
-    parts = Tensors(weight, None, lora_A, lora_B, core, None, None, out_scale)
-    signature = onlookers.signature(*parts)
+    parts = LayerTensors(weight, None, lora_A, lora_B, core, None, None, out_scale)
+    signature = torch_internals.signature(*parts)
     checks.norm(parts, axis, signature)
     number, scale = split_scaling(scaling)
-    if not detach and torch.is_grad_enabled() and (weight.requires_grad or (scale is not None and scale.requires_grad)):
+    if (
+        not detach
+        and torch.is_grad_enabled()
+        and (weight.requires_grad or (scale is not None and scale.requires_grad))
+    ):
         return reference.row_norm(weight, lora_A, lora_B, core, out_scale, scaling, axis)
-    plain = signature is not None and (scale is None or onlookers.plain(scale))
-    return _row_norm(parts._replace(scale=scale), number, axis, plain, detach, cache and not torch.compiler.is_compiling())
+    plain = signature is not None and (scale is None or torch_internals.plain(scale))
+    return _row_norm(
+        parts._replace(scale=scale),
+        number,
+        axis,
+        plain,
+        detach,
+        cache and not torch.compiler.is_compiling(),
+    )
 
 
-def _row_norm(t: Tensors, number: float, axis: str, plain: bool, detach: bool = True, cache: bool = False) -> torch.Tensor:
-    factors = Tensors(t.weight, None, t.lora_A, t.lora_B, t.core, None, None, t.out_scale, None, None, t.scale)
-    return ops.row_norm(factors, Settings(number, 0.0, axis), detach, cache, plain)
+def _row_norm(
+    t: LayerTensors, number: float, axis: str, plain: bool, detach: bool = True, cache: bool = False
+) -> torch.Tensor:
+    factors = LayerTensors(
+        t.weight, None, t.lora_A, t.lora_B, t.core, None, None, t.out_scale, None, None, t.scale
+    )
+    return ops.row_norm(factors, CallOptions(number, 0.0, axis), detach, cache, plain)

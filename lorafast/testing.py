@@ -14,10 +14,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lorafast import env, functional, philox
-from lorafast.backends import cpu
+from lorafast import functional
+from lorafast.engine import philox
+from lorafast.engine.backends import cpu
+from lorafast.runtime import env
 
-SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SHORT = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
 GRADIENTS = ("x", "bias", "lora_A", "lora_B", "core", "magnitude", "out_scale", "lora_bias")
 
 
@@ -73,8 +80,14 @@ class Case:
     transposed: bool = False
 
     def __str__(self) -> str:
-        flags = [f"p{self.dropout}"] * bool(self.dropout) + ["bias"] * self.bias + ["transposed"] * self.transposed
-        return "-".join([self.form.name, f"M{self.M}-N{self.N}-K{self.K}-R{self.R}", SHORT[self.dtype], *flags])
+        flags = (
+            [f"p{self.dropout}"] * bool(self.dropout)
+            + ["bias"] * self.bias
+            + ["transposed"] * self.transposed
+        )
+        return "-".join(
+            [self.form.name, f"M{self.M}-N{self.N}-K{self.K}-R{self.R}", SHORT[self.dtype], *flags]
+        )
 
     @property
     def works(self) -> bool:
@@ -82,16 +95,23 @@ class Case:
         return not (self.form.keep == "output" and self.form.dropout_on == "both" and self.dropout)
 
 
-def make(case: Case, seed: int = 0, device: torch.device | str = "cpu", sliced: bool = True) -> dict[str, torch.Tensor | None]:
+def make(
+    case: Case, seed: int = 0, device: torch.device | str = "cpu", sliced: bool = True
+) -> dict[str, torch.Tensor | None]:
     """Every tensor of the case by the name lorafast.linear gives it, and dy. x and dy are slices of wider tensors, so no stride is
     trivial, unless sliced=False; a transposed weight lies in memory as [K,N].
     """
     generator = torch.Generator(device).manual_seed(seed)
     left, right = (1, 2) if sliced else (0, 0)
-    form, factor = case.form, case.adapter_dtype or (torch.float64 if case.dtype == torch.float64 else torch.float32)
+    form, factor = (
+        case.form,
+        case.adapter_dtype or (torch.float64 if case.dtype == torch.float64 else torch.float32),
+    )
 
     def normal(*shape: int, dtype: torch.dtype = factor, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64, device=device) * scale).to(dtype)
+        return (
+            torch.randn(shape, generator=generator, dtype=torch.float64, device=device) * scale
+        ).to(dtype)
 
     def rows(width: int) -> torch.Tensor:
         return normal(case.M, left + width + right, dtype=case.dtype)[:, left : left + width]
@@ -119,9 +139,27 @@ def ours(case: Case, t: dict[str, torch.Tensor | None]) -> torch.Tensor:
     f, norm = case.form, None
     if not f.detach_norm:
         norm = functional.row_norm(
-            t["weight"], t["lora_A"], t["lora_B"], t["core"], t["out_scale"], case.scaling, f.axis, detach=False
+            t["weight"],
+            t["lora_A"],
+            t["lora_B"],
+            t["core"],
+            t["out_scale"],
+            case.scaling,
+            f.axis,
+            detach=False,
         )
-    names = ("x", "weight", "bias", "lora_A", "lora_B", "core", "magnitude", "out_scale", "lora_bias", "seed")
+    names = (
+        "x",
+        "weight",
+        "bias",
+        "lora_A",
+        "lora_B",
+        "core",
+        "magnitude",
+        "out_scale",
+        "lora_bias",
+        "seed",
+    )
     return functional.linear(
         **{name: t[name] for name in names}, norm=norm, axis=f.axis, scaling=case.scaling, dropout=case.dropout,
         dropout_on=f.dropout_on, keep=f.keep,
@@ -129,7 +167,9 @@ def ours(case: Case, t: dict[str, torch.Tensor | None]) -> torch.Tensor:
 
 
 def chain(
-    case: Case, t: dict[str, torch.Tensor | None], drop: Callable[[torch.Tensor], torch.Tensor] | None = None
+    case: Case,
+    t: dict[str, torch.Tensor | None],
+    drop: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The eager chain: stock torch ops one after another, factors cast to x's dtype. In float64 it is the truth.
 
@@ -137,7 +177,8 @@ def chain(
     """
     f, s, x, W, dtype = case.form, case.scaling, t["x"], t["weight"], t["x"].dtype
     A, B, core, m, b_B = (
-        None if t[name] is None else t[name].to(dtype) for name in ("lora_A", "lora_B", "core", "magnitude", "lora_bias")
+        None if t[name] is None else t[name].to(dtype)
+        for name in ("lora_A", "lora_B", "core", "magnitude", "lora_bias")
     )
     out_scale = None if t["out_scale"] is None else t["out_scale"].to(dtype)
     dropped = x
@@ -173,7 +214,11 @@ def chain(
 
 
 def run(
-    function: Callable, case: Case, tensors: dict[str, torch.Tensor | None], wide: bool = False, trained: Iterable[str] = GRADIENTS
+    function: Callable,
+    case: Case,
+    tensors: dict[str, torch.Tensor | None],
+    wide: bool = False,
+    trained: Iterable[str] = GRADIENTS,
 ) -> dict[str, torch.Tensor]:
     """y and the gradient of every `trained` tensor of function(case, tensors), in float64 throughout if wide."""
     t = {name: leaf(name, value, wide, trained) for name, value in tensors.items()}
@@ -200,12 +245,19 @@ class Yardstick:
                 self._rms[name] += value.square().sum().item()
         self._errors = self._squares(lambda tensors: run(function, case, tensors, False, trained))
 
-    def ratios(self, outcome: Callable[[dict[str, torch.Tensor | None]], dict[str, torch.Tensor]]) -> dict[str, float]:
+    def ratios(
+        self, outcome: Callable[[dict[str, torch.Tensor | None]], dict[str, torch.Tensor]]
+    ) -> dict[str, float]:
         """max(e, f) ÷ max(e_chain, f) of y and each gradient that outcome(tensors) gives: e the RMS error against float64 over all
         seeds, f = eps/8·rms(truth).
         """
         floor, errors = torch.finfo(self.case.dtype).eps / 8, self._squares(outcome)
-        return {name: ratio(errors[name] ** 0.5, self._errors[name] ** 0.5, self._rms[name] ** 0.5, floor) for name in self._rms}
+        return {
+            name: ratio(
+                errors[name] ** 0.5, self._errors[name] ** 0.5, self._rms[name] ** 0.5, floor
+            )
+            for name in self._rms
+        }
 
     def _squares(self, outcome: Callable) -> dict[str, float]:
         sums = {name: 0.0 for name in self._rms}
@@ -213,11 +265,15 @@ class Yardstick:
             got = outcome(tensors)
             for name, value in truth.items():
                 # What should have a gradient and has none is as wrong as can be.
-                sums[name] += math.inf if got.get(name) is None else (got[name] - value).square().sum().item()
+                sums[name] += (
+                    math.inf if got.get(name) is None else (got[name] - value).square().sum().item()
+                )
         return sums
 
 
-def error_ratios(case: Case, function: Callable = ours, seeds: Iterable[int] = range(4)) -> dict[str, float]:
+def error_ratios(
+    case: Case, function: Callable = ours, seeds: Iterable[int] = range(4)
+) -> dict[str, float]:
     """The error ratios of function(case, tensors) for y and each gradient."""
     yardstick = Yardstick(case, (make(case, seed) for seed in seeds))
     return yardstick.ratios(lambda tensors: run(function, case, tensors))
@@ -252,7 +308,11 @@ class _Kept:
         self.tensor = tensor.detach()
 
 
-def saved(function: Callable[[], torch.Tensor], named: dict[str, torch.Tensor], constant: Iterable[torch.Tensor]) -> Saved:
+def saved(
+    function: Callable[[], torch.Tensor],
+    named: dict[str, torch.Tensor],
+    constant: Iterable[torch.Tensor],
+) -> Saved:
     """Count what saved_tensors_hooks see and the graph still holds once function has returned: numel·itemsize once per data_ptr,
     and no more of a storage than it has (views and expanded tensors count once). `constant` (parameters, buffers) is left out;
     `named` tensors and the output ("y") are kept by reference.
@@ -295,7 +355,9 @@ def allocated(function: Callable[[], object]) -> Allocated:
     """
     env.hush_profiler()
     cpu.workspace()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         kept = function()
     events: list[tuple[int, int, int]] = []
     nodes = list(profile.profiler.kineto_results.experimental_event_tree())
@@ -317,7 +379,9 @@ def allocated(function: Callable[[], object]) -> Allocated:
     return Allocated(now, peak + cpu.workspace())
 
 
-def leaf(name: str, value: torch.Tensor | None, wide: bool = False, trained: Iterable[str] = GRADIENTS) -> torch.Tensor | None:
+def leaf(
+    name: str, value: torch.Tensor | None, wide: bool = False, trained: Iterable[str] = GRADIENTS
+) -> torch.Tensor | None:
     """The tensor as a leaf that requires grad if it is `trained`; in float64 if wide."""
     if value is None or name == "seed":
         return value

@@ -25,7 +25,7 @@ def poisoned_and_seeded():
 @pytest.fixture
 def calls(monkeypatch):
     """How often PEFT's layers ran on our ops, and why they did not."""
-    from lorafast.models import peft as ours
+    from lorafast.integrations import peft_linear as ours
 
     found = {"fast": 0, "why": []}
     fast, fallback = ours.fast, ours.fallback
@@ -45,14 +45,28 @@ def calls(monkeypatch):
 
 def pytest_terminal_summary(terminalreporter):
     """One table of what the compiled kernels take: forms, registers, stack, shared memory."""
-    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
-    rows = [row for report in reports for name, rows in report.user_properties if name == "compiled" for row in rows]
+    reports = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+    ]
+    rows = [
+        row
+        for report in reports
+        for name, rows in report.user_properties
+        if name == "compiled"
+        for row in rows
+    ]
     if not rows:
         return
     terminalreporter.section("Triton kernels compiled ahead of time")
-    terminalreporter.line(f"{'kernel':16}{'dtype':7}{'arch':9}{'forms':>5}{'registers':>11}{'stack':>7}{'shared, KiB':>13}")
+    terminalreporter.line(
+        f"{'kernel':16}{'dtype':7}{'arch':9}{'forms':>5}{'registers':>11}{'stack':>7}{'shared, KiB':>13}"
+    )
     for dtype, capability, kernel in dict.fromkeys(tuple(row[:3]) for row in rows):
-        registers, stack, shared = zip(*(row[3:] for row in rows if tuple(row[:3]) == (dtype, capability, kernel)), strict=True)
+        registers, stack, shared = zip(
+            *(row[3:] for row in rows if tuple(row[:3]) == (dtype, capability, kernel)), strict=True
+        )
         terminalreporter.line(
             f"{kernel:16}{dtype:7}{f'sm_{capability}':9}{len(registers):5}{f'{min(registers)}-{max(registers)}':>11}{max(stack):7}"
             f"{f'{min(shared) / 1024:.0f}-{max(shared) / 1024:.0f}':>13}"

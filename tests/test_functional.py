@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import lorafast
-from lorafast import philox, testing
-from lorafast.backends import eager
-from lorafast.problem import Down, LowRank
+from lorafast import testing
+from lorafast.engine import philox
+from lorafast.engine.backends import eager
+from lorafast.engine.problem import DownProj, LowRankTerm
 from lorafast.testing import FORMS, GRADIENTS, Case
 
 BY_NAME = {form.name: form for form in FORMS}
@@ -37,7 +38,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("form", ["lora", "vera", "dora-output", "dora-inner", "dora-both", "dora-in", "dora-recompute"])
+@pytest.mark.parametrize(
+    "form", ["lora", "vera", "dora-output", "dora-inner", "dora-both", "dora-in", "dora-recompute"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_any_layout_of_x(form, layout, p):
@@ -56,7 +59,11 @@ def test_any_layout_of_x(form, layout, p):
 @pytest.mark.parametrize("layout", ["expanded", "transposed"])
 def test_any_layout_of_dy(layout):
     case, t = problem("dora", dropout=0.3)
-    dy = torch.randn(1, N, dtype=torch.float64).expand(6, N) if layout == "expanded" else torch.randn(N, 6, dtype=torch.float64).t()
+    dy = (
+        torch.randn(1, N, dtype=torch.float64).expand(6, N)
+        if layout == "expanded"
+        else torch.randn(N, 6, dtype=torch.float64).t()
+    )
     got, want = (testing.run(f, case, t | {"dy": dy}) for f in (testing.ours, testing.chain))
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-11, atol=1e-12)
@@ -65,7 +72,10 @@ def test_any_layout_of_dy(layout):
 def test_a_transposed_weight_is_used_as_it_lies():
     case, t = problem("dora")
     conv1d = t["weight"].t().contiguous().t()
-    got, want = testing.run(testing.ours, case, t | {"weight": conv1d}), testing.run(testing.ours, case, t)
+    got, want = (
+        testing.run(testing.ours, case, t | {"weight": conv1d}),
+        testing.run(testing.ours, case, t),
+    )
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12)
 
@@ -75,8 +85,14 @@ def test_any_subset_of_inputs_may_require_grad(form):
     case, t = problem(form, dropout=0.3)
     names = [name for name in GRADIENTS if t[name] is not None]
     full = testing.run(testing.ours, case, t)
-    for chosen in itertools.chain.from_iterable(itertools.combinations(names, n) for n in (1, 2, len(names) - 1)):
-        leaves = {name: None if v is None else v.detach().requires_grad_(name in chosen) for name, v in t.items() if name != "seed"}
+    for chosen in itertools.chain.from_iterable(
+        itertools.combinations(names, n) for n in (1, 2, len(names) - 1)
+    ):
+        leaves = {
+            name: None if v is None else v.detach().requires_grad_(name in chosen)
+            for name, v in t.items()
+            if name != "seed"
+        }
         testing.ours(case, leaves | {"seed": t["seed"]}).backward(t["dy"])
         for name in names:
             if name in chosen:
@@ -98,10 +114,17 @@ def test_outputs_are_fresh(form):
 
 
 @pytest.mark.parametrize("op", ["relu_", "add_", "mul_"])
-@pytest.mark.parametrize("form", ["lora", "lamda", "adalora", "vera", "dora-inner", "dora-recompute", "dora-both", "dora-in"])
+@pytest.mark.parametrize(
+    "form",
+    ["lora", "lamda", "adalora", "vera", "dora-inner", "dora-recompute", "dora-both", "dora-in"],
+)
 def test_in_place_ops_on_the_output(form, op):
     case, t = problem(form, dropout=0.3)
-    follow = {"relu_": lambda y: y.relu_(), "add_": lambda y: y.add_(1), "mul_": lambda y: y.mul_(3)}[op]
+    follow = {
+        "relu_": lambda y: y.relu_(),
+        "add_": lambda y: y.add_(1),
+        "mul_": lambda y: y.mul_(3),
+    }[op]
     apart = {"relu_": torch.relu, "add_": lambda y: y + 1, "mul_": lambda y: y * 3}[op]
     got = testing.run(lambda case, t: follow(testing.ours(case, t)), case, t)
     want = testing.run(lambda case, t: apart(testing.ours(case, t)), case, t)
@@ -111,7 +134,10 @@ def test_in_place_ops_on_the_output(form, op):
 
 def test_in_place_after_keep_output_names_the_layer_and_the_mend():
     case, t = problem("dora-output", dtype=torch.float32, bias=False)
-    t = {name: None if v is None or name == "seed" else v.detach().requires_grad_(name != "dy") for name, v in t.items()}
+    t = {
+        name: None if v is None or name == "seed" else v.detach().requires_grad_(name != "dy")
+        for name, v in t.items()
+    }
     t["weight"].requires_grad_(False)
     y = testing.ours(case, t).relu_()
     with pytest.raises(RuntimeError, match=rf"weight \({N}, {K}\).*keep='inner'"):
@@ -124,7 +150,10 @@ def test_in_place_after_keep_output_names_the_layer_and_the_mend():
 
 def test_in_place_on_something_else_is_not_blamed_on_the_output():
     case, t = problem("dora-output", dtype=torch.float32, bias=False)
-    t = {name: None if v is None or name == "seed" else v.detach().requires_grad_(name in GRADIENTS) for name, v in t.items()}
+    t = {
+        name: None if v is None or name == "seed" else v.detach().requires_grad_(name in GRADIENTS)
+        for name, v in t.items()
+    }
     x = t["x"].detach().clone()
     y = testing.ours(case, t | {"x": x})
     x.add_(1)
@@ -135,23 +164,40 @@ def test_in_place_on_something_else_is_not_blamed_on_the_output():
 @pytest.mark.parametrize("scaling", [0.02, 0.25])
 def test_a_sum_beyond_half_precision_is_scaled_before_it_is_rounded(scaling):
     B = torch.ones(3, 1, requires_grad=True)
-    x, dy = torch.full((64, 1), 2.0, dtype=torch.float16), torch.full((64, 3), 32.0, dtype=torch.float16)
+    x, dy = (
+        torch.full((64, 1), 2.0, dtype=torch.float16),
+        torch.full((64, 3), 32.0, dtype=torch.float16),
+    )
     A, W = torch.full((1, 1), 20.0), torch.ones(3, 1, dtype=torch.float16)
     lorafast.linear(x, W, None, A, B, scaling=scaling).backward(dy)
-    torch.testing.assert_close(B.grad, torch.full((3, 1), 64 * 2 * 20 * 32 * scaling), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        B.grad, torch.full((3, 1), 64 * 2 * 20 * 32 * scaling), rtol=1e-3, atol=0
+    )
 
 
 def test_a_rare_survivor_does_not_overflow_in_half_precision():
     t = testing.make(Case(BY_NAME["lora"], 64, N, K, R, torch.float16))
     # scale·A would be 93,620, past fp16's 65,504; h is not.
-    y = lorafast.linear(t["x"] / 50, t["weight"], None, torch.full((R, K), 10.0), t["lora_B"], dropout=0.9999, seed=t["seed"])
+    y = lorafast.linear(
+        t["x"] / 50,
+        t["weight"],
+        None,
+        torch.full((R, K), 10.0),
+        t["lora_B"],
+        dropout=0.9999,
+        seed=t["seed"],
+    )
     assert y.isfinite().all()
 
 
 @pytest.mark.parametrize("form", ["lora", "dora-output", "dora-both", "vera"])
 def test_retain_graph(form):
     case, t = problem(form, dropout=0.3)
-    leaves = {name: None if v is None else v.detach().requires_grad_(name in GRADIENTS) for name, v in t.items() if name != "seed"}
+    leaves = {
+        name: None if v is None else v.detach().requires_grad_(name in GRADIENTS)
+        for name, v in t.items()
+        if name != "seed"
+    }
     y = testing.ours(case, leaves | {"seed": t["seed"]})
     y.backward(t["dy"], retain_graph=True)
     once = {name: leaves[name].grad.clone() for name in GRADIENTS if leaves[name] is not None}
@@ -164,7 +210,16 @@ def test_frozen_columns_get_a_zero_gradient_and_no_work():
     case, t = problem("lamda")
     full = testing.run(testing.ours, case, t)["lora_B"]
     leaf = t["lora_B"].clone().requires_grad_()
-    y = lorafast.linear(t["x"], t["weight"], None, t["lora_A"], leaf, core=t["core"], scaling=case.scaling, frozen_columns=2)
+    y = lorafast.linear(
+        t["x"],
+        t["weight"],
+        None,
+        t["lora_A"],
+        leaf,
+        core=t["core"],
+        scaling=case.scaling,
+        frozen_columns=2,
+    )
     y.backward(t["dy"])
     assert torch.equal(leaf.grad[:, :2], torch.zeros(N, 2, dtype=torch.float64))
     torch.testing.assert_close(leaf.grad[:, 2:], full[:, 2:])
@@ -173,19 +228,24 @@ def test_frozen_columns_get_a_zero_gradient_and_no_work():
 def test_frozen_columns_shrink_the_gemm_of_dB(monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lorafast import ops
-    from lorafast.problem import Settings, Tensors, Wants
+    from lorafast.engine import ops
+    from lorafast.engine.problem import CallOptions, GradMask, LayerTensors
 
     # A counter of torch's products sees nothing of what a kernel of ours computes.
     monkeypatch.setenv("LORAFAST_BACKEND", "eager")
     t = testing.make(Case(BY_NAME["lamda"], 32, 16, 24, 8, torch.float32, bias=False))
     flops = []
     for frozen in (0, 4, 8):
-        tensors, wants = Tensors(t["weight"], lora_A=t["lora_A"], lora_B=t["lora_B"], core=t["core"]), Wants(lora_B=True)
+        tensors, wants = (
+            LayerTensors(t["weight"], lora_A=t["lora_A"], lora_B=t["lora_B"], core=t["core"]),
+            GradMask(lora_B=True),
+        )
         with FlopCounterMode(display=False) as counter:
-            settings = Settings(frozen_columns=frozen)
+            settings = CallOptions(frozen_columns=frozen)
             # Through the dispatcher the op is one node, and its inside out of the counter's sight.
-            ops._linear_backward(t["dy"], None, torch.randn(32, 8), None, *tensors, *settings, list(wants))
+            ops._linear_backward(
+                t["dy"], None, torch.randn(32, 8), None, *tensors, *settings, list(wants)
+            )
         flops.append(counter.get_total_flops())
     assert flops[0] - flops[1] == flops[1] - flops[2] == 2 * 32 * 16 * 4
 
@@ -214,11 +274,16 @@ def test_no_dropout_and_no_draw_outside_training():
 def test_a_dropped_nan_stays_dropped_and_a_kept_one_passes(poison):
     x, A, v, seed = torch.randn(64, K), torch.randn(R, K), torch.randn(64, R), torch.tensor([5])
     kept = philox.kept(seed, 0.5, slice(0, 64), K)
-    low = LowRank(v, A, seed, 0.5)
+    low = LowRankTerm(v, A, seed, 0.5)
 
     def everything(x):
-        ((h, _),) = eager.project(x, [Down(A, None, seed, 0.5)])
-        return h, philox.drop(x, seed, 0.5), philox.dropped(x, seed, 0.5), eager.grad_project(x, [low])[0]
+        ((h, _),) = eager.project(x, [DownProj(A, None, seed, 0.5)])
+        return (
+            h,
+            philox.drop(x, seed, 0.5),
+            philox.dropped(x, seed, 0.5),
+            eager.grad_project(x, [low])[0],
+        )
 
     for got, want in zip(everything(torch.where(kept, x, poison)), everything(x), strict=True):
         assert torch.equal(got, want)
@@ -249,7 +314,9 @@ def test_a_zero_norm_gives_a_zero_gain_and_finite_gradients():
     assert all(torch.isfinite(value).all() for value in got.values())
 
 
-@pytest.mark.parametrize(("form", "exact"), [("dora-inner", True), ("dora-recompute", True), ("dora-output", False)])
+@pytest.mark.parametrize(
+    ("form", "exact"), [("dora-inner", True), ("dora-recompute", True), ("dora-output", False)]
+)
 def test_a_zero_magnitude(form, exact):
     case, t = problem(form, bias=False)
     t["magnitude"][4] = 0
@@ -272,9 +339,15 @@ def test_a_tensor_scaling_is_a_number():
 @pytest.mark.parametrize("form", ["lora", "dora", "dora-in-both", "vera"])
 def test_a_trained_weight_runs_on_plain_autograd(form):
     case, t = problem(form, dropout=0.3)
-    leaves = {name: None if v is None or name == "seed" else v.detach().requires_grad_(name != "dy") for name, v in t.items()}
+    leaves = {
+        name: None if v is None or name == "seed" else v.detach().requires_grad_(name != "dy")
+        for name, v in t.items()
+    }
     testing.ours(case, leaves | {"seed": t["seed"]}).backward(t["dy"])
-    truth = {name: None if v is None or name == "seed" else v.detach().requires_grad_(name != "dy") for name, v in t.items()}
+    truth = {
+        name: None if v is None or name == "seed" else v.detach().requires_grad_(name != "dy")
+        for name, v in t.items()
+    }
     testing.chain(case, truth | {"seed": t["seed"]}).backward(t["dy"])
     for name in (*GRADIENTS, "weight"):
         if t[name] is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import lorafast
-from lorafast import links
+from lorafast.runtime import symlinks
 
 ROOT = Path(lorafast.__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -25,7 +25,11 @@ SOURCES = ("csrc/cpu/one_more.cpp", "csrc/cpu/one_more.h")
 
 def run(*command, cwd, check=True, **environment):
     # The suite may itself run under make, or with a path of its own.
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAKELEVEL", "MAKEFLAGS", "MFLAGS")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "MAKELEVEL", "MAKEFLAGS", "MFLAGS")
+    }
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -41,7 +45,9 @@ def run(*command, cwd, check=True, **environment):
 def tree(tmp_path):
     """A copy of the checkout, links as links."""
     copy = tmp_path / "tree"
-    ignored = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "dist", "__pycache__", ".*_cache")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "*.egg-info", "build", "dist", "__pycache__", ".*_cache"
+    )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
     for name in SOURCES:
         (copy / name).parent.mkdir(exist_ok=True)
@@ -50,7 +56,19 @@ def tree(tmp_path):
 
 
 def wheel_of(source, out):
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, source, cwd=out.parent)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        out,
+        source,
+        cwd=out.parent,
+    )
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -59,16 +77,16 @@ def test_the_wheel_holds_real_files_and_runs(tree, tmp_path):
     wheel = wheel_of(tree, tmp_path / "out")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
-        "lorafast/kernels/philox.py",
-        "lorafast/kernels/cost.py",
-        "lorafast/csrc/README.md",
+        "lorafast/engine/kernels/philox.py",
+        "lorafast/engine/kernels/cost.py",
+        "lorafast/engine/csrc/README.md",
         "lorafast/bench/README.md",
-        *(f"lorafast/{name}" for name in SOURCES),
+        *(f"lorafast/engine/{name}" for name in SOURCES),
     } <= names
     assert not any(name.startswith("kernels/") for name in names)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    probe = "import lorafast, lorafast.kernels.cost, torch; print(lorafast.Linear(4, 3)(torch.ones(2, 4)).shape, lorafast.__file__)"
+    probe = "import lorafast, lorafast.engine.kernels.cost, torch; print(lorafast.Linear(4, 3)(torch.ones(2, 4)).shape, lorafast.__file__)"
     said = run(sys.executable, "-c", probe, cwd=tmp_path, PYTHONPATH=tmp_path / "site").stdout
     assert "torch.Size([2, 3])" in said
     assert str(tmp_path / "site") in said
@@ -76,7 +94,17 @@ def test_the_wheel_holds_real_files_and_runs(tree, tmp_path):
 
 def test_the_sdist_builds_the_same_wheel(tree, tmp_path):
     out = tmp_path / "sdist"
-    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, tree, cwd=tmp_path)
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--sdist",
+        "--no-isolation",
+        "--outdir",
+        out,
+        tree,
+        cwd=tmp_path,
+    )
     (sdist,) = out.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         assert not any(member.issym() for member in archive.getmembers())
@@ -84,7 +112,10 @@ def test_the_sdist_builds_the_same_wheel(tree, tmp_path):
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     from_sdist = wheel_of(unpacked, tmp_path / "a")
     from_tree = wheel_of(tree, tmp_path / "b")
-    names = [sorted(n for n in zipfile.ZipFile(w).namelist() if n.startswith("lorafast/")) for w in (from_sdist, from_tree)]
+    names = [
+        sorted(n for n in zipfile.ZipFile(w).namelist() if n.startswith("lorafast/"))
+        for w in (from_sdist, from_tree)
+    ]
     assert names[0] == names[1]
 
 
@@ -92,7 +123,9 @@ def test_an_editable_install_runs_from_anywhere(tree, tmp_path):
     venv = tmp_path / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
     python = venv / "bin" / "python"
-    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).stdout.strip()
+    site = run(
+        python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path
+    ).stdout.strip()
     # torch, setuptools and pip come from here; what is under test is how lorafast itself is found.
     borrowed = [p for p in sys.path if "site-packages" in p] or [sysconfig.get_path("purelib")]
     (Path(site) / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
@@ -109,7 +142,7 @@ def test_an_editable_install_runs_from_anywhere(tree, tmp_path):
         tree,
         cwd=tmp_path,
     )
-    probe = "import lorafast, lorafast.kernels.cost as c, lorafast.kernels.philox; print(lorafast.__file__, c.__file__)"
+    probe = "import lorafast, lorafast.engine.kernels.cost as c, lorafast.engine.kernels.philox; print(lorafast.__file__, c.__file__)"
     said = run(python, "-c", probe, cwd=tmp_path).stdout.split()
     assert all(path.startswith(str(tree)) for path in said)
 
@@ -118,31 +151,46 @@ def test_hugging_faces_kernels_wins_from_the_root(tree, tmp_path):
     package = tmp_path / "site" / "kernels"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("WHOSE = 'theirs'\n")
-    probe = "import lorafast.kernels.cost, kernels; assert kernels.WHOSE == 'theirs'"
+    probe = "import lorafast.engine.kernels.cost, kernels; assert kernels.WHOSE == 'theirs'"
     (tree / "tests" / "test_whose.py").write_text(f"def test_whose():\n    {probe}\n")
-    for how in (("-c", probe), ("-P", "-c", probe), ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_whose.py")):
+    for how in (
+        ("-c", probe),
+        ("-P", "-c", probe),
+        ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_whose.py"),
+    ):
         run(sys.executable, *how, cwd=tree, PYTHONPATH=f"{tmp_path / 'site'}{os.pathsep}{tree}")
 
 
 @pytest.fixture
 def without_links(tree):
     """The checkout git makes where symlinks are off: small text files."""
-    for room in links.ROOMS:
-        target = os.readlink(tree / "lorafast" / room)
-        (tree / "lorafast" / room).unlink()
-        (tree / "lorafast" / room).write_text(target)
+    for path in symlinks.LINKS.values():
+        link = tree / "lorafast" / path
+        target = os.readlink(link)
+        link.unlink()
+        link.write_text(target)
     return tree
 
 
 def test_a_checkout_without_symlinks_runs_and_says_how_to_mend_it(without_links):
     probe = "import lorafast, torch; m = lorafast.Linear(4, 3); m(torch.ones(2, 4)).sum().backward(); print(lorafast.explain(m))"
     said = run(sys.executable, "-c", probe, cwd=without_links).stdout
-    assert "lorafast/kernels is a text file" in said
-    assert "git config core.symlinks true && git checkout -- lorafast/kernels" in said
+    assert "lorafast/engine/kernels is a text file" in said
+    assert "git config core.symlinks true && git checkout -- lorafast/engine/kernels" in said
 
 
 def test_a_wheel_without_kernels_is_not_built(without_links, tmp_path):
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path / "out", without_links]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path / "out",
+        without_links,
+    ]
     done = run(*build, cwd=tmp_path, check=False)
     assert done.returncode != 0
     assert "lorafast/" in done.stdout + done.stderr
@@ -151,13 +199,15 @@ def test_a_wheel_without_kernels_is_not_built(without_links, tmp_path):
 
 def test_every_package_is_listed():
     listed = set(PROJECT["tool"]["setuptools"]["packages"])
-    folders = {path.parent for path in (ROOT / "lorafast").rglob("*.py")} | {ROOT / "lorafast" / room for room in links.ROOMS}
+    folders = {path.parent for path in (ROOT / "lorafast").rglob("*.py")} | {
+        ROOT / "lorafast" / path for path in symlinks.LINKS.values()
+    }
     assert listed == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
 
 
 def test_the_build_needs_setuptools_alone():
     assert PROJECT["build-system"]["requires"] == ["setuptools>=77"]
-    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "lorafast._version.VERSION"}
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "lorafast.__version__"}
     assert lorafast.__version__ in (ROOT / "CHANGELOG.md").read_text()
 
 
@@ -171,13 +221,18 @@ def environment():
 
 def test_an_old_python_gets_one_clear_line(tree, tmp_path):
     old = tmp_path / "python2.7"
-    pretend = "import sys; sys.version_info = (2, 7, 18); sys.version = '2.7.18 (x)'; exec(sys.argv[2])"
+    pretend = (
+        "import sys; sys.version_info = (2, 7, 18); sys.version = '2.7.18 (x)'; exec(sys.argv[2])"
+    )
     old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{pretend}" "$@"\n')
     old.chmod(0o755)
     done = run("make", "env", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}", cwd=tree, check=False)
     assert done.returncode != 0
     first, make = done.stderr.strip().splitlines()
-    assert first == "lorafast needs Python 3.11 or newer; this is 2.7.18. Choose one: make PYTHON=python3.11 ..."
+    assert (
+        first
+        == "lorafast needs Python 3.11 or newer; this is 2.7.18. Choose one: make PYTHON=python3.11 ..."
+    )
     assert make.startswith("make: ***")
     assert not (tmp_path / "venv").exists()
 
@@ -193,8 +248,16 @@ def test_an_environment_of_another_python_is_left_alone(environment, tmp_path, m
 
 
 def test_an_environment_needs_the_links(without_links, tmp_path):
-    done = run(sys.executable, without_links / "tools" / "environment.py", tmp_path / "venv", cwd=tmp_path, check=False)
-    assert done.stderr.strip().splitlines() == [links.why_missing("kernels", without_links / "lorafast")]
+    done = run(
+        sys.executable,
+        without_links / "tools" / "environment.py",
+        tmp_path / "venv",
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.stderr.strip().splitlines() == [
+        symlinks.why_missing("kernels", without_links / "lorafast")
+    ]
 
 
 def test_a_python_without_ensurepip_gets_one_clear_line(environment, monkeypatch):
@@ -205,7 +268,13 @@ def test_a_python_without_ensurepip_gets_one_clear_line(environment, monkeypatch
 
 @pytest.mark.parametrize(
     ("version", "reused"),
-    [("2.13.0+cpu", True), ("2.11.0+cu130", True), ("2.12.0a0+abc", True), ("2.11.0a0+abc", False), ("2.10.1", False)],
+    [
+        ("2.13.0+cpu", True),
+        ("2.11.0+cu130", True),
+        ("2.12.0a0+abc", True),
+        ("2.11.0a0+abc", False),
+        ("2.10.1", False),
+    ],
 )
 def test_an_importable_torch_is_reused_if_new_enough(environment, tmp_path, version, reused):
     python = tmp_path / "python"

@@ -24,9 +24,13 @@ def main(venv: Path) -> None:
     shared = _site_with_torch(sys.executable)
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    version, packages = json.loads(subprocess.run([python, "-c", _FACTS], check=True, capture_output=True, text=True).stdout)
+    version, packages = json.loads(
+        subprocess.run([python, "-c", _FACTS], check=True, capture_output=True, text=True).stdout
+    )
     if tuple(version) != sys.version_info[:2]:
-        sys.exit(f"{venv} is Python {version[0]}.{version[1]}, this is {sys.version.split()[0]}: make clean, or choose VENV=")
+        sys.exit(
+            f"{venv} is Python {version[0]}.{version[1]}, this is {sys.version.split()[0]}: make clean, or choose VENV="
+        )
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if shared:
         # A path file rather than --system-site-packages, which an interpreter that is itself a virtual environment ignores.
@@ -37,7 +41,10 @@ def main(venv: Path) -> None:
         subprocess.run([*pip, *chosen, "torch"], check=True)
     # Not isolated: the build needs setuptools alone, and must never bring a torch of its own.
     subprocess.run([*pip, "setuptools>=77", "wheel"], check=True)
-    subprocess.run([*pip, *chosen, "--no-build-isolation", "--editable", f"{ROOT}[bench,dev,triton]"], check=True)
+    subprocess.run(
+        [*pip, *chosen, "--no-build-isolation", "--editable", f"{ROOT}[bench,dev,triton]"],
+        check=True,
+    )
 
 
 def _site_with_torch(python: str) -> str | None:
@@ -48,18 +55,24 @@ def _site_with_torch(python: str) -> str | None:
     version, file = json.loads(found.stdout)
     numbers = tuple(int(part) for part in version.split(".")[:2])
     # pip puts 2.11.0a0 before 2.11, and would install another torch over it.
-    too_old = numbers < OLDEST_TORCH or (numbers == OLDEST_TORCH and re.search(r"\d(a|b|rc|\.dev)\d", version.split("+")[0]))
+    too_old = numbers < OLDEST_TORCH or (
+        numbers == OLDEST_TORCH and re.search(r"\d(a|b|rc|\.dev)\d", version.split("+")[0])
+    )
     return None if too_old else str(Path(file).parent.parent)
 
 
 def _check() -> None:
     if importlib.util.find_spec("ensurepip") is None:
-        sys.exit("this Python has no ensurepip, so it makes no environment; install python3-venv or make PYTHON=...")
-    spec = importlib.util.spec_from_file_location("links", ROOT / "lorafast" / "links.py")
-    links = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(links)
-    for room in links.ROOMS:
-        if lost := links.why_missing(room):
+        sys.exit(
+            "this Python has no ensurepip, so it makes no environment; install python3-venv or make PYTHON=..."
+        )
+    spec = importlib.util.spec_from_file_location(
+        "symlinks", ROOT / "lorafast" / "runtime" / "symlinks.py"
+    )
+    symlinks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(symlinks)
+    for folder in symlinks.LINKS:
+        if lost := symlinks.why_missing(folder):
             sys.exit(lost)
 
 

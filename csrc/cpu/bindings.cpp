@@ -12,9 +12,9 @@ PYBIND11_MODULE(LORAFAST_MODULE, m) {
   using Free = py::call_guard<py::gil_scoped_release>;
   m.attr("ISA") = ISA;
   m.def("largest_workspace", &Workspace::largest);
-  m.def("down", &entries::down, Free());
-  m.def("up", &entries::up, Free());
-  m.def("outer", &entries::outer, Free());
+  m.def("project", &entries::project, Free());
+  m.def("low_rank_add", &entries::low_rank_add, Free());
+  m.def("grad_project", &entries::grad_project, Free());
   m.def("grad_output", &entries::grad_output, Free());
   m.def("row_norm", &entries::row_norm, Free());
   m.def("drop", &entries::drop, Free());

@@ -1,8 +1,8 @@
 // One pass over dy: u = dy F, P = dyᵀ h', Σ dy and Σ dy⊙kept.
 #pragma once
 
-#include "down.h"
-#include "outer.h"
+#include "project.h"
+#include "grad_project.h"
 
 namespace lorafast {
 

@@ -1,7 +1,7 @@
 // What Python calls: addresses, sizes and strides (in elements) in, nothing out.
 //
 // type and F_type: Type's numbers. F: a factor [R, length] of any strides, F_R and F_l apart. An address of 0 is what is not asked
-// for, or not there. t = 0: nothing drops. The arguments have been checked by lorafast/backends/cpu.py.
+// for, or not there. t = 0: nothing drops. The arguments have been checked by lorafast/engine/backends/cpu.py.
 #pragma once
 
 #include "types.h"
@@ -9,15 +9,15 @@
 namespace lorafast::entries {
 
 // mixed: h by a core [R,R], whose strides along mixed's and h's ranks are core_R and core_l.
-void down(int type, Address x, int64_t M, int64_t K, int64_t x_stride, int64_t R, Address F, int F_type, int64_t F_R, int64_t F_l,
+void project(int type, Address x, int64_t M, int64_t K, int64_t x_stride, int64_t R, Address F, int F_type, int64_t F_R, int64_t F_l,
           Address seed, uint32_t t, Address h, Address core, int core_type, int64_t core_R, int64_t core_l, Address mixed,
           int threads);
 
 // out comes last: the product that makes it may run when all the rest has been made.
-void up(int type, Address h, int64_t M, int64_t h_stride, int64_t N, int64_t R, Address F, int F_type, int64_t F_R, int64_t F_l,
+void low_rank_add(int type, Address h, int64_t M, int64_t h_stride, int64_t N, int64_t R, Address F, int F_type, int64_t F_R, int64_t F_l,
         float s, Address scale, Address seed, uint32_t t, Address gain, Address bias, Address inner, int threads, Address out);
 
-void outer(int type, Address x, int64_t M, int64_t K, int64_t x_stride, Address v, int64_t R, int64_t v_stride, Address seed,
+void grad_project(int type, Address x, int64_t M, int64_t K, int64_t x_stride, Address v, int64_t R, int64_t v_stride, Address seed,
            uint32_t t, Address out, int threads);
 
 // live: how many of mixed's and P's R columns, the last ones, are asked for.

@@ -74,7 +74,7 @@ inline int64_t packed_long(int64_t length, int64_t R) {
   return ceil_div(length, SPAN<T>) * W * round_up(R, DOWN_RANKS);
 }
 
-// Inside a team: [R / DOWN_RANKS][length in spans][DOWN_RANKS][W cells along the length], for `down`: what a tile reads is one
+// Inside a team: [R / DOWN_RANKS][length in spans][DOWN_RANKS][W cells along the length], for `project`: what a tile reads is one
 // stream.
 template <class T>
 inline void pack_long(const Factor& f, const Multiplier& by, float* out) {
@@ -97,13 +97,13 @@ inline void pack_long(const Factor& f, const Multiplier& by, float* out) {
   });
 }
 
-// Columns of `up` that one tile takes.
+// Columns of `low_rank_add` that one tile takes.
 constexpr int64_t WIDE = UP_VECTORS * W;
 
 // Floats a factor takes as pack_wide lays it.
 inline int64_t packed_wide(int64_t length, int64_t R) { return R * round_up(length, WIDE); }
 
-// Inside a team: [length / WIDE][cells<T>(R)][WIDE], the sum running along R, for `up`: what a tile reads is one stream.
+// Inside a team: [length / WIDE][cells<T>(R)][WIDE], the sum running along R, for `low_rank_add`: what a tile reads is one stream.
 template <class T>
 inline void pack_wide(const Factor& f, const Multiplier& by, float* out) {
   constexpr int two = per_cell<T>;

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "outer.h"
+#include "grad_project.h"
 
 namespace lorafast {
 

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import torch
 
-from lorafast import checks
-from lorafast.methods.adapter import Adapter, Part
+from lorafast.engine import checks
+from lorafast.methods.adapter import Adapter, TensorSpec
 
 _STD = 0.02
 
@@ -46,9 +46,16 @@ class AdaLoRA(Adapter):
             checks.whole(name, getattr(self, name))
         for name in ("r", "target_r"):
             if getattr(self, name) > self.init_r:
-                raise ValueError(f"{name}={getattr(self, name)} must be at most init_r={self.init_r}: a budget only shrinks")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be at most init_r={self.init_r}: a budget only shrinks"
+                )
         alpha = self.alpha
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+        if (
+            isinstance(alpha, bool)
+            or not isinstance(alpha, int | float)
+            or not math.isfinite(alpha)
+            or alpha <= 0
+        ):
             raise ValueError(f"alpha={alpha!r} must be a finite number above 0")
 
     @property
@@ -60,10 +67,14 @@ class AdaLoRA(Adapter):
         """The alpha that gives this s."""
         return scaling * (self.init_r + 1e-5)
 
-    def parts(self, N: int, K: int) -> dict[str, Part]:
-        return {"lora_A": Part((self.r, K)), "lora_B": Part((N, self.r)), "lora_core": Part((self.r,))}
+    def tensor_specs(self, N: int, K: int) -> dict[str, TensorSpec]:
+        return {
+            "lora_A": TensorSpec((self.r, K)),
+            "lora_B": TensorSpec((N, self.r)),
+            "lora_core": TensorSpec((self.r,)),
+        }
 
-    def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def init_tensors(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         N, K = weight.shape
         return {
             "lora_A": torch.empty(self.r, K, device=weight.device).normal_(std=_STD),

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from lorafast import checks
+from lorafast.engine import checks
 
 # What PEFT users type, and what it is called here.
 _OTHER_NAMES = {
@@ -21,7 +21,7 @@ _OTHER_NAMES = {
 }
 
 
-class Part(NamedTuple):
+class TensorSpec(NamedTuple):
     """One adapter tensor of a layer: its shape, whether it trains, and whether layers of one model hold it in common."""
 
     shape: tuple[int, ...]
@@ -54,7 +54,9 @@ class Adapter:
     def __new__(cls, *args: object, **kwargs: object) -> Adapter:
         for name in kwargs:
             if name in _OTHER_NAMES:
-                raise TypeError(f"{cls.__name__}({name}=...): this is spelled {_OTHER_NAMES[name]} in lorafast")
+                raise TypeError(
+                    f"{cls.__name__}({name}=...): this is spelled {_OTHER_NAMES[name]} in lorafast"
+                )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -65,7 +67,11 @@ class Adapter:
         checks.probability(self.dropout)
 
     def __repr__(self) -> str:
-        told = [f for f in fields(self) if f.name in ("r", "alpha") or getattr(self, f.name) != f.default]
+        told = [
+            f
+            for f in fields(self)
+            if f.name in ("r", "alpha") or getattr(self, f.name) != f.default
+        ]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in told)})"
 
     @property
@@ -78,21 +84,21 @@ class Adapter:
         """Whether the weight gives up, at the start, the delta the adapter already makes."""
         return False
 
-    def fitted(self, shapes: list[tuple[int, int]]) -> Adapter:
+    def bind_model(self, shapes: list[tuple[int, int]]) -> Adapter:
         """The adapter for layers of these shapes (N, K) together; another one only where they share tensors."""
         return self
 
-    def at(self, name: str, weight: torch.Tensor) -> Adapter:
+    def bind_layer(self, name: str, weight: torch.Tensor) -> Adapter:
         """The adapter for the layer of this name ("" where it has none) and weight [N,K]; another one only where its start depends
         on the layer.
         """
         return self
 
-    def parts(self, N: int, K: int) -> dict[str, Part]:
+    def tensor_specs(self, N: int, K: int) -> dict[str, TensorSpec]:
         """The adapter tensors of a layer with weight [N,K], by the name of their Parameter, one of adapted.NAMES."""
         raise NotImplementedError
 
-    def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def init_tensors(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """First values for every part, by name, on the weight's device."""
         raise NotImplementedError
 
@@ -107,7 +113,11 @@ class Scaled(Adapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
+        if (
+            isinstance(self.alpha, bool)
+            or not isinstance(self.alpha, int | float)
+            or not math.isfinite(self.alpha)
+        ):
             raise ValueError(f"alpha={self.alpha!r} must be a finite number")
 
     @property

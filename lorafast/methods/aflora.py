@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from lorafast.methods.adapter import Adapter, Part
+from lorafast.methods.adapter import Adapter, TensorSpec
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,22 +34,34 @@ class AFLoRA(Adapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.d_initial, bool) or not isinstance(self.d_initial, int | float) or not math.isfinite(self.d_initial):
+        if (
+            isinstance(self.d_initial, bool)
+            or not isinstance(self.d_initial, int | float)
+            or not math.isfinite(self.d_initial)
+        ):
             raise ValueError(f"d_initial={self.d_initial!r} must be a finite number")
 
-    def parts(self, N: int, K: int) -> dict[str, Part]:
+    def tensor_specs(self, N: int, K: int) -> dict[str, TensorSpec]:
         return {
-            "lora_A": Part((self.r, K)),
-            "lora_B": Part((N, self.r)),
-            "lora_core": Part((self.r,)),
-            "lora_out_scale": Part((N,)),
+            "lora_A": TensorSpec((self.r, K)),
+            "lora_B": TensorSpec((N, self.r)),
+            "lora_core": TensorSpec((self.r,)),
+            "lora_out_scale": TensorSpec((N,)),
         }
 
-    def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def init_tensors(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         N, K = weight.shape
-        A, B = torch.empty(self.r, K, device=weight.device), torch.empty(N, self.r, device=weight.device)
+        A, B = (
+            torch.empty(self.r, K, device=weight.device),
+            torch.empty(N, self.r, device=weight.device),
+        )
         for tensor in (A, B):
             bound = math.sqrt(6 / max(tensor.shape[1], 1))
             tensor.uniform_(-bound, bound)
         core = torch.full((self.r,), float(self.d_initial), device=weight.device)
-        return {"lora_A": A, "lora_B": B, "lora_core": core, "lora_out_scale": torch.zeros(N, device=weight.device)}
+        return {
+            "lora_A": A,
+            "lora_B": B,
+            "lora_core": core,
+            "lora_out_scale": torch.zeros(N, device=weight.device),
+        }

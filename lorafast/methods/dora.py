@@ -16,8 +16,9 @@ from typing import ClassVar
 
 import torch
 
-from lorafast import checks, functional
-from lorafast.methods.adapter import Part
+from lorafast import functional
+from lorafast.engine import checks
+from lorafast.methods.adapter import TensorSpec
 from lorafast.methods.lora import LoRA
 
 
@@ -45,7 +46,11 @@ class DoRA(LoRA):
         checks.words(self.axis, self.dropout_on, self.keep, self.dropout)
         if self.magnitude_only:
             plain = self._without_factors()
-            if said := [f"{name}={getattr(self, name)!r}" for name, value in plain.items() if getattr(self, name) != value]:
+            if said := [
+                f"{name}={getattr(self, name)!r}"
+                for name, value in plain.items()
+                if getattr(self, name) != value
+            ]:
                 raise ValueError(f"magnitude_only=True: there are no factors for {', '.join(said)}")
             for name in ("r", "alpha"):
                 object.__setattr__(self, name, 1)
@@ -59,19 +64,24 @@ class DoRA(LoRA):
         dropout = {} if self.dropout_on == "both" else {"dropout": 0.0}
         return {"init": "kaiming", "freeze_A": False, "lora_bias": False, "rslora": False} | dropout
 
-    def parts(self, N: int, K: int) -> dict[str, Part]:
-        factors = super().parts(N, K)
+    def tensor_specs(self, N: int, K: int) -> dict[str, TensorSpec]:
+        factors = super().tensor_specs(N, K)
         if self.magnitude_only:
             factors = {name: part._replace(trained=False) for name, part in factors.items()}
-        return factors | {"lora_magnitude": Part((N if self.axis == "out" else K,))}
+        return factors | {"lora_magnitude": TensorSpec((N if self.axis == "out" else K,))}
 
-    def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def init_tensors(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.magnitude_only:
-            zeros = {name: torch.zeros(part.shape, device=weight.device) for name, part in super().parts(*weight.shape).items()}
+            zeros = {
+                name: torch.zeros(part.shape, device=weight.device)
+                for name, part in super().tensor_specs(*weight.shape).items()
+            }
             norm = functional.row_norm(weight, zeros["lora_A"], zeros["lora_B"], axis=self.axis)
             return zeros | {"lora_magnitude": norm}
-        tensors = super().start(weight)
+        tensors = super().init_tensors(weight)
         # After a start that changes W, W + sBA is what W was.
         B = torch.zeros_like(tensors["lora_B"]) if self.residual else tensors["lora_B"]
-        norm = functional.row_norm(weight, tensors["lora_A"], B, scaling=self.scaling, axis=self.axis)
+        norm = functional.row_norm(
+            weight, tensors["lora_A"], B, scaling=self.scaling, axis=self.axis
+        )
         return tensors | {"lora_magnitude": norm}

@@ -17,9 +17,9 @@ from typing import ClassVar
 
 import torch
 
-from lorafast import checks
+from lorafast.engine import checks
 from lorafast.methods import svd
-from lorafast.methods.adapter import Part, Scaled
+from lorafast.methods.adapter import Scaled, TensorSpec
 from lorafast.methods.lora import LoRA
 
 INITS = ("residual", "zero", "repo")
@@ -41,20 +41,26 @@ class LaMDA(Scaled):
         checks.word("init", self.init, INITS)
         svd.iterations(self.svd_niter)
         if self.init == "residual" and self.alpha == 0:
-            raise ValueError("alpha=0 leaves nothing for init='residual' to take out of the weight; use init='zero'")
+            raise ValueError(
+                "alpha=0 leaves nothing for init='residual' to take out of the weight; use init='zero'"
+            )
 
     @property
     def residual(self) -> bool:
         return self.init == "residual"
 
-    def parts(self, N: int, K: int) -> dict[str, Part]:
-        return {"lora_A": Part((self.r, K), False), "lora_B": Part((N, self.r)), "lora_core": Part((self.r, self.r))}
+    def tensor_specs(self, N: int, K: int) -> dict[str, TensorSpec]:
+        return {
+            "lora_A": TensorSpec((self.r, K), False),
+            "lora_B": TensorSpec((N, self.r)),
+            "lora_core": TensorSpec((self.r, self.r)),
+        }
 
-    def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def init_tensors(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         core = torch.zeros(self.r, self.r, device=weight.device)
         if self.init == "repo":
             core.uniform_(-1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
-            return LoRA(self.r).start(weight) | {"lora_core": core}
+            return LoRA(self.r).init_tensors(weight) | {"lora_core": core}
         U, S, Vh = svd.top(weight, self.r, self.svd_niter)
         if self.residual:
             core = torch.diag(S / self.scaling)

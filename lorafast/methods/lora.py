@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import torch
 
-from lorafast import checks
-from lorafast.methods.adapter import Part, Scaled
-from lorafast.methods.start import Start
+from lorafast.engine import checks
+from lorafast.methods.adapter import Scaled, TensorSpec
+from lorafast.methods.weight_init import WeightInit
 
 INITS = ("kaiming", "gaussian")
 
@@ -25,7 +25,7 @@ class LoRA(Scaled):
     LoRAGA(gradients), which change W. lora_bias: a trained bias on B.
     """
 
-    init: str | Start = "kaiming"
+    init: str | WeightInit = "kaiming"
     freeze_A: bool = False
     lora_bias: bool = False
 
@@ -38,21 +38,26 @@ class LoRA(Scaled):
         if not self.residual:
             checks.word("init", self.init, INITS)
         elif self.alpha <= 0:
-            raise ValueError(f"alpha={self.alpha!r} must be positive for init={self.init!r}, which takes s·BA out of the weight")
+            raise ValueError(
+                f"alpha={self.alpha!r} must be positive for init={self.init!r}, which takes s·BA out of the weight"
+            )
 
     @property
     def residual(self) -> bool:
-        return isinstance(self.init, Start)
+        return isinstance(self.init, WeightInit)
 
-    def at(self, name: str, weight: torch.Tensor) -> LoRA:
-        init = self.init.at(name, weight, self.r) if self.residual else self.init
+    def bind_layer(self, name: str, weight: torch.Tensor) -> LoRA:
+        init = self.init.bind_layer(name, weight, self.r) if self.residual else self.init
         return self if init is self.init else replace(self, init=init)
 
-    def parts(self, N: int, K: int) -> dict[str, Part]:
-        parts = {"lora_A": Part((self.r, K), not self.freeze_A), "lora_B": Part((N, self.r))}
-        return parts | ({"lora_bias": Part((N,))} if self.lora_bias else {})
+    def tensor_specs(self, N: int, K: int) -> dict[str, TensorSpec]:
+        parts = {
+            "lora_A": TensorSpec((self.r, K), not self.freeze_A),
+            "lora_B": TensorSpec((N, self.r)),
+        }
+        return parts | ({"lora_bias": TensorSpec((N,))} if self.lora_bias else {})
 
-    def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def init_tensors(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         N, K = weight.shape
         bias = {"lora_bias": torch.zeros(N, device=weight.device)} if self.lora_bias else {}
         if self.residual:

@@ -16,9 +16,9 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from lorafast import checks
+from lorafast.engine import checks
 from lorafast.methods import svd
-from lorafast.methods.start import Start
+from lorafast.methods.weight_init import WeightInit
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "gd", "unit", "weightS")
@@ -33,7 +33,7 @@ class Own(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LoRAGA(Start):
+class LoRAGA(WeightInit):
     """gradients: of lorafast.estimate_gradients, {layer name: G [N,K]}, or G alone for Linear.from_linear.
 
     direction: which of G's first 2r triplets are A's and B's. "ArB2r" the first r and the next r, "A2rBr" the other way round,
@@ -48,7 +48,9 @@ class LoRAGA(Start):
     In a process group every rank must be given the same gradients.
     """
 
-    gradients: Mapping[str, torch.Tensor] | torch.Tensor | None = field(default=None, repr=False, compare=False)
+    gradients: Mapping[str, torch.Tensor] | torch.Tensor | None = field(
+        default=None, repr=False, compare=False
+    )
     direction: str = "ArB2r"
     scale: str = "stable"
     gamma: float = 16
@@ -63,10 +65,16 @@ class LoRAGA(Start):
 
     def __post_init__(self) -> None:
         if not isinstance(self.gradients, Mapping | torch.Tensor | None):
-            raise TypeError(f"gradients must be a dict from layer names to tensors, or a tensor, not {self.gradients!r}")
+            raise TypeError(
+                f"gradients must be a dict from layer names to tensors, or a tensor, not {self.gradients!r}"
+            )
         checks.word("direction", self.direction, DIRECTIONS)
         checks.word("scale", self.scale, SCALES)
-        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float) or not 0 < self.gamma < math.inf:
+        if (
+            isinstance(self.gamma, bool)
+            or not isinstance(self.gamma, int | float)
+            or not 0 < self.gamma < math.inf
+        ):
             raise ValueError(f"gamma={self.gamma!r} must be a positive number")
         svd.iterations(self.svd_niter)
         if self.compat is not None:
@@ -74,9 +82,11 @@ class LoRAGA(Start):
         if not isinstance(self.norm_clip, bool):
             raise TypeError(f"norm_clip={self.norm_clip!r} must be True or False")
         if self.norm_clip and self.compat:
-            raise ValueError("norm_clip=True belongs to the authors' form; PEFT has none: leave compat='peft' out")
+            raise ValueError(
+                "norm_clip=True belongs to the authors' form; PEFT has none: leave compat='peft' out"
+            )
 
-    def at(self, name: str, weight: torch.Tensor, r: int) -> LoRAGA:
+    def bind_layer(self, name: str, weight: torch.Tensor, r: int) -> LoRAGA:
         """The start of one layer, its gradient replaced by the 2r vectors it needs. ValueError naming the layer."""
         if self.own is not None:
             return self
@@ -87,11 +97,15 @@ class LoRAGA(Start):
         # Indexed by tensors these are copies: nothing holds on to the rest of the SVD.
         return replace(self, gradients=None, own=Own(Vh[a].cpu(), U[:, b].cpu(), S[b].cpu()))
 
-    def factors(self, weight: torch.Tensor, r: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        own = self.at("", weight, r).own
+    def factors(
+        self, weight: torch.Tensor, r: int, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        own = self.bind_layer("", weight, r).own
         if (own.A.shape, own.B.shape) != ((r, weight.shape[1]), (weight.shape[0], r)):
             found = f"A {tuple(own.A.shape)} and B {tuple(own.B.shape)}"
-            raise ValueError(f"{self} was made for {found}, not for r={r} and weight {tuple(weight.shape)}: make it anew")
+            raise ValueError(
+                f"{self} was made for {found}, not for r={r} and weight {tuple(weight.shape)}: make it anew"
+            )
         A, B, S = (tensor.to(weight.device) for tensor in own)
         if self.compat == "peft":
             B = B * S
@@ -107,24 +121,36 @@ class LoRAGA(Start):
                 "lorafast.estimate_gradients(model, batches, loss_fn)"
             )
         if isinstance(G, Mapping) != bool(name):
-            wanted = "a dict from layer names to tensors for a model" if name else "the one tensor of a layer by itself"
+            wanted = (
+                "a dict from layer names to tensors for a model"
+                if name
+                else "the one tensor of a layer by itself"
+            )
             raise TypeError(f"gradients is a {type(G).__name__}, and must be {wanted}")
         if name:
             if name not in G:
-                close = difflib.get_close_matches(name, [key for key in G if isinstance(key, str)], n=5, cutoff=0.4)
+                close = difflib.get_close_matches(
+                    name, [key for key in G if isinstance(key, str)], n=5, cutoff=0.4
+                )
                 near = f"; near it: {', '.join(close)}" if close else ""
-                raise ValueError(f"gradients has none for {name}{near}: estimate them for the same target_modules")
+                raise ValueError(
+                    f"gradients has none for {name}{near}: estimate them for the same target_modules"
+                )
             G = G[name]
         checks.pair(f"gradient of {where}", G, "[N, K]")
         shape = tuple(weight.shape)
         if tuple(G.shape) != shape:
             raise ValueError(f"gradient of {where} {tuple(G.shape)} must be {shape} as the weight")
         if 2 * r > min(shape):
-            raise ValueError(f"{where}: r={r} takes 2r={2 * r} triplets of a gradient {shape}, which has {min(shape)}")
+            raise ValueError(
+                f"{where}: r={r} takes 2r={2 * r} triplets of a gradient {shape}, which has {min(shape)}"
+            )
         if not G.isfinite().all():
             raise ValueError(f"gradient of {where} {shape} is not finite")
         if not G.any():
-            raise ValueError(f"gradient of {where} {shape} is 0 and says nothing of a direction: exclude_modules can leave it out")
+            raise ValueError(
+                f"gradient of {where} {shape} is 0 and says nothing of a direction: exclude_modules can leave it out"
+            )
         return G.detach()
 
     def _shares(self, r: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,7 +163,9 @@ class LoRAGA(Start):
             return both[:r], both[:r] if self.compat == "peft" else both[r:]
         return (both[:r], both[r:]) if self.direction == "ArB2r" else (both[r:], both[:r])
 
-    def _sizes(self, weight: torch.Tensor, r: int, scaling: float, S: torch.Tensor) -> tuple[float, float]:
+    def _sizes(
+        self, weight: torch.Tensor, r: int, scaling: float, S: torch.Tensor
+    ) -> tuple[float, float]:
         """What A and B are multiplied by. S: the singular values of B's columns."""
         theirs = self.compat == "peft"
         if self.scale == "unit":
@@ -152,7 +180,9 @@ class LoRAGA(Start):
             c = float((svd.top(weight, r, self.svd_niter)[1] / scaling).sqrt().mean())
         return (1.0 if theirs else c), c
 
-    def _clipped(self, A: torch.Tensor, B: torch.Tensor, weight: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _clipped(
+        self, A: torch.Tensor, B: torch.Tensor, weight: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         most, taken = float(weight.abs().max()), scaling * float((B @ A).abs().max())
         root = math.sqrt(most / taken) if taken > most else 1.0
         return A * root, B * root

@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch
 
 from lorafast.methods import svd
-from lorafast.methods.start import Start
+from lorafast.methods.weight_init import WeightInit
 
 
 @dataclass(frozen=True)
-class PiSSA(Start):
+class PiSSA(WeightInit):
     """svd_niter: None exact up to min(N,K) = 1024, else 16 subspace iterations; 0 always exact."""
 
     svd_niter: int | None = None
@@ -29,7 +29,9 @@ class PiSSA(Start):
     def __post_init__(self) -> None:
         svd.iterations(self.svd_niter)
 
-    def factors(self, weight: torch.Tensor, r: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(
+        self, weight: torch.Tensor, r: int, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         U, S, Vh = svd.top(weight, r, self.svd_niter)
         root = (S / scaling).sqrt()
         return root[:, None] * Vh, U * root

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from lorafast.methods.adapter import Adapter, Part
+from lorafast.methods.adapter import Adapter, TensorSpec
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,27 +36,31 @@ class VeRA(Adapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.d_initial, bool) or not isinstance(self.d_initial, int | float) or not math.isfinite(self.d_initial):
+        if (
+            isinstance(self.d_initial, bool)
+            or not isinstance(self.d_initial, int | float)
+            or not math.isfinite(self.d_initial)
+        ):
             raise ValueError(f"d_initial={self.d_initial!r} must be a finite number")
         key = self.projection_prng_key
         if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 1 << 63:
             raise ValueError(f"projection_prng_key={key!r} must be an integer in [0, 2**63)")
 
-    def fitted(self, shapes: list[tuple[int, int]]) -> VeRA:
+    def bind_model(self, shapes: list[tuple[int, int]]) -> VeRA:
         return replace(self, largest=(max(N for N, _ in shapes), max(K for _, K in shapes)))
 
-    def parts(self, N: int, K: int) -> dict[str, Part]:
+    def tensor_specs(self, N: int, K: int) -> dict[str, TensorSpec]:
         largest = self.largest or (N, K)
         if largest[0] < N or largest[1] < K:
             raise ValueError(f"largest={largest} has no room for a weight {(N, K)}")
         return {
-            "lora_A": Part((self.r, K), False, shared=True),
-            "lora_B": Part((N, self.r), False, shared=True),
-            "lora_core": Part((self.r,)),
-            "lora_out_scale": Part((N,)),
+            "lora_A": TensorSpec((self.r, K), False, shared=True),
+            "lora_B": TensorSpec((N, self.r), False, shared=True),
+            "lora_core": TensorSpec((self.r,)),
+            "lora_out_scale": TensorSpec((N,)),
         }
 
-    def start(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def init_tensors(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         N, K = weight.shape
         A, B = projections(self.r, *(self.largest or (N, K)), self.projection_prng_key)
         return {

@@ -1,0 +1,1 @@
+"""Whole models: adapters put into them, taken out of them, and described."""

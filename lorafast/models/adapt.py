@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lorafast.adapted import Adapted
 from lorafast.methods.adapter import Adapter
-from lorafast.models import besides, peft_config
-from lorafast.models.names import adapted, clean, some
-from lorafast.models.plan import ALL_LINEAR, Names, Plan
-from lorafast.models.targets import layer_for, owners, places, storage
+from lorafast.models import extra_trainables, peft_config
+from lorafast.models.adapt_spec import ALL_LINEAR, Names, Plan
+from lorafast.models.module_names import adapted, clean, some
+from lorafast.models.target_modules import layer_for, owners, places, storage
+from lorafast.nn.adapter_layer import AdapterLayer
 
-Fill = Callable[[str, Adapted], None]
+Fill = Callable[[str, AdapterLayer], None]
 
 
 def adapt(
@@ -59,7 +59,9 @@ def adapt(
         given = {"target_modules": target_modules != ALL_LINEAR, **options, "bias": bias != "none"}
         said = [name for name, value in given.items() if value]
         if said:
-            raise ValueError(f"adapter is a {type(adapter).__name__}, which says {', '.join(said)} itself")
+            raise ValueError(
+                f"adapter is a {type(adapter).__name__}, which says {', '.join(said)} itself"
+            )
         asked = peft_config.asked(adapter, model)
         plan, resting = peft_config.plan_of(asked), asked.get("inference_mode")
     else:
@@ -91,7 +93,10 @@ def _warn_of_experts(model: nn.Module, plan: Plan, found: dict[nn.Module, list[s
         for key, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3
     ]  # fmt: skip
     if left:
-        warnings.warn(f"target_modules='all-linear' adapts no 3-D weight of fused experts: {some(left)}", stacklevel=3)
+        warnings.warn(
+            f"target_modules='all-linear' adapts no 3-D weight of fused experts: {some(left)}",
+            stacklevel=3,
+        )
 
 
 def install(
@@ -108,16 +113,21 @@ def install(
     """
     own = plan.adapters(clean(names[0]) for names in found.values())
     shapes = [tuple(_matrix(module).shape) for module in found]
-    specs = {module: own[clean(names[0])].fitted(shapes) for module, names in found.items()}
+    specs = {module: own[clean(names[0])].bind_model(shapes) for module, names in found.items()}
     _refuse_tied(model, found, specs)
-    also = besides.chosen(model, plan, found)
+    also = extra_trainables.chosen(model, plan, found)
     if fill is None:
-        specs = {module: spec.at(clean(found[module][0]), _matrix(module)) for module, spec in specs.items()}
+        specs = {
+            module: spec.bind_layer(clean(found[module][0]), _matrix(module))
+            for module, spec in specs.items()
+        }
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    layers: dict[nn.Module, Adapted] = {}
+    layers: dict[nn.Module, AdapterLayer] = {}
     try:
         for module, names in found.items():
-            layers[module] = layer_for(module)[0]._from(module, specs[module], adapter_dtype, start=fill is None)
+            layers[module] = layer_for(module)[0]._from(
+                module, specs[module], adapter_dtype, start=fill is None
+            )
             if fill is not None:
                 fill(names[0], layers[module])
         for parameter, _ in flags:
@@ -127,10 +137,10 @@ def install(
             if layers[module].lora_magnitude is not None:
                 layers[module].lora_magnitude.lorafast_name = names[0]
             put(model, names, layers[module])
-        besides.train(also, layers)
+        extra_trainables.train(also, layers)
         finish()
     except BaseException:
-        besides.undo(also, layers)
+        extra_trainables.undo(also, layers)
         for module, names in found.items():
             put(model, names, module)
         for layer in layers.values():
@@ -146,9 +156,11 @@ def let_train(model: nn.Module, trainable: bool) -> None:
     for layer in adapted(model).values():
         for name, part in layer._parts().items():
             # What a schedule has frozen is its to thaw.
-            if name not in layer.frozen_parts and (name != "lora_B" or layer.frozen_columns < layer.r):
+            if name not in layer.frozen_parts and (
+                name != "lora_B" or layer.frozen_columns < layer.r
+            ):
                 getattr(layer, name).requires_grad_(trainable and part.trained)
-    besides.let_train(model, trainable)
+    extra_trainables.let_train(model, trainable)
 
 
 def put(model: nn.Module, names: list[str], module: nn.Module) -> None:
@@ -163,18 +175,26 @@ def _matrix(module: nn.Module) -> torch.Tensor:
     return module.weight.detach() if isinstance(module, nn.Linear) else module.weight.detach().t()
 
 
-def _share(layers: Collection[Adapted]) -> None:
+def _share(layers: Collection[AdapterLayer]) -> None:
     """One Parameter for every tensor that layers hold in common."""
     first: dict[tuple, nn.Parameter] = {}
     for layer in layers:
         for name, part in layer._parts().items():
             if part.shared:
                 held = getattr(layer, name)
-                setattr(layer, name, first.setdefault((name, held.shape, held.dtype, held.device), held))
+                setattr(
+                    layer, name, first.setdefault((name, held.shape, held.dtype, held.device), held)
+                )
 
 
-def _refuse_tied(model: nn.Module, found: dict[nn.Module, list[str]], specs: dict[nn.Module, Adapter]) -> None:
-    changed = {module: names for module, names in found.items() if specs[module].residual and not module.weight.is_meta}
+def _refuse_tied(
+    model: nn.Module, found: dict[nn.Module, list[str]], specs: dict[nn.Module, Adapter]
+) -> None:
+    changed = {
+        module: names
+        for module, names in found.items()
+        if specs[module].residual and not module.weight.is_meta
+    }
     held = owners(model) if changed else {}
     for module, names in changed.items():
         sharing = held[storage(module.weight)]

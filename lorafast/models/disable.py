@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lorafast.models import besides
-from lorafast.models.names import adapted
+from lorafast.models import extra_trainables
+from lorafast.models.module_names import adapted
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             layer.disable()
-        with besides.first_values(model):
+        with extra_trainables.first_values(model):
             yield
     finally:
         for layer in layers:

@@ -25,10 +25,14 @@ def compiled(argument: str, expression: object, form: str = "%s") -> None:
     try:
         re.compile(form % expression if isinstance(expression, str) else expression)
     except (re.error, TypeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{argument}={str(expression)[:200]!r} is no regular expression: {error}") from error
+        raise ValueError(
+            f"{argument}={str(expression)[:200]!r} is no regular expression: {error}"
+        ) from error
 
 
-def first(expressions: Sequence[str], names: Iterable[str], foreign: bool, whole: bool) -> dict[str, int]:
+def first(
+    expressions: Sequence[str], names: Iterable[str], foreign: bool, whole: bool
+) -> dict[str, int]:
     """For each name that one matches, whole or from its start, the first that does; others are left out.
 
     foreign: they come from a file. ValueError if such a one takes too long.
@@ -38,7 +42,10 @@ def first(expressions: Sequence[str], names: Iterable[str], foreign: bool, whole
         found = _apart(expressions, names, whole)
     else:
         match = re.fullmatch if whole else re.match
-        found = [next((i for i, one in enumerate(expressions) if match(one, name)), None) for name in names]
+        found = [
+            next((i for i, one in enumerate(expressions) if match(one, name)), None)
+            for name in names
+        ]
     return {name: index for name, index in zip(names, found, strict=True) if index is not None}
 
 
@@ -46,7 +53,9 @@ def _apart(expressions: Sequence[str], names: list[str], whole: bool) -> list[in
     asked = json.dumps({"expressions": list(expressions), "names": names, "whole": whole})
     command = [sys.executable, "-I", "-S", "-c", _CHILD]
     try:
-        done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=LIMIT, check=True)
+        done = subprocess.run(
+            command, input=asked, capture_output=True, text=True, timeout=LIMIT, check=True
+        )
     except (subprocess.SubprocessError, OSError) as error:
         raise ValueError(
             f"{str(list(expressions))[:200]}: expressions of a file that could not be matched in {LIMIT} s ({type(error).__name__})"

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafast import checks
+from lorafast.engine import checks
+from lorafast.engine.problem import accumulator
 from lorafast.methods.lora import LoRA
 from lorafast.models.adapt import refuse_parallel
-from lorafast.models.names import clean, some
-from lorafast.models.plan import ALL_LINEAR, Names, Plan
-from lorafast.models.targets import owners, places, storage
-from lorafast.problem import accumulator
+from lorafast.models.adapt_spec import ALL_LINEAR, Names, Plan
+from lorafast.models.module_names import clean, some
+from lorafast.models.target_modules import owners, places, storage
 
 Totals = dict[nn.Parameter, torch.Tensor]
 
@@ -60,7 +60,9 @@ def estimate_gradients(
         raise ValueError("batches is empty: a gradient needs one at least")
     gradients = {name: _mean(module, totals, count) for module, name in layers.items()}
     if wrong := [name for name, G in gradients.items() if not G.isfinite().all()]:
-        raise ValueError(f"the gradient of {some(wrong)} is not finite: scale the loss down, or run loss_fn in a wider dtype")
+        raise ValueError(
+            f"the gradient of {some(wrong)} is not finite: scale the loss down, or run loss_fn in a wider dtype"
+        )
     return gradients
 
 
@@ -73,16 +75,26 @@ def _refuse(model: nn.Module, layers: dict[nn.Module, str]) -> None:
         if weight.is_meta:
             raise ValueError(f"{shown} is on the meta device: load it first")
         if hasattr(weight, "full_tensor"):
-            raise NotImplementedError(f"{shown} is a sharded DTensor: estimate gradients before sharding it")
+            raise NotImplementedError(
+                f"{shown} is a sharded DTensor: estimate gradients before sharding it"
+            )
         if len(sharing := held[storage(weight)]) > 1:
-            raise ValueError(f"{' and '.join(sharing.values())} are one tensor, with one gradient for both: leave {name} out")
+            raise ValueError(
+                f"{' and '.join(sharing.values())} are one tensor, with one gradient for both: leave {name} out"
+            )
         if weight._post_accumulate_grad_hooks or weight._backward_hooks:
-            raise ValueError(f"{shown} has hooks that would take the estimate for a training step (an optimizer in backward?)")
+            raise ValueError(
+                f"{shown} has hooks that would take the estimate for a training step (an optimizer in backward?)"
+            )
 
 
 def _refuse_loss(loss: object, target_modules: Names) -> None:
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        what = f"a tensor {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+        what = (
+            f"a tensor {tuple(loss.shape)}"
+            if isinstance(loss, torch.Tensor)
+            else f"a {type(loss).__name__}"
+        )
         raise ValueError(f"loss_fn(model, batch) must give a scalar tensor, not {what}")
     if not loss.requires_grad:
         raise ValueError(
@@ -92,7 +104,9 @@ def _refuse_loss(loss: object, target_modules: Names) -> None:
 
 
 @contextlib.contextmanager
-def _lent(model: nn.Module, weights: set[nn.Parameter], totals: Totals, training: bool) -> Iterator[None]:
+def _lent(
+    model: nn.Module, weights: set[nn.Parameter], totals: Totals, training: bool
+) -> Iterator[None]:
     """Inside, these weights alone ask for gradients, which go into totals; whatever happens, the model is given back as it was."""
 
     def add(weight: nn.Parameter) -> None:
@@ -103,7 +117,9 @@ def _lent(model: nn.Module, weights: set[nn.Parameter], totals: Totals, training
         else:
             totals[weight] = grad.to("cpu", accumulator(grad.dtype))
 
-    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    parameters = [
+        (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
+    ]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter, _, _ in parameters if parameter.is_cuda}

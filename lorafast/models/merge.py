@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lorafast.adapted import Adapted
-from lorafast.models import besides
+from lorafast.models import extra_trainables
 from lorafast.models.adapt import put
-from lorafast.models.targets import owners, storage
+from lorafast.models.target_modules import owners, storage
+from lorafast.nn.adapter_layer import AdapterLayer
 
 
 @torch.no_grad()
@@ -24,11 +24,13 @@ def merge(model: nn.Module, untie: bool = False) -> nn.Module:
     tied = _tied(model, layers)
     if tied and not untie:
         told = next(iter(tied.values()))
-        raise ValueError(f"merging would change {told}, which are one tensor: merge(model, untie=True) gives each its own")
+        raise ValueError(
+            f"merging would change {told}, which are one tensor: merge(model, untie=True) gives each its own"
+        )
     for layer in layers:
         if not layer.merged:
             layer.folded_in(keep=True)
-    done: list[tuple[Adapted, nn.Parameter]] = []
+    done: list[tuple[AdapterLayer, nn.Parameter]] = []
     try:
         for layer in layers:
             if not layer.merged:
@@ -41,7 +43,7 @@ def merge(model: nn.Module, untie: bool = False) -> nn.Module:
             layer.unmerge()
             layer.weight = weight
         raise
-    besides.forget(model, restore=False)
+    extra_trainables.forget(model, restore=False)
     _put_plain_back(model, layers)
     return model
 
@@ -60,27 +62,27 @@ def unload(model: nn.Module) -> nn.Module:
     layers = _layers(model)
     for layer in layers:
         layer.start_factors()
-    with besides.first_values(model):
+    with extra_trainables.first_values(model):
         pass
     for layer in layers:
         layer.unmerge()
         layer.restore_base()
-    besides.forget(model, restore=True)
+    extra_trainables.forget(model, restore=True)
     _put_plain_back(model, layers)
     return model
 
 
-def _layers(model: nn.Module) -> dict[Adapted, list[str]]:
+def _layers(model: nn.Module) -> dict[AdapterLayer, list[str]]:
     """Every adapted layer, with the names of its places."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if isinstance(model, Adapted):
+    if isinstance(model, AdapterLayer):
         raise TypeError(
             f"model is itself a {type(model).__name__} and cannot be replaced in place: model.merge(), or model.plain()"
         )
-    layers: dict[Adapted, list[str]] = {}
+    layers: dict[AdapterLayer, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Adapted):
+        if isinstance(module, AdapterLayer):
             layers.setdefault(module, []).append(name)
     if not layers:
         raise ValueError(f"model {type(model).__name__} has no adapted layer")
@@ -89,13 +91,13 @@ def _layers(model: nn.Module) -> dict[Adapted, list[str]]:
     return layers
 
 
-def _tied(model: nn.Module, layers: dict[Adapted, list[str]]) -> dict[int, str]:
+def _tied(model: nn.Module, layers: dict[AdapterLayer, list[str]]) -> dict[int, str]:
     """The storages of adapted weights that somebody else holds too, and who."""
     held = owners(model)
     places = {storage(layer.weight) for layer in layers if not layer.weight.is_meta}
     return {place: " and ".join(held[place].values()) for place in places if len(held[place]) > 1}
 
 
-def _put_plain_back(model: nn.Module, layers: dict[Adapted, list[str]]) -> None:
+def _put_plain_back(model: nn.Module, layers: dict[AdapterLayer, list[str]]) -> None:
     for layer, names in layers.items():
         put(model, names, layer.plain())

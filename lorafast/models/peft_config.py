@@ -16,8 +16,8 @@ from lorafast.methods.lamda import LaMDA
 from lorafast.methods.lora import LoRA
 from lorafast.methods.pissa import PiSSA
 from lorafast.methods.vera import VeRA
-from lorafast.models import triplets
-from lorafast.models.plan import Plan
+from lorafast.models import adalora_format
+from lorafast.models.adapt_spec import Plan
 
 # Fields that say nothing about what a layer computes: who wrote the file and for what, or how weights lie.
 _IDLE = (
@@ -28,7 +28,11 @@ _IDLE = (
 _STARTED_ELSEWHERE = ("eva", "orthogonal")
 _START_CONFIGS = ("eva_config", "lora_ga_config")
 # What PEFT makes trainable and saves where a config names a task and no modules_to_save.
-_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _PLAN = (
     "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "layers_to_transform",
     "layers_pattern",
@@ -51,13 +55,20 @@ def asked(config: Any, model: nn.Module) -> dict[str, Any]:
         from peft.utils import constants
 
         tables = {kind: kind for kind in ("VERA", "LORA", "ADALORA")}
-        table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{tables.get(said['peft_type'], 'LORA')}_TARGET_MODULES_MAPPING")
+        table = getattr(
+            constants,
+            f"TRANSFORMERS_MODELS_TO_{tables.get(said['peft_type'], 'LORA')}_TARGET_MODULES_MAPPING",
+        )
         kind = getattr(getattr(model, "config", None), "model_type", None)
         if kind not in table:
-            raise ValueError(f"target_modules is None, and PEFT has no default for a model of type {kind!r}: name them")
+            raise ValueError(
+                f"target_modules is None, and PEFT has no default for a model of type {kind!r}: name them"
+            )
         said["target_modules"] = table[kind]
     if not said.get("modules_to_save"):
-        said["modules_to_save"] = [head for head in _HEADS.get(said.get("task_type"), ()) if hasattr(model, head)]
+        said["modules_to_save"] = [
+            head for head in _HEADS.get(said.get("task_type"), ()) if hasattr(model, head)
+        ]
     return said
 
 
@@ -75,20 +86,34 @@ def plan_of(config: dict[str, Any], loading: bool = False) -> Plan:
     left = {key: value for key, value in config.items() if key not in _IDLE}
     adapter = readers[kind](_Fields(left), loading)
     if isinstance(adapter, AdaLoRA) and left.get("rank_pattern"):
-        left["rank_pattern"] = triplets.ranks(left["rank_pattern"], adapter.init_r)
+        left["rank_pattern"] = adalora_format.ranks(left["rank_pattern"], adapter.init_r)
     said = {key: left.pop(key) for key in _PLAN if left.get(key) is not None}
     said |= {key: [said[key]] for key in ("layers_to_transform",) if isinstance(said.get(key), int)}
     said |= {key: [said[key]] for key in ("layers_pattern",) if isinstance(said.get(key), str)}
     if said.get("bias") == "vera_only":
         said["bias"] = "lora_only"
-    rest = sorted(key for key, value in left.items() if value and key not in _PLAN and not (loading and key in _START_CONFIGS))
+    rest = sorted(
+        key
+        for key, value in left.items()
+        if value and key not in _PLAN and not (loading and key in _START_CONFIGS)
+    )
     if rest:
-        raise ValueError(f"{', '.join(f'{key}={left[key]!r}' for key in rest)}: lorafast has no such thing")
+        raise ValueError(
+            f"{', '.join(f'{key}={left[key]!r}' for key in rest)}: lorafast has no such thing"
+        )
     if not isinstance(config.get("task_type"), str | None):
         raise TypeError(f"task_type={config['task_type']!r} must be a word")
     if isinstance(said.get("target_modules"), set):
         said["target_modules"] = sorted(said["target_modules"])
-    return Plan(adapter, **said, task_type=config.get("task_type"), forgiving=True, loose=True, foreign=loading, untie=True)
+    return Plan(
+        adapter,
+        **said,
+        task_type=config.get("task_type"),
+        forgiving=True,
+        loose=True,
+        foreign=loading,
+        untie=True,
+    )
 
 
 class _Fields:
@@ -102,7 +127,9 @@ class _Fields:
         if value is None:
             return default
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise TypeError(f"{name}={value!r} must be {' or '.join(kind.__name__ for kind in kinds)}")
+            raise TypeError(
+                f"{name}={value!r} must be {' or '.join(kind.__name__ for kind in kinds)}"
+            )
         return value
 
 
@@ -141,18 +168,26 @@ def _init(init: bool | str, loading: bool) -> str | PiSSA:
         absent = "what PEFT took out of the weights is not in the file; save it with path_initial_model_for_weight_conversion"
         given = "no config holds gradients; adapt with lorafast.LoRA(init=lorafast.LoRAGA(gradients, compat='peft'))"
         raise ValueError(f"init_lora_weights='lora_ga': {absent if loading else given}")
-    raise ValueError(f"init_lora_weights={init!r} is not lorafast's: start the model in PEFT, and lorafast.accelerate it")
+    raise ValueError(
+        f"init_lora_weights={init!r} is not lorafast's: start the model in PEFT, and lorafast.accelerate it"
+    )
 
 
 def _dora_in(f: _Fields, loading: bool) -> Adapter:
     said = _scaled(f) | {"lora_bias": f.take("lora_bias", False, bool)}
     f.take("use_dora", True, bool)
-    return DoRA(**said, init=_init(f.take("init_lora_weights", True, bool, str), loading), axis="in")
+    return DoRA(
+        **said, init=_init(f.take("init_lora_weights", True, bool, str), loading), axis="in"
+    )
 
 
 def _lamda(f: _Fields, loading: bool) -> Adapter:
     f.take("init_lora_weights", True, bool, str)
-    return LaMDA(**_scaled(f), init=f.take("lamda_init", "residual", str), svd_niter=f.take("svd_niter", None, int))
+    return LaMDA(
+        **_scaled(f),
+        init=f.take("lamda_init", "residual", str),
+        svd_niter=f.take("svd_niter", None, int),
+    )
 
 
 def _vera(f: _Fields, loading: bool) -> Adapter:
@@ -165,7 +200,7 @@ def _vera(f: _Fields, loading: bool) -> Adapter:
 def _adalora(f: _Fields, loading: bool) -> Adapter:
     init = f.take("init_lora_weights", True, bool, str)
     f.take("r", 8, int)  # LoraConfig's, which means nothing here
-    for name, value in triplets.SCHEDULE_FIELDS.items():
+    for name, value in adalora_format.SCHEDULE_FIELDS.items():
         f.take(name, value, int, float)
     r, target_r = f.take("init_r", 12, int), f.take("target_r", 8, int)
     if loading:
@@ -174,7 +209,9 @@ def _adalora(f: _Fields, loading: bool) -> Adapter:
             f.take(name, None, bool, dict)
         target_r = min(target_r, r)
     elif init is not True:
-        raise ValueError(f"init_lora_weights={init!r}: AdaLoRA has one start, A and B normal and E at 0; say True")
+        raise ValueError(
+            f"init_lora_weights={init!r}: AdaLoRA has one start, A and B normal and E at 0; say True"
+        )
     return AdaLoRA(
         r=r, target_r=target_r, alpha=f.take("lora_alpha", 8, int, float), dropout=f.take("lora_dropout", 0.0, int, float)
     )  # fmt: skip
@@ -182,7 +219,9 @@ def _adalora(f: _Fields, loading: bool) -> Adapter:
 
 def _aflora(f: _Fields, loading: bool) -> Adapter:
     return AFLoRA(
-        r=f.take("r", 4, int), d_initial=f.take("d_initial", 1.0, int, float), dropout=f.take("lora_dropout", 0.0, int, float)
+        r=f.take("r", 4, int),
+        d_initial=f.take("d_initial", 1.0, int, float),
+        dropout=f.take("lora_dropout", 0.0, int, float),
     )
 
 
@@ -197,9 +236,14 @@ def dict_of(adapter: Adapter) -> dict[str, Any]:
         return {
             "peft_type": "ADALORA", "init_r": adapter.init_r, "target_r": adapter.target_r, "lora_alpha": adapter.alpha,
             "lora_dropout": adapter.dropout, "init_lora_weights": True,
-        } | triplets.SCHEDULE_FIELDS  # fmt: skip
+        } | adalora_format.SCHEDULE_FIELDS  # fmt: skip
     if isinstance(adapter, AFLoRA):
-        return {"peft_type": AFLORA, "r": adapter.r, "d_initial": adapter.d_initial, "lora_dropout": adapter.dropout}
+        return {
+            "peft_type": AFLORA,
+            "r": adapter.r,
+            "d_initial": adapter.d_initial,
+            "lora_dropout": adapter.dropout,
+        }
     said = {
         "peft_type": "LORA", "r": adapter.r, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora, "init_lora_weights": True,
@@ -207,7 +251,12 @@ def dict_of(adapter: Adapter) -> dict[str, Any]:
     if isinstance(adapter, LaMDA):
         # The number of iterations says nothing about a start that leaves the weight alone.
         init = "zero" if adapter.residual else adapter.init
-        return said | {"peft_type": LAMDA, "use_lamda": True, "lamda_init": init, "svd_niter": adapter.svd_niter}
+        return said | {
+            "peft_type": LAMDA,
+            "use_lamda": True,
+            "lamda_init": init,
+            "svd_niter": adapter.svd_niter,
+        }
     said |= {"lora_bias": adapter.lora_bias, "use_dora": isinstance(adapter, DoRA)}
     if adapter.init == "gaussian":
         said["init_lora_weights"] = "gaussian"

@@ -15,12 +15,12 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
-from lorafast import checks
+from lorafast.engine import checks
 from lorafast.methods import svd
 from lorafast.methods.lora import LoRA
-from lorafast.models.names import clean
-from lorafast.models.plan import ALL_LINEAR, Names, Plan, matching
-from lorafast.models.targets import places
+from lorafast.models.adapt_spec import ALL_LINEAR, Names, Plan, matching
+from lorafast.models.module_names import clean
+from lorafast.models.target_modules import places
 
 DIRECTIONS = ("low_energy_more", "high_energy_more")
 
@@ -53,11 +53,18 @@ def spectral_ranks(
     found = places(model, Plan(LoRA(), target_modules, exclude_modules=exclude_modules))
     weights = {clean(names[0]): module.weight.detach() for module, names in found.items()}
     if meta := next((name for name, weight in weights.items() if weight.is_meta), None):
-        raise ValueError(f"{meta}.weight {tuple(weights[meta].shape)} is on the meta device: load it first")
-    score = {name: energy(weight, energy_rank or choice[-1], svd_niter) for name, weight in weights.items()}
+        raise ValueError(
+            f"{meta}.weight {tuple(weights[meta].shape)} is on the meta device: load it first"
+        )
+    score = {
+        name: energy(weight, energy_rank or choice[-1], svd_niter)
+        for name, weight in weights.items()
+    }
     order = sorted(score, key=score.get, reverse=direction == "high_energy_more")
     limit = choice[len(choice) // 2] if budget is None else budget
-    given = dict(zip(order, _spent(choice, [min(weights[name].shape) for name in order], limit), strict=True))
+    given = dict(
+        zip(order, _spent(choice, [min(weights[name].shape) for name in order], limit), strict=True)
+    )
     return _patterns({name: given[name] for name in weights})
 
 
@@ -69,14 +76,18 @@ def energy(weight: torch.Tensor, r: int, svd_niter: int | None = None) -> float:
     return min(1.0, float(svd.top(weight, r, svd_niter)[1].double().square().sum()) / total)
 
 
-def _refused_or_sorted(ranks: Collection[int], energy_rank: int | None, budget: float | None) -> list[int]:
+def _refused_or_sorted(
+    ranks: Collection[int], energy_rank: int | None, budget: float | None
+) -> list[int]:
     """The ranks without repetitions, largest first."""
     numbers = [*ranks] if isinstance(ranks, Collection) and not isinstance(ranks, str) else []
     if not numbers or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in numbers):
         raise ValueError(f"ranks={ranks!r} must be integers of at least 1")
     if energy_rank is not None:
         checks.whole("energy_rank", energy_rank)
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf):
+    if budget is not None and (
+        isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf
+    ):
         raise ValueError(f"budget={budget!r} must be a positive number, the largest mean rank")
     return sorted(set(numbers), reverse=True)
 
@@ -94,7 +105,9 @@ def _spent(choice: Sequence[int], caps: Sequence[int], budget: float) -> list[in
     left, j, given = sums[0][0].bit_length() - 1, 0, []
     if left < 0:
         least = sum(min(choice[-1], cap) for cap in caps)
-        raise ValueError(f"budget={budget} is a sum of {most} for {n} layers; ranks of at least {choice[-1]} take {least}")
+        raise ValueError(
+            f"budget={budget} is a sum of {most} for {n} layers; ranks of at least {choice[-1]} take {least}"
+        )
     for i, cap in enumerate(caps):
         while min(choice[j], cap) > left or not sums[j][i + 1] >> left - min(choice[j], cap) & 1:
             j += 1
@@ -106,4 +119,8 @@ def _spent(choice: Sequence[int], caps: Sequence[int], budget: float) -> list[in
 def _patterns(ranks: dict[str, int]) -> dict[str, int]:
     """By patterns that match their layers alone; a name may also be the end of another."""
     found = matching(ranks, ranks)
-    return ranks if all(found[name] == name for name in ranks) else {f"^{re.escape(name)}": r for name, r in ranks.items()}
+    return (
+        ranks
+        if all(found[name] == name for name in ranks)
+        else {f"^{re.escape(name)}": r for name, r in ranks.items()}
+    )

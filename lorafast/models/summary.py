@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lorafast.adapted import NAMES, Adapted
-from lorafast.models import besides
-from lorafast.models.names import adapted, unwrapped
+from lorafast.models import extra_trainables
+from lorafast.models.module_names import adapted, unwrapped
+from lorafast.nn.adapter_layer import NAMES, AdapterLayer
 
 
 class TrainableSummary(NamedTuple):
@@ -33,21 +33,35 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                kinds.setdefault(parameter, name if isinstance(module, Adapted) and name in NAMES else "other")
-    for module in besides.saved(model).values():
+                kinds.setdefault(
+                    parameter,
+                    name if isinstance(module, AdapterLayer) and name in NAMES else "other",
+                )
+    for module in extra_trainables.saved(model).values():
         kinds |= dict.fromkeys(module.parameters(), "modules_to_save")
-    kinds |= {module.bias: "bias" for module in besides.biases(model).values()}
+    kinds |= {module.bias: "bias" for module in extra_trainables.biases(model).values()}
     counts = collections.Counter({kind: 0 for kind in (*NAMES, "bias", "modules_to_save", "other")})
     for parameter, kind in kinds.items():
         counts[kind] += parameter.numel() if parameter.requires_grad else 0
     parts = {kind: count for kind, count in counts.items() if count}
-    return TrainableSummary(sum(parts.values()), sum(parameter.numel() for parameter in kinds), parts)
+    return TrainableSummary(
+        sum(parts.values()), sum(parameter.numel() for parameter in kinds), parts
+    )
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every Parameter an adapter file of this model holds and that trains: what to give an optimizer. ValueError if not adapted."""
     layers = adapted(model, awake=True).values()
-    held = [parameter for layer in layers for name in NAMES if (parameter := getattr(layer, name)) is not None]
-    held += [parameter for module in besides.saved(model).values() for parameter in module.parameters()]
-    held += [module.bias for module in besides.biases(model).values()]
+    held = [
+        parameter
+        for layer in layers
+        for name in NAMES
+        if (parameter := getattr(layer, name)) is not None
+    ]
+    held += [
+        parameter
+        for module in extra_trainables.saved(model).values()
+        for parameter in module.parameters()
+    ]
+    held += [module.bias for module in extra_trainables.biases(model).values()]
     return [parameter for parameter in dict.fromkeys(held) if parameter.requires_grad]

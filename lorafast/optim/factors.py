@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lorafast.adapted import NAMES, Adapted
-from lorafast.models.names import adapted, unwrapped
-from lorafast.problem import Scaling
+from lorafast.engine.problem import Scaling
+from lorafast.models.module_names import adapted, unwrapped
+from lorafast.nn.adapter_layer import NAMES, AdapterLayer
 
 FACTORS = ("lora_A", "lora_B")
 
@@ -18,7 +18,7 @@ class Held(NamedTuple):
     """Of an adapter's Parameter: the name of its layer, the layer, and which of adapted.NAMES it is there."""
 
     name: str
-    layer: Adapted
+    layer: AdapterLayer
     part: str
 
     def __str__(self) -> str:
@@ -35,7 +35,9 @@ def held(model: nn.Module) -> dict[nn.Parameter, Held]:
             parameter = getattr(layer, part)
             if parameter is not None and not isinstance(parameter, nn.Parameter):
                 where = f"{name}.{part}".lstrip(".")
-                raise ValueError(f"{where} {tuple(parameter.shape)} is parametrized: what trains is not the factor itself")
+                raise ValueError(
+                    f"{where} {tuple(parameter.shape)} is parametrized: what trains is not the factor itself"
+                )
             if parameter is not None:
                 found.setdefault(parameter, Held(name, layer, part))
     return found
@@ -49,7 +51,9 @@ def groups(model: nn.Module, parts: dict[nn.Parameter, Held]) -> list[dict[str, 
     factors = [p for p in trained if p in parts and parts[p].part in FACTORS]
     taken = set(factors)
     found = {"factors": factors, "other": [p for p in trained if p not in taken]}
-    return [{"params": parameters, "name": name} for name, parameters in found.items() if parameters]
+    return [
+        {"params": parameters, "name": name} for name, parameters in found.items() if parameters
+    ]
 
 
 def refuse_middle(one: Held, optimizer: str) -> None:

@@ -18,10 +18,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from lorafast import checks
+from lorafast.engine import checks
 from lorafast.methods import svd
-from lorafast.models.names import unwrapped
-from lorafast.models.plan import ALL_LINEAR, Names
+from lorafast.models.adapt_spec import ALL_LINEAR, Names
+from lorafast.models.module_names import unwrapped
 from lorafast.optim import weights
 
 
@@ -61,7 +61,12 @@ class GaLore(Optimizer):
     ) -> None:
         for name, value in (("rank", rank), ("update_gap", update_gap)):
             checks.whole(name, value)
-        for name, value in (("lr", lr), ("scale", scale), ("eps", eps), ("weight_decay", weight_decay)):
+        for name, value in (
+            ("lr", lr),
+            ("scale", scale),
+            ("eps", eps),
+            ("weight_decay", weight_decay),
+        ):
             checks.number(name, value)
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"betas={betas!r} must be two numbers in [0, 1)")
@@ -69,27 +74,45 @@ class GaLore(Optimizer):
             checks.number("betas", beta, 1.0)
         svd.iterations(svd_niter)
         asked = weights.chosen(model, target_modules, exclude_modules)
-        projected = [one.weight for one in asked if one.weight.requires_grad and min(one.weight.shape) >= rank]
+        projected = [
+            one.weight
+            for one in asked
+            if one.weight.requires_grad and min(one.weight.shape) >= rank
+        ]
         if not projected:
             told = ", ".join(f"{one.name} {tuple(one.weight.shape)}" for one in asked[:5])
-            raise ValueError(f"rank={rank}: no targeted weight requires grad and has min(N, K) of at least that, of {told}")
+            raise ValueError(
+                f"rank={rank}: no targeted weight requires grad and has min(N, K) of at least that, of {told}"
+            )
         if per_layer:
             weights.refuse_parallel(model)
         held = set(projected)
         rest = [p for p in unwrapped(model).parameters() if p.requires_grad and p not in held]
         self._per_layer = per_layer
         groups = [{"params": projected, "rank": rank}] + ([{"params": rest}] if rest else [])
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "rank": None}
-        super().__init__(groups, defaults | {"update_gap": update_gap, "scale": scale, "svd_niter": svd_niter})
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": None,
+        }
+        super().__init__(
+            groups, defaults | {"update_gap": update_gap, "scale": scale, "svd_niter": svd_niter}
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group with a rank is of matrices with min(N,K) of at least that, one without trains as under AdamW."""
         super().add_param_group(param_group)
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         for parameter in group["params"]:
-            if group["rank"] is not None and (parameter.dim() != 2 or min(parameter.shape) < group["rank"]):
+            if group["rank"] is not None and (
+                parameter.dim() != 2 or min(parameter.shape) < group["rank"]
+            ):
                 del self.param_groups[index]
-                raise ValueError(f"rank={group['rank']}: params has a {tuple(parameter.shape)}, too small to be projected")
+                raise ValueError(
+                    f"rank={group['rank']}: params has a {tuple(parameter.shape)}, too small to be projected"
+                )
         if self._per_layer:
             # By its place: loading a state makes new groups.
             for parameter in group["params"]:
@@ -103,7 +126,10 @@ class GaLore(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not self._per_layer:
-            due = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+            due = [
+                (group, [p for p in group["params"] if p.grad is not None])
+                for group in self.param_groups
+            ]
             for group, parameters in due:
                 self._prepare(group, parameters)
             for group, parameters in due:
@@ -121,11 +147,15 @@ class GaLore(Optimizer):
         for parameter in parameters:
             G, state = parameter.grad, self.state[parameter]
             if G.is_sparse:
-                raise ValueError(f"the gradient of a parameter {tuple(G.shape)} is sparse; GaLore and AdamW need dense ones")
+                raise ValueError(
+                    f"the gradient of a parameter {tuple(G.shape)} is sparse; GaLore and AdamW need dense ones"
+                )
             step = int(state.get("step", 0))
             if group["rank"] is not None and step % group["update_gap"] == 0:
                 if not G.isfinite().all():
-                    raise ValueError(f"the gradient of a weight {tuple(G.shape)} is not finite: it has no SVD to project by")
+                    raise ValueError(
+                        f"the gradient of a weight {tuple(G.shape)} is not finite: it has no SVD to project by"
+                    )
                 due[parameter] = _projection(G, group["rank"], group["svd_niter"])
         for parameter, projection in due.items():
             self.state[parameter]["projection"] = projection
@@ -137,7 +167,11 @@ class GaLore(Optimizer):
             state = self.state[parameter]
             if "exp_avg" not in state:
                 # As torch's: a tensor, since its functional form counts in it.
-                state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(R), "exp_avg_sq": torch.zeros_like(R)}
+                state |= {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(R),
+                    "exp_avg_sq": torch.zeros_like(R),
+                }
         if group["rank"] is None:
             states = [self.state[parameter] for parameter in parameters]
             moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))

@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from lorafast.adapted import factor_dtype
+from lorafast.engine.row_blocks import row_blocks
 from lorafast.methods.lora import LoRA
-from lorafast.methods.start import Start
+from lorafast.methods.weight_init import WeightInit
 from lorafast.models.adapt import seeded
-from lorafast.models.names import unwrapped
-from lorafast.models.plan import ALL_LINEAR, Names
+from lorafast.models.adapt_spec import ALL_LINEAR, Names
+from lorafast.models.module_names import unwrapped
+from lorafast.nn.adapter_layer import factor_dtype
 from lorafast.optim import weights
-from lorafast.panels import panels
 
 
 class LoRAAsOptimizer(Optimizer):
@@ -55,7 +55,7 @@ class LoRAAsOptimizer(Optimizer):
         alpha: float = 8,
         *,
         rslora: bool = False,
-        init: str | Start = "kaiming",
+        init: str | WeightInit = "kaiming",
         freeze_A: bool = False,
         target_modules: Names = ALL_LINEAR,
         exclude_modules: Names | None = None,
@@ -66,26 +66,43 @@ class LoRAAsOptimizer(Optimizer):
         **settings: Any,
     ) -> None:
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
-            raise TypeError(f"optimizer_class must be a class of torch.optim such as torch.optim.AdamW, not {optimizer_class!r}")
+            raise TypeError(
+                f"optimizer_class must be a class of torch.optim such as torch.optim.AdamW, not {optimizer_class!r}"
+            )
         adapter = LoRA(r=r, alpha=alpha, rslora=rslora, init=init, freeze_A=freeze_A)
         targets = weights.chosen(model, target_modules, exclude_modules)
         if adapted := [one.name for one in targets if one.adapted]:
-            raise ValueError(f"{adapted[0]} has an adapter already: LoRAAsOptimizer trains plain weights")
+            raise ValueError(
+                f"{adapted[0]} has an adapter already: LoRAAsOptimizer trains plain weights"
+            )
         if seed is None and dist.is_available() and dist.is_initialized():
-            raise ValueError("seed=None: in a process group every rank must draw the same factors; give all the same seed")
+            raise ValueError(
+                "seed=None: in a process group every rank must draw the same factors; give all the same seed"
+            )
         if per_layer:
             weights.refuse_parallel(model)
         with seeded(seed, model):
             held = [_Held(one, adapter, compensate) for one in targets]
         own = {one.weight for one in held}
-        rest = [p for p in unwrapped(model).parameters() if p.requires_grad and p not in own] if train_rest else []
+        rest = (
+            [p for p in unwrapped(model).parameters() if p.requires_grad and p not in own]
+            if train_rest
+            else []
+        )
         self._held, self._scaling, self._per_layer = held, adapter.scaling, per_layer
         moved = [{"params": self.factors}] + ([{"params": rest}] if rest else [])
         self._inner = optimizer_class(moved, lr=lr, **settings)
         mine = [[one.weight for one in held]] + ([rest] if rest else [])
-        groups = [{**group, "params": params} for group, params in zip(self._inner.param_groups, mine, strict=True)]
+        groups = [
+            {**group, "params": params}
+            for group, params in zip(self._inner.param_groups, mine, strict=True)
+        ]
         super().__init__(groups, self._inner.defaults)
-        self._hooks = [weights.on_gradient(self, one.weight, LoRAAsOptimizer._fold_one, one) for one in held if per_layer]
+        self._hooks = [
+            weights.on_gradient(self, one.weight, LoRAAsOptimizer._fold_one, one)
+            for one in held
+            if per_layer
+        ]
         for parameter in unwrapped(model).parameters():
             parameter.requires_grad_(parameter in own or (train_rest and parameter.requires_grad))
 
@@ -97,7 +114,9 @@ class LoRAAsOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """NotImplementedError once the optimizer is made: it says itself what trains."""
         if hasattr(self, "_hooks"):
-            raise NotImplementedError("LoRAAsOptimizer takes what else trains by train_rest=True, and no further groups")
+            raise NotImplementedError(
+                "LoRAAsOptimizer takes what else trains by train_rest=True, and no further groups"
+            )
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -130,22 +149,30 @@ class LoRAAsOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the factors, what roundings lost, and optimizer_class's own state. The weights are the model's."""
-        factors = [{name: tensor.detach() for name, tensor in one.tensors().items()} for one in self._held]
+        factors = [
+            {name: tensor.detach() for name, tensor in one.tensors().items()} for one in self._held
+        ]
         return super().state_dict() | {"factors": factors, "inner": self._inner.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state, on a model with the weights of that moment. ValueError if it is of other layers or ranks."""
         if not {"factors", "inner"} <= state_dict.keys():
-            raise ValueError(f"state {sorted(state_dict)} lacks factors and inner: it is of another optimizer")
+            raise ValueError(
+                f"state {sorted(state_dict)} lacks factors and inner: it is of another optimizer"
+            )
         given = state_dict["factors"]
         if len(given) != len(self._held):
-            raise ValueError(f"state has factors of {len(given)} weights, this optimizer {len(self._held)}")
+            raise ValueError(
+                f"state has factors of {len(given)} weights, this optimizer {len(self._held)}"
+            )
         for one, tensors in zip(self._held, given, strict=True):
             now = {name: tuple(tensor.shape) for name, tensor in one.tensors().items()}
             if (then := {name: tuple(tensor.shape) for name, tensor in tensors.items()}) != now:
                 raise ValueError(f"state has {then} for {one.target.name}, this optimizer {now}")
-        super().load_state_dict({name: value for name, value in state_dict.items() if name not in ("factors", "inner")})
+        super().load_state_dict(
+            {name: value for name, value in state_dict.items() if name not in ("factors", "inner")}
+        )
         self._inner.load_state_dict(state_dict["inner"])
         for one, tensors in zip(self._held, given, strict=True):
             for name, tensor in one.tensors().items():
@@ -166,22 +193,26 @@ class _Held:
         self.target, self.weight = target, target.weight
         W = target.matrix(target.weight.detach())
         dtype, half = factor_dtype(W, None), W.dtype.itemsize == 2
-        start = {name: tensor.to(dtype) for name, tensor in adapter.start(W).items()}
+        start = {name: tensor.to(dtype) for name, tensor in adapter.init_tensors(W).items()}
         self.A = nn.Parameter(start["lora_A"].clone(), requires_grad=not adapter.freeze_A)
         self.B = nn.Parameter(start["lora_B"].clone())
         self.lost = torch.zeros_like(W) if compensate and half else None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a state holds of it."""
-        return {"lora_A": self.A, "lora_B": self.B} | ({} if self.lost is None else {"lost": self.lost})
+        return {"lora_A": self.A, "lora_B": self.B} | (
+            {} if self.lost is None else {"lost": self.lost}
+        )
 
     def fold(self, s: float) -> None:
         """Add s BᵀG and s G Aᵀ to the factors' gradients."""
         G = self.target.matrix(self.weight.grad)
         if G.is_sparse:
-            raise ValueError(f"the gradient of {self.target.name} {tuple(G.shape)} is sparse; this optimizer needs dense ones")
+            raise ValueError(
+                f"the gradient of {self.target.name} {tuple(G.shape)} is sparse; this optimizer needs dense ones"
+            )
         dA, dB = torch.zeros_like(self.A), torch.empty_like(self.B)
-        for rows in [slice(None)] if G.dtype == self.A.dtype else panels(G):
+        for rows in [slice(None)] if G.dtype == self.A.dtype else row_blocks(G):
             wide = G[rows].to(self.A.dtype)
             torch.mm(wide, self.A.t(), out=dB[rows])
             if self.A.requires_grad:
@@ -199,7 +230,7 @@ class _Held:
         if W.dtype == left.dtype:
             W.addmm_(left, right, alpha=s)
             return
-        for rows in panels(W):
+        for rows in row_blocks(W):
             wide = W[rows].to(left.dtype).addmm_(left[rows], right, alpha=s)
             if self.lost is not None:
                 wide += self.lost[rows]

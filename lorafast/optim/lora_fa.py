@@ -15,8 +15,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.adamw import adamw
 
+from lorafast.engine.problem import accumulator
 from lorafast.optim.factors import Held, groups, held, inverse_square, refuse_middle
-from lorafast.problem import accumulator
 
 
 class _Inverse(NamedTuple):
@@ -89,25 +89,45 @@ class LoRAFA(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            gathered: list[list] = [[] for _ in range(6)]  # parameters, gradients, first and second moments, amsgrad's, counts
+            gathered: list[list] = [
+                [] for _ in range(6)
+            ]  # parameters, gradients, first and second moments, amsgrad's, counts
             self._init_group(group, *gathered)
             for eps, indices in self._by_eps(group, gathered[0], gathered[5]).items():
                 chosen = [[tensors[i] for i in indices] if tensors else [] for tensors in gathered]
                 chosen[1] = [self._corrected(p, grad) for p, grad in zip(*chosen[:2], strict=True)]
-                (beta1, beta2), names = group["betas"], ("lr", "weight_decay", "amsgrad", "maximize", "foreach", "fused")
-                adamw(*chosen, eps=eps, beta1=beta1, beta2=beta2, **{name: group[name] for name in names})
+                (beta1, beta2), names = (
+                    group["betas"],
+                    ("lr", "weight_decay", "amsgrad", "maximize", "foreach", "fused"),
+                )
+                adamw(
+                    *chosen,
+                    eps=eps,
+                    beta1=beta1,
+                    beta2=beta2,
+                    **{name: group[name] for name in names},
+                )
         return loss
 
     def _is_B(self, parameter: nn.Parameter) -> bool:
         return parameter in self._held and self._held[parameter].part == "lora_B"
 
-    def _by_eps(self, group: dict[str, Any], parameters: list[nn.Parameter], counts: list[torch.Tensor]) -> dict[float, list[int]]:
+    def _by_eps(
+        self, group: dict[str, Any], parameters: list[nn.Parameter], counts: list[torch.Tensor]
+    ) -> dict[float, list[int]]:
         """Which parameters step with which eps: m̂/(√v̂ + ε/√(1 - β₂ᵗ)) is what PEFT's m/(√v + ε) is after the bias correction."""
         ours = [i for i, parameter in enumerate(parameters) if self._is_B(parameter)]
         # One wait for the device, if the counts are there.
-        done = torch.stack([counts[i].to(counts[ours[0]].device) for i in ours]).tolist() if ours else []
+        done = (
+            torch.stack([counts[i].to(counts[ours[0]].device) for i in ours]).tolist()
+            if ours
+            else []
+        )
         found = dict.fromkeys(range(len(parameters)), group["eps"])
-        found |= {i: group["eps"] / math.sqrt(1 - group["betas"][1] ** (count + 1)) for i, count in zip(ours, done, strict=True)}
+        found |= {
+            i: group["eps"] / math.sqrt(1 - group["betas"][1] ** (count + 1))
+            for i, count in zip(ours, done, strict=True)
+        }
         by_eps: dict[float, list[int]] = {}
         for i, eps in found.items():
             by_eps.setdefault(eps, []).append(i)
@@ -121,13 +141,18 @@ class LoRAFA(torch.optim.AdamW):
         return ((grad.to(inverse.dtype) @ inverse) * inverse_square(layer.scaling)).to(grad.dtype)
 
     def _inverse(self, A: nn.Parameter) -> torch.Tensor:
-        storage, mark = StorageWeakRef(A.untyped_storage()), (A._version, A.data_ptr(), A.dtype, A.shape, A.stride())
+        storage, mark = (
+            StorageWeakRef(A.untyped_storage()),
+            (A._version, A.data_ptr(), A.dtype, A.shape, A.stride()),
+        )
         found = self._inverses.get(A)
         if found is None or (found.storage, found.mark) != (storage, mark):
             wide = A.detach().to(accumulator(A.dtype))
             gram = wide @ wide.t()
             gram.diagonal().add_(self._ridge)
-            found = self._inverses[A] = _Inverse(storage, mark, torch.linalg.pinv(gram, hermitian=True))
+            found = self._inverses[A] = _Inverse(
+                storage, mark, torch.linalg.pinv(gram, hermitian=True)
+            )
         return found.value
 
     def __getstate__(self) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lorafast.embedding import Embedding
-from lorafast.models.names import adapted, unwrapped
+from lorafast.models.module_names import adapted, unwrapped
+from lorafast.nn.embedding import Embedding
 
 _OTHER_NAMES = {
     "optimizer_cls": "optimizer_class",
@@ -54,18 +54,37 @@ class LoRAPlus:
     ) -> torch.optim.Optimizer:
         for name in settings:
             if name in _OTHER_NAMES:
-                raise TypeError(f"LoRAPlus({name}=...): this is spelled {_OTHER_NAMES[name]} in lorafast")
-        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
-            raise TypeError(f"optimizer_class must be a torch.optim.Optimizer class, not {optimizer_class!r}")
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
+                raise TypeError(
+                    f"LoRAPlus({name}=...): this is spelled {_OTHER_NAMES[name]} in lorafast"
+                )
+        if not (
+            isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
+        ):
+            raise TypeError(
+                f"optimizer_class must be a torch.optim.Optimizer class, not {optimizer_class!r}"
+            )
+        if (
+            isinstance(ratio, bool)
+            or not isinstance(ratio, int | float)
+            or not 0 < ratio < math.inf
+        ):
             raise ValueError(f"ratio={ratio!r} must be a finite number above 0")
-        for name, value in (("lr", lr), ("lr_embedding", lr_embedding), ("weight_decay", weight_decay)):
+        for name, value in (
+            ("lr", lr),
+            ("lr_embedding", lr_embedding),
+            ("weight_decay", weight_decay),
+        ):
             if not value >= 0:
                 raise ValueError(f"{name}={value!r} must not be negative")
         rates = {"A": lr, "embedding": lr_embedding, "B": lr * ratio, "B_no_decay": lr * ratio}
         parameters = _kinds(unwrapped(model))
         groups = [
-            {"params": parameters[kind], "lr": rate, "weight_decay": 0.0 if kind == "B_no_decay" else weight_decay, "name": kind}
+            {
+                "params": parameters[kind],
+                "lr": rate,
+                "weight_decay": 0.0 if kind == "B_no_decay" else weight_decay,
+                "name": kind,
+            }
             for kind, rate in rates.items()
             if parameters[kind]
         ]
@@ -105,7 +124,9 @@ def _kind(module: nn.Module, name: str, key: str, parameter: nn.Parameter) -> st
 
 def _keep_wide(model: nn.Module, optimizer_class: type) -> None:
     """An embedding's rows are seldom written: in 8 bits their moments would be lost, so bitsandbytes keeps them in 32."""
-    manager = importlib.import_module(optimizer_class.__module__.split(".")[0]).optim.GlobalOptimManager.get_instance()
+    manager = importlib.import_module(
+        optimizer_class.__module__.split(".")[0]
+    ).optim.GlobalOptimManager.get_instance()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             manager.register_module_override(module, "weight", {"optim_bits": 32})

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from lorafast import checks
+from lorafast.engine import checks
+from lorafast.engine.problem import Scaling, accumulator
 from lorafast.optim.factors import FACTORS, Held, groups, held, inverse_square, refuse_middle
-from lorafast.problem import Scaling, accumulator
 
 VARIANTS = ("adamw", "sgd")
 XS = ("sylvester", "zero", "symmetric")
@@ -62,7 +62,15 @@ class LoRAPro(torch.optim.Optimizer):
     ) -> None:
         # Before torch's, which calls add_param_group.
         self._held = held(model)
-        settings = {"lr": lr, "variant": variant, "betas": betas, "eps": eps, "weight_decay": weight_decay, "x": x, "decay": decay}
+        settings = {
+            "lr": lr,
+            "variant": variant,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "x": x,
+            "decay": decay,
+        }
         super().__init__(groups(model, self._held), settings | {"foreach": foreach, "fused": fused})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -93,8 +101,16 @@ class LoRAPro(torch.optim.Optimizer):
 
     def moment_bytes(self) -> int:
         """Bytes of the full-size moments once every pair has stepped: 2·N·K per layer of a group with variant="adamw"."""
-        layers = [one.layer for group in self.param_groups if group["variant"] == "adamw" for one in self._factors(group)]
-        return sum(2 * ly.lora_B.shape[0] * ly.lora_A.shape[1] * accumulator(ly.lora_B.dtype).itemsize for ly in layers)
+        layers = [
+            one.layer
+            for group in self.param_groups
+            if group["variant"] == "adamw"
+            for one in self._factors(group)
+        ]
+        return sum(
+            2 * ly.lora_B.shape[0] * ly.lora_A.shape[1] * accumulator(ly.lora_B.dtype).itemsize
+            for ly in layers
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, to the bit: moments stay wide where the factors are in half precision."""
@@ -102,15 +118,24 @@ class LoRAPro(torch.optim.Optimizer):
         ours = [p for group in self.param_groups for p in group["params"]]
         theirs = [index for group in state_dict["param_groups"] for index in group["params"]]
         for parameter, index in zip(ours, theirs, strict=True):
-            if parameter.dtype != accumulator(parameter.dtype) and self._is_factor(parameter) and index in state_dict["state"]:
+            if (
+                parameter.dtype != accumulator(parameter.dtype)
+                and self._is_factor(parameter)
+                and index in state_dict["state"]
+            ):
                 kept = state_dict["state"][index]
                 self.state[parameter] = {
-                    key: v.clone() if key == "step" else v.to(parameter.device, copy=True) for key, v in kept.items()
+                    key: v.clone() if key == "step" else v.to(parameter.device, copy=True)
+                    for key, v in kept.items()
                 }
 
     def _factors(self, group: dict[str, Any]) -> list[Held]:
         """One entry per pair of the group."""
-        return [self._held[p] for p in group["params"] if p in self._held and self._held[p].part == "lora_B"]
+        return [
+            self._held[p]
+            for p in group["params"]
+            if p in self._held and self._held[p].part == "lora_B"
+        ]
 
     def _is_factor(self, parameter: nn.Parameter) -> bool:
         return parameter in self._held and self._held[parameter].part in FACTORS
@@ -119,7 +144,9 @@ class LoRAPro(torch.optim.Optimizer):
         """The pairs and the other parameters of the group that have gradients."""
         for parameter in group["params"]:
             if parameter.grad is not None and parameter.grad.is_sparse:
-                raise RuntimeError(f"a gradient {tuple(parameter.shape)} is sparse, which LoRA-Pro cannot use")
+                raise RuntimeError(
+                    f"a gradient {tuple(parameter.shape)} is sparse, which LoRA-Pro cannot use"
+                )
         pairs = []
         for one in self._factors(group):
             A, B = one.layer.lora_A, one.layer.lora_B
@@ -151,11 +178,16 @@ class LoRAPro(torch.optim.Optimizer):
         if group["fused"]:
             # A parameter that is 0, climbs, and does so at rate 1, becomes ĝ.
             found = torch.zeros_like(g)
-            _adamw_of([found], [g], [state], group | {"lr": 1.0, "weight_decay": 0.0}, maximize=True)
+            _adamw_of(
+                [found], [g], [state], group | {"lr": 1.0, "weight_decay": 0.0}, maximize=True
+            )
             return found
         state["step"] += 1
         (beta1, beta2), step = group["betas"], state["step"].item()
-        m, v = state["exp_avg"].lerp_(g, 1 - beta1), state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        m, v = (
+            state["exp_avg"].lerp_(g, 1 - beta1),
+            state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2),
+        )
         torch.div(v, 1 - beta2**step, out=g).sqrt_().add_(group["eps"])
         return torch.div(m, g, out=g).div_(1 - beta1**step)
 
@@ -177,13 +209,19 @@ class Pair(NamedTuple):
 
 def decompose(factors: list[tuple[torch.Tensor, torch.Tensor, Scaling]]) -> list[Pair]:
     """A Pair for every (A, B, s), in fp32 (fp64 for fp64). Matrices of one size are decomposed in one call."""
-    wide = [(A.detach().to(accumulator(A.dtype)), B.detach().to(accumulator(B.dtype)), s) for A, B, s in factors]
+    wide = [
+        (A.detach().to(accumulator(A.dtype)), B.detach().to(accumulator(B.dtype)), s)
+        for A, B, s in factors
+    ]
     alike: dict[tuple, list[int]] = {}
     for i, (A, B, _) in enumerate(wide):
         alike.setdefault((A.shape[0], A.dtype, B.dtype, A.device), []).append(i)
     pairs: dict[int, Pair] = {}
     for indices in alike.values():
-        grams = torch.stack([wide[i][1].t() @ wide[i][1] for i in indices] + [wide[i][0] @ wide[i][0].t() for i in indices])
+        grams = torch.stack(
+            [wide[i][1].t() @ wide[i][1] for i in indices]
+            + [wide[i][0] @ wide[i][0].t() for i in indices]
+        )
         values, vectors = torch.linalg.eigh(grams)
         cut = values[:, -1:].clamp(min=0) * (torch.finfo(values.dtype).eps * grams.shape[-1])
         values = values.masked_fill(values <= cut, 0)
@@ -193,7 +231,9 @@ def decompose(factors: list[tuple[torch.Tensor, torch.Tensor, Scaling]]) -> list
     return [pairs[i] for i in range(len(wide))]
 
 
-def solve(pair: Pair, g_A: torch.Tensor, g_B: torch.Tensor, x: str = "sylvester") -> tuple[torch.Tensor, torch.Tensor]:
+def solve(
+    pair: Pair, g_A: torch.Tensor, g_B: torch.Tensor, x: str = "sylvester"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """g^A [R,K] and g^B [N,R] of the module's equations from g_A and g_B, with the X asked for (one of XS)."""
     A, B = pair.A, pair.B
     over_B, over_A = _pinv(pair.values_B, pair.vectors_B), _pinv(pair.values_A, pair.vectors_A)
@@ -230,30 +270,62 @@ def _pinv(values: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _pairs(layers: list[Held]) -> list[Pair]:
-    return decompose([(one.layer.lora_A, one.layer.lora_B, _plain(one.layer.scaling)) for one in layers])
+    return decompose(
+        [(one.layer.lora_A, one.layer.lora_B, _plain(one.layer.scaling)) for one in layers]
+    )
 
 
 def _plain(scaling: Scaling) -> Scaling:
     return scaling.detach().reshape(()) if isinstance(scaling, torch.Tensor) else scaling
 
 
-def _started(state: dict[str, torch.Tensor], like: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _started(
+    state: dict[str, torch.Tensor], like: torch.Tensor, group: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     """The state with moments in it. As torch's: the count is on the device for the fused kernel alone."""
     if not state:
         step = torch.zeros((), device=like.device if group["fused"] else "cpu", dtype=torch.float32)
-        state |= {"step": step, "exp_avg": torch.zeros_like(like), "exp_avg_sq": torch.zeros_like(like)}
+        state |= {
+            "step": step,
+            "exp_avg": torch.zeros_like(like),
+            "exp_avg_sq": torch.zeros_like(like),
+        }
     return state
 
 
 def _adamw(state: dict, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
     if parameters:
-        _adamw_of(parameters, [p.grad for p in parameters], [_started(state[p], p, group) for p in parameters], group)
+        _adamw_of(
+            parameters,
+            [p.grad for p in parameters],
+            [_started(state[p], p, group) for p in parameters],
+            group,
+        )
 
 
-def _adamw_of(parameters: list, grads: list, states: list[dict], group: dict[str, Any], maximize: bool = False) -> None:
-    first, second, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-    (beta1, beta2), settings = group["betas"], {key: group[key] for key in ("foreach", "fused", "lr", "weight_decay", "eps")}
-    adamw(parameters, grads, first, second, [], steps, amsgrad=False, beta1=beta1, beta2=beta2, maximize=maximize, **settings)
+def _adamw_of(
+    parameters: list, grads: list, states: list[dict], group: dict[str, Any], maximize: bool = False
+) -> None:
+    first, second, steps = (
+        [state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")
+    )
+    (beta1, beta2), settings = (
+        group["betas"],
+        {key: group[key] for key in ("foreach", "fused", "lr", "weight_decay", "eps")},
+    )
+    adamw(
+        parameters,
+        grads,
+        first,
+        second,
+        [],
+        steps,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        maximize=maximize,
+        **settings,
+    )
 
 
 def _sgd(state: dict, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:

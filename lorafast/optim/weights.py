@@ -12,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lorafast import checks
-from lorafast.adapted import Adapted
+from lorafast.engine import checks
 from lorafast.methods.lora import LoRA
-from lorafast.models.names import clean, unwrapped
-from lorafast.models.plan import Names, Plan
-from lorafast.models.targets import is_conv1d, select
+from lorafast.models.adapt_spec import Names, Plan
+from lorafast.models.module_names import clean, unwrapped
+from lorafast.models.target_modules import is_conv1d, select
+from lorafast.nn.adapter_layer import AdapterLayer
 
 
 class Target(NamedTuple):
@@ -42,23 +42,36 @@ def chosen(model: nn.Module, target_modules: Names, exclude_modules: Names | Non
             continue
         transposed = is_conv1d(module)
         if not (transposed or isinstance(module, nn.Linear)):
-            raise TypeError(f"target_modules={target_modules!r} matches {name}, a {type(module).__name__} and no linear")
+            raise TypeError(
+                f"target_modules={target_modules!r} matches {name}, a {type(module).__name__} and no linear"
+            )
         if not isinstance(module.weight, nn.Parameter):
-            raise TypeError(f"{name}.weight is a {type(module.weight).__name__} and no Parameter: it cannot be trained")
+            raise TypeError(
+                f"{name}.weight is a {type(module.weight).__name__} and no Parameter: it cannot be trained"
+            )
         checks.pair(f"{name}.weight", module.weight, "[N, K]")
         if hasattr(module.weight, "full_tensor"):
-            raise NotImplementedError(f"{name}.weight {tuple(module.weight.shape)} is a sharded DTensor")
-        found.setdefault(module.weight, Target(clean(name), module.weight, transposed, isinstance(module, Adapted)))
+            raise NotImplementedError(
+                f"{name}.weight {tuple(module.weight.shape)} is a sharded DTensor"
+            )
+        found.setdefault(
+            module.weight,
+            Target(clean(name), module.weight, transposed, isinstance(module, AdapterLayer)),
+        )
     return list(found.values())
 
 
 def refuse_parallel(model: nn.Module) -> None:
     """DDP sums gradients when all of a bucket are there, which a hook on each would not wait for."""
     if isinstance(model, DistributedDataParallel):
-        raise ValueError(f"per_layer=True: {type(model).__name__} needs every gradient until all are summed; use per_layer=False")
+        raise ValueError(
+            f"per_layer=True: {type(model).__name__} needs every gradient until all are summed; use per_layer=False"
+        )
 
 
-def on_gradient(optimizer: Optimizer, parameter: nn.Parameter, method: Callable[..., None], *args: object) -> RemovableHandle:
+def on_gradient(
+    optimizer: Optimizer, parameter: nn.Parameter, method: Callable[..., None], *args: object
+) -> RemovableHandle:
     """Call method(optimizer, parameter, *args) whenever backward has the parameter's gradient, and free that gradient then.
 
     The parameter keeps nobody alive: once the optimizer is gone, nothing is called.

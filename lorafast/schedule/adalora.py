@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lorafast import checks
-from lorafast.layer import Product
+from lorafast.engine import checks
+from lorafast.engine.problem import accumulator
 from lorafast.methods import adalora
-from lorafast.models.names import adapted, some, unwrapped
-from lorafast.models.triplets import SCHEDULE
-from lorafast.problem import accumulator
+from lorafast.models.adalora_format import SCHEDULE
+from lorafast.models.module_names import adapted, some, unwrapped
+from lorafast.nn.linear import AdapterLinearBase
 
 _PARTS = ("lora_A", "lora_core", "lora_B")
 _SETTINGS = ("total_steps", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
@@ -59,10 +59,12 @@ class AdaLoRA:
         found = {
             name: layer
             for name, layer in adapted(self._model, required=False).items()
-            if isinstance(layer, Product) and isinstance(layer.adapter, adalora.AdaLoRA)
+            if isinstance(layer, AdapterLinearBase) and isinstance(layer.adapter, adalora.AdaLoRA)
         }
         if not found:
-            raise ValueError(f"model {type(self._model).__name__} has no layer with an AdaLoRA adapter")
+            raise ValueError(
+                f"model {type(self._model).__name__} has no layer with an AdaLoRA adapter"
+            )
         self.names, self.layers = list(found), list(found.values())
         self.init_budget = sum(layer.r for layer in self.layers)
         self.target_budget = sum(layer.adapter.target_r for layer in self.layers)
@@ -98,7 +100,11 @@ class AdaLoRA:
 
         squared=True: orth_reg_weight · the sum of the norms' squares, the paper's eq. 4. In fp32 (fp64 for fp64), autocast or not.
         """
-        terms = [self._distance(M, squared) for layer in self.layers for M in (layer.lora_A, layer.lora_B.t())]
+        terms = [
+            self._distance(M, squared)
+            for layer in self.layers
+            for M in (layer.lora_A, layer.lora_B.t())
+        ]
         together = torch.stack([term.to(terms[0]) for term in terms])
         return self.orth_reg_weight * (together.sum() if squared else together.mean())
 
@@ -106,7 +112,9 @@ class AdaLoRA:
     def step(self) -> None:
         """Take in the gradients of this step, and give triplets up if a budget is due."""
         if hasattr(self.layers[0].lora_A, "full_tensor"):
-            raise NotImplementedError(f"{self.names[0]}.lora_A is a sharded DTensor: AdaLoRA ranks the entries of whole ones")
+            raise NotImplementedError(
+                f"{self.names[0]}.lora_A is a sharded DTensor: AdaLoRA ranks the entries of whole ones"
+            )
         t = self.last_step + 1
         if t < self._end:
             self._refuse_without_gradients()
@@ -131,11 +139,17 @@ class AdaLoRA:
         state dict fits no more; a file of save_adapter says its own ranks.
         """
         if self.last_step < self._end:
-            raise RuntimeError(f"the ranks are fixed after step {self._end}: resize() after {self.last_step} is too early")
+            raise RuntimeError(
+                f"the ranks are fixed after step {self._end}: resize() after {self.last_step} is too early"
+            )
         for layer in self.layers:
             layer._refuse_if_merged("resize()")
         for i, (layer, kept) in enumerate(zip(self.layers, self._kept, strict=True)):
-            left = kept.nonzero().flatten() if kept.any() else torch.zeros(1, dtype=torch.long, device=kept.device)
+            left = (
+                kept.nonzero().flatten()
+                if kept.any()
+                else torch.zeros(1, dtype=torch.long, device=kept.device)
+            )
             self._kept[i] = kept[left]
             if len(left) < layer.r:
                 _shrink(layer, left, optimizer)
@@ -145,7 +159,13 @@ class AdaLoRA:
     def state_dict(self) -> dict[str, Any]:
         """The step count, settings, and by layer the averages and what the last budget left."""
         state = {"last_step": self.last_step} | {name: getattr(self, name) for name in _SETTINGS}
-        held = zip(self.names, self._sensitivity, self._uncertainty, self._kept or [None] * len(self.layers), strict=True)
+        held = zip(
+            self.names,
+            self._sensitivity,
+            self._uncertainty,
+            self._kept or [None] * len(self.layers),
+            strict=True,
+        )
         state["layers"] = {
             name: {
                 "sensitivity": {part: tensor.clone() for part, tensor in sensitivity.items()},
@@ -165,27 +185,41 @@ class AdaLoRA:
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"state {sorted(state)} must hold {sorted(self.state_dict())}")
         if state["layers"].keys() != set(self.names):
-            raise ValueError(f"state is of the layers {some(state['layers'])}, the model has {some(self.names)}")
+            raise ValueError(
+                f"state is of the layers {some(state['layers'])}, the model has {some(self.names)}"
+            )
         step = state["last_step"]
         checks.whole("last_step", step, 0)
         settings = {name: state[name] for name in _SETTINGS}
         end = _checked(**settings)
         loaded = [
-            _loaded(name, layer, state["layers"][name], step, end) for name, layer in zip(self.names, self.layers, strict=True)
+            _loaded(name, layer, state["layers"][name], step, end)
+            for name, layer in zip(self.names, self.layers, strict=True)
         ]
         self._set(**settings)
         self.last_step = step
-        self._sensitivity, self._uncertainty, kept = (list(column) for column in zip(*loaded, strict=True))
+        self._sensitivity, self._uncertainty, kept = (
+            list(column) for column in zip(*loaded, strict=True)
+        )
         self._kept = None if any(one is None for one in kept) else kept
 
     def _set(
-        self, total_steps: int, tinit: int, tfinal: int, deltaT: int, beta1: float, beta2: float, orth_reg_weight: float
+        self,
+        total_steps: int,
+        tinit: int,
+        tfinal: int,
+        deltaT: int,
+        beta1: float,
+        beta2: float,
+        orth_reg_weight: float,
     ) -> None:
         self._end = _checked(total_steps, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight)
         self.total_steps, self.tinit, self.tfinal, self.deltaT = total_steps, tinit, tfinal, deltaT
         self.beta1, self.beta2, self.orth_reg_weight = beta1, beta2, orth_reg_weight
         # For PEFT, which has these in an adapter's config.
-        self._model.__dict__[SCHEDULE] = {"total_step": total_steps} | {name: getattr(self, name) for name in _SETTINGS[1:]}
+        self._model.__dict__[SCHEDULE] = {"total_step": total_steps} | {
+            name: getattr(self, name) for name in _SETTINGS[1:]
+        }
 
     @staticmethod
     def _distance(M: torch.Tensor, squared: bool) -> torch.Tensor:
@@ -208,16 +242,25 @@ class AdaLoRA:
         for averages in (self._sensitivity, self._uncertainty):
             if not averages[0]:
                 averages[:] = [
-                    {part: torch.zeros_like(w) for part, w in zip(_PARTS, wide[i : i + len(_PARTS)], strict=True)}
+                    {
+                        part: torch.zeros_like(w)
+                        for part, w in zip(_PARTS, wide[i : i + len(_PARTS)], strict=True)
+                    }
                     for i in range(0, len(wide), len(_PARTS))
                 ]
-        grads = [torch.zeros_like(w) if held.grad is None else held.grad.to(w.dtype) for held, w in zip(parts, wide, strict=True)]
+        grads = [
+            torch.zeros_like(w) if held.grad is None else held.grad.to(w.dtype)
+            for held, w in zip(parts, wide, strict=True)
+        ]
         now = torch._foreach_mul(wide, grads)
         torch._foreach_abs_(now)
         norms = torch._foreach_norm(now, 1)
         if not torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all():
             return
-        mean, spread = ([one[part] for one in averages for part in _PARTS] for averages in (self._sensitivity, self._uncertainty))
+        mean, spread = (
+            [one[part] for one in averages for part in _PARTS]
+            for averages in (self._sensitivity, self._uncertainty)
+        )
         torch._foreach_mul_(mean, self.beta1)
         torch._foreach_add_(mean, now, alpha=1 - self.beta1)
         torch._foreach_sub_(now, mean)
@@ -247,24 +290,43 @@ class AdaLoRA:
         self._sensitivity, self._uncertainty = ([{} for _ in self.layers] for _ in range(2))
 
 
-def _checked(total_steps: int, tinit: int, tfinal: int, deltaT: int, beta1: float, beta2: float, orth_reg_weight: float) -> int:
+def _checked(
+    total_steps: int,
+    tinit: int,
+    tfinal: int,
+    deltaT: int,
+    beta1: float,
+    beta2: float,
+    orth_reg_weight: float,
+) -> int:
     """The step whose choice is kept, of settings that can be."""
-    for name, value, least in (("total_steps", total_steps, 1), ("tinit", tinit, 0), ("tfinal", tfinal, 0), ("deltaT", deltaT, 1)):
+    for name, value, least in (
+        ("total_steps", total_steps, 1),
+        ("tinit", tinit, 0),
+        ("tfinal", tfinal, 0),
+        ("deltaT", deltaT, 1),
+    ):
         checks.whole(name, value, least)
     for name, value in (("beta1", beta1), ("beta2", beta2)):
         if not isinstance(value, int | float) or not 0 < value < 1:
             raise ValueError(f"{name}={value!r} must be a number in (0, 1)")
     weight = orth_reg_weight
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not 0 <= weight < math.inf
+    ):
         raise ValueError(f"orth_reg_weight={weight!r} must be a finite number of at least 0")
     # The last choice rests on the gradients of the steps before it: there must be one.
     if total_steps - tfinal <= max(tinit, 1):
-        raise ValueError(f"tinit={tinit} and tfinal={tfinal} leave no step of total_steps={total_steps} to share a budget out in")
+        raise ValueError(
+            f"tinit={tinit} and tfinal={tfinal} leave no step of total_steps={total_steps} to share a budget out in"
+        )
     return total_steps - tfinal
 
 
 def _loaded(
-    name: str, layer: Product, held: dict[str, Any], step: int, end: int
+    name: str, layer: AdapterLinearBase, held: dict[str, Any], step: int, end: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor | None]:
     """One layer's share of a state, copied to where its parts are. ValueError if it cannot be that of this step."""
     if step == 0:
@@ -273,13 +335,19 @@ def _loaded(
     for what in ("sensitivity", "uncertainty"):
         given = held[what]
         if given.keys() != (set(_PARTS) if step < end else set()):
-            raise ValueError(f"state: {name} has the {what} of {sorted(given) or 'nothing'} after step {step} of {end}")
+            raise ValueError(
+                f"state: {name} has the {what} of {sorted(given) or 'nothing'} after step {step} of {end}"
+            )
         for part, tensor in given.items():
             _refuse_shape(f"{name}: {what} of {part}", tensor, getattr(layer, part))
-        averages.append({part: _beside(getattr(layer, part), tensor) for part, tensor in given.items()})
+        averages.append(
+            {part: _beside(getattr(layer, part), tensor) for part, tensor in given.items()}
+        )
     kept = held["kept"]
     if kept is None and step >= end:
-        raise ValueError(f"state: {name} has not what it keeps, which is fixed after step {end}, and this is step {step}")
+        raise ValueError(
+            f"state: {name} has not what it keeps, which is fixed after step {end}, and this is step {step}"
+        )
     if kept is not None:
         _refuse_shape(f"{name}: kept", kept, layer.lora_core)
         kept = kept.to(layer.lora_core.device, torch.bool, copy=True)
@@ -288,14 +356,18 @@ def _loaded(
 
 def _refuse_shape(what: str, given: torch.Tensor, part: torch.Tensor) -> None:
     if given.shape != part.shape:
-        raise ValueError(f"state: {what} {tuple(given.shape)} must be {tuple(part.shape)} for this model")
+        raise ValueError(
+            f"state: {what} {tuple(given.shape)} must be {tuple(part.shape)} for this model"
+        )
 
 
 def _beside(part: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(part.device, accumulator(part.dtype), copy=True)
 
 
-def _shrink(layer: Product, left: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+def _shrink(
+    layer: AdapterLinearBase, left: torch.Tensor, optimizer: torch.optim.Optimizer | None
+) -> None:
     """Leave a layer the triplets of these indices, and an optimizer what it remembers of them."""
     for part in _PARTS:
         old, at = getattr(layer, part), 1 if part == "lora_B" else 0
@@ -305,7 +377,9 @@ def _shrink(layer: Product, left: torch.Tensor, optimizer: torch.optim.Optimizer
             for group in optimizer.param_groups:
                 group["params"] = [new if one is old else one for one in group["params"]]
             optimizer.state[new] = {
-                name: held.index_select(at, left) if isinstance(held, torch.Tensor) and held.shape == old.shape else held
+                name: held.index_select(at, left)
+                if isinstance(held, torch.Tensor) and held.shape == old.shape
+                else held
                 for name, held in optimizer.state.pop(old, {}).items()
             }
     layer.adapter = replace(layer.adapter, r=len(left))

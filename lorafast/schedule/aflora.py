@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorafast import checks
-from lorafast.adapted import Adapted
+from lorafast.engine import checks
 from lorafast.methods import aflora
-from lorafast.models.names import adapted, some
+from lorafast.models.module_names import adapted, some
+from lorafast.nn.adapter_layer import AdapterLayer
 
 _PARTS = ("lora_A", "lora_B")
 _SETTINGS = ("total_steps", "warmup", "final", "deltaT", "beta1", "beta2")
@@ -53,10 +53,20 @@ class AFLoRA:
         beta2: float = 0.95,
     ) -> None:
         layers = adapted(model, required=False)
-        layers = {name: layer for name, layer in layers.items() if isinstance(layer.adapter, aflora.AFLoRA)}
+        layers = {
+            name: layer
+            for name, layer in layers.items()
+            if isinstance(layer.adapter, aflora.AFLoRA)
+        }
         if not layers:
-            raise ValueError(f"model {type(model).__name__} has no layer with a lorafast.AFLoRA adapter")
-        self._matrices = {f"{name}.{part}": _Matrix(layer, part) for name, layer in layers.items() for part in _PARTS}
+            raise ValueError(
+                f"model {type(model).__name__} has no layer with a lorafast.AFLoRA adapter"
+            )
+        self._matrices = {
+            f"{name}.{part}": _Matrix(layer, part)
+            for name, layer in layers.items()
+            for part in _PARTS
+        }
         self._set(0, total_steps, warmup, final, deltaT, beta1, beta2)
 
     @property
@@ -91,7 +101,11 @@ class AFLoRA:
 
     def state_dict(self) -> dict[str, Any]:
         """The step count, the settings, what is frozen and the scores of what is not; frozen values are in the model's state."""
-        scores = {name: vars(matrix.score).copy() for name, matrix in self._matrices.items() if matrix.score is not None}
+        scores = {
+            name: vars(matrix.score).copy()
+            for name, matrix in self._matrices.items()
+            if matrix.score is not None
+        }
         told = {name: getattr(self, name) for name in ("last_step", *_SETTINGS)}
         return told | {"frozen": self.frozen, "scores": scores}
 
@@ -111,17 +125,42 @@ class AFLoRA:
             elif matrix.frozen:
                 matrix.thaw()
 
-    def _set(self, last_step: int, total_steps: int, warmup: float, final: float, deltaT: int, beta1: float, beta2: float) -> None:
+    def _set(
+        self,
+        last_step: int,
+        total_steps: int,
+        warmup: float,
+        final: float,
+        deltaT: int,
+        beta1: float,
+        beta2: float,
+    ) -> None:
         for name, value in (("total_steps", total_steps), ("deltaT", deltaT)):
             checks.whole(name, value)
         for name, value in (("beta1", beta1), ("beta2", beta2)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ValueError(f"{name}={value!r} must be a number in [0, 1)")
-        first, last = _steps("warmup", warmup, total_steps), total_steps - _steps("final", final, total_steps)
+        first, last = (
+            _steps("warmup", warmup, total_steps),
+            total_steps - _steps("final", final, total_steps),
+        )
         if first >= last:
-            raise ValueError(f"warmup={warmup!r} and final={final!r} leave none of total_steps={total_steps} between them")
-        self.last_step, self.total_steps, self.warmup, self.final = last_step, total_steps, warmup, final
-        self.deltaT, self.beta1, self.beta2, self._first, self._last = deltaT, beta1, beta2, first, last
+            raise ValueError(
+                f"warmup={warmup!r} and final={final!r} leave none of total_steps={total_steps} between them"
+            )
+        self.last_step, self.total_steps, self.warmup, self.final = (
+            last_step,
+            total_steps,
+            warmup,
+            final,
+        )
+        self.deltaT, self.beta1, self.beta2, self._first, self._last = (
+            deltaT,
+            beta1,
+            beta2,
+            first,
+            last,
+        )
 
 
 @dataclass
@@ -137,7 +176,7 @@ class _Score:
 class _Matrix:
     """lora_A or lora_B of a layer, and its scores while it trains."""
 
-    def __init__(self, layer: Adapted, part: str) -> None:
+    def __init__(self, layer: AdapterLayer, part: str) -> None:
         self.layer, self.part = layer, part
         self.score: _Score | None = None
         # In a process group: the value to go back to, and what makes the gradient zero.
@@ -187,7 +226,9 @@ class _Matrix:
         for name in ("window", "sensitivity", "uncertainty"):
             held = getattr(own, name)
             if state[name].shape != held.shape:
-                raise ValueError(f"{name} {tuple(state[name].shape)} of the state must be {tuple(held.shape)} for {self.part}")
+                raise ValueError(
+                    f"{name} {tuple(state[name].shape)} of the state must be {tuple(held.shape)} for {self.part}"
+                )
             held.copy_(state[name])
         own.count = state["count"]
         return own
@@ -228,7 +269,10 @@ class _Matrix:
 
     def _new(self) -> _Score:
         like = self.parameter.detach()
-        zeros = [torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32)) for _ in range(3)]
+        zeros = [
+            torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+            for _ in range(3)
+        ]
         return _Score(zeros[0], 0, zeros[1], zeros[2])
 
 
@@ -249,13 +293,19 @@ def _refuse_unready(live: list[_Matrix]) -> None:
     for matrix in live:
         if hasattr(matrix.parameter, "full_tensor"):
             shape = tuple(matrix.parameter.shape)
-            raise NotImplementedError(f"{matrix.part} {shape} is a sharded DTensor: AFLoRA compares all scores of all layers")
+            raise NotImplementedError(
+                f"{matrix.part} {shape} is a sharded DTensor: AFLoRA compares all scores of all layers"
+            )
     if live and all(matrix.parameter.grad is None for matrix in live):
-        raise RuntimeError("no lora_A or lora_B that trains has a gradient: step() comes after backward() and before zero_grad()")
+        raise RuntimeError(
+            "no lora_A or lora_B that trains has a gradient: step() comes after backward() and before zero_grad()"
+        )
 
 
 def _steps(name: str, value: float, total_steps: int) -> int:
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not whole and not (isinstance(value, float) and 0 <= value < 1):
-        raise ValueError(f"{name}={value!r} must be a count of steps, or a share of total_steps as a float in [0, 1)")
+        raise ValueError(
+            f"{name}={value!r} must be a count of steps, or a share of total_steps as a float in [0, 1)"
+        )
     return value if whole else round(value * total_steps)

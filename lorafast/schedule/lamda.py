@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorafast import checks
-from lorafast.layer import Linear
+from lorafast.engine import checks
 from lorafast.methods.lamda import LaMDA
+from lorafast.nn.linear import Linear
 
 
 class LaMDAFreeze:
@@ -24,12 +24,18 @@ class LaMDAFreeze:
     recompile_limit (8): take r/4 there, or set torch._dynamo.config.allow_unspec_int_on_nn_module = True, which needs 3 graphs.
     """
 
-    def __init__(self, model: nn.Module, total_steps: int, fraction: float = 0.3, group: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, total_steps: int, fraction: float = 0.3, group: int = 1
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        self.layers = [m for m in model.modules() if isinstance(m, Linear) and isinstance(m.adapter, LaMDA)]
+        self.layers = [
+            m for m in model.modules() if isinstance(m, Linear) and isinstance(m.adapter, LaMDA)
+        ]
         if not self.layers:
-            raise ValueError(f"model {type(model).__name__} has no lorafast.Linear with a LaMDA adapter")
+            raise ValueError(
+                f"model {type(model).__name__} has no lorafast.Linear with a LaMDA adapter"
+            )
         self._set(0, total_steps, fraction, group)
 
     def frozen_columns(self, r: int, step: int) -> int:
@@ -46,7 +52,9 @@ class LaMDAFreeze:
 
     def state_dict(self) -> dict[str, float]:
         """The step count and settings; the frozen values themselves are in the model's state."""
-        return {name: getattr(self, name) for name in ("last_step", "total_steps", "fraction", "group")}
+        return {
+            name: getattr(self, name) for name in ("last_step", "total_steps", "fraction", "group")
+        }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from a saved schedule. The model's state may be loaded before or after: what is frozen is frozen at its values."""
@@ -60,7 +68,12 @@ class LaMDAFreeze:
             checks.whole(name, value)
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ValueError(f"fraction={fraction!r} must be a number in (0, 1]")
-        self.last_step, self.total_steps, self.fraction, self.group = last_step, total_steps, fraction, group
+        self.last_step, self.total_steps, self.fraction, self.group = (
+            last_step,
+            total_steps,
+            fraction,
+            group,
+        )
 
     def _freeze(self) -> None:
         for layer in self.layers:

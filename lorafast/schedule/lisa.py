@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lorafast import checks
-from lorafast.adapted import Adapted
-from lorafast.models.names import near, unwrapped
+from lorafast.engine import checks
+from lorafast.models.module_names import near, unwrapped
+from lorafast.nn.adapter_layer import AdapterLayer
 
 _COUNTS = ("last_step", "active", "every")
 
@@ -51,7 +51,10 @@ class LISA:
         inner = unwrapped(model)
         _refuse_group(model, seed)
         blocks = _blocks(inner, layers)
-        self._trained = [[parameter for parameter in block.parameters() if parameter.requires_grad] for block in blocks]
+        self._trained = [
+            [parameter for parameter in block.parameters() if parameter.requires_grad]
+            for block in blocks
+        ]
         _refuse_shared(inner, layers, self._trained)
         if optimizer is not None:
             _refuse_incomplete(optimizer, layers, self._trained)
@@ -88,7 +91,11 @@ class LISA:
     def state_dict(self) -> dict[str, Any]:
         """The step count, the settings, how many blocks there are, which train now, and the generator's state."""
         told = {name: getattr(self, name) for name in _COUNTS}
-        return told | {"blocks": len(self._trained), "chosen": list(self.chosen), "generator": self._generator.get_state()}
+        return told | {
+            "blocks": len(self._trained),
+            "chosen": list(self.chosen),
+            "generator": self._generator.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved schedule: the blocks that trained then train now. ValueError, and no change, if it is none of ours."""
@@ -96,10 +103,14 @@ class LISA:
         if state.keys() != (own := self.state_dict()).keys():
             raise ValueError(f"state {sorted(state)} must hold {sorted(own)}")
         if state["blocks"] != own["blocks"]:
-            raise ValueError(f"state is of a model with blocks={state['blocks']!r}, this one has {own['blocks']}")
+            raise ValueError(
+                f"state is of a model with blocks={state['blocks']!r}, this one has {own['blocks']}"
+            )
         chosen = state["chosen"]
         if len(set(chosen)) != state["active"] or not set(chosen) <= set(range(own["blocks"])):
-            raise ValueError(f"chosen={chosen!r} of the state must be active={state['active']} of {own['blocks']} blocks")
+            raise ValueError(
+                f"chosen={chosen!r} of the state must be active={state['active']} of {own['blocks']} blocks"
+            )
         self._set(*(state[name] for name in _COUNTS))
         self._generator.set_state(state["generator"].cpu())
         self._apply(tuple(chosen))
@@ -108,7 +119,9 @@ class LISA:
         for name, value in (("active", active), ("every", every)):
             checks.whole(name, value)
         if active > len(self._trained):
-            raise ValueError(f"active={active} is more than the {len(self._trained)} blocks there are")
+            raise ValueError(
+                f"active={active} is more than the {len(self._trained)} blocks there are"
+            )
         self.last_step, self.active, self.every = last_step, active, every
 
     def _draw(self) -> tuple[int, ...]:
@@ -131,22 +144,41 @@ class LISA:
 
 
 def _blocks(model: nn.Module, layers: str) -> nn.ModuleList:
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
     if layers not in lists:
-        there = near(str(layers), lists) or (f"; there is {', '.join(lists)}" if lists else "; it has none")
-        raise ValueError(f"layers={layers!r} must name an nn.ModuleList of model {type(model).__name__}{there}")
+        there = near(str(layers), lists) or (
+            f"; there is {', '.join(lists)}" if lists else "; it has none"
+        )
+        raise ValueError(
+            f"layers={layers!r} must name an nn.ModuleList of model {type(model).__name__}{there}"
+        )
     for name, module in lists[layers].named_modules():
-        if isinstance(module, Adapted):
-            raise ValueError(f"{layers}.{name} has {module.adapter}: LISA trains a plain model's own weights, and these are frozen")
+        if isinstance(module, AdapterLayer):
+            raise ValueError(
+                f"{layers}.{name} has {module.adapter}: LISA trains a plain model's own weights, and these are frozen"
+            )
     return lists[layers]
 
 
 def _refuse_shared(model: nn.Module, layers: str, blocks: list[list[nn.Parameter]]) -> None:
     """A parameter of two blocks, or of one and of the rest of the model, can not rest and train."""
-    within = {parameter: index for index, parameters in enumerate(blocks) for parameter in parameters}
+    within = {
+        parameter: index for index, parameters in enumerate(blocks) for parameter in parameters
+    }
     if len(within) < sum(map(len, blocks)):
-        index, first = next((i, within[p]) for i, parameters in enumerate(blocks) for p in parameters if within[p] != i)
-        raise ValueError(f"{layers}.{index} and {layers}.{first} share a parameter: LISA cannot let one train and the other rest")
+        index, first = next(
+            (i, within[p])
+            for i, parameters in enumerate(blocks)
+            for p in parameters
+            if within[p] != i
+        )
+        raise ValueError(
+            f"{layers}.{index} and {layers}.{first} share a parameter: LISA cannot let one train and the other rest"
+        )
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in within and not name.startswith(f"{layers}."):
             tied = f"{name} {tuple(parameter.shape)} is tied to one of {layers}.{within[parameter]}"
@@ -155,11 +187,15 @@ def _refuse_shared(model: nn.Module, layers: str, blocks: list[list[nn.Parameter
         raise ValueError(f"layers={layers!r}: no parameter of these blocks trains")
 
 
-def _refuse_incomplete(optimizer: torch.optim.Optimizer, layers: str, blocks: list[list[nn.Parameter]]) -> None:
+def _refuse_incomplete(
+    optimizer: torch.optim.Optimizer, layers: str, blocks: list[list[nn.Parameter]]
+) -> None:
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     lacking = sum(parameter not in held for parameter in _all(blocks))
     if lacking:
-        raise ValueError(f"optimizer lacks {lacking} parameters of {layers}: build it over all of model.parameters()")
+        raise ValueError(
+            f"optimizer lacks {lacking} parameters of {layers}: build it over all of model.parameters()"
+        )
 
 
 def _refuse_group(model: nn.Module, seed: int | None) -> None:
@@ -167,7 +203,9 @@ def _refuse_group(model: nn.Module, seed: int | None) -> None:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     if seed is None:
-        raise ValueError("seed=None in a process group: give every rank the same seed, so that all train the same blocks")
+        raise ValueError(
+            "seed=None in a process group: give every rank the same seed, so that all train the same blocks"
+        )
     wrapped = isinstance(model, DistributedDataParallel)
     if not wrapped or not model.find_unused_parameters or model.static_graph:
         raise ValueError(

@@ -1,0 +1,1 @@
+"""Adapter files: what they hold, how they are checked, written and read."""

@@ -1,0 +1,1 @@
+"""The formula of an adapted layer, its ops, and the backends that compute them."""

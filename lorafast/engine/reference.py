@@ -1,0 +1,115 @@
+"""The formula in plain, differentiable torch: what a trained weight runs on, and what double backward, vmap and forward AD can use.
+
+z = (in_gain⊙x) Wᵀ + s·out_scale⊙(core(drop(in_gain⊙x) Aᵀ) Bᵀ)        y = gain⊙z + bias
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+
+from lorafast.engine import philox
+from lorafast.engine.problem import Scaling, accumulator, activation_dtype
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    core: torch.Tensor | None = None,
+    magnitude: torch.Tensor | None = None,
+    norm: torch.Tensor | None = None,
+    axis: str = "out",
+    out_scale: torch.Tensor | None = None,
+    lora_bias: torch.Tensor | None = None,
+    scaling: Scaling = 1.0,
+    dropout: float = 0.0,
+    dropout_on: str = "adapter",
+    keep: str = "auto",
+    frozen_columns: int = 0,
+    seed: torch.Tensor | None = None,
+    training: bool = True,
+) -> torch.Tensor:
+    """lorafast.linear without a kernel: same arguments, same dropout bits, plain autograd for everything (keep is ignored)."""
+    x = x.to(activation_dtype(x))
+    p = dropout if training else 0.0
+    with _without_autocast(x.device):
+        if frozen_columns:
+            lora_B = torch.cat(
+                (lora_B[:, :frozen_columns].detach(), lora_B[:, frozen_columns:]), dim=1
+            )
+        if magnitude is not None and norm is None:
+            norm = row_norm(weight, lora_A, lora_B, core, out_scale, scaling, axis).detach()
+        gain = None if magnitude is None else _gain(magnitude, norm)
+        seed = philox.draw(x.device) if p and seed is None else seed
+        dropped = philox.drop(x, seed, p) if p else x
+        base_x = x
+        if axis == "in" and gain is not None:
+            base_x = (gain * x if dropout_on == "adapter" else x + (gain - 1) * dropped).to(x.dtype)
+            dropped, gain = (gain * dropped).to(x.dtype), None
+        factor = _factor(lora_B, scaling, out_scale).to(x.dtype)
+        low = F.linear(mix(F.linear(dropped, lora_A.to(x.dtype)), core), factor)
+        if lora_bias is not None:
+            low = low + (lora_bias * scaling).to(x.dtype)
+        weight = weight.to(x.dtype)
+        y = F.linear(base_x, weight) + low
+        if gain is not None and p and dropout_on == "both":
+            y = y + ((gain - 1) * (F.linear(dropped, weight) + low)).to(x.dtype)
+        elif gain is not None:
+            y = (gain * y).to(x.dtype)
+        return y if bias is None else y + bias.to(x.dtype)
+
+
+def row_norm(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    core: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+    scaling: Scaling = 1.0,
+    axis: str = "out",
+) -> torch.Tensor:
+    """‖W + s·(out_scale⊙B)·core·A‖ along axis, differentiable, in fp32 (fp64 for fp64).  -> [N] or [K]"""
+    wide = accumulator(weight.dtype)
+    with _without_autocast(weight.device):
+        B = _factor(lora_B.to(wide), scaling, out_scale)
+        if core is not None:
+            B = B * core.to(wide) if core.dim() == 1 else B @ core.to(wide)
+        return torch.linalg.vector_norm(
+            weight.to(wide) + B @ lora_A.to(wide), dim=1 if axis == "out" else 0
+        )
+
+
+def mix(h: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
+    """core(h) = h coreᵀ, or h⊙core for a diagonal, rounded once to h's dtype.  h [...,R]"""
+    if core is None:
+        return h
+    return h * core.to(h.dtype) if core.dim() == 1 else F.linear(h, core.to(h.dtype))
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    # The meta device knows no autocast, on or off.
+    return (
+        contextlib.nullcontext()
+        if device.type == "meta"
+        else torch.autocast(device.type, enabled=False)
+    )
+
+
+def _factor(lora_B: torch.Tensor, scaling: Scaling, out_scale: torch.Tensor | None) -> torch.Tensor:
+    wide = lora_B.to(accumulator(lora_B.dtype)) * scaling
+    return wide if out_scale is None else wide * out_scale[:, None]
+
+
+def _gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    # Dividing by 1 where the norm is 0 keeps the gradient of the unused branch finite.
+    zero = norm == 0
+    return torch.where(
+        zero,
+        torch.zeros_like(norm),
+        magnitude.to(norm.dtype) / torch.where(zero, torch.ones_like(norm), norm),
+    )

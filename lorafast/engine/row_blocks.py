@@ -1,0 +1,25 @@
+"""Walking a matrix in panels of rows, so that no mask and no wide temporary has its size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lorafast.engine.problem import tokens
+
+# Small enough on a CPU for an fp32 panel to stay in cache; large enough elsewhere to hide launches.
+CPU_ELEMENTS = 1 << 19
+ELEMENTS = 1 << 25
+
+
+def flatten_tokens(x: torch.Tensor) -> torch.Tensor:
+    """The activation as [M, width]: a view where strides allow, else a transient copy."""
+    return x.reshape(tokens(x), x.shape[-1])
+
+
+def row_blocks(x2: torch.Tensor) -> Iterator[slice]:
+    """Row slices that cover the matrix, at least one row each; none if it has no rows."""
+    step = max(1, (CPU_ELEMENTS if x2.device.type == "cpu" else ELEMENTS) // max(1, x2.shape[1]))
+    for start in range(0, x2.shape[0], step):
+        yield slice(start, min(start + step, x2.shape[0]))

@@ -1,0 +1,1 @@
+"""PEFT's layers and transformers' Trainer, served by lorafast."""

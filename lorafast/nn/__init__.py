@@ -1,0 +1,1 @@
+"""Adapter layers as torch modules."""

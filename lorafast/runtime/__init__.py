@@ -1,0 +1,1 @@
+"""Facts about the machine and the tools on it: environment variables, devices, compiler, torch's internals."""

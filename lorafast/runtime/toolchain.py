@@ -1,0 +1,194 @@
+"""Compiles a folder of C++ into one shared object: compiler, ninja, pybind11 and Python's headers; what is missing is a Failure."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+# Nobody reads errno or the floating-point flags after our loops; saying so lets sqrt and selects vectorise. Not -ffast-math: NaN,
+# infinity and the order of sums are promised.
+FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+
+
+class Failure(Exception):
+    """There is no module, and the message says why in one line."""
+
+
+class UnknownFlags(Failure):
+    """The compiler is too old, or for another processor."""
+
+
+@functools.cache
+def mangled_openmp(packages: Path = Path(torch.__file__).parent.parent) -> Path | None:
+    """The libgomp that torch's wheel renamed, libgomp-a1b2c3.so.1, if it did."""
+    return next(
+        (
+            path
+            for folder in ("torch/lib", "torch.libs")
+            for path in sorted(packages.glob(f"{folder}/libgomp-*.so*"))
+        ),
+        None,
+    )
+
+
+class Toolchain(NamedTuple):
+    """What a build needs. identity: the first line of the compiler's --version, and pybind11's version."""
+
+    cxx: tuple[str, ...]
+    ninja: str
+    includes: tuple[str, ...]
+    identity: str
+
+    @classmethod
+    def find(cls, cxx: str) -> Toolchain:
+        """The tools of this machine; cxx is CXX's value. A Failure names the first that is missing."""
+        command = _compiler(cxx)
+        try:
+            import pybind11
+        except ImportError as error:
+            raise Failure(f"pybind11 cannot be imported ({error}): pip install pybind11") from error
+        python = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
+        if not any((Path(folder) / "Python.h").is_file() for folder in python):
+            raise Failure(
+                f"there is no Python.h in {next(iter(python))}: install Python's headers (python3-dev)"
+            )
+        version = _run([*command, "--version"])
+        if version.returncode:
+            raise Failure(
+                f"the compiler {shlex.join(command)} does not run: {_first(version.stdout)}"
+            )
+        identity = f"{_first(version.stdout)}, pybind11 {pybind11.__version__}"
+        return cls(command, _ninja(), (pybind11.get_include(), *python), identity)
+
+    def check(self, flags: tuple[str, ...]) -> None:
+        """UnknownFlags if the compiler does not take them."""
+        done = _run([*self.cxx, *flags, "-x", "c++", "-E", os.devnull])
+        if done.returncode:
+            raise UnknownFlags(
+                f"the compiler {shlex.join(self.cxx)} does not take {shlex.join(flags)}: {_telling(done.stdout)}"
+            )
+
+    def compile(self, sources: Path, flags: tuple[str, ...], target: Path, log: Path) -> None:
+        """Every .cpp of sources by itself, then linked into target; the folder of target is used for what lies between."""
+        (target.parent / "build.ninja").write_text(self._plan(sources, flags, target))
+        # Errors are looked for by their English name.
+        done = _run(["env", "LC_ALL=C", self.ninja, "-C", str(target.parent)])
+        log.write_text(f"{shlex.join(self.cxx)}: {self.identity}\n{done.stdout}")
+        if done.returncode:
+            why = _telling(done.stdout)
+            # The option, the header, the library or gcc's libgomp.spec, whichever is missed first.
+            if re.search(r"fopenmp|\bomp\.h|gomp|-li?omp", why):
+                why = f"the compiler {shlex.join(self.cxx)} has no OpenMP (install libgomp, or libomp for clang): {why}"
+            raise Failure(f"{why} (all of it: {log})")
+
+    def _plan(self, sources: Path, flags: tuple[str, ...], target: Path) -> str:
+        includes = [word for folder in self.includes for word in ("-isystem", folder)]
+        compiling = shlex.join([*self.cxx, *flags, *includes]).replace("$", "$$")
+        # The libraries last: many a linker drops one that nothing before it asked for.
+        linking = shlex.join(
+            [*self.cxx, "-shared", *(flag for flag in flags if flag != "-fopenmp")]
+        ).replace("$", "$$")
+        runtime = shlex.quote(self._openmp()).replace("$", "$$")
+        files = sorted(sources.glob("*.cpp"))
+        objects = [_escaped(f"{path.stem}.o") for path in files]
+        return "\n".join(
+            [
+                f"rule compile\n command = {compiling} -c $in -o $out",
+                f"rule link\n command = {linking} $in {runtime} -o $out",
+                *(
+                    f"build {one}: compile {_escaped(str(path))}"
+                    for one, path in zip(objects, files, strict=True)
+                ),
+                f"build {_escaped(target.name)}: link {' '.join(objects)}\n",
+            ]
+        )
+
+    def _openmp(self) -> str:
+        """What links the OpenMP runtime torch runs on: two would each spin threads of their own on the same cores.
+
+        A shared object names its libraries by soname, and torch is loaded first, so libgomp.so.1 is torch's where its wheel left
+        the name alone (or ships none and takes the system's). A renamed one has to be linked by its file, which still leaves only
+        its new soname behind. clang calls libomp, which no wheel of torch has: there the threads are not shared.
+        """
+        renamed = None if "clang" in self.identity else mangled_openmp()
+        return str(renamed or "-fopenmp")
+
+
+def _compiler(cxx: str) -> tuple[str, ...]:
+    try:
+        asked = shlex.split(cxx)
+    except ValueError as error:
+        raise Failure(f"CXX={cxx} cannot be read: {error}") from error
+    if asked:
+        if not shutil.which(asked[0]):
+            raise Failure(f"CXX={cxx}: there is no such program")
+        return tuple(asked)
+    for name in ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return (found,)
+    raise Failure(
+        "there is no C++ compiler: CXX is not set, and none of c++, g++, clang++ is on the PATH"
+    )
+
+
+def _ninja() -> str:
+    try:
+        # A dependency of ours; its program need not be on the PATH.
+        import ninja
+
+        found = shutil.which("ninja", path=ninja.BIN_DIR)
+    except (ImportError, AttributeError):
+        found = None
+    if not (found := found or shutil.which("ninja")):
+        raise Failure("there is no ninja: pip install ninja")
+    return found
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise Failure(f"{command[0]} does not run: {error.strerror}") from error
+
+
+def _first(output: str) -> str:
+    return output.strip().partition("\n")[0] or "it says nothing"
+
+
+def _telling(output: str) -> str:
+    """The line of a compiler's, linker's or ninja's output that says what is wrong."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it says nothing"]
+    return next(
+        (line for line in lines if re.search(r"\berror:|cannot find -l|undefined reference", line)),
+        lines[-1],
+    )
+
+
+def _escaped(path: str) -> str:
+    """A path in ninja's build lines."""
+    return re.sub(r"([$ :])", r"$\1", path)

@@ -1,0 +1,298 @@
+"""The Triton backend in Triton's interpreter: every kernel against float64 under the error rule, and what it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.triton_interpreter import (
+    DTYPES,
+    SEED,
+    P,
+    draws,
+    dropped,
+    far_apart,
+    strided,
+    within_twice,
+)
+
+import lorafast
+from lorafast.engine import dispatch
+from lorafast.engine.backends import triton as backend
+from lorafast.engine.kernels import configs, gemm_routing
+from lorafast.engine.problem import PRIMITIVES, DownProj, LowRankTerm, Problem
+from lorafast.runtime import env
+from lorafast.runtime.devices import Arch
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    """LORAFAST_BACKEND=triton, and no choice made before is remembered."""
+    monkeypatch.setenv("LORAFAST_BACKEND", "triton")
+    dispatch._pick.cache_clear()
+    yield
+    dispatch._pick.cache_clear()
+
+
+@pytest.mark.parametrize("p", [0.0, P])
+@pytest.mark.parametrize("core", [None, "diagonal", "full"])
+@pytest.mark.parametrize(
+    ("M", "K", "R", "layout"),
+    [
+        (1, 40, 1, "sliced"), (63, 130, 8, "transposed"), (70, 1001, 12, "contiguous"), (5, 2050, 16, "sliced"),
+        (33, 70, 24, "contiguous"), (17, 64, 64, "transposed"), (20, 48, 100, "contiguous"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_project(dtype, M, K, R, core, p, layout):
+    found, eager, truth = ([], []), ([], []), ([], [])
+    for _ in draws(M * R):
+        x, A = strided(M, K, dtype, layout), strided(R, K, torch.float32, layout) / K**0.5
+        C = {None: None, "diagonal": torch.randn(R), "full": torch.randn(R, R) / R**0.5}[core]
+        (pair,) = backend.project(x, [DownProj(A, C, SEED if p else None, p)])
+        for kept, cast in ((found, None), (eager, dtype), (truth, torch.float64)):
+            if cast is None:
+                h, mixed = pair
+                assert h.dtype == mixed.dtype == dtype
+            else:
+                h = F.linear(dropped(x.to(cast), p), A.to(cast))
+                mixed = (
+                    h if C is None else h * C.to(cast) if C.dim() == 1 else F.linear(h, C.to(cast))
+                )
+            kept[0].append(h)
+            kept[1].append(mixed)
+    for i in range(2):
+        within_twice(found[i], eager[i], truth[i], dtype)
+
+
+@pytest.mark.parametrize("p", [0.0, P])
+@pytest.mark.parametrize(
+    ("M", "K", "R", "layout"),
+    [
+        (1, 40, 1, "sliced"), (63, 130, 8, "transposed"), (700, 101, 12, "contiguous"), (33, 70, 24, "sliced"),
+        (65, 64, 64, "contiguous"), (20, 48, 100, "contiguous"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grad_project(dtype, M, K, R, p, layout):
+    found, eager, truth = [], [], []
+    for _ in draws(R * K):
+        x, v = strided(M, K, dtype, layout), strided(M, R, dtype, layout)
+        (dA,) = backend.grad_project(x, [LowRankTerm(v, torch.empty(R, K), SEED if p else None, p)])
+        assert dA.dtype == torch.float32
+        found.append(dA)
+        eager.append(v.t() @ dropped(x, p).to(dtype))
+        truth.append(v.double().t() @ dropped(x.double(), p))
+    within_twice(found, eager, truth, dtype)
+
+
+@pytest.mark.parametrize("scaling", [1.7, torch.tensor(1.7)], ids=["number", "tensor"])
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize(
+    ("N", "K", "R", "layout"),
+    [
+        (1, 40, 1, "sliced"), (65, 130, 8, "transposed"), (70, 33, 12, "contiguous"), (33, 70, 24, "sliced"),
+        (17, 64, 64, "contiguous"), (40, 1, 3, "transposed"), (20, 48, 100, "contiguous"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_norm(dtype, N, K, R, axis, scaling, layout):
+    found, eager, truth = [], [], []
+    for _ in draws(N if axis == "out" else K):
+        W, A, B = (
+            strided(N, K, dtype, layout),
+            strided(R, K, torch.float32, layout),
+            strided(N, R, torch.float32, layout),
+        )
+        found.append(backend.row_norm(W, A, B, scaling, axis))
+        assert found[-1].dtype == torch.float32
+        for kept, cast in ((eager, dtype), (truth, torch.float64)):
+            kept.append(
+                (W.to(cast) + float(scaling) * (B.to(cast) @ A.to(cast))).norm(
+                    dim=1 if axis == "out" else 0
+                )
+            )
+    within_twice(found, eager, truth, dtype)
+
+
+def test_empty_batches_and_outputs():
+    ((h, mixed),) = backend.project(
+        torch.empty(0, 40), [DownProj(torch.randn(4, 40), torch.randn(4, 4))]
+    )
+    assert h.shape == mixed.shape == (0, 4)
+    (dA,) = backend.grad_project(
+        torch.empty(0, 40), [LowRankTerm(torch.empty(0, 4), torch.empty(4, 40))]
+    )
+    assert torch.equal(dA, torch.zeros(4, 40))
+    assert backend.row_norm(torch.empty(0, 8), torch.randn(2, 8), torch.empty(0, 2)).shape == (0,)
+
+
+def test_the_splits_are_those_of_few_rows():
+    """What the shapes above run through: one program a tile, and several whose sums are added."""
+    shares = [configs.project(M, K, 16, torch.float32, "cpu") for M, K in ((63, 130), (5, 2050))]
+    assert shares[0].splits == 1
+    assert shares[1].splits > 1
+    assert configs.grad_project(700, 101, 12, torch.float32, "cpu").splits > 1
+    assert configs.project(1 << 16, 4096, 16, torch.bfloat16, "sm_90").splits == 1
+
+
+@pytest.mark.parametrize("M", [1, 15, 64, 1000, 5000, 100000])
+@pytest.mark.parametrize("K", [1, 40, 4096, 14336])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_a_share_covers_everything_once(M, K, dtype):
+    for R in (1, 16, 17, 256):
+        for pick, blocks_of, length in (
+            (configs.project, "BLOCK_K", K),
+            (configs.grad_project, "BLOCK_M", M),
+        ):
+            tile, splits, steps = pick(M, K, R, dtype, "sm_90")
+            block = getattr(tile, blocks_of)
+            assert splits * steps * block >= length > (splits - 1) * steps * block
+            assert tile in configs.tiles(pick.__name__, dtype)
+            assert tile.BLOCK_R >= R
+
+
+def test_rows_lie_beyond_two_to_the_thirty_first_element(tmp_path):
+    rows, width = 20, 48
+    x, values = far_apart(tmp_path, rows, width)
+    A, v = torch.randn(4, width), torch.randn(rows, 4).half()
+    assert torch.equal(
+        backend.project(x, [DownProj(A)])[0][0], backend.project(values, [DownProj(A)])[0][0]
+    )
+    assert torch.equal(
+        backend.grad_project(x, [LowRankTerm(v, A)])[0],
+        backend.grad_project(values, [LowRankTerm(v, A)])[0],
+    )
+    B = torch.randn(rows, 4)
+    assert torch.equal(backend.row_norm(x, A, B), backend.row_norm(values, A, B))
+
+
+def test_what_is_beyond_the_end_is_not_written():
+    """Guards around every output of a launch with ragged ends."""
+    from lorafast.engine.kernels.project import project_kernel
+
+    M, K, R = 9, 20, 3
+    x, A = torch.randn(M, K), torch.randn(R, K)
+    guarded = torch.full((M * R + 64,), 7.0)
+    project_kernel[1, 1](
+        x, A, x, guarded, M, K, R, K, 1, K, 1, 3, 0, 1.0, 1,
+        DROPS=False, PARTS=False, PRECISION="ieee", BLOCK_M=16, BLOCK_K=64, BLOCK_R=16,
+    )  # fmt: skip
+    torch.testing.assert_close(guarded[: M * R].view(M, R), x @ A.t())
+    assert (guarded[M * R :] == 7).all()
+
+
+def problem(**fields):
+    known = {
+        "arch": Arch("nvidia", "sm_90"),
+        "dtype": torch.bfloat16,
+        "M": 64,
+        "K": 32,
+        "N": (32,),
+        "R": (8,),
+    }
+    return Problem(
+        **(known | {"weight_dtype": torch.bfloat16, "factor_dtype": torch.float32} | fields)
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"arch": Arch("amd", "gfx942")}, "is compiled for NVIDIA sm_80"),
+        ({"arch": Arch("nvidia", "sm_75")}, "this is sm_75"),
+        ({"dtype": torch.float64}, "x is torch.float64"),
+        ({"weight_dtype": torch.float64}, "weight is torch.float64"),
+        ({"factor_dtype": torch.float64}, "a factor is torch.float64"),
+        ({"R": (8, 300)}, "R=300 exceeds 256"),
+        ({"arch": Arch("cpu", "cpu")}, "Triton's interpreter computes bf16 wrongly"),
+    ],
+)
+@pytest.mark.parametrize("primitive", PRIMITIVES)
+def test_every_refusal_has_its_reason(primitive, fields, why, forced, monkeypatch):
+    if fields.get("arch") != Arch("cpu", "cpu"):
+        monkeypatch.setattr(backend.triton.knobs.runtime, "interpret", False)
+        assert backend.why_not(primitive, problem()) == ()
+    reasons = backend.why_not(primitive, problem(**fields))
+    assert len(reasons) == 1
+    assert why in reasons[0]
+
+
+def test_it_is_never_picked_unasked(monkeypatch):
+    assert "has not run on a GPU yet" in backend.why_not("project", problem())[0]
+    monkeypatch.setenv("LORAFAST_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert not env.interprets()
+    on_cpu = problem(arch=Arch("cpu", "cpu"), dtype=torch.float32, weight_dtype=torch.float32)
+    assert backend.why_not("project", on_cpu) == (
+        "runs on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)",
+    )
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        lorafast.LoRA(r=4, dropout=0.2),
+        lorafast.DoRA(r=4, dropout=0.2),
+        lorafast.LaMDA(r=4, dropout=0.2),
+    ],
+    ids=repr,
+)
+def test_methods_train_through_it_as_through_eager(adapter, forced, monkeypatch):
+    def walk():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            lorafast.Linear(24, 32, adapter=adapter),
+            torch.nn.ReLU(),
+            lorafast.Linear(32, 8, adapter=adapter),
+        )
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+        x, target = torch.randn(40, 24), torch.randn(40, 8)
+        losses = []
+        for _ in range(6):
+            loss = (model(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    ours = walk()
+    assert "triton" in str(lorafast.explain(lorafast.Linear(24, 32, adapter=adapter)))
+    monkeypatch.setenv("LORAFAST_BACKEND", "eager")
+    assert ours == pytest.approx(walk(), rel=1e-4)
+    assert ours[-1] < ours[0]
+
+
+def test_explain_and_the_log_say_which_way_a_product_goes(forced, monkeypatch, capsys):
+    layer = lorafast.Linear(24, 32, adapter=lorafast.LoRA(r=4))
+    way = str(
+        gemm_routing.Route("pointers", configs.gemm("pointers", torch.float32, False, False)[0])
+    )
+    assert f"linear by triton: {way}" in str(lorafast.explain(layer))
+    monkeypatch.setenv("LORAFAST_LOG", "1")
+    layer(torch.randn(3, 24))
+    said = capsys.readouterr().err
+    assert f"linear -> triton ({way})" in said
+    assert "project -> triton;" in said
+    on_h200 = problem(M=8192, K=14336, N=(4096,))
+    assert backend.how("linear", on_h200) == "torch's, low first"
+    assert (
+        backend.how("grad_input", problem(M=8192, K=1024, N=(1024,), dropout=0.1))
+        == "tma 128x256x64"
+    )
+    assert backend.how("project", on_h200) is None
+
+
+def test_forcing_it_on_what_it_cannot_raises_with_every_reason(forced):
+    with pytest.raises(
+        RuntimeError,
+        match=r"LORAFAST_BACKEND=triton cannot project: .*bf16 wrongly; R=300 exceeds 256",
+    ):
+        lorafast.linear(
+            torch.randn(2, 8).bfloat16(),
+            torch.randn(4, 8).bfloat16(),
+            None,
+            torch.randn(300, 8),
+            torch.randn(4, 300),
+        )

@@ -1,0 +1,1 @@
+"""What several tests share: problems, models, files and checks."""

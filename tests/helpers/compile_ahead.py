@@ -1,0 +1,266 @@
+"""Compiles Triton kernels ahead of time, without a GPU, in its own process: `compile_ahead.py DTYPE CAPABILITY KERNEL...`.
+
+Prints one JSON line a form: its tile and flags, registers, stack, shared memory, and what its PTX and SASS contain. (pytest's own
+process interprets kernels; there they cannot be compiled.)
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lorafast.engine.kernels import (
+    configs,
+    gemm,
+    grad_output,
+    grad_project,
+    masked_add,
+    project,
+    row_norm,
+    scale_cast,
+)
+
+# tf32 is what fp32 becomes where torch.backends allows it.
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Arguments that are fp32 whatever the activation is; A and B are fp32 factors except where they have been cast.
+WIDE = {
+    "A_ptr",
+    "core_ptr",
+    "scale_ptr",
+    "parts_ptr",
+    "sums_ptr",
+    "u_ptr",
+    "P_ptr",
+    "dB_ptr",
+    "d_out_scale_ptr",
+    "gain_ptr",
+}
+WIDE |= {"bias_ptr", "out_scale_ptr", "row_ptr", "factor_ptr"}
+# The strides that are 1 where tensors are contiguous.
+UNIT = {
+    "stride_xk",
+    "stride_ak",
+    "stride_vr",
+    "stride_br",
+    "stride_cj",
+    "stride_wk",
+    "stride_dn",
+    "stride_kn",
+    "stride_hr",
+}
+UNIT |= {"stride_fj", "stride_oj"}
+
+
+def forms(kernel, dtype, capability):
+    """Every form of a kernel in a dtype: the function, its tile, and the flags it is compiled with."""
+    precise = {"PRECISION": "tf32" if dtype == "tf32" else "ieee"}
+    both = (False, True)
+    if kernel.startswith("gemm"):
+        yield from _gemm_forms(kernel, dtype, capability, precise)
+        return
+    for tile in configs.tiles(kernel, DTYPES[dtype]):
+        if kernel == "project":
+            for drops, parts in itertools.product(both, both):
+                yield project.project_kernel, tile, {"DROPS": drops, "PARTS": parts} | precise
+        elif kernel == "finish":
+            for core in (0, 1, 2) if configs.mixes(tile.BLOCK_R, DTYPES[dtype]) else (0,):
+                yield project.finish_kernel, tile, {"CORE": core} | precise
+        elif kernel == "grad_project":
+            for drops in both:
+                yield grad_project.grad_project_kernel, tile, {"DROPS": drops} | precise
+        elif kernel == "grad_output":
+            least = max([1, *(rank + 1 for rank in configs.BLOCKS_R if rank < tile.BLOCK_R)])
+            for u in both if configs.one_pass(least, least, DTYPES[dtype]) else (False,):
+                yield grad_output.grad_output_kernel, tile, {"U": u, "P": True} | precise
+            # Where nothing is asked of the ranks the narrowest tile serves.
+            if configs.BLOCKS_R.index(tile.BLOCK_R) == 0:
+                yield grad_output.grad_output_kernel, tile, {"U": False, "P": False} | precise
+        elif kernel == "finish_P":
+            yield grad_output.finish_P_kernel, tile, {}
+        elif kernel == "masked_add":
+            yield masked_add.masked_add_kernel, tile, precise
+        elif kernel == "factor":
+            yield scale_cast.factor_kernel, tile, {}
+        elif kernel == "row_norm":
+            for by_row in both:
+                yield (
+                    row_norm.row_norm_kernel,
+                    tile,
+                    {"BY_ROW": by_row} | ({"PRECISION": "tf32"} if "16" in dtype else precise),
+                )
+
+
+def _gemm_forms(kernel, dtype, capability, precise):
+    if kernel == "gemm_finish":
+        yield gemm.gemm_finish_kernel, configs.GEMM_FINISH, {}
+        return
+    form = kernel.removeprefix("gemm_")
+    if form == "tma" and (capability < 90 or "16" not in dtype):
+        return
+    for masked, many, by_row in itertools.product((False, True), repeat=3):
+        flags = {"SEGMENTS": (4 if many else 2) - masked, "MASKED": masked, "BY_ROW": by_row}
+        for tile in configs.gemm(form, DTYPES[dtype], masked, many):
+            if form == "tma":
+                yield gemm.gemm_tma_kernel, tile, flags
+                continue
+            for split in (
+                (False, True) if tile.BLOCK_M <= configs.SPLIT_ROWS and not masked else (False,)
+            ):
+                yield gemm.gemm_kernel, tile, flags | {"SPLIT": split} | precise
+
+
+def compiled(function, tile, flags, dtype, capability, ones=False):
+    """As a launch on contiguous, aligned tensors with fp32 factors would compile it; ones: where every size and stride is 1."""
+    dtype = dtype.replace("tf", "fp")
+    constants = flags | {
+        name: getattr(tile, name) for name in function.arg_names if name.startswith("BLOCK_")
+    }
+    if ones:
+        constants |= {
+            one.name: 1
+            for one in function.params
+            if _is_size(one.name) and not one.do_not_specialize
+        }
+    signature, attributes = {}, {}
+    for place, name in enumerate(function.arg_names):
+        described = _described(function, name, tile, flags, dtype)
+        if described is not None:
+            signature[name] = described
+            constants |= {name: None} if described == "constexpr" else {}
+        elif name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = (
+                "*i64"
+                if name == "seed_ptr"
+                else f"*{'fp32' if _wide(function, name, flags) else dtype}"
+            )
+        elif name in UNIT:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "fp32" if name in ("scale", "scaling") else "i32"
+        even = (
+            signature[name] == "i32"
+            and _is_size(name)
+            and not function.params[place].do_not_specialize
+        )
+        if name.endswith("_ptr") or even:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _is_size(name):
+    return name in (
+        "M",
+        "N",
+        "K",
+        "R",
+        "K0",
+        "K1",
+        "K2",
+        "K3",
+        "I",
+        "J",
+        "rows",
+        "cols",
+        "width",
+        "live",
+        "groups",
+    ) or name.startswith("stride_")
+
+
+def _described(function, name, tile, flags, dtype):
+    """The type of an argument that is a descriptor: a block of a, of b, or half a block of the result."""
+    if function is not gemm.gemm_tma_kernel or name not in {
+        "y",
+        "z",
+        *(f"{side}{i}" for side in "ab" for i in range(4)),
+    }:
+        return None
+    # Places behind those that are walked are None.
+    if (
+        name[1:]
+        and int(name[1:]) >= flags["SEGMENTS"]
+        and not (flags["MASKED"] and name[1:] == "3")
+    ):
+        return "constexpr"
+    right = (tile.BLOCK_N, tile.BLOCK_K) if flags["BY_ROW"] else (tile.BLOCK_K, tile.BLOCK_N)
+    block = {"a": (tile.BLOCK_M, tile.BLOCK_K), "b": right}.get(
+        name[0], (tile.BLOCK_M, tile.BLOCK_N // 2)
+    )
+    return f"tensordesc<{dtype}[{block[0]},{block[1]}]>"
+
+
+def _wide(function, name, flags):
+    if name == "B_ptr":
+        return function is not grad_output.grad_output_kernel
+    if name == "out_ptr":
+        return function in (grad_project.grad_project_kernel, row_norm.row_norm_kernel)
+    return (
+        name in WIDE
+        or (name == "h_ptr" and flags.get("PARTS"))
+        or (name == "y_ptr" and flags.get("SPLIT"))
+    )
+
+
+def usage(built, sass):
+    """Registers, stack and local memory by the assembler's own account, and what the code is made of."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        asked = ["--dump-resource-usage", *(["-sass"] if sass else [])]
+        told = subprocess.run(
+            [TOOLS / "cuobjdump", *asked, file.name], capture_output=True, text=True, check=True
+        ).stdout
+    ptx = built.asm["ptx"]
+    return {
+        name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)
+    } | {
+        "shared": built.metadata.shared,
+        "atomics": len(re.findall(r"\b(atom|red)\.\S*f(16|32|64)", ptx)),
+        "tensor": len(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx)),
+        "wgmma": len(re.findall(r"\bwgmma\.mma_async\b", ptx)),
+        # How many products may still be under way where one is waited for: more than none, or nothing overlaps.
+        "in_flight": max(
+            (int(n, 16) for n in re.findall(r"WARPGROUP\.DEPBAR\S*\s.*?(0x\w+)", told)), default=0
+        ),
+        "tma_loads": len(re.findall(r"\bcp\.async\.bulk\.tensor\S*shared\S*global\b", ptx)),
+        "async_loads": len(re.findall(r"\bcp\.async\.c[ag]\b", ptx)),
+    }
+
+
+if __name__ == "__main__":
+    dtype, capability, kernels = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    # Triton compiles a size of 1 as a constant, which is another program: the first form of each kernel so, too.
+    first = {name: next(iter(forms(name, dtype, capability)), None) for name in kernels}
+    for function, tile, flags in filter(None, first.values()):
+        compiled(function, tile, flags, dtype, capability, ones=True)
+    for kernel, (function, tile, flags) in (
+        (name, form) for name in kernels for form in forms(name, dtype, capability)
+    ):
+        used = usage(
+            compiled(function, tile, flags, dtype, capability),
+            sass=kernel == "gemm_tma" and capability == 90,
+        )
+        print(
+            json.dumps(
+                {"kernel": kernel, "dtype": dtype, "tile": tile._asdict(), "flags": flags} | used
+            ),
+            flush=True,
+        )

@@ -1,0 +1,397 @@
+"""lorafast.accelerate: PEFT's layers on our ops give PEFT's results, and everything PEFT does with them goes on working."""
+
+import copy
+import io
+import json
+import os
+
+import peft
+import pytest
+import torch
+from helpers.peft_models import TARGETS, K, N, Net, X, added, assert_same, config, outcome, wrapped
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from torch import nn
+from torch.multiprocessing import spawn
+from torch.utils.checkpoint import checkpoint
+
+import lorafast
+from lorafast import testing
+from lorafast.engine import philox
+from lorafast.integrations import peft_linear as ours
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_rslora": True, "bias": "all"},
+        {"bias": "lora_only"},
+        {"lora_bias": True, "targets": ["up"]},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "gaussian"},
+        {"rank_pattern": {"up": 2}, "alpha_pattern": {"down": 3}},
+        {"targets": ["mixed"], "fan_in_fan_out": True},
+        {"targets": ["mixed"], "fan_in_fan_out": True, "use_dora": True},
+        {"use_dora": True, "lora_dropout": 0.3, "mode": False},
+        {"lora_dropout": 0.3, "mode": False},
+    ],
+    ids=str,
+)
+def test_results_are_pefts_and_nothing_else_changes(fields, calls):
+    fields = dict(fields)
+    mode = fields.pop("mode", True)
+    model = wrapped(**fields).train(mode)
+    want, parameters, keys = (
+        outcome(model, X),
+        dict(model.named_parameters()),
+        list(model.state_dict()),
+    )
+    printed = repr(model)
+    report = lorafast.accelerate(model)
+    assert report.left == {}
+    assert len(report.taken) == len(fields.get("targets", TARGETS))
+    assert_same(outcome(model, X), want)
+    assert (calls["fast"], calls["why"]) == (len(report.taken), [])
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert list(model.state_dict()) == keys
+    assert repr(model) == printed
+    assert lorafast.restore(model) == len(report.taken)
+    assert not [
+        module for module in model.modules() if isinstance(module, ours.Linear | ours.LoraModel)
+    ]
+    assert_same(outcome(model, X), want, 0, 0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_a_fresh_adapter_is_the_base_model_bit_for_bit(fields, calls):
+    model = Net()
+    want = model(X)
+    model = peft.get_peft_model(model, config(**fields))
+    lorafast.accelerate(model)
+    assert torch.equal(model(X), want)
+    assert calls["fast"] == 2
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dropout_on", [None, "adapter"])
+def test_dropout_is_pefts_reading_unless_asked_otherwise(dora, dropout_on, calls):
+    p = 0.5
+    model = wrapped(targets=["up"], use_dora=dora, lora_dropout=p)
+    lorafast.accelerate(model, dropout_on=dropout_on)
+    (layer,) = [m for m in model.modules() if isinstance(m, ours.Linear)]
+    form = (
+        testing.Form("dora", magnitude=True, dropout_on=dropout_on or "both")
+        if dora
+        else testing.Form("lora")
+    )
+    case = testing.Case(form, 15, N, K, 4, torch.float32, p, True, 2.0)
+    x = X.flatten(0, 1)
+    torch.manual_seed(11)
+    y = layer(x)
+    torch.manual_seed(11)
+    seed = philox.draw(x.device)
+    tensors = {name: None for name in ("core", "out_scale", "lora_bias", "magnitude")}
+    tensors |= {"x": x, "weight": layer.weight, "bias": layer.bias, "seed": seed}
+    tensors |= {"lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}
+    if dora:
+        tensors["magnitude"] = layer.lora_magnitude_vector["default"].weight
+    torch.testing.assert_close(y, testing.chain(case, tensors), rtol=1e-5, atol=1e-5)
+    assert calls["fast"] == 1
+
+
+def test_a_half_precision_base_keeps_no_wide_copy_of_x_and_errs_little():
+    for dora in (False, True):
+        model = wrapped(torch.bfloat16, targets=["up"], use_dora=dora)
+        lorafast.accelerate(model)
+        (layer,) = [m for m in model.modules() if isinstance(m, ours.Linear)]
+        form = (
+            testing.Form("dora", magnitude=True, dropout_on="both", keep="inner")
+            if dora
+            else testing.Form("lora")
+        )
+        case = testing.Case(form, 63, N, K, 4, torch.bfloat16, 0.0, True, 2.0, torch.float32)
+        names = {"lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}
+        assert {p.dtype for p in names.values()} == {torch.float32}
+        if dora:
+            names["magnitude"] = layer.lora_magnitude_vector["default"].weight
+        made = [testing.make(case, seed) for seed in range(4)]
+
+        def outcome(tensors, layer=layer, names=names):
+            with torch.no_grad():
+                layer.weight.copy_(tensors["weight"])
+                layer.bias.copy_(tensors["bias"])
+                for name, parameter in names.items():
+                    parameter.copy_(tensors[name])
+                    parameter.grad = None
+            x = tensors["x"].detach().requires_grad_()
+            y = layer(x)
+            y.backward(tensors["dy"])
+            return {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in names.items()}
+
+        found = testing.Yardstick(case, made, trained=("x", *names)).ratios(outcome)
+        assert max(found.values()) <= 2, found
+        x = torch.randn(63, K, dtype=torch.bfloat16, requires_grad=True)
+        kept = testing.saved(lambda x=x, layer=layer: layer(x), {"x": x}, layer.parameters())
+        assert kept.referenced == {"x"}
+        assert kept.own == 63 * 4 * 2 + dora * (63 * N * 2 + N * 4)
+
+
+def test_several_active_adapters_share_a_call(calls):
+    model = wrapped()
+    added(model)
+    model.base_model.set_adapter(["default", "other"])
+    want = outcome(model, X)
+    lorafast.accelerate(model)
+    assert_same(outcome(model, X), want)
+    assert (calls["fast"], calls["why"]) == (2, [])
+    text = str(lorafast.explain(model))
+    assert "LoRA of PEFT (default)" in text
+    assert "LoRA of PEFT (other)" in text
+
+
+def test_adapters_of_later_are_covered_on_old_and_new_modules(calls):
+    model = wrapped(targets=["up"])
+    lorafast.accelerate(model, keep="recompute")
+    model.add_adapter("other", config(targets=["up", "down"], use_dora=True))
+    model.set_adapter("other")
+    layers = [m for m in model.modules() if isinstance(m, PeftLinear)]
+    assert [type(m) for m in layers] == [ours.Linear] * 2
+    assert {m.lorafast_keep for m in layers} == {"recompute"}
+    found = outcome(model, X)
+    assert (calls["fast"], calls["why"]) == (2, [])
+    lorafast.restore(model)
+    assert_same(found, outcome(model, X))
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    lorafast.accelerate(model)
+    assert_same(outcome(model, X), outcome(model, X))
+
+
+def test_what_peft_does_with_adapters_goes_on_working():
+    model, twin = wrapped(), wrapped()
+    for one in (model, twin):
+        added(one)
+    lorafast.accelerate(model)
+
+    def both(action):
+        torch.testing.assert_close(action(model), action(twin), rtol=1e-4, atol=1e-5)
+
+    def disabled(one):
+        with one.disable_adapter():
+            return one(X)
+
+    def merged(one):
+        one.merge_adapter()
+        y = one(X)
+        one.unmerge_adapter()
+        return torch.stack([y, one(X)])
+
+    def switched(one):
+        one.set_adapter("other")
+        return one(X)
+
+    def named(one):
+        return one.eval()(X, adapter_names=["default", "other", "__base__"])
+
+    def weighted(one):
+        one.add_weighted_adapter(["default", "other"], [0.3, 0.7], "mix", combination_type="svd")
+        one.set_adapter("mix")
+        return one(X)
+
+    def unloaded(one):
+        return one.merge_and_unload()(X)
+
+    for action in (disabled, merged, switched, named, weighted, unloaded):
+        both(action)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_runs_in_its_dtype(dtype, calls):
+    model = wrapped(use_dora=True)
+    lorafast.accelerate(model)
+    with torch.autocast("cpu", dtype):
+        y = model.base_model.model.up(X)
+        assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), model.base_model.model.up(X), rtol=3e-2, atol=3e-2)
+    assert calls["why"] == []
+
+
+def test_a_hot_swapped_scaling_is_a_tensor_and_the_rank_is_the_weights(calls):
+    model = wrapped()
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    want = outcome(model, X)
+    lorafast.accelerate(model)
+    assert isinstance(model.base_model.model.up.scaling["default"], torch.Tensor)
+    assert_same(outcome(model, X), want)
+    assert (calls["fast"], calls["why"]) == (2, [])
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.2}], ids=str
+)
+def test_it_compiles_whole(fields):
+    model = wrapped(**fields)
+    lorafast.accelerate(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same(
+        {n.removeprefix("_orig_mod."): g for n, g in outcome(compiled, X).items()},
+        outcome(model, X),
+    )
+    model.eval()
+    with model.disable_adapter():
+        torch.testing.assert_close(compiled(X), model(X))
+
+
+def test_wrapped_models_are_looked_into():
+    model = torch.compile(wrapped(), backend="eager")
+    assert len(lorafast.accelerate(model).taken) == 2
+    assert lorafast.restore(nn.Sequential(model)) == 2
+
+
+def test_a_model_inside_ddp_is_taken(tmp_path):
+    spawn(_step_in_a_group, args=(str(tmp_path / "meeting"),), nprocs=1)
+
+
+def _step_in_a_group(rank, meeting):
+    model = wrapped(use_dora=True)
+    want = outcome(model, X)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=1
+    )
+    parallel = nn.parallel.DistributedDataParallel(model)
+    assert len(lorafast.accelerate(parallel).taken) == 2
+    assert_same(
+        {name.removeprefix("module."): value for name, value in outcome(parallel, X).items()}, want
+    )
+    # A process of its own, left without ado: gloo's threads may wait for the interpreter that waits for them.
+    os._exit(0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_draws_the_same_mask_again(reentrant, calls):
+    model = wrapped(use_dora=True, lora_dropout=0.3)
+    lorafast.accelerate(model)
+    want = outcome(model, X)
+    assert_same(
+        outcome(Checkpointed(model, reentrant), X),
+        {f"model.{n}" if "." in n else n: g for n, g in want.items()},
+    )
+    assert (calls["fast"], calls["why"]) == (6, [])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model, reentrant):
+        super().__init__()
+        self.model, self.reentrant = model, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.model, x, use_reentrant=self.reentrant)
+
+
+def test_a_model_without_peftmodel_is_taken_too(calls):
+    model = peft.inject_adapter_in_model(config(), Net())
+    assert lorafast.accelerate(model).taken == ("up", "down")
+    model(X)
+    assert calls["fast"] == 2
+
+
+def test_copies_pickles_and_checkpoints(tmp_path, calls):
+    model = wrapped(use_dora=True, lora_dropout=0.1)
+    model.save_pretrained(tmp_path / "before")
+    lorafast.accelerate(model)
+    model.save_pretrained(tmp_path / "after")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    assert json.loads((tmp_path / "after" / "adapter_config.json").read_text())["use_dora"]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert_same(outcome(twin, X), outcome(model, X), 0, 0)
+    loaded = peft.PeftModel.from_pretrained(wrapped().unload(), tmp_path / "after")
+    lorafast.accelerate(loaded)
+    torch.testing.assert_close(loaded.eval()(X), model.eval()(X))
+    assert calls["why"] == []
+
+
+def test_patch_peft_leaves_a_wrapped_parameter_to_peft():
+    """PEFT's wrapper of a bare Parameter borrows a method of whatever class lora.Linear is."""
+    fields = {"targets": [], "target_parameters": ["up.weight"]}
+    want = wrapped(**fields)(X)
+    with lorafast.patch_peft():
+        torch.testing.assert_close(wrapped(**fields)(X), want)
+
+
+def test_patch_peft_serves_what_is_built_inside(calls):
+    with lorafast.patch_peft():
+        model = wrapped(use_dora=True)
+    assert {type(m) for m in model.modules() if isinstance(m, PeftLinear)} == {ours.Linear}
+    found = outcome(model, X)
+    assert (calls["fast"], calls["why"]) == (2, [])
+    assert_same(found, outcome(wrapped(use_dora=True), X))
+    assert {type(m) for m in wrapped().modules() if isinstance(m, PeftLinear)} == {PeftLinear}
+    with pytest.raises(KeyError), lorafast.patch_peft():
+        raise KeyError
+    assert {type(m) for m in wrapped().modules() if isinstance(m, PeftLinear)} == {PeftLinear}
+    assert lorafast.restore(model) == 2
+
+
+def test_what_is_no_model_with_adapters_is_refused():
+    with pytest.raises(
+        TypeError, match=r"model must be a torch\.nn.Module with PEFT adapters, not str"
+    ):
+        lorafast.accelerate("model")
+    with pytest.raises(TypeError, match="not int"):
+        lorafast.restore(3)
+    with pytest.raises(ValueError, match="Net carries no PEFT layer"):
+        lorafast.accelerate(Net())
+    with pytest.raises(ValueError, match="dropout_on='all'"):
+        lorafast.accelerate(wrapped(), dropout_on="all")
+    ia3 = peft.get_peft_model(Net(), peft.IA3Config(target_modules=["up"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match=r"left 1: is a peft\.tuners\.ia3\.layer\.Linear"):
+        lorafast.accelerate(ia3)
+    assert lorafast.restore(wrapped()) == 0
+
+
+def test_keep_output_steps_aside_where_it_cannot_serve():
+    model = wrapped(targets=["up"], use_dora=True, lora_dropout=0.1)
+    with pytest.raises(ValueError, match="keep='output' cannot serve dropout_on='both'"):
+        lorafast.accelerate(model, keep="output")
+    assert lorafast.accelerate(model, dropout_on="adapter", keep="output").left == {}
+    assert "keep='output'" in str(lorafast.explain(model))
+    lorafast.accelerate(model)
+    assert "a second base GEMM" in str(lorafast.explain(model))
+    lora = wrapped(targets=["up"], lora_dropout=0.1)
+    lorafast.accelerate(lora, keep="output")
+    assert lora(X).isfinite().all()
+
+
+def test_the_cache_of_doras_norm_is_pefts_switch_and_forgets_when_pefts_does(monkeypatch):
+    model = wrapped(targets=["up"], use_dora=True).eval()
+    lorafast.accelerate(model)
+    seen, right = [], ours.functional.row_norm
+
+    def row_norm(*args, **kwargs):
+        seen.append(1)
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(ours.functional, "row_norm", row_norm)
+    model(X)
+    model(X)
+    assert len(seen) == 2
+    with peft.helpers.DoraCaching():
+        first = model(X)
+        assert torch.equal(model(X), first)
+        assert len(seen) == 3
+        model.base_model.model.up.lora_B["default"].weight.data.mul_(3)
+        model.train().eval()
+        again = model(X)
+        assert len(seen) == 4
+        model.train()(X)
+        assert len(seen) == 5
+    model.eval()
+    torch.testing.assert_close(model(X), again)

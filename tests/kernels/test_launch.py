@@ -1,0 +1,43 @@
+"""Descriptors: what can have one, and that a remembered one is what Triton takes."""
+
+import pytest
+import torch
+
+from lorafast.engine.kernels import launch
+
+
+@pytest.mark.parametrize(
+    ("tensor", "aligned"),
+    [
+        (torch.empty(4, 8, dtype=torch.float16), True),
+        (torch.empty(8, 4, dtype=torch.float16).t(), False),
+        (torch.empty(16, 8, dtype=torch.float16).t(), True),
+        (torch.empty(4, 9, dtype=torch.float16), False),
+        (torch.empty(4, 16, dtype=torch.float16)[:, 8:], True),
+        (torch.empty(4, 16, dtype=torch.float16)[:, 4:12], False),
+        (torch.empty(4, 16, dtype=torch.float16)[:, ::2], False),
+        (torch.empty(0, 8, dtype=torch.float16), False),
+        (torch.empty(1, 8, dtype=torch.float16).expand(4, 8), False),
+        (torch.empty(4, 4), True),
+        (torch.empty(4, 3), False),
+    ],
+)
+def test_aligned(tensor, aligned):
+    assert launch.aligned(tensor) == aligned
+
+
+def test_a_remembered_descriptor_is_typed_as_a_fresh_one_and_keeps_nothing_alive():
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.compiler import BaseBackend
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    W = torch.empty(64, 32, dtype=torch.bfloat16)
+    fresh = TensorDescriptor(W, [64, 32], [32, 1], [16, 8])
+    remembered = launch._remembered(W.data_ptr(), W.dtype, (64, 32), 32, (16, 8))
+    assert launch._remembered(W.data_ptr(), W.dtype, (64, 32), 32, (16, 8)) is remembered
+    assert remembered.base.data_ptr() == W.data_ptr()
+    types = [
+        native_specialize_impl(BaseBackend, one, False, True, True) for one in (fresh, remembered)
+    ]
+    assert types[0] == types[1]
+    assert not isinstance(remembered.base, torch.Tensor)

@@ -1,0 +1,152 @@
+"""Merging and unmerging: what comes out, how exactly it goes back, and what is refused."""
+
+import pytest
+import torch
+from helpers.adapter_layers import K, N, each_adapter, trained, x_of
+
+import lorafast
+from lorafast import DoRA, LoRA
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*now holds the residual")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+@each_adapter
+def test_merge_and_unmerge(adapter, dtype):
+    layer, x = trained(adapter, dtype=dtype), x_of(dtype)
+    y, before = layer(x), layer.weight.detach().clone()
+    bias = layer.bias.detach().clone()
+    layer.merge()
+    assert layer.merged
+    tolerance = torch.finfo(dtype).eps * 30
+    torch.testing.assert_close(layer(x), y, rtol=tolerance, atol=tolerance)
+    merged = layer.weight.detach().clone()
+    layer.merge()
+    assert torch.equal(layer.weight, merged)
+    layer.unmerge()
+    assert not layer.merged
+    gain = torch.ones(N, 1)
+    if layer.magnitude is not None:
+        norm = lorafast.functional.row_norm(
+            before, layer.lora_A, layer.lora_B, scaling=layer.scaling, axis=adapter.axis
+        )
+        gain = (
+            (layer.magnitude / norm).detach().view(-1, 1)
+            if adapter.axis == "out"
+            else (layer.magnitude / norm).detach().view(1, -1)
+        )
+    bound = ulp(merged).double() / 2 / gain.abs().double() + ulp(layer.weight).double() / 2
+    if dtype == torch.float64 and layer.magnitude is not None:
+        # Nothing is wider than float64: W + delta rounds on the way in, and W'/gain on the way out.
+        bound += ulp(merged / gain)
+    assert ((layer.weight.double() - before.double()).abs() <= bound).all()
+    assert torch.equal(layer.bias, bias)
+    layer.unmerge()
+
+
+def ulp(t):
+    t = t.detach().abs()
+    return (
+        torch.nextafter(t, torch.full_like(t, float("inf"))) - t
+        if t.dtype in (torch.float32, torch.float64)
+        else _half_ulp(t)
+    )
+
+
+def _half_ulp(t):
+    bits = t.view(torch.int16)
+    return (bits + 1).view(t.dtype).double() - t.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_adapter
+def test_merge_keep_unmerges_bitwise(adapter, dtype):
+    layer = trained(adapter, dtype=dtype)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.merge(keep=True)
+    with torch.no_grad():
+        layer.lora_B.normal_()  # whatever happens to the factors, the base comes back
+    layer.unmerge()
+    for name in ("weight", "bias"):
+        assert torch.equal(layer.state_dict()[name], before[name])
+
+
+def test_unmerge_takes_out_what_was_put_in_even_if_the_factors_moved():
+    layer = trained(DoRA(r=3), dtype=torch.float64)
+    before = layer.weight.clone()
+    layer.merge()
+    with torch.no_grad():
+        layer.lora_B.normal_(), layer.lora_magnitude.normal_()
+    layer.scaling = 9.0
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight, before, rtol=1e-13, atol=1e-13)
+
+
+def test_a_gain_that_cannot_be_undone_is_not_merged():
+    layer = trained(DoRA(r=3))
+    with torch.no_grad():
+        layer.lora_magnitude[2] = 0
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match=r"magnitude \(14,\).*keep=True"):
+        layer.merge()
+    assert torch.equal(layer.weight, before)
+    assert not layer.merged
+    layer.merge(keep=True)
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+    for unusable in (float("inf"), float("nan")):
+        with torch.no_grad():
+            layer.lora_magnitude[2] = unusable
+        with pytest.raises(ValueError, match=r"magnitude \(14,\).*keep=True"):
+            layer.merge()
+
+
+def test_an_overflow_is_not_merged():
+    half = trained(LoRA(r=3), dtype=torch.float16)
+    with torch.no_grad():
+        half.lora_B[4] = 1e6
+        half.weight[0, 0] = float("inf")  # one that was there before hides nothing
+    for keep in (True, False):
+        before = half.weight.clone()
+        with pytest.raises(ValueError, match=r"weight \(14, 10\).*not finite in torch\.float16"):
+            half.merge(keep)
+        assert torch.equal(half.weight, before)
+        assert not half.merged
+    biased = trained(LoRA(r=3, lora_bias=True), dtype=torch.float16)
+    with torch.no_grad():
+        biased.lora_bias[1] = 1e6
+    before = biased.weight.clone()
+    with pytest.raises(ValueError, match=r"bias \(14,\).*not finite in torch\.float16"):
+        biased.merge()
+    assert torch.equal(biased.weight, before)
+
+
+def test_what_has_nowhere_to_go_is_not_merged():
+    with pytest.raises(ValueError, match=r"lora_bias \(14,\)"):
+        trained(LoRA(r=3, lora_bias=True), bias=False).merge()
+    with pytest.raises(RuntimeError, match="meta"):
+        lorafast.Linear(K, N, device="meta").merge()
+
+
+def test_a_merged_layer_neither_saves_nor_loads_nor_restarts():
+    layer = trained(LoRA(r=3))
+    state = layer.state_dict()
+    layer.merge()
+    with pytest.raises(RuntimeError, match="unmerge"):
+        layer.state_dict()
+    with pytest.raises(RuntimeError, match="unmerge"):
+        layer.load_state_dict(state)
+    before = layer.weight.clone()
+    for restart in (layer.reset_adapter, layer.reset_parameters):
+        with pytest.raises(RuntimeError, match="unmerge"):
+            restart()
+    assert torch.equal(layer.weight, before)
+
+
+def test_eval_never_merges():
+    layer = trained(LoRA(r=3))
+    before = layer.weight.clone()
+    layer.train().eval()
+    assert torch.equal(layer.weight, before)

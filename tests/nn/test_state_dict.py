@@ -1,0 +1,258 @@
+"""State dicts, the meta device, copies, and starting anew."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from helpers.adapter_layers import K, N, each_adapter, trained, x_of
+from torch import nn
+
+import lorafast
+from lorafast import DoRA, LaMDA, LoRA
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*now holds the residual")
+
+
+@each_adapter
+def test_a_plain_state_dict_loads_and_starts_the_adapter_anew(adapter):
+    base, layer, x = nn.Linear(K, N), trained(adapter), x_of()
+    assert layer.load_state_dict(base.state_dict()) == nn.Module().load_state_dict({})
+    torch.testing.assert_close(layer(x), base(x), rtol=1e-5, atol=1e-6)
+
+
+@each_adapter
+def test_a_full_state_dict_is_loaded_as_it_is(adapter):
+    layer, other, x = trained(adapter), lorafast.Linear(K, N, adapter=adapter).eval(), x_of()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+
+
+def test_part_of_an_adapter_is_an_error_and_changes_nothing():
+    layer = nn.Sequential(trained(DoRA(r=3)))
+    before = copy.deepcopy(layer.state_dict())
+    partial = {
+        name: torch.zeros_like(value)
+        for name, value in before.items()
+        if name != "0.lora_magnitude"
+    }
+    with pytest.raises(RuntimeError, match=r"0\.lora_magnitude missing for DoRA\(r=3"):
+        layer.load_state_dict(partial)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_strict_still_means_strict():
+    layer = trained(LoRA(r=3))
+    state = layer.state_dict()
+    with pytest.raises(RuntimeError, match=r"Unexpected.*other"):
+        layer.load_state_dict(state | {"other": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=r"Missing.*bias"):
+        layer.load_state_dict({"weight": state["weight"]})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        layer.load_state_dict({"weight": torch.zeros(3, 3), "bias": state["bias"]})
+
+
+@each_adapter
+def test_the_meta_device_waits_for_the_weights(adapter):
+    base, x = nn.Linear(K, N), x_of()
+    want = base(x)
+    with torch.device("meta"):
+        layer = lorafast.Linear(K, N, adapter=adapter)
+    assert layer.lora_B.is_meta
+    layer.load_state_dict(base.state_dict(), assign=True)
+    assert not any(p.is_meta for p in layer.parameters())
+    torch.testing.assert_close(layer.eval()(x), want, rtol=1e-5, atol=1e-6)
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} <= set(
+        adapter.tensor_specs(N, K)
+    )
+    emptied = lorafast.Linear(K, N, adapter=adapter, device="meta").to_empty(device="cpu").eval()
+    emptied.load_state_dict(layer.state_dict())
+    assert torch.equal(emptied(x), layer(x))
+
+
+@each_adapter
+def test_copies(adapter):
+    layer, x = trained(adapter), x_of()
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(file, weights_only=False),
+    ):
+        assert torch.equal(other(x), layer(x))
+        assert other.adapter == layer.adapter
+        assert other.lora_A is not layer.lora_A
+    layer.merge()
+    other = copy.deepcopy(layer)
+    other.unmerge()
+    layer.unmerge()
+    assert torch.equal(other.weight, layer.weight)
+
+
+@pytest.mark.parametrize("adapter", [LaMDA(r=3), LoRA(r=3), DoRA(r=3)], ids=repr)
+def test_reset_adapter_loses_nothing_of_a_fresh_layer(adapter):
+    base, x = nn.Linear(K, N), x_of()
+    want = base(x)
+    layer = lorafast.Linear.from_linear(base, adapter).eval()
+    for _ in range(3):
+        layer.reset_adapter()
+        torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-6)
+
+
+@each_adapter
+def test_reset_adapter_forgets_training_and_nothing_else(adapter):
+    base, x = nn.Linear(K, N), x_of()
+    want = base(x)
+    layer = pickle.loads(pickle.dumps(lorafast.Linear.from_linear(base, adapter).eval()))
+    with torch.no_grad():
+        for name, part in layer.named_parameters():
+            if name.startswith("lora"):
+                part.fill_(float("nan"))
+    for frozen in (layer.r - 1, layer.r):
+        layer.freeze_columns(frozen)
+        layer.scaling = 11.0
+        layer.reset_adapter()
+        torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
+        assert layer.frozen_columns == 0
+        assert layer.lora_B.requires_grad == adapter.tensor_specs(N, K)["lora_B"].trained
+
+
+def test_what_the_user_froze_stays_frozen_over_a_reset():
+    layer = trained(LoRA(r=3))
+    layer.lora_A.requires_grad_(False)
+    layer.load_state_dict(nn.Linear(K, N).state_dict())
+    assert not layer.lora_A.requires_grad
+    assert layer.lora_B.requires_grad
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_residual_whose_start_was_not_seen_is_not_reset(device):
+    state = trained(LaMDA(r=3)).state_dict()
+    layer = lorafast.Linear(K, N, adapter=LaMDA(r=3), device=device)
+    layer.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+    with pytest.raises(RuntimeError, match=r"weight \(14, 10\).*load the base weights first"):
+        layer.reset_adapter()
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+def test_adapter_keys_alone_leave_the_start_known():
+    base, x = nn.Linear(K, N), x_of()
+    want = base(x)
+    layer = lorafast.Linear.from_linear(base, LaMDA(r=3)).eval()
+    factors = {
+        name: value * 2 for name, value in layer.state_dict().items() if name.startswith("lora")
+    }
+    with pytest.raises(RuntimeError, match="Missing"):
+        layer.load_state_dict(factors)
+    layer.load_state_dict(factors, strict=False)
+    assert torch.equal(layer.lora_B, factors["lora_B"])
+    layer.reset_adapter()
+    torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_alone_or_a_wrong_weight_leaves_the_adapter_alone():
+    layer = trained(DoRA(r=3))
+    before = copy.deepcopy(layer.state_dict())
+    layer.load_state_dict({"bias": torch.zeros(N)}, strict=False)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        layer.load_state_dict({"weight": torch.zeros(2, 2), "bias": torch.zeros(N)})
+    for name in ("lora_A", "lora_B", "lora_magnitude"):
+        assert torch.equal(layer.state_dict()[name], before[name])
+
+
+def test_a_meta_layer_keeps_what_was_frozen():
+    layer = lorafast.Linear(K, N, adapter=LoRA(r=3), device="meta")
+    layer.lora_A.requires_grad_(False)
+    layer.load_state_dict(nn.Linear(K, N).state_dict(), assign=True)
+    assert not layer.lora_A.requires_grad
+    assert layer.lora_B.requires_grad
+
+
+def test_fresh_parameters_owe_nothing_to_the_last_start():
+    layer = trained(LaMDA(r=3))
+    torch.manual_seed(5)
+    layer.reset_parameters()
+    torch.manual_seed(5)
+    torch.testing.assert_close(
+        layer.weight + layer.scaling * layer.lora_B @ layer.core @ layer.lora_A,
+        nn.Linear(K, N).weight,
+    )
+
+
+def test_a_user_who_froze_lora_B_finds_it_frozen():
+    layer = trained(LaMDA(r=3))
+    layer.lora_B.requires_grad_(False)
+    layer.freeze_columns(3)
+    layer.reset_adapter()
+    assert not layer.lora_B.requires_grad
+
+
+def test_a_parametrized_factor_is_not_reset():
+    layer = trained(LoRA(r=3))
+    nn.utils.parametrize.register_parametrization(layer, "lora_B", nn.Identity())
+    with pytest.raises(RuntimeError, match="lora_B of this layer is parametrized"):
+        layer.reset_adapter()
+
+
+def test_a_reset_that_fails_changes_nothing(monkeypatch):
+    layer = trained(LaMDA(r=3))
+    before = copy.deepcopy(layer.state_dict())
+
+    def failing(*_):
+        raise torch.OutOfMemoryError("SVD")
+
+    monkeypatch.setattr(lorafast.methods.svd, "top", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer.reset_adapter()
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_an_assigned_base_weight_stays_the_callers():
+    base = nn.Linear(K, N)
+    before = base.weight.clone()
+    layer = lorafast.Linear(K, N, adapter=LaMDA(r=3), device="meta")
+    layer.load_state_dict(base.state_dict(), assign=True)
+    assert torch.equal(base.weight, before)
+    plain = lorafast.Linear(K, N, adapter=LoRA(r=3), device="meta")
+    plain.load_state_dict(base.state_dict(), assign=True)
+    assert plain.weight.data_ptr() == base.weight.data_ptr()
+
+
+def test_a_parametrized_factor_loads_its_own_state():
+    layer = trained(LoRA(r=3))
+    nn.utils.parametrize.register_parametrization(layer, "lora_A", nn.Identity())
+    state = {name: value * 2 for name, value in layer.state_dict().items()}
+    layer.load_state_dict(state)
+    assert torch.equal(layer.lora_A, state["parametrizations.lora_A.original"])
+    assert torch.equal(layer.lora_B, state["lora_B"])
+
+
+@pytest.mark.parametrize("adapter", [LoRA(r=3), DoRA(r=3)], ids=repr)
+def test_the_meta_device_runs_a_forward(adapter):
+    assert lorafast.Linear(K, N, adapter=adapter, device="meta")(
+        torch.empty(5, K, device="meta")
+    ).shape == (5, N)
+
+
+@each_adapter
+def test_reset_parameters_makes_a_new_layer(adapter):
+    for layer in (
+        trained(adapter),
+        lorafast.Linear(K, N, adapter=adapter, device="meta").to_empty(device="cpu").eval(),
+    ):
+        layer.reset_parameters()
+        x = x_of()
+        plain = nn.functional.linear(x, layer.weight, layer.bias)
+        if adapter.residual:
+            core = torch.eye(3) if layer.core is None else layer.core
+            plain += x @ (layer.lora_B @ core @ layer.lora_A * layer.scaling).t()
+        torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-6)
+        assert {n for n, p in layer.named_parameters() if p.requires_grad} == {
+            n for n, p in adapter.tensor_specs(N, K).items() if p.trained
+        }

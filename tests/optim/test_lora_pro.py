@@ -1,0 +1,445 @@
+"""LoRA-Pro: the projection, what X may and may not change, the first step, and Adam on the full gradient by another road."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from helpers.optimizer_runs import (
+    assert_resumes,
+    dense_gradient,
+    loss_of,
+    losses,
+    model_of,
+    train,
+    values,
+)
+from torch import nn
+
+import lorafast
+from lorafast import DoRA, LaMDA, LoRA, PiSSA, VeRA
+from lorafast.optim import LoRAPro
+from lorafast.optim.lora_pro import XS, decompose, equivalent, gradients_of, solve
+
+each_x = pytest.mark.parametrize("x", XS)
+TIGHT = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def factors(N=9, K=7, R=3, zero="", lacking="", s=1.7):
+    """A, B, s and G in fp64; zero: factors that are 0. lacking: factors without their full rank."""
+    A, B, G = (torch.randn(*shape, dtype=torch.float64) for shape in ((R, K), (N, R), (N, K)))
+    if "A" in lacking:
+        A[-1] = A[0] * 2
+    if "B" in lacking:
+        B[:, -1] = B[:, 0] - B[:, 1]
+    return A * ("A" not in zero), B * ("B" not in zero), s, G
+
+
+def steps(A, B, s, G, x):
+    """The pair, g_A, g_B, g^A and g^B."""
+    (pair,) = decompose([(A, B, s)])
+    g_A, g_B = gradients_of(pair, G)
+    return pair, g_A, g_B, *solve(pair, g_A, g_B, x)
+
+
+def projections(A, B):
+    """On B's columns and on A's rows, by a road of its own."""
+    return B @ torch.linalg.pinv(B, rtol=1e-7), torch.linalg.pinv(A, rtol=1e-7) @ A
+
+
+CASES = [
+    {}, {"R": 1}, {"N": 4, "K": 3, "R": 5}, {"zero": "B"}, {"zero": "A"}, {"zero": "AB"}, {"lacking": "A"}, {"lacking": "B"},
+    {"lacking": "AB"}, {"s": torch.tensor(0.4, dtype=torch.float64)},
+]  # fmt: skip
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@each_x
+@each_case
+def test_the_equivalent_gradient_is_the_nearest(case, x):
+    A, B, s, G = factors(**case)
+    pair, g_A, g_B, step_A, step_B = steps(A, B, s, G, x)
+    found = s * (B @ step_A + step_B @ A)
+    torch.testing.assert_close(found, equivalent(pair, g_A, g_B), **TIGHT)
+    P_B, P_A = projections(A, B)
+    left = G - P_B @ G - G @ P_A + P_B @ G @ P_A
+    torch.testing.assert_close(G - found, left, **TIGHT)
+    # The residual is at right angles to all that the two factors could do.
+    torch.testing.assert_close(B.t() @ (G - found), torch.zeros_like(A), **TIGHT)
+    torch.testing.assert_close((G - found) @ A.t(), torch.zeros_like(B), **TIGHT)
+    # And by brute force: least squares over every entry of both factors.
+    if not case:
+        rows = [
+            (s * B @ E).reshape(-1)
+            for E in torch.eye(A.numel(), dtype=A.dtype).reshape(-1, *A.shape)
+        ]
+        rows += [
+            (s * E @ A).reshape(-1)
+            for E in torch.eye(B.numel(), dtype=B.dtype).reshape(-1, *B.shape)
+        ]
+        basis = torch.stack(rows, 1)
+        best = (basis @ (torch.linalg.pinv(basis, rtol=1e-10) @ G.reshape(-1))).reshape(G.shape)
+        torch.testing.assert_close(found, best, **TIGHT)
+
+
+def test_sylvesters_is_the_nearest_to_loras_own_gradients():
+    A, B, s, G = factors()
+    _, g_A, g_B, step_A, step_B = steps(A, B, s, G, "sylvester")
+
+    def distance(D):
+        return (
+            (step_A + D @ A - g_A).square().sum() + (step_B - B @ D - g_B).square().sum()
+        ).item()
+
+    here, tiny = distance(torch.zeros(3, 3, dtype=torch.float64)), 1e-4
+    for i, j in itertools.product(range(3), range(3)):
+        D = torch.zeros(3, 3, dtype=torch.float64)
+        D[i, j] = tiny
+        assert abs(distance(D) - distance(-D)) / (2 * tiny) < 1e-7 * here
+        assert distance(D) > here
+    others = [steps(A, B, s, G, x)[3:] for x in ("zero", "symmetric")]
+    assert all((a - g_A).square().sum() + (b - g_B).square().sum() > here for a, b in others)
+
+
+def test_symmetric_halves_what_both_could_do():
+    A, B, s, G = factors()
+    P_B, P_A = projections(A, B)
+    *_, step_A, step_B = steps(A, B, s, G, "symmetric")
+    torch.testing.assert_close(s * B @ step_A, P_B @ G - P_B @ G @ P_A / 2, **TIGHT)
+    torch.testing.assert_close(s * step_B @ A, G @ P_A - P_B @ G @ P_A / 2, **TIGHT)
+
+
+@each_x
+def test_the_first_step(x):
+    A, B, s, G = factors(zero="B")
+    _, g_A, g_B, step_A, step_B = steps(A, B, s, G, x)
+    assert torch.equal(step_A, g_A)
+    torch.testing.assert_close(step_B, g_B @ torch.linalg.inv(A @ A.t()) / s**2, **TIGHT)
+
+
+def test_pairs_of_many_sizes_are_decomposed_as_each_alone():
+    many = [factors(R=R)[:3] for R in (3, 2, 3, 1)] + [(*(f.float() for f in factors()[:2]), 1.0)]
+    for pair, one in zip(decompose(many), many, strict=True):
+        (alone,) = decompose([one])
+        assert torch.equal(pair.A, one[0])
+        assert pair.values_A.dtype == one[0].dtype
+        torch.testing.assert_close(pair.values_B, alone.values_B)
+        back = pair.vectors_B * pair.values_B @ pair.vectors_B.t()
+        torch.testing.assert_close(back, one[1].t() @ one[1])
+
+
+def layer_of(adapter, start=0.3):
+    layer = lorafast.Linear(7, 9, bias=False, adapter=adapter, dtype=torch.float64)
+    with torch.no_grad():
+        layer.lora_B.add_(torch.randn_like(layer.lora_B) * start)
+    return layer
+
+
+def run(layer, optimizer, seen, count=5):
+    """Steps of a layer; before each, seen(G) with the gradient of W + sBA."""
+    for step in range(count):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(12, 7, dtype=torch.float64, generator=generator)
+        target = torch.randn(12, 9, dtype=torch.float64, generator=generator)
+        seen(dense_gradient(layer, x, target))
+        (layer(x) - target).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def nearest_steps(A, B, s, G):
+    """g^A and g^B by projections of G and a Kronecker system for X."""
+    P_B, _ = projections(A, B)
+    step_A = torch.linalg.pinv(s * B, rtol=1e-7) @ G
+    step_B = (G - P_B @ G) @ torch.linalg.pinv(s * A, rtol=1e-7)
+    I = torch.eye(A.shape[0], dtype=A.dtype)  # noqa: E741
+    system = torch.kron(B.t() @ B, I) + torch.kron(I, A @ A.t())
+    X = (torch.linalg.pinv(system) @ (step_A @ -A.t()).reshape(-1)).reshape(I.shape)
+    return step_A + X @ A, step_B - B @ X
+
+
+@pytest.mark.parametrize("start", [0.3, 0.0])
+@pytest.mark.parametrize(
+    "adapter",
+    [LoRA(r=3, alpha=5), LoRA(r=2, rslora=True), LoRA(r=3, init=PiSSA()), DoRA(r=3)],
+    ids=repr,
+)
+@pytest.mark.parametrize("variant", ["adamw", "sgd"])
+def test_steps_are_those_of_one_who_sees_the_full_gradient(variant, adapter, start):
+    layer, (lr, b1, b2, eps, decay) = layer_of(adapter, start), (1e-2, 0.8, 0.95, 1e-8, 0.1)
+    optimizer = LoRAPro(layer, lr=lr, variant=variant, betas=(b1, b2), eps=eps, weight_decay=decay)
+    A, B = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+    m = v = torch.zeros_like(layer.weight)
+    step = 0
+
+    def seen(G):
+        nonlocal A, B, m, v, step
+        torch.testing.assert_close(layer.lora_A.detach(), A, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(layer.lora_B.detach(), B, rtol=1e-7, atol=1e-9)
+        A, B, step = layer.lora_A.detach().clone(), layer.lora_B.detach().clone(), step + 1
+        if variant == "adamw":
+            P_B, P_A = projections(A, B)
+            g = P_B @ G + G @ P_A - P_B @ G @ P_A
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+            G = m / (1 - b1**step) / ((v / (1 - b2**step)).sqrt() + eps)
+        step_A, step_B = nearest_steps(A, B, layer.scaling, G)
+        A, B = A * (1 - lr * decay) - lr * step_A, B * (1 - lr * decay) - lr * step_B
+
+    run(layer, optimizer, seen, 6)
+    assert step == 6
+
+
+def test_decay_of_the_delta():
+    layer = layer_of(LoRA(r=3))
+    optimizer = LoRAPro(layer, lr=0.1, weight_decay=0.5, decay="delta")
+    before = (layer.lora_B @ layer.lora_A).detach()
+    for factor in (layer.lora_A, layer.lora_B):
+        factor.grad = torch.zeros_like(factor)
+    optimizer.step()
+    torch.testing.assert_close((layer.lora_B @ layer.lora_A).detach(), before * 0.95)
+
+
+@each_x
+@pytest.mark.parametrize("variant", ["adamw", "sgd"])
+@pytest.mark.parametrize("start", [0.3, 0.0])
+def test_loss_goes_down(variant, x, start):
+    model = model_of(LoRA(r=3))
+    with torch.no_grad():
+        model[0].lora_B.mul_(start)
+        model[2].lora_B.mul_(start)
+    optimizer = LoRAPro(model, lr={"adamw": 5e-3, "sgd": 0.05}[variant], variant=variant, x=x)
+    found = losses(model, optimizer)
+    assert found[-1] < 0.8 * found[0]
+    if variant == "sgd":
+        assert found == sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [LoRA(r=3), DoRA(r=3), DoRA(r=3, axis="in"), LoRA(r=3, init=PiSSA(), lora_bias=True)],
+    ids=repr,
+)
+def test_all_else_is_torchs_own(adapter):
+    for variant, kind in (("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)):
+        model = model_of(adapter, bias="all")
+        twin = copy.deepcopy(model)
+        theirs = kind([p for p in twin.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+        for one, optimizer in (
+            (model, LoRAPro(model, lr=1e-2, variant=variant, weight_decay=0.1)),
+            (twin, theirs),
+        ):
+            loss_of(one).backward()
+            optimizer.step()
+        for (name, ours), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+            if ours.requires_grad and not name.endswith(("lora_A", "lora_B")):
+                torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-7)
+            elif ours.requires_grad:
+                assert not torch.equal(ours, other)
+
+
+def test_an_embedding_whose_A_starts_at_zero():
+    table = lorafast.Embedding(6, 4, adapter=LoRA(r=2), dtype=torch.float64)
+    optimizer = LoRAPro(table, lr=0.1, variant="sgd")
+    target = torch.randn(6, 4, dtype=torch.float64)
+    before = (table(torch.arange(6)) - target).square().sum()
+    before.backward()
+    optimizer.step()
+    assert (table(torch.arange(6)) - target).square().sum() < before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"variant": "sgd"},
+        {"fused": True},
+        {"x": "symmetric", "foreach": True, "decay": "delta"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("adapter", [LoRA(r=3), DoRA(r=3)], ids=repr)
+def test_resume_is_exact(adapter, settings):
+    def make():
+        model = model_of(adapter)
+        return model, LoRAPro(model, lr=1e-3, weight_decay=0.1, **settings)
+
+    assert_resumes(make)
+
+
+def test_resume_is_exact_in_half_precision():
+    def make():
+        model = model_of(LoRA(r=3), dtype=torch.bfloat16, adapter_dtype=torch.bfloat16)
+        return model, LoRAPro(model, lr=1e-2)
+
+    assert_resumes(make)
+    model, optimizer = make()
+    train(model, optimizer, 1)
+    assert optimizer.state[model[0].lora_B]["exp_avg"].dtype == torch.float32
+
+
+def test_memory_is_what_it_says():
+    model = model_of(LoRA(r=3))
+    optimizer = LoRAPro(model, lr=1e-3)
+    assert optimizer.moment_bytes() == 2 * 4 * (7 * 11 + 11 * 5)
+    train(model, optimizer, 1)
+    kept = [
+        state[key].nbytes
+        for p, state in optimizer.state.items()
+        for key in ("exp_avg", "exp_avg_sq")
+        if p is not None
+    ]
+    assert sum(kept) == optimizer.moment_bytes() + 2 * 4 * (5 * 3 + 3)
+    sgd = LoRAPro(model, lr=1e-3, variant="sgd")
+    train(model, sgd, 1)
+    assert sgd.moment_bytes() == 0
+    assert not sgd.state
+
+
+def test_schedulers_scalers_closures_and_copies():
+    plain, scaled = model_of(LoRA(r=3)), model_of(LoRA(r=3))
+    for model, scaler in ((plain, None), (scaled, torch.amp.GradScaler("cpu", init_scale=256.0))):
+        optimizer = LoRAPro(model, lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            schedule.step()
+        assert optimizer.param_groups[0]["lr"] == 1e-2 / 8
+    for name, value in values(plain).items():
+        torch.testing.assert_close(values(scaled)[name], value, rtol=1e-4, atol=1e-5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    again, other = copy.deepcopy((model, optimizer))
+    assert torch.is_tensor(optimizer.step(closure))
+    optimizer.zero_grad()
+    train(again, other, 1)
+    assert all(torch.equal(value, values(again)[name]) for name, value in values(model).items())
+
+
+def test_the_fused_form_steps_alike():
+    found = []
+    for settings in ({}, {"fused": True}, {"foreach": True}):
+        model = model_of(DoRA(r=3), bias="all")
+        found.append(values(train(model, LoRAPro(model, lr=1e-3, weight_decay=0.1, **settings), 3)))
+    for other, (name, value) in itertools.product(found[1:], found[0].items()):
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"variant": "sgd"}, {"decay": "delta"}], ids=str)
+def test_a_rate_that_is_a_tensor(settings):
+    found = []
+    for lr in (1e-2, torch.tensor(1e-2)):
+        model = model_of(LoRA(r=3))
+        found.append(values(train(model, LoRAPro(model, lr, weight_decay=0.1, **settings), 2)))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_what_has_no_gradient_rests():
+    model = model_of(LoRA(r=3))
+    optimizer, before = LoRAPro(model, lr=1e-2, weight_decay=0.1), values(model)
+    optimizer.step()
+    loss_of(model).backward()
+    model[0].lora_A.grad = model[0].lora_B.grad = None
+    optimizer.step()
+    changed = {
+        name for name, value in values(model).items() if not torch.equal(value, before[name])
+    }
+    assert changed == {"2.lora_A", "2.lora_B", "3.weight", "3.bias"}
+
+
+def test_half_a_pair_of_gradients_and_sparse_ones_stop_the_step():
+    model = model_of(LoRA(r=3))
+    optimizer, before = LoRAPro(model, lr=1e-2), values(model)
+    loss_of(model).backward()
+    grad, model[2].lora_A.grad = model[2].lora_A.grad, None
+    with pytest.raises(
+        RuntimeError, match=r"2 \(A \(3, 11\), B \(5, 3\)\): lora_B has a gradient and lora_A none"
+    ):
+        optimizer.step()
+    model[2].lora_A.grad = grad.to_sparse()
+    with pytest.raises(RuntimeError, match=r"gradient \(3, 11\) is sparse"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+
+
+def test_groups_have_their_own_settings_and_more_can_come():
+    model = model_of(LoRA(r=3))
+    for factor in (model[2].lora_A, model[2].lora_B):
+        factor.requires_grad_(False)
+    optimizer = LoRAPro(model, lr=1e-2)
+    extra = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [extra], "lr": 0.5, "variant": "sgd"})
+    extra.sum().backward()
+    pair = [factor.requires_grad_(True) for factor in (model[2].lora_A, model[2].lora_B)]
+    for half, other in ((0, "lora_B"), (1, "lora_A")):
+        with pytest.raises(ValueError, match=rf"2\.{other} .* is not in the group of 2\.lora"):
+            optimizer.add_param_group({"params": [pair[half]]})
+    optimizer.add_param_group({"params": pair, "lr": 0.0})
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = values(model)
+    train(model, optimizer, 1)
+    changed = {
+        name for name, value in values(model).items() if not torch.equal(value, before[name])
+    }
+    assert changed == {"3.weight", "3.bias"}
+    assert torch.equal(extra.detach(), torch.full((2,), 0.5))
+    assert optimizer.moment_bytes() == 2 * 4 * (7 * 11 + 11 * 5)
+    assert len(optimizer.param_groups) == 4
+
+
+def test_a_scaling_that_changes_and_one_that_is_zero():
+    layer = layer_of(LoRA(r=3))
+    optimizer, x = LoRAPro(layer, lr=0.1, variant="sgd"), torch.randn(6, 7, dtype=torch.float64)
+    for scaling in (0.5, torch.tensor([3.0]), 0, torch.zeros(())):
+        layer.scaling = scaling
+        before = layer.lora_B.detach().clone()
+        layer(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert layer.lora_B.isfinite().all()
+        assert torch.equal(layer.lora_B, before) == (float(scaling) == 0)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (LoRA(r=3, freeze_A=True), r"0\.lora_A \(3, 7\) is frozen.*LoRAFA"),
+        (LaMDA(r=3), r"0: LaMDA\(r=3, alpha=8\) has lora_core \(3, 3\)"),
+        (VeRA(r=3), r"lora_core \(3,\)"),
+    ],
+)
+def test_adapters_it_cannot_serve(adapter, message):
+    with pytest.raises(ValueError, match=message):
+        LoRAPro(model_of(adapter), lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": -1.0},
+        {"eps": -1.0},
+        {"weight_decay": -1.0},
+        {"betas": (0.9, 1.0)},
+        {"variant": "adam"},
+        {"x": "random"},
+        {"decay": "W"},
+    ],
+    ids=str,
+)
+def test_bad_settings(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        LoRAPro(model_of(LoRA(r=3)), **{"lr": 1e-3} | wrong)
+    with pytest.raises(ValueError, match="no adapted layer"):
+        LoRAPro(nn.Linear(3, 3), lr=1e-3)

@@ -1,0 +1,45 @@
+"""Old dotted paths and pickles made before the modules moved."""
+
+import importlib
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorafast
+from lorafast.runtime import moved_modules
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize("old", moved_modules.MOVED)
+def test_an_old_path_is_the_new_module(old):
+    module = importlib.import_module(f"lorafast.{old}")
+    new = importlib.import_module(f"lorafast.{moved_modules.MOVED[old]}")
+    renamed = moved_modules.RENAMED.get(old, {})
+    for name in {*vars(new), *renamed} - set(renamed.values()):
+        if not name.startswith("__"):
+            assert getattr(module, name) is getattr(new, renamed.get(name, name))
+    assert not hasattr(module, "no_such_name")
+
+
+def test_a_path_that_never_was_is_not_found():
+    with pytest.raises(ModuleNotFoundError, match="lorafast.houses"):
+        importlib.import_module("lorafast.houses")
+
+
+def test_layers_pickled_before_the_move_load_and_compute_the_same():
+    held = pickle.loads((DATA / "layers_before_the_move.pickle").read_bytes())
+    for name, layer in held["modules"].items():
+        x = torch.tensor([1, 2]) if name == "table" else held["x"]
+        torch.testing.assert_close(layer(x), held["y"][name])
+    assert type(held["modules"]["lora"]) is lorafast.Linear
+    held["modules"]["merged"].unmerge()
+    assert not held["modules"]["merged"].merged
+
+
+def test_a_peft_layer_pickled_before_the_move_is_found():
+    from lorafast.integrations import peft_linear
+
+    assert pickle.loads(b"clorafast.models.peft\nLinear\n.") is peft_linear.Linear
