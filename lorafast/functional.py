@@ -1,4 +1,4 @@
-"""lorafast.linear: one adapted layer as a function of tensors."""
+"""Adapted layers as functions of tensors: lorafast.linear, several adapters, and DoRA's norm."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 import torch
 
-from lorafast.engine import checks, ops, philox, reference
+from lorafast.engine import checks, formula, multi_adapter, ops, philox, reference
 from lorafast.engine.multi_adapter import Factors
-from lorafast.engine.multi_adapter import several as call_several
+from lorafast.engine.precision import activation_dtype
 from lorafast.engine.problem import (
     CallOptions,
     LayerTensors,
     Scaling,
-    activation_dtype,
-    resolved_keep,
     split_scaling,
 )
-from lorafast.runtime import torch_internals
+from lorafast.engine.weight_norm import NormPolicy
+
+_COMPUTE = NormPolicy()
 
 
 def linear(
@@ -40,60 +40,104 @@ def linear(
     seed: torch.Tensor | None = None,
     training: bool = True,
 ) -> torch.Tensor:
-    """y = gain⊙(x Wᵀ + s·out_scale⊙(core(drop(x) Aᵀ) Bᵀ + lora_bias)) + bias, gain = magnitude/norm (1 without magnitude).
+    """Return the output of one adapted linear layer.
 
-    Shapes: x [...,K], weight [N,K] (or a transposed view), lora_A [R,K], lora_B [N,R], core [R,R] or [R], magnitude and norm
-    [N] (axis="out") or [K] (axis="in": the gain scales x), bias, out_scale, lora_bias [N] -> y [...,N], never a view.
-    Dtypes: x and weight alike (under autocast x is cast, once); factors of any float dtype, cast transiently; sums in fp32.
-    Saved for backward: x by reference if lora_A trains, M·R of h, and by `keep` y, z or nothing for the magnitude.
-    norm=None computes ‖W+sBA‖, detached; seed=None draws one from torch's generator. A trained weight runs on plain autograd.
-    Raises ValueError or TypeError naming the argument and the shapes. Sources: arXiv 2106.09685, 2402.09353, 2406.12832.
+    y = gain⊙(x Wᵀ + s·(out_scale⊙(core(drop(x) Aᵀ) Bᵀ) + lora_bias)) + bias, with
+    gain = magnitude/norm (1 without a magnitude; for axis="in" it multiplies x instead).
+
+    For backward it keeps x by reference if lora_A trains, h [M,R], and what `keep` says. A weight
+    that requires a gradient runs on plain autograd.
+
+    Args:
+        x: Activation [...,K], of any strides. fp64, fp32, bf16 or fp16; under autocast it is cast
+            once to autocast's dtype.
+        weight: Frozen weight [N,K] in x's dtype, or a transposed view.
+        bias: Bias [N], or None.
+        lora_A: Down projection [R,K]. All factors may have any of the four dtypes; they are cast
+            to the activation's for the time of the call.
+        lora_B: Up projection [N,R].
+        core: Matrix [R,R] between the two (LaMDA), or its diagonal [R] (VeRA, AdaLoRA).
+        magnitude: DoRA's length per output row [N], or per input column [K] for axis="in".
+        norm: ‖W+sBA‖ of the same shape; None computes it, detached.
+        axis: "out" or "in", the side of the weight that the magnitude scales.
+        out_scale: Factor [N] on each output of the adapter.
+        lora_bias: Bias [N] of the up projection.
+        scaling: s, a number or a tensor of one element.
+        dropout: Probability in [0, 1) of dropping an element of the adapter's input.
+        dropout_on: "adapter", or "both": DoRA's correction of the base term reads the dropped
+            input too, as in PEFT.
+        keep: Activation kept for d_magnitude: "output", "inner", "recompute" or "auto".
+        frozen_columns: Number of leading columns of lora_B that get no gradient.
+        seed: int64 [1] in [0, 2⁶³), which decides the dropped elements; None draws one from
+            torch's generator.
+        training: False turns dropout off.
+
+    Returns:
+        y [...,N] in the dtype of the call: a fresh tensor, never a view.
+
+    Raises:
+        ValueError: A shape, a word or a number does not fit; the message names the argument.
+        TypeError: A dtype or a type does not fit; the message names the argument.
+
+    Example:
+        x, weight = torch.randn(8, 64), torch.randn(32, 64)
+        A, B = torch.randn(4, 64, requires_grad=True), torch.zeros(32, 4, requires_grad=True)
+        y = lorafast.linear(x, weight, None, A, B, scaling=2.0, dropout=0.1)
+        y.sum().backward()
+
+    Source:
+        arXiv:2106.09685, arXiv:2402.09353, arXiv:2406.12832
     """
-    t = LayerTensors(
+    tensors = LayerTensors(
         weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed
     )
-    return of(x, t, scaling, dropout, dropout_on, axis, keep, frozen_columns, training)
+    options = CallOptions(scaling, dropout, axis, dropout_on, keep, frozen_columns)
+    return _linear_checked(x, tensors, options, training)
 
 
-def of(
+def _linear_checked(
     x: torch.Tensor,
-    t: LayerTensors,
-    scaling: Scaling,
-    dropout: float,
-    dropout_on: str = "adapter",
-    axis: str = "out",
-    keep: str = "auto",
-    frozen_columns: int = 0,
+    tensors: LayerTensors,
+    options: CallOptions,
     training: bool = True,
+    norm_policy: NormPolicy = _COMPUTE,
 ) -> torch.Tensor:
-    """linear of tensors that are already together; t.scale is scaling's to set."""
-    signature = torch_internals.signature(x, *t)
-    runs_in = checks.call(x, t, scaling, dropout, axis, dropout_on, keep, frozen_columns, signature)
-    plain = signature is not None
-    p = float(dropout) if training else 0.0
-    seed = (philox.draw(x.device) if t.seed is None else t.seed) if p else None
-    number, scale = split_scaling(scaling)
-    grad = torch.is_grad_enabled()
-    if grad and (t.weight.requires_grad or (scale is not None and scale.requires_grad)):
+    """linear of tensors and options as objects. options.scaling may be a tensor, keep "auto"."""
+    dtype = checks.call(x, tensors, options)
+    scaling, p, axis, dropout_on, keep, frozen_columns = options
+    seed, scale, grad = tensors.seed, None, torch.is_grad_enabled()
+    p = p if training else 0.0
+    if p == 0:
+        p, seed = 0.0, None
+    elif seed is None:
+        seed = philox.draw_seed(x.device)
+    if type(scaling) is not float:
+        scaling, scale = split_scaling(scaling)
+    weight, magnitude, norm = tensors.weight, tensors.magnitude, tensors.norm
+    if grad and (weight.requires_grad or (scale is not None and scale.requires_grad)):
+        if magnitude is not None and norm is None and not norm_policy.detach:
+            tensors = tensors._replace(norm=_exact_norm(tensors, options))
         return reference.linear(
-            x, t.weight, t.bias, t.lora_A, t.lora_B, t.core, t.magnitude, t.norm, axis, t.out_scale, t.lora_bias, scaling,
-            p, dropout_on, keep, frozen_columns, seed,
+            x, *tensors[:7], axis, tensors.out_scale, tensors.lora_bias, options.scaling, p,
+            dropout_on, keep, frozen_columns, seed,
         )  # fmt: skip
-    if seed is not t.seed or scale is not t.scale:
-        plain = plain and (scale is None or torch_internals.plain(scale))
-        t = LayerTensors(*t[:-2], seed, scale)
-    if t.magnitude is not None and t.norm is None:
-        t = t._replace(norm=_row_norm(t, number, axis, plain))
-    if x.dtype != runs_in:
-        x = x.to(runs_in)
-    settings = CallOptions(number, p, axis, dropout_on, "none", frozen_columns)
-    if t.magnitude is not None and grad and (t.magnitude.requires_grad or t.norm.requires_grad):
-        settings = settings._replace(
-            keep=resolved_keep(
-                keep, settings, True, t.bias is None and t.lora_bias is None, runs_in
+    if seed is not tensors.seed or scale is not tensors.scale:
+        tensors = LayerTensors(*tensors[:-2], seed, scale)
+    kept = "none"
+    if magnitude is not None:
+        if norm is None:
+            factors = LayerTensors(
+                weight, None, *tensors[2:5], None, None, tensors.out_scale, None, None, scale
             )
-        )
-    return ops.linear(x, t, settings, plain)
+            norm = ops.row_norm(factors, CallOptions(scaling, 0.0, axis), norm_policy)
+            tensors = LayerTensors(*tensors[:6], norm, *tensors[7:])
+        if grad and (magnitude.requires_grad or norm.requires_grad):
+            has_bias = tensors.bias is not None or tensors.lora_bias is not None
+            options = CallOptions(scaling, p, axis, dropout_on)
+            kept = formula.resolve_keep(keep, options, True, has_bias, dtype)
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return ops.linear(x, tensors, CallOptions(scaling, p, axis, dropout_on, kept, frozen_columns))
 
 
 def several(
@@ -103,39 +147,50 @@ def several(
     adapters: Sequence[Factors],
     training: bool = True,
 ) -> torch.Tensor:
-    """y = x Wᵀ + Σᵢ sᵢ(dropᵢ(x) Aᵢᵀ Bᵢᵀ + lora_biasᵢ) + bias: several LoRA adapters on one frozen weight, in one call.
+    """Return y = x Wᵀ + Σᵢ sᵢ(dropᵢ(x) Aᵢᵀ Bᵢᵀ + lora_biasᵢ) + bias: LoRA adapters on one weight.
 
-    Shapes and dtypes as in linear, each adapter with a rank, scaling and dropout of its own. Saved for backward: x by reference if
-    an A trains, M·Rᵢ for every B that trains. An adapter that drops without a seed gets one, in their order. Errors as linear's.
+    For backward it keeps x by reference if an A trains, and h [M,Rᵢ] for every B that trains.
+
+    Args:
+        x: Activation [...,K], as in linear.
+        weight: Frozen weight [N,K].
+        bias: Bias [N], or None.
+        adapters: At least one Factors, each with a rank, scaling and dropout of its own. One that
+            drops without a seed gets one, in their order.
+        training: False turns dropout off.
+
+    Returns:
+        y [...,N] in the dtype of the call: a fresh tensor.
+
+    Raises:
+        ValueError, TypeError: As linear; and where the weight or a tensor scaling trains.
+
+    Example:
+        from lorafast.engine.multi_adapter import Factors
+        x, weight = torch.randn(3, 6), torch.randn(5, 6)
+        pairs = [Factors(torch.randn(2, 6), torch.randn(5, 2)) for _ in range(2)]
+        y = lorafast.functional.several(x, weight, None, pairs)
     """
     if not adapters:
-        raise ValueError(
-            f"adapters is empty; weight {tuple(weight.shape)} alone is torch.nn.functional.linear"
-        )
-    ready, plain = [], True
-    for one in adapters:
-        parts = LayerTensors(
-            weight, bias, one.lora_A, one.lora_B, lora_bias=one.lora_bias, seed=one.seed
-        )
-        signature = torch_internals.signature(x, *parts)
-        checks.call(x, parts, one.s, one.dropout, "out", "adapter", "auto", 0, signature)
-        plain = (
-            plain
-            and signature is not None
-            and (one.scale is None or torch_internals.plain(one.scale))
-        )
-        p = float(one.dropout) if training else 0.0
-        seed = (philox.draw(x.device) if one.seed is None else one.seed) if p else None
-        number, scale = split_scaling(one.s)
-        ready.append(one._replace(seed=seed, dropout=p, scaling=number, scale=scale))
-    trained = weight.requires_grad or any(
-        one.scale is not None and one.scale.requires_grad for one in ready
-    )
+        shape = tuple(weight.shape)
+        raise ValueError(f"adapters is empty; weight {shape} alone is torch.nn.functional.linear")
+    ready = []
+    for adapter in adapters:
+        A, B, lora_bias, seed, _, _, dropout = adapter
+        tensors = LayerTensors(weight, bias, A, B, lora_bias=lora_bias, seed=seed)
+        checks.call(x, tensors, CallOptions(adapter.s, dropout, keep="auto"))
+        p = float(dropout) if training else 0.0
+        seed = (philox.draw_seed(x.device) if seed is None else seed) if p else None
+        scaling, scale = split_scaling(adapter.s)
+        ready.append(Factors(A, B, lora_bias, seed, scale, scaling, p))
+    scales = [adapter.scale for adapter in ready if adapter.scale is not None]
+    trained = weight.requires_grad or any(scale.requires_grad for scale in scales)
     if trained and torch.is_grad_enabled():
         raise ValueError(
-            f"weight {tuple(weight.shape)} and tensor scalings must be frozen where several adapters share a call"
+            f"weight {tuple(weight.shape)} and tensor scalings must be frozen "
+            "where several adapters share a call"
         )
-    return call_several(x.to(activation_dtype(x)), weight, bias, ready, plain)
+    return multi_adapter.several(x.to(activation_dtype(x)), weight, bias, ready)
 
 
 def row_norm(
@@ -149,37 +204,49 @@ def row_norm(
     detach: bool = True,
     cache: bool = False,
 ) -> torch.Tensor:
-    """‖W + s·(out_scale⊙B)·core·A‖ per row (axis="out", [N]) or column ("in", [K]), fp32, or fp64 for an fp64 weight.
+    """Return ‖W + s·(out_scale⊙B)·core·A‖ per row or per column: DoRA's norm.
 
-    detach=True (arXiv 2402.09353 §4.3) has no gradient, False the exact one. cache=True gives the last result again while no
-    factor has been replaced or written and no optimizer has stepped (a write through `.data` is not seen); it is ignored while
-    torch.compile or a CUDA graph looks on.
+    Args:
+        weight: Weight [N,K].
+        lora_A: Down projection [R,K].
+        lora_B: Up projection [N,R].
+        core: Matrix [R,R] or diagonal [R] between them, or None.
+        out_scale: Factor [N] on each output of the adapter, or None.
+        scaling: s, a number or a tensor of one element.
+        axis: "out" for rows, "in" for columns.
+        detach: True gives no gradient (arXiv:2402.09353 §4.3), False the exact one.
+        cache: True gives the last result again while no factor has been replaced or written and no
+            optimizer has made a step. A write through `.data` is not noticed. Ignored while
+            torch.compile traces or a CUDA graph is captured.
+
+    Returns:
+        The norm, [N] or [K], in fp32, or in fp64 for an fp64 weight: a fresh tensor.
+
+    Raises:
+        ValueError, TypeError: As linear.
+
+    Example:
+        weight, A, B = torch.randn(5, 6), torch.randn(2, 6), torch.zeros(5, 2)
+        norm = lorafast.functional.row_norm(weight, A, B)
+
+    Source:
+        arXiv:2402.09353
     """
-    parts = LayerTensors(weight, None, lora_A, lora_B, core, None, None, out_scale)
-    signature = torch_internals.signature(*parts)
-    checks.norm(parts, axis, signature)
+    tensors = LayerTensors(weight, None, lora_A, lora_B, core, out_scale=out_scale)
+    checks.norm(tensors, axis)
     number, scale = split_scaling(scaling)
-    if (
-        not detach
-        and torch.is_grad_enabled()
-        and (weight.requires_grad or (scale is not None and scale.requires_grad))
-    ):
-        return reference.row_norm(weight, lora_A, lora_B, core, out_scale, scaling, axis)
-    plain = signature is not None and (scale is None or torch_internals.plain(scale))
-    return _row_norm(
-        parts._replace(scale=scale),
-        number,
-        axis,
-        plain,
-        detach,
-        cache and not torch.compiler.is_compiling(),
-    )
+    policy = NormPolicy(detach, cache and not torch.compiler.is_compiling())
+    tensors, options = tensors._replace(scale=scale), CallOptions(number, 0.0, axis)
+    trained = weight.requires_grad or (scale is not None and scale.requires_grad)
+    if not detach and torch.is_grad_enabled() and trained:
+        return _exact_norm(tensors, options)
+    return ops.row_norm(tensors, options, policy)
 
 
-def _row_norm(
-    t: LayerTensors, number: float, axis: str, plain: bool, detach: bool = True, cache: bool = False
-) -> torch.Tensor:
-    factors = LayerTensors(
-        t.weight, None, t.lora_A, t.lora_B, t.core, None, None, t.out_scale, None, None, t.scale
-    )
-    return ops.row_norm(factors, CallOptions(number, 0.0, axis), detach, cache, plain)
+def _exact_norm(tensors: LayerTensors, options: CallOptions) -> torch.Tensor:
+    """The norm on plain autograd, for a weight or a tensor scaling that trains."""
+    scaling = options.scaling if tensors.scale is None else tensors.scale
+    return reference.row_norm(
+        tensors.weight, tensors.lora_A, tensors.lora_B, tensors.core, tensors.out_scale, scaling,
+        options.axis,
+    )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Every method there is: what it is called, its paper, what trains, what is kept for backward, and how to ask for it."""
+"""The table of all methods: paper, what trains, what is saved for backward, how to use each."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.adapter import Adapter
@@ -20,9 +20,25 @@ KINDS = ("adapter", "start", "ranks", "optimizer", "schedule")
 
 
 class Method(NamedTuple):
-    """kind: one of KINDS; adapter: the spec that carries it, None where the weights themselves train.
+    """One method of the table.
 
-    keeps: for backward beyond the frozen layer's, in elements of x's dtype; then what an optimizer of its own holds. ask: the code.
+    Args:
+        name: the name in the table, in the bench's `--methods` and in the documentation.
+        adapter: the class of the adapter that the method uses; None if the weights themselves
+            train.
+        paper: the source, such as "arXiv 2106.09685".
+        trains: the tensors that train.
+        keeps: what is saved for backward beyond the frozen layer's, in elements of x's dtype; for
+            an optimizer of its own, also its state.
+        kind: "adapter", "start" (an initialization), "ranks" (a choice of ranks), "optimizer" or
+            "schedule".
+        ask: the code that uses the method.
+
+    Example:
+        import lorafast
+
+        papers = {method.name: method.paper for method in lorafast.list_methods()}
+        assert papers["dora"] == "arXiv 2402.09353"
     """
 
     name: str
@@ -34,56 +50,91 @@ class Method(NamedTuple):
     ask: str
 
 
-def _adapter(made: type[Adapter], ask: str) -> Method:
-    return Method(made.__name__.lower(), made, made.paper, made.trains, made.keeps, "adapter", ask)
+def _adapter(cls: type[Adapter], ask: str) -> Method:
+    return Method(cls.__name__.lower(), cls, cls.paper, cls.trains, cls.keeps, "adapter", ask)
 
 
-def _variant(
-    name: str, made: type[Adapter], ask: str, kind: str = "adapter", **other: str
-) -> Method:
-    return _adapter(made, ask)._replace(name=name, kind=kind, **other)
+def _variant(name: str, cls: type[Adapter], ask: str, **changes: Any) -> Method:
+    return _adapter(cls, ask)._replace(name=name, **changes)
 
 
-def _start(name: str, made: type, ask: str) -> Method:
-    return Method(name, LoRA, made.paper, made.trains, made.keeps, "start", ask)
+def _init(name: str, cls: Any, ask: str) -> Method:
+    return Method(name, LoRA, cls.paper, cls.trains, cls.keeps, "start", ask)
 
 
-def _steps(name: str, made: type, layer: str, ask: str) -> Method:
-    return Method(
-        name, LoRA, made.paper, made.trains, f"{layer}; optimizer: {made.keeps}", "optimizer", ask
-    )
+def _optimizer(name: str, cls: Any, layer_keeps: str, ask: str) -> Method:
+    keeps = f"{layer_keeps}; optimizer: {cls.keeps}"
+    return Method(name, LoRA, cls.paper, cls.trains, keeps, "optimizer", ask)
 
 
-def _whole(name: str, made: type, kind: str, ask: str) -> Method:
-    return Method(name, None, made.paper, made.trains, made.keeps, kind, ask)
+def _whole_weights(name: str, cls: Any, kind: str, ask: str) -> Method:
+    return Method(name, None, cls.paper, cls.trains, cls.keeps, kind, ask)
 
 
-_ALONE = {"trains": "magnitude", "keeps": "y by reference, z, or x by reference + M·R (keep)"}
-_BOTH = "x by reference + M·R"
-_SPREAD = "adapt(model, LaMDA(r=16), rank_pattern=spectral_ranks(model)), schedule.LaMDAFreeze(model, total_steps)"
+_MAGNITUDE_KEEPS = "y by reference, z, or x by reference + M·R (keep)"
+_FACTORS_KEEP = "x by reference + M·R"
 
 METHODS = (
     _adapter(LoRA, "LoRA(r=16)"),
     _variant("rslora", LoRA, "LoRA(r=16, rslora=True)", paper="arXiv 2312.03732"),
-    _start("pissa", PiSSA, "LoRA(r=16, init=PiSSA())"),
-    _start("lora-ga", LoRAGA, "LoRA(r=16, init=LoRAGA(estimate_gradients(model, batches, loss_fn)))"),
-    _steps("lora+", LoRAPlus, _BOTH, "LoRA(r=16), optim.LoRAPlus(model, torch.optim.AdamW, lr=lr, ratio=16)"),
-    _steps("lora-pro", LoRAPro, _BOTH, "LoRA(r=16), optim.LoRAPro(model, lr)"),
-    _steps("lora-fa", LoRAFA, "M·R", "LoRA(r=16, freeze_A=True), optim.LoRAFA(model, lr)"),
+    _init("pissa", PiSSA, "LoRA(r=16, init=PiSSA())"),
+    _init(
+        "lora-ga",
+        LoRAGA,
+        "LoRA(r=16, init=LoRAGA(estimate_gradients(model, batches, loss_fn)))",
+    ),
+    _optimizer(
+        "lora+",
+        LoRAPlus,
+        _FACTORS_KEEP,
+        "LoRA(r=16), optim.LoRAPlus(model, torch.optim.AdamW, lr=lr, ratio=16)",
+    ),
+    _optimizer("lora-pro", LoRAPro, _FACTORS_KEEP, "LoRA(r=16), optim.LoRAPro(model, lr)"),
+    _optimizer("lora-fa", LoRAFA, "M·R", "LoRA(r=16, freeze_A=True), optim.LoRAFA(model, lr)"),
     _adapter(DoRA, "DoRA(r=16)"),
     _variant("dora-exact", DoRA, "DoRA(r=16, detach_norm=False)"),
-    _variant("dora-magnitude", DoRA, "DoRA(magnitude_only=True)", **_ALONE),
+    _variant(
+        "dora-magnitude",
+        DoRA,
+        "DoRA(magnitude_only=True)",
+        trains="magnitude",
+        keeps=_MAGNITUDE_KEEPS,
+    ),
     _adapter(LaMDA, "LaMDA(r=16), schedule.LaMDAFreeze(model, total_steps)"),
-    _variant("lamda++", LaMDA, _SPREAD, "ranks"),
+    _variant(
+        "lamda++",
+        LaMDA,
+        "adapt(model, LaMDA(r=16), rank_pattern=spectral_ranks(model)), "
+        "schedule.LaMDAFreeze(model, total_steps)",
+        kind="ranks",
+    ),
     _adapter(VeRA, "VeRA(r=256)"),
     _adapter(AdaLoRA, "AdaLoRA(r=12, target_r=8), schedule.AdaLoRA(model, total_steps)"),
     _adapter(AFLoRA, "AFLoRA(r=4), schedule.AFLoRA(model, total_steps)"),
-    _whole("galore", GaLore, "optimizer", "optim.GaLore(model, lr, rank=128)"),
-    _whole("lora-as-optimizer", LoRAAsOptimizer, "optimizer", "optim.LoRAAsOptimizer(model, torch.optim.AdamW, lr, r=16)"),
-    _whole("lisa", LISA, "schedule", 'schedule.LISA(model, layers="model.layers", active=2)'),
-)  # fmt: skip
+    _whole_weights("galore", GaLore, "optimizer", "optim.GaLore(model, lr, rank=128)"),
+    _whole_weights(
+        "lora-as-optimizer",
+        LoRAAsOptimizer,
+        "optimizer",
+        "optim.LoRAAsOptimizer(model, torch.optim.AdamW, lr, r=16)",
+    ),
+    _whole_weights(
+        "lisa", LISA, "schedule", 'schedule.LISA(model, layers="model.layers", active=2)'
+    ),
+)
 
 
 def list_methods() -> list[Method]:
-    """Every method, in the order to read about them."""
+    """Return all methods, in the order of the documentation.
+
+    Returns:
+        A new list of `Method` tuples, with the fields name, adapter, paper, trains, keeps, kind and
+        ask.
+
+    Example:
+        import lorafast
+
+        for method in lorafast.list_methods():
+            print(method.name, method.paper, method.ask)
+    """
     return list(METHODS)

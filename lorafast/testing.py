@@ -185,7 +185,7 @@ def chain(
     if case.dropout and drop:
         dropped = drop(x)
     elif case.dropout:
-        kept = philox.kept(t["seed"], case.dropout, slice(0, x.shape[0]), x.shape[1])
+        kept = philox.keep_mask(t["seed"], case.dropout, slice(0, x.shape[0]), x.shape[1])
         dropped = x * (kept.to(dtype) * philox.scale(case.dropout))
 
     def low_rank(z: torch.Tensor) -> torch.Tensor:
@@ -353,7 +353,7 @@ def allocated(function: Callable[[], object]) -> Allocated:
     """Count the events of torch's CPU allocator while function runs, so that workspaces inside ops and compiled code are seen too;
     the largest one of our C++ kernels, which have none from torch, is added to the peak.
     """
-    env.hush_profiler()
+    env.silence_profiler()
     cpu.workspace()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

@@ -1,4 +1,4 @@
-"""Any method as plain LoRA: factors of the change it makes to each weight, for engines that serve nothing else."""
+"""Any method as plain LoRA: factors of each weight's change ΔW, for engines that serve LoRA."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ import torch
 from torch import nn
 
 from lorafast.checkpoint import file_format, keys
-from lorafast.engine import checks, weight_norm
-from lorafast.engine.problem import accumulator
+from lorafast.engine import checks, formula
+from lorafast.engine.precision import accumulator
 from lorafast.methods import svd
 from lorafast.methods.lora import LoRA
-from lorafast.models.module_names import unwrapped
+from lorafast.models.module_names import unwrap
 from lorafast.nn import merge_math
 from lorafast.nn.adapter_layer import AdapterLayer
 
 
-class Exported(NamedTuple):
-    """tensors and config of a plain LoRA. errors: of each layer, ‖ΔW - BA‖ / ‖ΔW‖ (Frobenius)."""
+class LoRAExport(NamedTuple):
+    """A model's adapters as plain LoRA.
+
+    tensors and config: the content of the adapter file. errors: ‖ΔW - BA‖ / ‖ΔW‖ (Frobenius norm)
+    of each layer.
+    """
 
     tensors: dict[str, torch.Tensor]
     config: dict[str, Any]
@@ -30,81 +34,104 @@ class Exported(NamedTuple):
         mean = math.sqrt(sum(error**2 for error in self.errors.values()) / len(self.errors))
         ranks = f"rank {self.config['r']}" + (" and others" if self.config["rank_pattern"] else "")
         return (
-            f"{len(self.errors)} layers as plain LoRA of {ranks}: truncation error ‖ΔW - BA‖/‖ΔW‖ at most "
-            f"{self.errors[worst]:.2e} ({worst}), root mean square {mean:.2e}"
+            f"{len(self.errors)} layers as plain LoRA of {ranks}: truncation error ‖ΔW - BA‖/‖ΔW‖ "
+            f"at most {self.errors[worst]:.2e} ({worst}), root mean square {mean:.2e}"
         )
 
 
 @torch.no_grad()
-def as_lora(model: nn.Module, layers: dict[str, AdapterLayer], rank: int | None) -> Exported:
-    """A model's adapters as LoRA with s = 1, in fp32 (fp64 for fp64 factors), and what truncation loses. rank=None: exact, to a
-    rounding; DoRA's change has no rank for that.
+def as_lora(model: nn.Module, layers: dict[str, AdapterLayer], rank: int | None) -> LoRAExport:
+    """Return a model's adapters as LoRA with s = 1, in fp32 (fp64 for fp64 factors).
+
+    Args:
+        model: the model of the layers.
+        layers: its adapted layers by name.
+        rank: truncate to this rank; None keeps the exact rank, which DoRA's change does not have.
+
+    Raises:
+        ValueError: rank is None and the method is DoRA, or rank is no positive integer.
     """
     if rank is not None:
         checks.whole("rank", rank)
-    tensors, errors, plain = {}, {}, {}
+    tensors, errors, adapters = {}, {}, {}
     for name, layer in layers.items():
         layer._refuse_if_merged("save_adapter(as_lora=True)")
         layer._refuse_if_sharded("save_adapter(as_lora=True)")
         A, B, errors[name] = _factors(name, layer, rank)
-        plain[name] = LoRA(r=A.shape[0], alpha=A.shape[0], lora_bias=layer.lora_bias is not None)
+        has_bias = layer.lora_bias is not None
+        adapters[name] = LoRA(r=A.shape[0], alpha=A.shape[0], lora_bias=has_bias)
         values = {"lora_A": A, "lora_B": B}
-        if layer.lora_bias is not None:
-            values["lora_bias"] = _bias(layer)
-        tensors |= keys.of_layer(name, layer, values, plain=True)
-    tensors |= {key: keys.whole(tensor) for key, tensor in keys.of_rest(model).items()}
-    return Exported(tensors, file_format.config_of(unwrapped(model), layers, plain), errors)
+        if has_bias:
+            values["lora_bias"] = _output_bias(layer)
+        tensors |= keys.layer_tensors(name, layer, values, plain=True)
+    tensors |= {key: keys.gather(tensor) for key, tensor in keys.extra_tensors(model).items()}
+    config = file_format.build_config(unwrap(model), layers, adapters)
+    return LoRAExport(tensors, config, errors)
 
 
 def _factors(
     name: str, layer: AdapterLayer, rank: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """A [r,K], B [N,r] and the relative error of one layer's change ΔW ≈ BA, against the weight before any start changed it."""
+    """Return A [r,K], B [N,r] and the relative error of one layer's change ΔW ≈ BA.
+
+    ΔW is the change of the weight as it was before any init changed it.
+    """
     if layer.lora_magnitude is None:
-        A, B = _low(layer)
+        A, B = _low_rank_factors(layer)
         if rank is None or rank >= A.shape[0]:
             return A, B, 0.0
-        Q, R = torch.linalg.qr(B)
-        P, T = torch.linalg.qr(A.t())
-        U, S, Vh = torch.linalg.svd(R @ T.t())
-        return Vh[:rank] @ P.t(), Q @ U[:, :rank] * S[:rank], _share(S[rank:], S)
+        return _truncate(A, B, rank)
     if rank is None:
         raise ValueError(
-            f"{name}: the change {layer.adapter} makes has no low rank: save_adapter(..., as_lora=True, rank=...)"
+            f"{name}: the change {layer.adapter} makes has no low rank: save_adapter(..., "
+            "as_lora=True, rank=...)"
         )
-    t, c = layer._tensors(), layer._settings()
-    t = t._replace(
-        weight=t.weight.detach().to(accumulator(t.weight.dtype)), norm=layer._norm().detach()
-    )
-    delta = merge_math.fold(t, c) - layer._base_weight().to(t.weight)
-    rank = min(rank, *delta.shape)
-    U, S, Vh = svd.top(delta, rank)
+    tensors = layer._tensors()
+    weight = tensors.weight.detach().to(accumulator(tensors.weight.dtype))
+    tensors = tensors._replace(weight=weight, norm=layer._norm().detach())
+    delta = merge_math.merged_weight(tensors, layer._options()) - layer._base_weight().to(weight)
+    U, S, Vh = svd.truncated_svd(delta, min(rank, *delta.shape))
     total = torch.linalg.matrix_norm(delta)
-    left = torch.linalg.matrix_norm(delta - U * S @ Vh)
-    return Vh, U * S, float(left / total) if total else 0.0
+    error = torch.linalg.matrix_norm(delta - U * S @ Vh)
+    return Vh, U * S, float(error / total) if total else 0.0
 
 
-def _low(layer: AdapterLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of a change that has a low rank, its scaling, core and out_scale in B; a start's share goes off again."""
-    t = layer._tensors()
-    wide = accumulator(t.lora_A.dtype)
-    A, B = t.lora_A.to(wide), weight_norm.effective_B(t, wide) * float(layer.scaling)
-    if (start := layer.start_factors()) is None:
+def _truncate(
+    A: torch.Tensor, B: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return the best factors of BA of a smaller rank, and their relative error.
+
+    With B = QR and Aᵀ = PT the singular values of BA are those of the small matrix R Tᵀ.
+    """
+    Q, R = torch.linalg.qr(B)
+    P, T = torch.linalg.qr(A.t())
+    U, S, Vh = torch.linalg.svd(R @ T.t())
+    total = float(torch.linalg.vector_norm(S))
+    error = float(torch.linalg.vector_norm(S[rank:]))
+    return Vh[:rank] @ P.t(), Q @ U[:, :rank] * S[:rank], error / total if total else 0.0
+
+
+def _low_rank_factors(layer: AdapterLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B of a low-rank change, with scaling, core and out_scale in B.
+
+    The factors that a residual init took out of the weight are appended with their sign reversed.
+    """
+    tensors = layer._tensors()
+    dtype = accumulator(tensors.lora_A.dtype)
+    A = tensors.lora_A.to(dtype)
+    B = formula.effective_B(tensors, dtype) * float(layer.scaling)
+    start = layer.start_factors()
+    if start is None:
         return A, B
-    f = start.factors
-    scaling = start.settings.scaling if f.scale is None else float(f.scale)
-    B0 = weight_norm.effective_B(f, wide) * scaling
-    return torch.cat([A, f.lora_A.to(A)]), torch.cat([B, -B0.to(B)], 1)
+    initial, options = start
+    scaling = options.scaling if initial.scale is None else float(initial.scale)
+    initial_B = formula.effective_B(initial, dtype) * scaling
+    return torch.cat([A, initial.lora_A.to(A)]), torch.cat([B, -initial_B.to(B)], 1)
 
 
-def _bias(layer: AdapterLayer) -> torch.Tensor:
-    """What the layer's lora_bias adds to its output."""
+def _output_bias(layer: AdapterLayer) -> torch.Tensor:
+    """Return what the layer's lora_bias adds to its output."""
     bias = layer.lora_bias.to(accumulator(layer.lora_bias.dtype)) * float(layer.scaling)
     if layer.lora_magnitude is None or layer.adapter.axis == "in":
         return bias
-    return bias * weight_norm.gain(layer.lora_magnitude, layer._norm()).to(bias)
-
-
-def _share(left: torch.Tensor, whole: torch.Tensor) -> float:
-    total = float(torch.linalg.vector_norm(whole))
-    return float(torch.linalg.vector_norm(left)) / total if total else 0.0
+    return bias * formula.gain_of(layer.lora_magnitude, layer._norm()).to(bias)

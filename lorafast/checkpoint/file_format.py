@@ -1,4 +1,8 @@
-"""The form a model's adapters take in a file: one config for all layers, and factors that fit the untouched weights."""
+"""A model's adapters as a file describes them: one config, and factors for the original weights.
+
+An init that changes the weight W into W - s B₀ S₀ A₀ is written as one adapter of twice the rank,
+whose second half undoes the init. The file then fits the original W, in PEFT too.
+"""
 
 from __future__ import annotations
 
@@ -18,253 +22,290 @@ from lorafast.methods.lora_ga import LoRAGA
 from lorafast.methods.pissa import PiSSA
 from lorafast.methods.weight_init import WeightInit
 from lorafast.models import adalora_format, extra_trainables, peft_config
-from lorafast.models.adapt_spec import matching
-from lorafast.models.module_names import clean, ends_with
+from lorafast.models.adapt_spec import TASK_TYPE_ATTRIBUTE, match_patterns
+from lorafast.models.module_names import canonical_name, ends_with
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.linear import Conv1D
 
-# Fields that PEFT's config has no word for.
-_BEYOND = ("freeze_A", "dropout_on", "keep", "detach_norm", "cache_norm", "magnitude_only")
-# What a start leaves of an adapter in a file: twice its rank, the second half undoing what the start took out of the weight.
-_STACKED = ("lora_A", "lora_B", "lora_core")
-_STARTS: dict[str, type[WeightInit]] = {"PiSSA": PiSSA, "LoRAGA": LoRAGA}
+# Fields of adapters that PEFT's config lacks; they are written beside it.
+_EXTRA_FIELDS = (
+    "freeze_A",
+    "dropout_on",
+    "keep",
+    "detach_norm",
+    "cache_norm",
+    "magnitude_only",
+)
+# The tensors that are stacked with those of the init.
+_STACKED_TENSORS = ("lora_A", "lora_B", "lora_core")
+_INITS: dict[str, type[WeightInit]] = {"PiSSA": PiSSA, "LoRAGA": LoRAGA}
 
 
-class Form(NamedTuple):
-    """adapters: of every layer as the file has it, by name. config and extras: what the file says of them."""
+class AdapterFormat(NamedTuple):
+    """What a file says of a model's adapters.
 
-    adapters: dict[str, Adapter]
+    config: PEFT's config. extras: what lorafast writes beside it, for load_adapter.
+    """
+
     config: dict[str, Any]
     extras: dict[str, Any]
 
 
-def form_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> Form:
-    """The form of a model's adapters. ValueError if the layers' adapters cannot share one config."""
-    own = {name: _as_it_scales(name, layer) for name, layer in layers.items()}
-    held = {name: stacked(adapter) for name, adapter in own.items()}
-    common = _common(own)
+def describe_adapters(model: nn.Module, layers: dict[str, AdapterLayer]) -> AdapterFormat:
+    """Return the config and extras of a model's adapters. ValueError if one config cannot do."""
+    adapters = {name: _adapter_as_scaled(name, layer) for name, layer in layers.items()}
+    common = _common_adapter(adapters)
     extras = {
-        "adapter": _extras(common),
+        "adapter": _extra_fields(common),
         "stacked": common.residual,
         "alpha": getattr(common, "alpha", None),
     }
     if common.residual:
-        extras["alpha_pattern"] = _pattern(
-            {name: adapter.alpha for name, adapter in own.items()}, common.alpha
-        )
-    if (
-        alone := sorted(name for name, adapter in own.items() if is_alone(adapter))
-        if not is_alone(common)
-        else []
-    ):
-        extras["magnitude_only"] = alone
-    return Form(held, config_of(model, layers, held), extras)
+        alphas = {name: adapter.alpha for name, adapter in adapters.items()}
+        extras["alpha_pattern"] = _exceptions(alphas, common.alpha)
+    magnitude_only = sorted(name for name, a in adapters.items() if is_magnitude_only(a))
+    if magnitude_only and not is_magnitude_only(common):
+        extras["magnitude_only"] = magnitude_only
+    stacked = {name: stacked_adapter(adapter) for name, adapter in adapters.items()}
+    return AdapterFormat(build_config(model, layers, stacked), extras)
 
 
-def stacked(adapter: Adapter) -> Adapter:
-    """The adapter as a file has it: for a start that changes the weight, one of twice the rank and the same s that does not."""
+def stacked_adapter(adapter: Adapter) -> Adapter:
+    """Return the adapter that a file describes.
+
+    For an init that changes the weight it has twice the rank, the same s, and an init that leaves
+    the weight unchanged.
+    """
     if not adapter.residual:
         return adapter
     alpha = adapter.alpha * (2**0.5 if adapter.rslora else 2)
-    return replace(
-        adapter,
-        r=2 * adapter.r,
-        alpha=alpha,
-        init="zero" if isinstance(adapter, LaMDA) else "kaiming",
-    )
+    init = "zero" if isinstance(adapter, LaMDA) else "kaiming"
+    return replace(adapter, r=2 * adapter.r, alpha=alpha, init=init)
 
 
-def stack(now: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """s (B S A - B₀ S₀ A₀) as one adapter of twice the rank: [A; A₀], [B, -B₀] and S beside S₀ on the diagonal."""
-    first = {
-        part: tensor.to(now[part])
-        for part, tensor in start.items()
-        if part in _STACKED and tensor is not None
+def stack_tensors(
+    tensors: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return s (B S A - B₀ S₀ A₀) as one adapter of twice the rank.
+
+    A is [A; A₀], B is [B, -B₀], and the core has S and S₀ on its diagonal.
+
+    Args:
+        tensors: the trained values of a layer, by Parameter name.
+        initial: what the init took out of the weight, with the same s.
+    """
+    initial = {
+        name: tensor.to(tensors[name])
+        for name, tensor in initial.items()
+        if name in _STACKED_TENSORS and tensor is not None
     }
-    both = {
-        "lora_A": torch.cat([now["lora_A"], first["lora_A"]]),
-        "lora_B": torch.cat([now["lora_B"], -first["lora_B"]], 1),
+    stacked = {
+        "lora_A": torch.cat([tensors["lora_A"], initial["lora_A"]]),
+        "lora_B": torch.cat([tensors["lora_B"], -initial["lora_B"]], 1),
     }
-    if "lora_core" in first:
-        both["lora_core"] = torch.block_diag(now["lora_core"], first["lora_core"])
-    return now | both
+    if "lora_core" in initial:
+        stacked["lora_core"] = torch.block_diag(tensors["lora_core"], initial["lora_core"])
+    return tensors | stacked
 
 
-def unstack(
-    both: dict[str, torch.Tensor],
+def unstack_tensors(
+    stacked: dict[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """What stack put together: the trained values and the start. ValueError if the halves are not what stack makes."""
-    r, odd = divmod(both["lora_A"].shape[0], 2)
+    """Return the trained values and the init that stack_tensors combined.
+
+    ValueError if the tensors are not of that form.
+    """
+    r, odd = divmod(stacked["lora_A"].shape[0], 2)
     if odd:
         raise ValueError(
-            f"lora_A {tuple(both['lora_A'].shape)} is of odd rank, and cannot be a factor with its start"
+            f"lora_A {tuple(stacked['lora_A'].shape)} is of odd rank, and cannot be a factor with "
+            "its start"
         )
-    now = both | {"lora_A": both["lora_A"][:r], "lora_B": both["lora_B"][:, :r]}
-    start = {"lora_A": both["lora_A"][r:], "lora_B": -both["lora_B"][:, r:]}
-    if (core := both.get("lora_core")) is not None:
+    tensors = stacked | {"lora_A": stacked["lora_A"][:r], "lora_B": stacked["lora_B"][:, :r]}
+    initial = {"lora_A": stacked["lora_A"][r:], "lora_B": -stacked["lora_B"][:, r:]}
+    if (core := stacked.get("lora_core")) is not None:
         if core[:r, r:].any() or core[r:, :r].any():
             raise ValueError(
-                f"lora_core {tuple(core.shape)} is no core with its start: the blocks off its diagonal are not 0"
+                f"lora_core {tuple(core.shape)} is no core with its start: the blocks off its "
+                "diagonal are not 0"
             )
-        now["lora_core"], start["lora_core"] = core[:r, :r], core[r:, r:]
-    return now, start
+        tensors["lora_core"], initial["lora_core"] = core[:r, :r], core[r:, r:]
+    return tensors, initial
 
 
-def overlaid(adapter: Adapter, extras: dict[str, Any]) -> Adapter:
-    """An adapter read from a config, with what the file says of it beyond PEFT's words. ValueError or TypeError if it cannot be."""
-    said = extras.get("adapter", {"method": type(adapter).__name__})
-    known = {"method", "init", "svd_niter", *_BEYOND} & {
+def apply_extras(adapter: Adapter, extras: dict[str, Any]) -> Adapter:
+    """Return an adapter read from a config, with the fields that the file's extras add.
+
+    Raises:
+        ValueError, TypeError: the extras do not fit the adapter.
+    """
+    values = extras.get("adapter", {"method": type(adapter).__name__})
+    allowed = {"method", "init", "svd_niter", *_EXTRA_FIELDS} & {
         "method",
         *(field.name for field in fields(adapter)),
     }
     if (
-        not isinstance(said, dict)
-        or said.get("method") != type(adapter).__name__
-        or not said.keys() <= known
+        not isinstance(values, dict)
+        or values.get("method") != type(adapter).__name__
+        or not values.keys() <= allowed
     ):
-        raise ValueError(f"the file is of {said!r}, its config of {adapter}")
-    own = {name: value for name, value in said.items() if name != "method"}
-    if isinstance(own.get("init"), dict):
-        own["init"] = _start_of(own["init"])
-    if isinstance(own.get("init"), LoRAGA) and not extras.get("stacked"):
-        raise ValueError(f"the file is of {own['init']}, and holds no start")
-    return replace(adapter, **own)
+        raise ValueError(f"the file is of {values!r}, its config of {adapter}")
+    values = {name: value for name, value in values.items() if name != "method"}
+    if isinstance(values.get("init"), dict):
+        values["init"] = _init_from_settings(values["init"])
+    if isinstance(values.get("init"), LoRAGA) and not extras.get("stacked"):
+        raise ValueError(f"the file is of {values['init']}, and holds no start")
+    return replace(adapter, **values)
 
 
-def _start_of(said: dict[str, Any]) -> WeightInit:
-    """The start of these settings. Before there was a second kind, none was named."""
-    settings = dict(said)
-    kind = settings.pop("kind", "PiSSA")
-    start = _STARTS.get(kind) if isinstance(kind, str) else None
-    if start is None or settings.keys() != start().settings().keys():
-        raise ValueError(f"init={said!r} of the file is no start")
-    return start(**settings)
+def _init_from_settings(settings: dict[str, Any]) -> WeightInit:
+    """Return the init of these settings. Files from before LoRA-GA name no kind: it is PiSSA."""
+    values = dict(settings)
+    kind = values.pop("kind", "PiSSA")
+    init = _INITS.get(kind) if isinstance(kind, str) else None
+    if init is None or values.keys() != init().settings().keys():
+        raise ValueError(f"init={settings!r} of the file is no start")
+    return init(**values)
 
 
-def _as_it_scales(name: str, layer: AdapterLayer) -> Adapter:
-    """The layer's adapter, its alpha such that it gives the scaling the layer has now."""
+def _adapter_as_scaled(name: str, layer: AdapterLayer) -> Adapter:
+    """Return the layer's adapter with the alpha that gives the layer's present scaling."""
     scaling = float(layer.scaling)
     if scaling == layer.adapter.scaling:
         return layer.adapter
     if not hasattr(layer.adapter, "alpha"):
         raise ValueError(
-            f"{name}.scaling is {scaling}, and {layer.adapter} knows none but {layer.adapter.scaling}"
+            f"{name}.scaling is {scaling}, and {layer.adapter} knows none but "
+            f"{layer.adapter.scaling}"
         )
     return replace(layer.adapter, alpha=layer.adapter.alpha_for(scaling))
 
 
-def is_alone(adapter: Adapter) -> bool:
-    """Whether it is a DoRA whose magnitude alone trains, and which may stand beside whole ones in a file."""
+def is_magnitude_only(adapter: Adapter) -> bool:
+    """True for a DoRA whose magnitude alone trains. A file may hold it beside a full DoRA."""
     return isinstance(adapter, DoRA) and adapter.magnitude_only
 
 
-def _common(own: dict[str, Adapter]) -> Adapter:
-    whole = {name: adapter for name, adapter in own.items() if not is_alone(adapter)} or own
-    ranks = collections.Counter(
-        (adapter.r, getattr(adapter, "alpha", None)) for adapter in whole.values()
-    )
-    (r, alpha), _ = ranks.most_common(1)[0]
-    common = next(a for a in whole.values() if (a.r, getattr(a, "alpha", None)) == (r, alpha))
-    for name, adapter in own.items():
-        if (
-            name not in whole
-            and isinstance(common, DoRA)
-            and not common.residual
-            and adapter == common.alone()
-        ):
+def _common_adapter(adapters: dict[str, Adapter]) -> Adapter:
+    """Return the adapter with the most frequent rank and alpha, for the config.
+
+    ValueError if the others differ from it in more than the numbers that patterns can set.
+    """
+    full = {name: a for name, a in adapters.items() if not is_magnitude_only(a)} or adapters
+    counts = collections.Counter((a.r, getattr(a, "alpha", None)) for a in full.values())
+    most_common = counts.most_common(1)[0][0]
+    common = next(a for a in full.values() if (a.r, getattr(a, "alpha", None)) == most_common)
+    numbers = {
+        field: getattr(common, field) for field in common.per_layer_fields if hasattr(common, field)
+    }
+    allows_magnitude_only = isinstance(common, DoRA) and not common.residual
+    for name, adapter in adapters.items():
+        if name not in full and allows_magnitude_only and adapter == common.without_factors():
             continue
-        numbers = {
-            field: getattr(common, field) for field in common.per_layer if hasattr(common, field)
-        }
         if type(adapter) is not type(common) or replace(adapter, **numbers) != common:
-            apart = " and ".join(common.per_layer)
             raise ValueError(
-                f"{name} has {adapter}, other layers {common}: adapters of one file may differ in {apart} alone, DoRA's (without "
-                "an init that changes the weight) in magnitude_only too"
+                f"{name} has {adapter}, other layers {common}: adapters of one file may differ in "
+                f"{' and '.join(common.per_layer_fields)} alone, DoRA's (without an init that "
+                "changes the weight) in magnitude_only too"
             )
     return common
 
 
-def _extras(adapter: Adapter) -> dict[str, Any]:
-    """What PEFT's config has no word for, a start that changes the weight included."""
+def _extra_fields(adapter: Adapter) -> dict[str, Any]:
+    """Return the method, and the fields that PEFT's config lacks."""
     names = {field.name for field in fields(adapter)}
-    said = {name: getattr(adapter, name) for name in _BEYOND if name in names}
+    values = {name: getattr(adapter, name) for name in _EXTRA_FIELDS if name in names}
     if isinstance(adapter, LaMDA) and adapter.residual:
-        said |= {"init": adapter.init, "svd_niter": adapter.svd_niter}
+        values |= {"init": adapter.init, "svd_niter": adapter.svd_niter}
     elif adapter.residual:
-        said["init"] = {"kind": type(adapter.init).__name__} | adapter.init.settings()
-    return {"method": type(adapter).__name__} | said
+        values["init"] = {"kind": type(adapter.init).__name__} | adapter.init.settings()
+    return {"method": type(adapter).__name__} | values
 
 
-def config_of(
-    model: nn.Module, layers: dict[str, AdapterLayer], held: dict[str, Adapter]
+def build_config(
+    model: nn.Module, layers: dict[str, AdapterLayer], adapters: dict[str, Adapter]
 ) -> dict[str, Any]:
-    """The config of these adapters, one a layer, on the layers of a model."""
-    common = _common(held)
-    said = peft_config.dict_of(common)
-    also = sorted(extra_trainables.biases(model))
-    everywhere = any(name not in layers for name in also)
-    task = model.__dict__.get("_lorafast_task_type")
-    only = "vera_only" if said["peft_type"] == "VERA" else "lora_only"
-    saved = sorted(extra_trainables.saved(model))
-    # FSDP makes a class of its own of a model's.
-    kind = next(
-        one for one in type(model).__mro__ if not one.__module__.startswith("torch.distributed")
-    )
-    said |= {
-        "target_modules": _targets(model, layers, saved),
+    """Return the config of a file.
+
+    Args:
+        model: the model of the layers.
+        layers: its adapted layers by name.
+        adapters: the adapter that the file describes for each.
+    """
+    common = _common_adapter(adapters)
+    config = peft_config.config_from_adapter(common)
+    saved = sorted(extra_trainables.saved_modules(model))
+    task_type = model.__dict__.get(TASK_TYPE_ATTRIBUTE)
+    config |= {
+        "target_modules": _target_names(model, layers, saved),
         "modules_to_save": saved or None,
-        "bias": "none" if not also else "all" if everywhere else only,
+        "bias": _bias_option(model, layers, config["peft_type"]),
         "fan_in_fan_out": any(isinstance(layer, Conv1D) for layer in layers.values()),
         "base_model_name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
         "inference_mode": True,
-        "task_type": task,
-        "auto_mapping": None
-        if task
-        else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "task_type": task_type,
+        "auto_mapping": None if task_type else _auto_mapping(model),
     }
     if isinstance(common, AdaLoRA):
-        said |= {"rank_pattern": adalora_format.pattern(held)} | model.__dict__.get(
-            adalora_format.SCHEDULE, {}
-        )
-    elif (
-        common.bind_model([(1, 1)]) is common
-    ):  # else its layers share tensors of one rank, and PEFT's config has no pattern
-        said["rank_pattern"] = _pattern(
-            {name: adapter.r for name, adapter in held.items()}, common.r
-        )
-    if hasattr(common, "alpha") and not isinstance(common, AdaLoRA):
-        said["alpha_pattern"] = _pattern(
-            {name: adapter.alpha for name, adapter in held.items()}, common.alpha
-        )
-    return said
+        config["rank_pattern"] = adalora_format.rank_pattern_to_peft(adapters)
+        config |= model.__dict__.get(adalora_format.SCHEDULE_ATTRIBUTE, {})
+        return config
+    # Layers that share tensors have one rank, and PEFT's config of their method has no pattern.
+    if common.bind_model([(1, 1)]) is common:
+        ranks = {name: adapter.r for name, adapter in adapters.items()}
+        config["rank_pattern"] = _exceptions(ranks, common.r)
+    if hasattr(common, "alpha"):
+        alphas = {name: adapter.alpha for name, adapter in adapters.items()}
+        config["alpha_pattern"] = _exceptions(alphas, common.alpha)
+    return config
 
 
-def _targets(
+def _bias_option(model: nn.Module, layers: dict[str, AdapterLayer], peft_type: str) -> str:
+    biases = extra_trainables.trained_biases(model)
+    if not biases:
+        return "none"
+    if any(name not in layers for name in biases):
+        return "all"
+    return "vera_only" if peft_type == "VERA" else "lora_only"
+
+
+def _auto_mapping(model: nn.Module) -> dict[str, str]:
+    """Return the model's class. FSDP replaces it by a subclass in torch.distributed."""
+    kind = next(
+        kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed")
+    )
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
+
+def _target_names(
     model: nn.Module, layers: dict[str, AdapterLayer], saved: list[str]
 ) -> list[str] | str:
-    """The shortest names that mean these layers and nothing else: their last parts, else their whole names, else an expression."""
-    names = [clean(name) for name, _ in model.named_modules() if name]
+    """Return the shortest target_modules that select these layers and nothing else.
+
+    That is the last parts of their names, else their whole names, else a regular expression.
+    """
+    names = [canonical_name(name) for name, _ in model.named_modules() if name]
     names = [
         name
         for name in names
-        if not any(ends_with(name, one) or name.startswith(f"{one}.") for one in saved)
+        if not any(ends_with(name, module) or name.startswith(f"{module}.") for module in saved)
     ]
-    for targets in (sorted({name.rpartition(".")[2] for name in layers}), sorted(layers)):
-        if {
-            name for name in names if any(ends_with(name, target) for target in targets)
-        } == layers.keys():
+    last_parts = sorted({name.rpartition(".")[2] for name in layers})
+    for targets in (last_parts, sorted(layers)):
+        selected = {name for name in names if any(ends_with(name, target) for target in targets)}
+        if selected == layers.keys():
             return targets
     return "|".join(re.escape(name) for name in sorted(layers))
 
 
-def _pattern(numbers: dict[str, float], common: float) -> dict[str, float]:
-    """The numbers that differ from the common one, by patterns that match their layers alone."""
-    other = {name: number for name, number in numbers.items() if number != common}
-    found = matching(other, numbers)
-    plain = {name: other[found[name]] if name in found else common for name in numbers}
-    return (
-        other
-        if plain == numbers
-        else {f"^{re.escape(name)}": number for name, number in other.items()}
-    )
+def _exceptions(numbers: dict[str, float], common: float) -> dict[str, float]:
+    """Return a pattern that gives the numbers which differ from the common one.
+
+    Its keys are layer names, or expressions where a name is also the end of another layer's name.
+    """
+    exceptions = {name: number for name, number in numbers.items() if number != common}
+    matches = match_patterns(exceptions, numbers)
+    result = {name: exceptions[matches[name]] if name in matches else common for name in numbers}
+    if result == numbers:
+        return exceptions
+    return {f"^{re.escape(name)}": number for name, number in exceptions.items()}

@@ -1,4 +1,4 @@
-"""An adapter's tensors under PEFT's keys, and back."""
+"""An adapter's tensors under PEFT's keys, and the keys of a file by what they mean."""
 
 from __future__ import annotations
 
@@ -11,134 +11,169 @@ from torch import nn
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.vera import VeRA
 from lorafast.models import adalora_format, extra_trainables
-from lorafast.models.module_names import adapted
+from lorafast.models.module_names import adapter_layers
 from lorafast.nn.adapter_layer import NAMES, AdapterLayer
 from lorafast.nn.embedding import Embedding
 
 PREFIX = "base_model.model."
-# What PEFT calls each part of a layer's adapter, after the layer's name.
+# PEFT's name of each tensor of a layer's adapter, after the layer's name.
 _LINEAR = {
-    "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias",
-    "lora_magnitude": "lora_magnitude_vector", "lora_core": "lora_core", "lora_out_scale": "lora_out_scale",
-}  # fmt: skip
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_bias": "lora_B.bias",
+    "lora_magnitude": "lora_magnitude_vector",
+    "lora_core": "lora_core",
+    "lora_out_scale": "lora_out_scale",
+}
 _EMBEDDING = _LINEAR | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 _VERA = {"lora_core": "vera_lambda_d", "lora_out_scale": "vera_lambda_b"}
-# What all layers of a VeRA model cut their factors from.
+# Keys of the two projections that all layers of a VeRA model take slices of.
 VERA_SHARED = {"lora_A": "base_model.vera_A", "lora_B": "base_model.vera_B"}
-_PARTS = {
-    word: part
-    for words in (_LINEAR, _EMBEDDING, _VERA, adalora_format.WORDS)
-    for part, word in words.items()
+# Our name of each of PEFT's names.
+_OWN_NAMES = {
+    peft_name: name
+    for table in (_LINEAR, _EMBEDDING, _VERA, adalora_format.KEY_NAMES)
+    for name, peft_name in table.items()
 }
-_PARTS["lora_magnitude_vector.weight"] = "lora_magnitude"  # before PEFT 0.11
-# PEFT with bias="all" writes a bias of a module to save three times.
-_AGAIN = (".original_module.", ".modules_to_save.default.", ".modules_to_save.")
+_OWN_NAMES["lora_magnitude_vector.weight"] = "lora_magnitude"  # before PEFT 0.11
+# With bias="all", PEFT writes a bias of a module to save again under keys with these parts.
+_DUPLICATE_PARTS = (".original_module.", ".modules_to_save.default.", ".modules_to_save.")
 
 
-class Sorted(NamedTuple):
-    """Keys of a file by what they are: layers {name: {part: key}}; shared {part: key}; saved and biases {name of a tensor: key};
-    bases {name of a layer: key of its own base weight}.
+class KeyGroups(NamedTuple):
+    """The keys of an adapter file by what they mean.
+
+    layers: {layer name: {adapter tensor name: key}}. shared: {adapter tensor name: key} of VeRA's
+    projections. extra: {tensor name in the model: key} of modules to save and biases. bases: {layer
+    name: key} of the layer's own base weight.
     """
 
     layers: dict[str, dict[str, str]]
     shared: dict[str, str]
-    rest: dict[str, str]
+    extra: dict[str, str]
     bases: dict[str, str]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under the keys PEFT saves them by: factors, and what trains besides (modules_to_save, biases).
+    """Return the adapter's tensors under PEFT's keys, modules to save and trained biases included.
 
-    Detached, on their device, sharing memory with the model; gathered if sharded, which every rank must then call. Where a start
-    changed the weight (LaMDA residual, PiSSA, LoRA-GA) these are the factors beside that weight: save_adapter writes what fits the
-    untouched one. ValueError if the model has no adapted layer.
+    Where an init changed the weight (LaMDA residual, PiSSA, LoRA-GA) these are the factors for the
+    changed weight. save_adapter writes factors for the original one.
+
+    Args:
+        model: a model that lorafast.adapt adapted. If its parameters are sharded (DTensors), every
+            rank must call.
+
+    Returns:
+        {key: tensor}. Tensors are detached, stay on their device and share memory with the model;
+        sharded ones are gathered.
+
+    Raises:
+        ValueError: the model has no adapted layer.
+        RuntimeError: the adapters are disabled.
+
+    Example:
+        import torch, lorafast
+
+        model = lorafast.adapt(torch.nn.Sequential(torch.nn.Linear(8, 8)), lorafast.LoRA(r=2))
+        tensors = lorafast.adapter_state_dict(model)
+        assert tensors["base_model.model.0.lora_A.weight"].shape == (2, 8)
     """
-    layers = adapted(model, awake=True)
-    found: dict[str, torch.Tensor] = {}
+    layers = adapter_layers(model, require_enabled=True)
+    tensors: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
-        found |= of_layer(
-            name,
-            layer,
-            {part: held for part in NAMES if (held := getattr(layer, part)) is not None},
-        )
+        tensors |= layer_tensors(name, layer, own_tensors(layer))
     if isinstance(next(iter(layers.values())).adapter, VeRA):
-        found |= _projections(layers.values())
-    found |= of_rest(model)
-    return {key: whole(tensor) for key, tensor in found.items()}
+        tensors |= _shared_projections(layers.values())
+    tensors |= extra_tensors(model)
+    return {key: gather(tensor) for key, tensor in tensors.items()}
 
 
-def of_layer(
+def own_tensors(layer: AdapterLayer) -> dict[str, nn.Parameter]:
+    """Return the Parameters of a layer's adapter by name."""
+    parameters = {name: getattr(layer, name) for name in NAMES}
+    return {name: parameter for name, parameter in parameters.items() if parameter is not None}
+
+
+def layer_tensors(
     name: str, layer: AdapterLayer, values: dict[str, torch.Tensor], plain: bool = False
 ) -> dict[str, torch.Tensor]:
-    """One layer's parts under PEFT's keys; those it shares with others are left out. plain: as a LoRA, whatever its method."""
-    words = _EMBEDDING if isinstance(layer, Embedding) else _LINEAR
+    """Return one layer's adapter tensors under PEFT's keys, without those that layers share.
+
+    Args:
+        name: the layer's name.
+        layer: the layer.
+        values: its tensors, by the names of the layer's Parameters.
+        plain: write them as a LoRA, whatever the method.
+    """
+    table = _EMBEDDING if isinstance(layer, Embedding) else _LINEAR
     if isinstance(layer.adapter, VeRA) and not plain:
-        words = _VERA
+        table = _VERA
     elif isinstance(layer.adapter, AdaLoRA) and not plain:
-        words, values = (
-            adalora_format.WORDS,
-            {part: adalora_format.filed(part, tensor) for part, tensor in values.items()},
-        )
+        table = adalora_format.KEY_NAMES
+        values = {key: adalora_format.to_file(key, tensor) for key, tensor in values.items()}
     return {
-        f"{PREFIX}{name}.{words[part]}": tensor for part, tensor in values.items() if part in words
+        f"{PREFIX}{name}.{table[key]}": tensor for key, tensor in values.items() if key in table
     }
 
 
-def of_rest(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What trains besides adapters, under PEFT's keys."""
-    found = {}
-    for name, module in extra_trainables.saved(model).items():
+def extra_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of modules to save and trained biases, under PEFT's keys."""
+    tensors = {}
+    for name, module in extra_trainables.saved_modules(model).items():
         for key, tensor in module.state_dict().items():
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(
-                    f"{name}.{key} of a module to save is a {type(tensor).__name__}; only tensors can be saved"
+                    f"{name}.{key} of a module to save is a {type(tensor).__name__}; only tensors "
+                    "can be saved"
                 )
-            found[f"{PREFIX}{name}.{key}"] = tensor
-    for name, module in extra_trainables.biases(model).items():
-        found[f"{PREFIX}{name}{'.base_layer' if isinstance(module, AdapterLayer) else ''}.bias"] = (
-            module.bias
-        )
-    return found
+            tensors[f"{PREFIX}{name}.{key}"] = tensor
+    for name, module in extra_trainables.trained_biases(model).items():
+        base = ".base_layer" if isinstance(module, AdapterLayer) else ""
+        tensors[f"{PREFIX}{name}{base}.bias"] = module.bias
+    return tensors
 
 
-def sorted_keys(keys: Iterable[str]) -> Sorted:
-    """A file's keys by what they are, with or without PEFT's prefix."""
-    keys, found = set(keys), Sorted({}, {}, {}, {})
-    shared = {key: part for part, key in VERA_SHARED.items()}
+def group_keys(keys: Iterable[str]) -> KeyGroups:
+    """Return a file's keys by what they mean. They may lack PEFT's prefix."""
+    keys = set(keys)
+    groups = KeyGroups({}, {}, {}, {})
+    shared = {key: name for name, key in VERA_SHARED.items()}
     for key in sorted(keys):
-        if key in shared:
-            found.shared[shared[key]] = key
-            continue
         name = key.removeprefix(PREFIX)
-        if any(again in key and key.replace(again, ".") in keys for again in _AGAIN):
+        peft_name = next((end for end in _OWN_NAMES if name.endswith(f".{end}")), None)
+        if key in shared:
+            groups.shared[shared[key]] = key
+        elif any(part in key and key.replace(part, ".") in keys for part in _DUPLICATE_PARTS):
             continue
-        word = next((word for word in _PARTS if name.endswith(f".{word}")), None)
-        if word is not None:
-            parts = found.layers.setdefault(name.removesuffix(f".{word}"), {})
-            if _PARTS[word] in parts:
-                raise ValueError(f"{parts[_PARTS[word]]} and {key} are the same part of one layer")
-            parts[_PARTS[word]] = key
+        elif peft_name is not None:
+            layer = groups.layers.setdefault(name.removesuffix(f".{peft_name}"), {})
+            own_name = _OWN_NAMES[peft_name]
+            if own_name in layer:
+                raise ValueError(f"{layer[own_name]} and {key} are the same part of one layer")
+            layer[own_name] = key
         elif name.endswith(".base_layer.weight"):
-            found.bases[name.removesuffix(".base_layer.weight")] = key
+            groups.bases[name.removesuffix(".base_layer.weight")] = key
+        elif name.endswith(".base_layer.bias"):
+            groups.extra[name.removesuffix(".base_layer.bias") + ".bias"] = key
         else:
-            found.rest[
-                name.removesuffix(".base_layer.bias") + ".bias"
-                if name.endswith(".base_layer.bias")
-                else name
-            ] = key
-    return found
+            groups.extra[name] = key
+    return groups
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor without its graph, gathered if it is sharded."""
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the detached tensor, gathered from all ranks if it is sharded."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _projections(layers: Collection[AdapterLayer]) -> dict[str, torch.Tensor]:
-    """The pair that all layers cut their A and B from: the largest of each, which is whole where adapt made them."""
+def _shared_projections(layers: Collection[AdapterLayer]) -> dict[str, torch.Tensor]:
+    """Return VeRA's two projections: the largest A and the largest B.
+
+    Every layer holds a slice of them, and adapt makes them as large as the largest layer needs.
+    """
     largest = {
         "lora_A": max((layer.lora_A for layer in layers), key=lambda A: A.shape[1]),
         "lora_B": max((layer.lora_B for layer in layers), key=lambda B: B.shape[0]),
     }
-    return {VERA_SHARED[part]: tensor for part, tensor in largest.items()}
+    return {VERA_SHARED[name]: tensor for name, tensor in largest.items()}

@@ -1,4 +1,4 @@
-"""lorafast.save_adapter and lorafast.load_adapter: an adapter alone, in PEFT's format, on a plain or an adapted model."""
+"""lorafast.save_adapter and lorafast.load_adapter: adapters alone, in PEFT's file format."""
 
 from __future__ import annotations
 
@@ -11,68 +11,99 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorafast.checkpoint import export_lora, file_format, files, keys, validate
-from lorafast.models.adapt import install, let_train, refuse_parallel
-from lorafast.models.module_names import adapted, clean, unwrapped
-from lorafast.models.target_modules import places
-from lorafast.nn.adapter_layer import NAMES, AdapterLayer
+from lorafast.checkpoint import export_lora, file_format, files, keys
+from lorafast.checkpoint.file_spec import refuse_other_base, spec_of_file
+from lorafast.checkpoint.validate import CheckedTensors, check_tensors
+from lorafast.models.adapt import install, refuse_parallel, set_trainable
+from lorafast.models.module_names import adapter_layers, canonical_name, unwrap
+from lorafast.models.target_modules import find_targets
+from lorafast.nn.adapter_layer import AdapterLayer
 
 
 def save_adapter(
     model: nn.Module, path: str | os.PathLike, as_lora: bool = False, rank: int | None = None
 ) -> None:
-    """Write the adapter, and what trains besides, to path/adapter_model.safetensors and path/adapter_config.json, as PEFT does.
+    """Write the model's adapter, modules to save and trained biases into a folder, as PEFT does.
 
-    LoRA, rsLoRA, DoRA, PiSSA, LoRA-GA, VeRA and AdaLoRA load in PEFT; what it lacks (LaMDA, AFLoRA, axis="in") it refuses. The
-    file fits the untouched base: where a start changed the weight, s (B A - B₀ A₀) is written as one adapter of twice the rank,
-    which load_adapter takes apart again. as_lora=True writes plain LoRA whatever the method, for engines that take nothing else:
-    exact for low-rank changes, else (DoRA, or a smaller rank) the best of that rank, its error printed.
-    Written aside and renamed: a save that is stopped leaves the old adapter or the new one. In a process group every rank calls
-    it, and rank 0 writes. ValueError if the layers' adapters cannot share a file, RuntimeError if a start is not known.
+    The folder gets adapter_model.safetensors and adapter_config.json. PEFT loads LoRA, rsLoRA,
+    DoRA, PiSSA, LoRA-GA, VeRA and AdaLoRA from it and refuses methods that it lacks (LaMDA, AFLoRA,
+    DoRA with axis="in"). The file fits the original base weights: where an init changed them,
+    s (B A - B₀ A₀) is written as one adapter of twice the rank, which load_adapter splits again.
+
+    The save is atomic: if it is interrupted, the folder holds the old adapter or the new one. In a
+    process group every rank must call; rank 0 writes.
+
+    Args:
+        model: a model that lorafast.adapt adapted.
+        path: folder, created if need be.
+        as_lora: write plain LoRA whatever the method, for engines that read nothing else. Exact for
+            a low-rank change; otherwise (DoRA, or a smaller rank) the best approximation of that
+            rank, whose error is printed.
+        rank: rank of the plain LoRA; None keeps the exact one. Only with as_lora=True.
+
+    Raises:
+        ValueError: the model has no adapted layer, the layers' adapters cannot share a file, or
+            rank is wrong or needed.
+        RuntimeError: the adapters are disabled or, with as_lora, merged, or what an init took out
+            of a weight is not known.
+        NotADirectoryError: path is a file.
+
+    Example:
+        import tempfile, torch, lorafast
+
+        model = lorafast.adapt(torch.nn.Sequential(torch.nn.Linear(8, 8)), lorafast.DoRA(r=2))
+        with tempfile.TemporaryDirectory() as folder:
+            lorafast.save_adapter(model, folder)
+            lorafast.load_adapter(torch.nn.Sequential(torch.nn.Linear(8, 8)), folder)
     """
     if rank is not None and not as_lora:
         raise ValueError(
             f"rank={rank!r} belongs to as_lora=True; a file otherwise keeps the adapter's own"
         )
-    layers = adapted(model, awake=True)
-    _warn_of_shared(unwrapped(model))
+    layers = adapter_layers(model, require_enabled=True)
+    _warn_about_shared_layers(unwrap(model))
+    export = None
     if as_lora:
-        exported = export_lora.as_lora(model, layers, rank)
-        tensors, config, extras = exported.tensors, exported.config, {}
+        export = export_lora.as_lora(model, layers, rank)
+        tensors, config, extras = export.tensors, export.config, {}
     else:
-        found = file_format.form_of(unwrapped(model), layers)
-        tensors, config, extras = _tensors(model, layers), found.config, found.extras
+        config, extras = file_format.describe_adapters(unwrap(model), layers)
+        tensors = _file_tensors(model, layers)
     if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
-        files.write(Path(path), tensors, config, extras)
-        if as_lora:
-            print(exported)
+        files.write_adapter(Path(path), tensors, config, extras)
+        if export is not None:
+            print(export)
 
 
-def _warn_of_shared(model: nn.Module) -> None:
-    places: dict[AdapterLayer, list[str]] = {}
+def _warn_about_shared_layers(model: nn.Module) -> None:
+    """Warn if a layer has several names: PEFT adapts the first alone when it loads the file."""
+    names: dict[AdapterLayer, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, AdapterLayer):
-            places.setdefault(module, []).append(name)
-    if shared := next(
-        (names for names in places.values() if len({clean(name) for name in names}) > 1), None
-    ):
-        warnings.warn(
-            f"{' and '.join(shared)} are one layer: PEFT will put the file's adapter on the first alone",
-            stacklevel=3,
-        )
+            names.setdefault(module, []).append(name)
+    for layer_names in names.values():
+        if len({canonical_name(name) for name in layer_names}) > 1:
+            warnings.warn(
+                f"{' and '.join(layer_names)} are one layer: PEFT will put the file's adapter on "
+                "the first alone",
+                stacklevel=3,
+            )
+            return
 
 
-def _tensors(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, torch.Tensor]:
+def _file_tensors(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file by key, for the original base weights."""
     tensors = keys.adapter_state_dict(model)
     for name, layer in layers.items():
         if layer.adapter.residual:
-            start = started(layer)
-            if start is None:
+            initial = residual_init(layer)
+            if initial is None:
                 raise RuntimeError(
                     f"{name}: its start has not happened yet; load the base weights first"
                 )
-            now = {part: keys.whole(held) for part, held in _parts(layer).items()}
-            tensors |= keys.of_layer(name, layer, file_format.stack(now, start))
+            values = {part: keys.gather(value) for part, value in keys.own_tensors(layer).items()}
+            stacked = file_format.stack_tensors(values, initial)
+            tensors |= keys.layer_tensors(name, layer, stacked)
     return tensors
 
 
@@ -85,90 +116,119 @@ def load_adapter(
     adapter_dtype: torch.dtype | None = None,
     check_base: bool = True,
 ) -> nn.Module:
-    """Load an adapter folder, of lorafast's or PEFT's, or an id on the Hugging Face hub. Returns the model.
+    """Load an adapter that save_adapter or PEFT wrote, in place, and return the model.
 
-    A plain model is adapted as the file's config says; one adapted already must be so for the same layers, method, rank, alpha.
-    trainable=False freezes what was loaded, True lets it train as adapt does. adapter_dtype: of a plain model's new layers.
-    check_base: refuse an adapter whose config names another base model (by the last part of its name) than model.name_or_path.
-    Only safetensors are read. Method, keys, shapes, dtypes, names and numbers are checked before anything changes: ValueError,
-    TypeError or FileNotFoundError say the first thing that is wrong with the folder, RuntimeError that the model's adapters are
-    merged, disabled or of an unknown start. Adapt or load before wrapping a model in DDP or sharding it.
+    A plain model is adapted as the file's config says. A model that is adapted already must have
+    the same layers, method, rank and scaling as the file; its adapter gets the file's values. Only
+    safetensors files are read, and everything is checked before the model changes.
+
+    Args:
+        model: a plain or an adapted model; load before wrapping it in DDP or sharding it.
+        path: a folder, or an id on the Hugging Face hub (needs the hub extra).
+        trainable: True lets what was loaded train as lorafast.adapt does; False freezes it.
+        revision: branch, tag or commit of a hub id.
+        adapter_dtype: dtype of the factors of a plain model's new layers, as in lorafast.adapt.
+        check_base: refuse an adapter whose config names another base model than
+            model.name_or_path. The last parts of the two names are compared.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        ValueError: the file is malformed, or does not fit the model. Names what is wrong first.
+        TypeError: model is no module, a field of the config has a wrong type, or a target cannot
+            be adapted.
+        FileNotFoundError: path is no folder and no id on the hub, or a file is missing.
+        RuntimeError: the model's adapters are merged or disabled, or what an init took out of a
+            weight is not known.
+        NotImplementedError: the model's weights are sharded.
+
+    Example:
+        import tempfile, torch, lorafast
+
+        model = lorafast.adapt(torch.nn.Sequential(torch.nn.Linear(8, 8)), lorafast.LoRA(r=2))
+        with tempfile.TemporaryDirectory() as folder:
+            lorafast.save_adapter(model, folder)
+            lorafast.load_adapter(model, folder, trainable=True)
     """
-    inner = unwrapped(model)
-    present = adapted(inner, required=False, awake=True)
+    inner = unwrap(model)
+    present = adapter_layers(inner, required=False, require_enabled=True)
     if not present:
         refuse_parallel(model)
-    with files.opened(files.located(path, revision)) as file:
+    with files.open_adapter(files.locate(path, revision)) as file:
         if check_base:
-            validate.refuse_other_base(inner, file.config)
-        plan = validate.plan_of(file)
-        replaced = {} if present else places(inner, plan)
-        found = validate.content_of(inner, file, plan, replaced, adapter_dtype)
+            refuse_other_base(inner, file.config)
+        spec = spec_of_file(file)
+        targets = {} if present else find_targets(inner, spec)
+        tensors = check_tensors(inner, file, spec, targets, adapter_dtype)
 
     def finish() -> None:
-        _put_rest(inner, found.rest)
-        let_train(inner, trainable)
+        _load_extra(inner, tensors.extra)
+        set_trainable(inner, trainable)
 
     if present:
-        _take_all(present, found)
+        _load_layers(present, tensors)
         finish()
     else:
-        plan = replace(plan, untie=found.untie)
         install(
             inner,
-            plan,
-            replaced,
+            replace(spec, untie=tensors.untie),
+            targets,
             adapter_dtype,
-            lambda name, layer: layer.take(*found.of(clean(name))),
+            lambda name, layer: layer.take(*tensors.of_layer(canonical_name(name))),
             finish,
         )
     return model
 
 
-def _take_all(layers: dict[str, AdapterLayer], found: validate.Content) -> None:
-    """Give every layer its values; if one cannot take them, all have their old ones back."""
+def _load_layers(layers: dict[str, AdapterLayer], tensors: CheckedTensors) -> None:
+    """Give every layer its values. If one fails, all have their old values again."""
     done: list[tuple[AdapterLayer, dict[str, torch.Tensor], dict[str, torch.Tensor] | None]] = []
     try:
         for name, layer in layers.items():
-            done.append(
-                (
-                    layer,
-                    {part: held.detach().clone() for part, held in _parts(layer).items()},
-                    started(layer),
-                )
-            )
-            layer.take(*found.of(name))
+            own = keys.own_tensors(layer)
+            old_values = {part: value.detach().clone() for part, value in own.items()}
+            done.append((layer, old_values, residual_init(layer)))
+            layer.take(*tensors.of_layer(name))
     except BaseException:
-        for layer, values, first in done:
-            layer.take(values, first)
+        for layer, old_values, old_initial in done:
+            layer.take(old_values, old_initial)
         raise
 
 
 @torch.no_grad()
-def _put_rest(model: nn.Module, rest: dict[str, torch.Tensor]) -> None:
-    for name, tensor in rest.items():
+def _load_extra(model: nn.Module, extra: dict[str, torch.Tensor]) -> None:
+    """Write the values of modules to save and biases into the model."""
+    modules = {canonical_name(name): module for name, module in model.named_modules()}
+    for name, value in extra.items():
         parent, _, child = name.rpartition(".")
-        getattr(_at(model, parent), child).copy_(tensor)
+        getattr(modules[parent], child).copy_(value)
 
 
-def _at(model: nn.Module, name: str) -> nn.Module:
-    return next(module for other, module in model.named_modules() if clean(other) == name)
+def residual_init(layer: AdapterLayer) -> dict[str, torch.Tensor] | None:
+    """Return what an init took out of the layer's weight, by Parameter name, or None if nothing.
 
-
-def _parts(layer: AdapterLayer) -> dict[str, nn.Parameter]:
-    return {name: held for name in NAMES if (held := getattr(layer, name)) is not None}
-
-
-def started(layer: AdapterLayer) -> dict[str, torch.Tensor] | None:
-    """The factors a start took out of the weight, by the names of their Parameters, for the scaling the layer has now."""
-    if (start := layer.start_factors()) is None:
+    B is scaled so that the product with the layer's present scaling is the one that was taken out.
+    RuntimeError if that is not known.
+    """
+    start = layer.start_factors()
+    if start is None:
         return None
-    f, now = start.factors, float(layer.scaling)
-    then = start.settings.scaling if f.scale is None else float(f.scale)
-    if then != now and not now:
-        raise ValueError(
-            f"scaling {now} cannot say what a start with scaling {then} took out of weight {tuple(layer.weight.shape)}"
-        )
-    B = f.lora_B if then == now else f.lora_B * (then / now)
-    found = {"lora_A": f.lora_A, "lora_B": B, "lora_core": f.core, "lora_out_scale": f.out_scale}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    factors, options = start
+    scaling = float(layer.scaling)
+    init_scaling = options.scaling if factors.scale is None else float(factors.scale)
+    lora_B = factors.lora_B
+    if init_scaling != scaling:
+        if not scaling:
+            raise ValueError(
+                f"scaling {scaling} cannot say what a start with scaling {init_scaling} took out "
+                f"of weight {tuple(layer.weight.shape)}"
+            )
+        lora_B = lora_B * (init_scaling / scaling)
+    tensors = {
+        "lora_A": factors.lora_A,
+        "lora_B": lora_B,
+        "lora_core": factors.core,
+        "lora_out_scale": factors.out_scale,
+    }
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -1,377 +1,361 @@
-"""What an adapter's file holds for a model: everything is checked here, before anything changes."""
+"""The tensors of an adapter file, checked against a model before anything in it changes."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lorafast.checkpoint import file_format, files, keys
+from lorafast.checkpoint.keys import KeyGroups
 from lorafast.methods.adalora import AdaLoRA
-from lorafast.methods.adapter import Adapter, TensorSpec
-from lorafast.methods.dora import DoRA
+from lorafast.methods.adapter import Adapter
 from lorafast.methods.vera import projections
-from lorafast.models import adalora_format, extra_trainables, peft_config
-from lorafast.models.adapt_spec import Plan
-from lorafast.models.module_names import adapted, clean, near, some
-from lorafast.models.target_modules import owners, storage
+from lorafast.models import adalora_format, extra_trainables
+from lorafast.models.adapt_spec import AdaptSpec
+from lorafast.models.module_names import (
+    adapter_layers,
+    canonical_name,
+    format_names,
+    similar_names,
+)
+from lorafast.models.target_modules import Targets, parameter_owners
 from lorafast.nn.adapter_layer import AdapterLayer, factor_dtype
+from lorafast.runtime.torch_internals import storage_key
 
-Places = dict[nn.Module, list[str]]
+Tensors = dict[str, torch.Tensor]
 
-# What VeRA without its projections in the file may make of a rank: half a gigabyte.
-_LARGEST = 1 << 27
+# Elements of VeRA's projections that are drawn if the file lacks them: half a gigabyte in fp32.
+_MAX_DRAWN = 1 << 27
 
 
-class Content(NamedTuple):
-    """A file's tensors by where they go: values and starts by layer and part, the rest by its name in the model.
+class CheckedTensors(NamedTuple):
+    """A file's tensors by where they go.
 
-    untie: two of the rest are one tensor in the model and two in the file.
+    values: {layer name: {Parameter name: trained value}}. initial: {layer name: what the init took
+    out of the weight, or None}. extra: {tensor name in the model: value} of modules to save and
+    biases. untie: two tensors of extra are one tensor in the model and differ in the file.
     """
 
-    values: dict[str, dict[str, torch.Tensor]]
-    starts: dict[str, dict[str, torch.Tensor] | None]
-    rest: dict[str, torch.Tensor]
+    values: dict[str, Tensors]
+    initial: dict[str, Tensors | None]
+    extra: Tensors
     untie: bool
 
-    def of(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
-        """What Adapted.take wants for a layer."""
-        return self.values[name], self.starts[name]
+    def of_layer(self, name: str) -> tuple[Tensors, Tensors | None]:
+        """Return the values and the init of a layer, the arguments of AdapterLayer.take."""
+        return self.values[name], self.initial[name]
 
 
-def plan_of(file: files.AdapterFile) -> Plan:
-    """What the file asks for; what save_adapter stacked has its own rank and scaling again."""
-    try:
-        return _plan_of(file)
-    except OverflowError as error:
-        raise ValueError(f"{files.CONFIG}: a number is too large: {error}") from error
-
-
-def _plan_of(file: files.AdapterFile) -> Plan:
-    # What lorafast wrote names modules to save in full.
-    plan = replace(peft_config.plan_of(file.config, loading=True), loose=not file.extras)
-    if not file.extras.get("stacked"):
-        return _with_magnitudes(
-            replace(plan, adapter=file_format.overlaid(plan.adapter, file.extras)), file
-        )
-    ranks = {"r": plan.adapter.r} | dict(plan.rank_pattern)
-    if odd := {key: r for key, r in ranks.items() if r % 2}:
-        raise ValueError(f"{files.CONFIG}: {odd} are odd, and cannot be ranks with their starts")
-    alpha, pattern = file.extras.get("alpha"), file.extras.get("alpha_pattern")
-    if not isinstance(pattern, Mapping):
-        raise ValueError(f"{files.WEIGHTS} metadata: alpha_pattern={pattern!r} must be a dict")
-    adapter = file_format.overlaid(
-        replace(plan.adapter, r=plan.adapter.r // 2, alpha=alpha), file.extras
-    )
-    if not adapter.residual or file_format.stacked(adapter).scaling != plan.adapter.scaling:
-        raise ValueError(
-            f"{files.CONFIG} says {plan.adapter}, {files.WEIGHTS} was written for {file_format.stacked(adapter)}"
-        )
-    return replace(
-        plan,
-        adapter=adapter,
-        rank_pattern={key: r // 2 for key, r in plan.rank_pattern.items()},
-        alpha_pattern=pattern,
-    )
-
-
-def _with_magnitudes(plan: Plan, file: files.AdapterFile) -> Plan:
-    """The plan with those layers of the file whose magnitude alone trains."""
-    names = file.extras.get("magnitude_only", [])
-    layers = keys.sorted_keys(file.entries).layers
-    if not isinstance(names, list) or not all(
-        isinstance(name, str) and name in layers for name in names
-    ):
-        raise ValueError(
-            f"{files.WEIGHTS} metadata: magnitude_only={str(names)[:200]} must be names of layers in the file"
-        )
-    if not names:
-        return plan
-    if not isinstance(plan.adapter, DoRA) or plan.adapter.residual:
-        raise ValueError(
-            f"{files.WEIGHTS} metadata: magnitude_only={str(names)[:200]} beside {plan.adapter}"
-        )
-    return replace(
-        plan, adapter_pattern={f"^{re.escape(name)}": plan.adapter.alone() for name in names}
-    )
-
-
-def content_of(
+def check_tensors(
     model: nn.Module,
     file: files.AdapterFile,
-    plan: Plan,
-    replaced: Places,
+    spec: AdaptSpec,
+    targets: Targets,
     adapter_dtype: torch.dtype | None,
-) -> Content:
-    """The file's tensors for this model, or the one error that says why they are not for it.
+) -> CheckedTensors:
+    """Return the file's tensors for this model.
 
-    replaced: the modules that will get an adapter, with their names; empty if the model is adapted already.
+    Args:
+        model: adapted, or plain.
+        file: the open file.
+        spec: what the file asks for.
+        targets: the modules that will get an adapter; empty if the model is adapted already.
+        adapter_dtype: dtype of the factors of new layers, as in adapt.
+
+    Raises:
+        ValueError: the file does not fit the model. Names the first layer or tensor that does not.
+        NotImplementedError: an adapted layer is sharded.
     """
-    found, stacked = keys.sorted_keys(file.entries), bool(file.extras.get("stacked"))
-    present = adapted(model, required=False)
-    if present:
-        modules: dict[str, nn.Module] = dict(present)
-        saved, biases = extra_trainables.saved(model), extra_trainables.biases(model)
-    else:
-        modules = {clean(names[0]): module for module, names in replaced.items()}
-        saved, biases = extra_trainables.selected(model, plan, replaced)
-    _refuse_names("layer", found.layers, modules)
+    stacked = bool(file.extras.get("stacked"))
+    groups = keys.group_keys(file.entries)
+    present = adapter_layers(model, required=False)
+    modules, extra = _model_parts(model, spec, targets)
+    _refuse_names("layer", groups.layers, modules)
     if meta := [name for name, module in modules.items() if module.weight.is_meta]:
         raise ValueError(
-            f"{some(meta)}: the weights are on the meta device: load them before the adapter"
+            f"{format_names(meta)}: the weights are on the meta device: load them before the "
+            "adapter"
         )
-    specs = _specs(plan, file, found, modules)
+    adapters = _layer_adapters(spec, file, groups, modules)
     for name, layer in present.items():
         layer._refuse_if_sharded("load_adapter()")
-        _refuse_other_adapter(name, layer, specs[name])
+        _refuse_other_adapter(name, layer, adapters[name])
     for name, module in modules.items():
-        _refuse_parts(
-            name, module, file_format.stacked(specs[name]) if stacked else specs[name], file, found
-        )
-    rest = {
+        adapter = file_format.stacked_adapter(adapters[name]) if stacked else adapters[name]
+        _check_layer(name, module, adapter, file, groups)
+        _check_shared(module, adapter, file, groups)
+    groups = _separate_bases(groups, extra, model)
+    _check_extra(file, groups, extra)
+    tensors = file.tensors()
+    _check_bases(groups, model, {} if stacked else adapters, tensors)
+    given = {name: tensors[key] for name, key in groups.extra.items()}
+    untie = _must_untie(given, extra, model, bool(present))
+    values: dict[str, Tensors] = {}
+    initial: dict[str, Tensors | None] = {}
+    for name, module in modules.items():
+        layer_tensors = _layer_tensors(name, module, adapters[name], groups, tensors)
+        dtype = _layer_dtype(module, adapter_dtype)
+        if stacked:
+            layer_tensors, layer_initial = file_format.unstack_tensors(layer_tensors)
+            initial[name] = _cast(name, layer_initial, dtype)
+        else:
+            initial[name] = None
+        values[name] = _cast(name, layer_tensors, dtype)
+    cast_extra = {
+        name: _cast(name, {"": tensor}, extra[name].dtype)[""] for name, tensor in given.items()
+    }
+    return CheckedTensors(values, initial, cast_extra, untie)
+
+
+def _model_parts(
+    model: nn.Module, spec: AdaptSpec, targets: Targets
+) -> tuple[dict[str, nn.Module], Tensors]:
+    """Return the (future) adapted layers by name, and the extra tensors that train, by name."""
+    present = adapter_layers(model, required=False)
+    if present:
+        modules: dict[str, nn.Module] = dict(present)
+        saved = extra_trainables.saved_modules(model)
+        biases = extra_trainables.trained_biases(model)
+    else:
+        modules = {canonical_name(names[0]): module for module, names in targets.items()}
+        saved, biases = extra_trainables.select(model, spec, targets)
+    extra = {
         f"{name}.{key}": tensor
         for name, module in saved.items()
         for key, tensor in module.state_dict().items()
     }
-    rest |= {f"{name}.bias": module.bias for name, module in biases.items()}
-    found = _with_bases(found, rest, model)
-    _refuse_names("tensor", found.rest, rest)
-    for name, key in found.rest.items():
-        _refuse_shape(key, file.entries[key].shape, tuple(rest[name].shape))
-        _refuse_dtype(key, file.entries[key], rest[name].dtype)
-    tensors = file.tensors()
-    _refuse_bases(found, model, specs if not stacked else {}, tensors)
-    untie = _untied(
-        {name: tensors[key] for name, key in found.rest.items()}, rest, model, bool(present)
-    )
-    values: dict[str, dict[str, torch.Tensor]] = {}
-    starts: dict[str, dict[str, torch.Tensor] | None] = {}
-    for name, module in modules.items():
-        held = {part: tensors[key] for part, key in found.layers[name].items()} | _cut(
-            specs[name], module, found, tensors
-        )
-        if isinstance(specs[name], AdaLoRA):
-            held = {part: adalora_format.held(part, tensor) for part, tensor in held.items()}
-        now, first = file_format.unstack(held) if stacked else (held, None)
-        dtype = (
-            module.lora_A.dtype
-            if isinstance(module, AdapterLayer)
-            else factor_dtype(module.weight, adapter_dtype)
-        )
-        values[name] = _finite(name, now, dtype)
-        starts[name] = None if first is None else _finite(name, first, dtype)
-    return Content(
-        values,
-        starts,
-        {n: _finite(n, {"": tensors[key]}, rest[n].dtype)[""] for n, key in found.rest.items()},
-        untie,
-    )
+    extra |= {f"{name}.bias": module.bias for name, module in biases.items()}
+    return modules, extra
 
 
-def refuse_other_base(model: nn.Module, config: dict[str, Any]) -> None:
-    """An adapter of one base model is none of another, as far as their names tell."""
-    theirs, ours = config.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
-    if (
-        isinstance(theirs, str)
-        and isinstance(ours, str)
-        and theirs
-        and ours
-        and _last(theirs) != _last(ours)
-    ):
-        raise ValueError(
-            f"base_model_name_or_path: the adapter is for {theirs!r}, the model is {ours!r}; if they fit, check_base=False"
-        )
-
-
-def _last(name: str) -> str:
-    """The last part of a hub id or a path; of a path in the hub's cache, that of its id."""
-    cached = re.search(r"models--(?:[^/]+--)?([^/]+)/snapshots/", name)
-    return (cached.group(1) if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]).lower()
-
-
-def _specs(
-    plan: Plan, file: files.AdapterFile, found: keys.Sorted, modules: dict[str, nn.Module]
+def _layer_adapters(
+    spec: AdaptSpec, file: files.AdapterFile, groups: KeyGroups, modules: dict[str, nn.Module]
 ) -> dict[str, Adapter]:
-    """The adapter of every layer, by the file's config."""
-    shapes = [_shape(module) for module in modules.values()]
-    if found.shared:
-        if found.shared.keys() != keys.VERA_SHARED.keys() or any(
-            len(file.entries[k].shape) != 2 for k in found.shared.values()
-        ):
-            raise ValueError(f"{', '.join(found.shared.values())} must be a pair of matrices")
-        shapes.append(
-            (
-                file.entries[found.shared["lora_B"]].shape[0],
-                file.entries[found.shared["lora_A"]].shape[-1],
-            )
-        )
-    specs = {name: adapter.bind_model(shapes) for name, adapter in plan.adapters(modules).items()}
-    for name, adapter in specs.items():
+    """Return the adapter of every layer, by the file's config."""
+    shapes = [_weight_shape(module) for module in modules.values()]
+    if groups.shared:
+        shared = {name: file.entries[key].shape for name, key in groups.shared.items()}
+        if shared.keys() != keys.VERA_SHARED.keys() or any(len(s) != 2 for s in shared.values()):
+            raise ValueError(f"{', '.join(groups.shared.values())} must be a pair of matrices")
+        # Projections of a larger model also fit this one.
+        shapes.append((shared["lora_B"][0], shared["lora_A"][-1]))
+    adapters = {
+        name: adapter.bind_model(shapes) for name, adapter in spec.adapters(modules).items()
+    }
+    for name, adapter in adapters.items():
         largest = getattr(adapter, "largest", None)
-        if largest and not found.shared and adapter.r * sum(largest) > _LARGEST:
+        if largest and not groups.shared and adapter.r * sum(largest) > _MAX_DRAWN:
             raise ValueError(
-                f"{name}: r={adapter.r} of {files.CONFIG} is too large to draw projections for {largest} that the file lacks"
+                f"{name}: r={adapter.r} of {files.CONFIG} is too large to draw projections for "
+                f"{largest} that the file lacks"
             )
-    return specs
+    return adapters
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """(N, K)."""
-    shape = tuple(module._W().shape if isinstance(module, AdapterLayer) else module.weight.shape)
-    return shape if isinstance(module, AdapterLayer | nn.Linear) else shape[::-1]
+def _weight_shape(module: nn.Module) -> tuple[int, int]:
+    """Return (N, K). Conv1D and nn.Embedding hold their weight transposed."""
+    if isinstance(module, AdapterLayer):
+        return tuple(module._W().shape)
+    shape = tuple(module.weight.shape)
+    return shape if isinstance(module, nn.Linear) else shape[::-1]
 
 
-def _refuse_names(what: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    if unknown := sorted(given.keys() - wanted.keys()):
+def _layer_dtype(module: nn.Module, adapter_dtype: torch.dtype | None) -> torch.dtype:
+    if isinstance(module, AdapterLayer):
+        return module.lora_A.dtype
+    return factor_dtype(module.weight, adapter_dtype)
+
+
+def _refuse_names(kind: str, given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    if unknown := sorted(given.keys() - expected.keys()):
         raise ValueError(
-            f"the file has a {what} {some(unknown)}, which the model or its config has not{near(unknown[0], wanted)}"
+            f"the file has a {kind} {format_names(unknown)}, which the model or its config has "
+            f"not{similar_names(unknown[0], expected)}"
         )
-    if missing := sorted(wanted.keys() - given.keys()):
+    if missing := sorted(expected.keys() - given.keys()):
         raise ValueError(
-            f"the file lacks the {what} {some(missing)} of the model and its config{near(missing[0], given)}"
+            f"the file lacks the {kind} {format_names(missing)} of the model and its config"
+            f"{similar_names(missing[0], given)}"
         )
 
 
-def _refuse_shape(key: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if given != wanted:
-        raise ValueError(f"{key} {given} must be {wanted} for this model and config")
+def _refuse_shape(key: str, given: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if given != expected:
+        raise ValueError(f"{key} {given} must be {expected} for this model and config")
 
 
-def _refuse_dtype(key: str, entry: files.Entry, wanted: torch.dtype) -> None:
-    """Floating dtypes are cast; anything else must be what it is in the model."""
-    if entry.dtype != wanted and not (entry.dtype.is_floating_point and wanted.is_floating_point):
-        raise ValueError(f"{key} {entry.shape} is {entry.dtype}, and must be {wanted}")
+def _refuse_dtype(key: str, entry: files.Entry, expected: torch.dtype) -> None:
+    """Raise ValueError if the dtypes differ. Floating dtypes are cast to one another."""
+    castable = entry.dtype.is_floating_point and expected.is_floating_point
+    if entry.dtype != expected and not castable:
+        raise ValueError(f"{key} {entry.shape} is {entry.dtype}, and must be {expected}")
 
 
 def _refuse_other_adapter(name: str, layer: AdapterLayer, adapter: Adapter) -> None:
-    theirs, ours = (
-        (type(one).__name__, one.r, one.axis, one.residual, file_format.is_alone(one))
-        for one in (adapter, layer.adapter)
+    """Raise ValueError if the file's adapter is not the layer's."""
+    file_kind, layer_kind = (
+        (type(a).__name__, a.r, a.axis, a.residual, file_format.is_magnitude_only(a))
+        for a in (adapter, layer.adapter)
     )
-    # A scaling goes through alpha = s·r and back, which may round.
-    if theirs != ours or not math.isclose(adapter.scaling, float(layer.scaling), rel_tol=1e-12):
+    # A file stores alpha = s·r, from which s is computed again; both may round.
+    same_scaling = math.isclose(adapter.scaling, float(layer.scaling), rel_tol=1e-12)
+    if file_kind != layer_kind or not same_scaling:
         raise ValueError(
-            f"{name} has {layer.adapter} with scaling {float(layer.scaling):g}, the file {adapter} with {adapter.scaling:g}"
+            f"{name} has {layer.adapter} with scaling {float(layer.scaling):g}, the file {adapter} "
+            f"with {adapter.scaling:g}"
         )
 
 
-def _refuse_parts(
-    name: str, module: nn.Module, adapter: Adapter, file: files.AdapterFile, found: keys.Sorted
+def _check_layer(
+    name: str, module: nn.Module, adapter: Adapter, file: files.AdapterFile, groups: KeyGroups
 ) -> None:
-    parts: dict[str, TensorSpec] = {
-        part: one for part, one in adapter.tensor_specs(*_shape(module)).items() if not one.shared
+    """Check the names, shapes and dtypes of a layer's own tensors. adapter: as the file has it."""
+    specs = {
+        part: spec
+        for part, spec in adapter.tensor_specs(*_weight_shape(module)).items()
+        if not spec.shared
     }
-    given = found.layers[name]
-    if given.keys() != parts.keys():
-        extra, lacking = sorted(given.keys() - parts.keys()), sorted(parts.keys() - given.keys())
-        told = [f"has {', '.join(given[part] for part in extra)}"] * bool(extra) + [
-            f"lacks {', '.join(lacking)}"
-        ] * bool(lacking)
-        raise ValueError(f"{name}: the file {' and '.join(told)}, and its config says {adapter}")
+    given = groups.layers[name]
+    if given.keys() != specs.keys():
+        extra, missing = sorted(given.keys() - specs.keys()), sorted(specs.keys() - given.keys())
+        faults = []
+        if extra:
+            faults.append(f"has {', '.join(given[part] for part in extra)}")
+        if missing:
+            faults.append(f"lacks {', '.join(missing)}")
+        raise ValueError(f"{name}: the file {' and '.join(faults)}, and its config says {adapter}")
     for part, key in given.items():
-        shape, wanted = file.entries[key].shape, parts[part].shape
-        _refuse_shape(
-            key,
-            shape,
-            adalora_format.filed_shape(part, wanted, shape)
-            if isinstance(adapter, AdaLoRA)
-            else wanted,
-        )
+        shape, expected = file.entries[key].shape, specs[part].shape
+        if isinstance(adapter, AdaLoRA):
+            expected = adalora_format.file_shape(part, expected, shape)
+        _refuse_shape(key, shape, expected)
         _refuse_dtype(key, file.entries[key], torch.float32)
-    N, K = _shape(module)
-    for part, key in found.shared.items():
+
+
+def _check_shared(
+    module: nn.Module, adapter: Adapter, file: files.AdapterFile, groups: KeyGroups
+) -> None:
+    """Check that VeRA's projections are large enough for a layer."""
+    N, K = _weight_shape(module)
+    for part, key in groups.shared.items():
         shape = file.entries[key].shape
         _refuse_dtype(key, file.entries[key], torch.float32)
-        _refuse_shape(
-            key,
-            shape,
-            (adapter.r, max(shape[1], K)) if part == "lora_A" else (max(shape[0], N), adapter.r),
-        )
+        if part == "lora_A":
+            expected = (adapter.r, max(shape[1], K))
+        else:
+            expected = (max(shape[0], N), adapter.r)
+        _refuse_shape(key, shape, expected)
 
 
-def _with_bases(found: keys.Sorted, rest: dict[str, torch.Tensor], model: nn.Module) -> keys.Sorted:
-    """PEFT saves a model's embeddings and head too, where it thinks that they may have changed."""
-    own = {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    bases = {name: key for name, key in found.rest.items() if name not in rest and name in own}
-    return found._replace(
-        rest={name: key for name, key in found.rest.items() if name not in bases},
-        bases={f"{name}.weight": key for name, key in found.bases.items()} | bases,
+def _separate_bases(groups: KeyGroups, extra: Tensors, model: nn.Module) -> KeyGroups:
+    """Return the groups with base weights moved from extra to bases, all by tensor name.
+
+    PEFT also saves a model's embeddings and output head where they may have changed.
+    """
+    own = {canonical_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    bases = {name: key for name, key in groups.extra.items() if name not in extra and name in own}
+    return groups._replace(
+        extra={name: key for name, key in groups.extra.items() if name not in bases},
+        bases={f"{name}.weight": key for name, key in groups.bases.items()} | bases,
     )
 
 
-def _refuse_bases(
-    found: keys.Sorted,
-    model: nn.Module,
-    specs: dict[str, Adapter],
-    tensors: dict[str, torch.Tensor],
+def _check_extra(file: files.AdapterFile, groups: KeyGroups, extra: Tensors) -> None:
+    """Check the names, shapes and dtypes of modules to save and biases."""
+    _refuse_names("tensor", groups.extra, extra)
+    for name, key in groups.extra.items():
+        _refuse_shape(key, file.entries[key].shape, tuple(extra[name].shape))
+        _refuse_dtype(key, file.entries[key], extra[name].dtype)
+
+
+def _check_bases(
+    groups: KeyGroups, model: nn.Module, adapters: dict[str, Adapter], tensors: Tensors
 ) -> None:
-    """Base weights in the file must be the model's own; or what a start that changes them will leave of it."""
-    own = (
-        {
-            clean(name): parameter
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-        }
-        if found.bases
-        else {}
-    )
-    for name, key in found.bases.items():
+    """Raise ValueError if the file has base weights that are not the model's.
+
+    adapters: of the layers. One whose init changes the weight will compute its own base weight.
+    """
+    if not groups.bases:
+        return
+    own = {
+        canonical_name(name): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    for name, key in groups.bases.items():
         if name not in own:
-            raise ValueError(f"the file has {key}, which the model has not{near(name, own)}")
-        adapter = specs.get(name.removesuffix(".weight"))
+            raise ValueError(
+                f"the file has {key}, which the model has not{similar_names(name, own)}"
+            )
+        adapter = adapters.get(name.removesuffix(".weight"))
         if adapter is not None and adapter.residual:
             continue
-        ours, theirs = own[name], tensors[key]
-        if ours.shape != theirs.shape or not torch.equal(theirs.to(ours), ours):
+        expected, given = own[name], tensors[key]
+        if expected.shape != given.shape or not torch.equal(given.to(expected), expected):
             raise ValueError(
-                f"{key} {tuple(theirs.shape)} is another weight than the model's own {tuple(ours.shape)}: put it there first"
+                f"{key} {tuple(given.shape)} is another weight than the model's own "
+                f"{tuple(expected.shape)}: put it there first"
             )
 
 
-def _untied(
-    given: dict[str, torch.Tensor], rest: dict[str, torch.Tensor], model: nn.Module, present: bool
-) -> bool:
-    """Whether what is one tensor in the model is two in the file, or one that trains and one that does not."""
-    held = owners(model) if rest else {}
-    first: dict[int, str] = {}
-    count: dict[int, int] = {}
-    for name, tensor in rest.items():
-        place = storage(tensor)
-        count[place] = count.get(place, 0) + 1
-        other = first.setdefault(place, name)
+def _must_untie(given: Tensors, extra: Tensors, model: nn.Module, adapted: bool) -> bool:
+    """True if tensors that are one in the model must become several.
+
+    That is so where they differ in the file, or where only one of them trains. ValueError if the
+    model is adapted already, and its tensors stay as they are.
+    """
+    owners = parameter_owners(model) if extra else {}
+    first_names: dict[int, str] = {}
+    counts: dict[int, int] = {}
+    for name, tensor in extra.items():
+        key = storage_key(tensor)
+        counts[key] = counts.get(key, 0) + 1
+        other = first_names.setdefault(key, name)
         if not torch.equal(given[name], given[other]):
-            if present:
+            if adapted:
                 raise ValueError(
-                    f"{name} and {other} are one tensor {tuple(tensor.shape)} in the model, and two in the file"
+                    f"{name} and {other} are one tensor {tuple(tensor.shape)} in the model, and "
+                    "two in the file"
                 )
             return True
-    return not present and any(len(held.get(place, ())) > n for place, n in count.items())
+    return not adapted and any(len(owners.get(key, ())) > n for key, n in counts.items())
 
 
-def _cut(
-    adapter: Adapter, module: nn.Module, found: keys.Sorted, tensors: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """A layer's part of what all share: the file's, or drawn again where it holds none."""
-    N, K = _shape(module)
-    if not any(part.shared for part in adapter.tensor_specs(N, K).values()):
+def _layer_tensors(
+    name: str, module: nn.Module, adapter: Adapter, groups: KeyGroups, tensors: Tensors
+) -> Tensors:
+    """Return a layer's tensors by Parameter name, its slices of shared ones included."""
+    own = {part: tensors[key] for part, key in groups.layers[name].items()}
+    own |= _shared_slices(module, adapter, groups, tensors)
+    if isinstance(adapter, AdaLoRA):
+        own = {part: adalora_format.from_file(part, tensor) for part, tensor in own.items()}
+    return own
+
+
+def _shared_slices(
+    module: nn.Module, adapter: Adapter, groups: KeyGroups, tensors: Tensors
+) -> Tensors:
+    """Return a layer's slices of VeRA's projections; those are drawn again if the file has none."""
+    N, K = _weight_shape(module)
+    if not any(spec.shared for spec in adapter.tensor_specs(N, K).values()):
         return {}
-    if found.shared:
-        A, B = tensors[found.shared["lora_A"]], tensors[found.shared["lora_B"]]
+    if groups.shared:
+        A, B = tensors[groups.shared["lora_A"]], tensors[groups.shared["lora_B"]]
     else:
         A, B = projections(adapter.r, *adapter.largest, adapter.projection_prng_key)
     return {"lora_A": A[:, :K], "lora_B": B[:N]}
 
 
-def _finite(
-    name: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    found = {part: tensor.to(dtype) for part, tensor in tensors.items()}
-    for part, tensor in found.items():
+def _cast(name: str, tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """Return the tensors in this dtype. ValueError if one is not finite in it."""
+    cast = {part: tensor.to(dtype) for part, tensor in tensors.items()}
+    for part, tensor in cast.items():
         if not tensor.isfinite().all():
-            where = f"{name}.{part}".removesuffix(".")
-            raise ValueError(f"{where} {tuple(tensor.shape)} of the file is not finite in {dtype}")
-    return found
+            full_name = f"{name}.{part}".removesuffix(".")
+            raise ValueError(
+                f"{full_name} {tuple(tensor.shape)} of the file is not finite in {dtype}"
+            )
+    return cast

@@ -1,4 +1,4 @@
-"""The one place where arguments are checked: every refusal names the argument and the shapes it met."""
+"""The one place where arguments are checked: every error names the argument and the shapes."""
 
 from __future__ import annotations
 
@@ -7,80 +7,112 @@ import math
 import torch
 
 from lorafast.engine import philox
-from lorafast.engine.problem import LayerTensors, Scaling, activation_dtype
+from lorafast.engine.precision import activation_dtype
+from lorafast.engine.problem import CallOptions, LayerTensors, Scaling
+from lorafast.runtime import torch_internals
 
 AXES = ("out", "in")
 DROPOUT_ON = ("adapter", "both")
 KEEPS = ("auto", "output", "inner", "recompute")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_NUMBERS = (int, float)
-# Calls that were found right, and the dtypes they run in. So many are kept, and then forgotten together.
-_passed: dict[tuple | None, torch.dtype] = {}
-_KEPT = 4096
+_DTYPES = frozenset(DTYPES)
 
 
-def call(
-    x: torch.Tensor,
-    t: LayerTensors,
-    scaling: Scaling,
-    dropout: float,
-    axis: str,
-    dropout_on: str,
-    keep: str,
-    frozen_columns: int,
-    signature: tuple | None = None,
-) -> torch.dtype:
-    """Everything lorafast.linear is given; the dtype it runs in.
+def call(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.dtype:
+    """Check everything that lorafast.linear is given; return the dtype it computes in.
 
-    signature: onlookers.signature(x, *t). What has passed once need not be looked at again: only the scaling is no part of it.
+    options.scaling may be a tensor here, and options.keep "auto". A usual call is recognised at
+    once; every other one goes through the checks that name what is wrong.
     """
-    seen = None
-    if signature and type(scaling) in _NUMBERS and scaling - scaling == 0:
-        seen = _seen(signature, x, dropout, axis, dropout_on, keep, frozen_columns)
-        if (runs_in := _passed.get(seen)) is not None:
-            return runs_in
-    words(axis, dropout_on, keep, dropout)
+    weight, bias, A, B, core, magnitude, norm, out_scale, lora_bias, seed, _ = tensors
+    scaling, p, axis, dropout_on, keep, frozen_columns = options
+    # Written out and without a loop, because it runs at every call of a layer.
+    try:
+        (N, K), R, device = weight.shape, A.shape[0], x.device
+        dtype = activation_dtype(x) if torch_internals.any_autocast() else x.dtype
+        usual = (
+            not torch.compiler.is_compiling()
+            and x.dtype in _DTYPES
+            and weight.dtype in _DTYPES
+            and (dtype is weight.dtype or _fits(weight, x, dtype))
+            and x.shape[-1] == K
+            and A.shape == (R, K)
+            and B.shape == (N, R)
+            and R > 0
+            and A.dtype in _DTYPES
+            and B.dtype in _DTYPES
+            and (weight.device == device and A.device == device and B.device == device)
+            and (bias is None or _is_vector(bias, N, device))
+            and (core is None or _is_core(core, R, device))
+            and (magnitude is None or _is_vector(magnitude, N if axis == "out" else K, device))
+            and (norm is None or (magnitude is not None and norm.shape == magnitude.shape))
+            and (norm is None or (norm.dtype in _DTYPES and norm.device == device))
+            and (out_scale is None or _is_vector(out_scale, N, device))
+            and (lora_bias is None or _is_vector(lora_bias, N, device))
+            and seed is None
+            and type(scaling) is float
+            and scaling - scaling == 0  # neither inf nor nan
+            and (p == 0 or (type(p) is float and 0 < p < 1))
+            and (p == 0 or 0 < round(p * philox.STEPS) < philox.STEPS)
+            and (axis == "out" or (axis == "in" and keep in ("auto", "recompute")))
+            and (dropout_on == "adapter" or (dropout_on == "both" and keep != "output"))
+            and keep in KEEPS
+            and type(frozen_columns) is int
+            and 0 <= frozen_columns <= R
+        )
+    except (AttributeError, TypeError, ValueError, IndexError):
+        usual = False
+    return dtype if usual else _check_call(x, tensors, options)
+
+
+def _is_vector(vector: torch.Tensor, length: int, device: torch.device) -> bool:
+    return vector.shape == (length,) and vector.dtype in _DTYPES and vector.device == device
+
+
+def _is_core(core: torch.Tensor, R: int, device: torch.device) -> bool:
+    shaped = core.shape == (R, R) or core.shape == (R,)
+    return shaped and core.dtype in _DTYPES and core.device == device
+
+
+def _check_call(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.dtype:
+    words(options.axis, options.dropout_on, options.keep, options.dropout)
     floating("x", x)
-    tensors = t._asdict()
-    N, K, R = factors(t, axis)
+    N, K, R = factors(tensors, options.axis)
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x {tuple(x.shape)} must end in K={K} for weight {(N, K)}")
-    _seed(tensors["seed"], x)
-    for name, tensor in tensors.items():
+    _seed(tensors.seed, x)
+    for name, tensor in tensors._asdict().items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(
-                f"{name} {tuple(tensor.shape)} is on {tensor.device}, x {tuple(x.shape)} on {x.device}"
+                f"{name} {tuple(tensor.shape)} is on {tensor.device}, "
+                f"x {tuple(x.shape)} on {x.device}"
             )
-    if tensors["norm"] is not None and tensors["magnitude"] is None:
-        raise ValueError(f"norm {tuple(tensors['norm'].shape)} is given without magnitude")
-    runs_in = activation_dtype(x)
-    if not _fits(t.weight, x, runs_in):
-        both = (
-            f"weight {tuple(t.weight.shape)} is {t.weight.dtype}, x {tuple(x.shape)} is {x.dtype}"
+    if tensors.norm is not None and tensors.magnitude is None:
+        raise ValueError(f"norm {tuple(tensors.norm.shape)} is given without magnitude")
+    dtype = activation_dtype(x)
+    if not _fits(tensors.weight, x, dtype):
+        raise TypeError(
+            f"weight {tuple(tensors.weight.shape)} is {tensors.weight.dtype}, "
+            f"x {tuple(x.shape)} is {x.dtype}: without autocast they must be equal"
         )
-        raise TypeError(f"{both}: without autocast they must be equal")
-    _scaling(scaling, x)
+    _scaling(options.scaling, x)
+    columns = options.frozen_columns
     # A symbolic integer, which torch.compile may pass, is no int but compares like one.
-    if not isinstance(frozen_columns, int | torch.SymInt) or not 0 <= frozen_columns <= R:
+    if not isinstance(columns, int | torch.SymInt) or not 0 <= columns <= R:
         raise ValueError(
-            f"frozen_columns {frozen_columns!r} must be an integer between 0 and R={R}, lora_B {(N, R)}"
+            f"frozen_columns {columns!r} must be an integer between 0 and R={R}, lora_B {(N, R)}"
         )
-    _remember(seen, runs_in)
-    return runs_in
+    return dtype
 
 
-def norm(t: LayerTensors, axis: str, signature: tuple | None = None) -> None:
-    """Everything lorafast.functional.row_norm is given but its scaling. signature: onlookers.signature(*t), as in call."""
-    # The weight comes first among the tensors, and of the first a signature has the width alone.
-    seen = (signature, t.weight.shape, axis) if signature and type(axis) is str else None
-    if seen is None or seen not in _passed:
-        word("axis", axis, AXES)
-        factors(t, axis)
-        _remember(seen, t.weight.dtype)
+def norm(tensors: LayerTensors, axis: str) -> None:
+    """Check everything that lorafast.functional.row_norm is given but its scaling."""
+    word("axis", axis, AXES)
+    factors(tensors, axis)
 
 
 def factors(t: LayerTensors, axis: str) -> tuple[int, int, int]:
-    """The weight and every tensor whose shape it decides; N, K and R."""
+    """Check the weight and every tensor whose shape follows from it; return N, K and R."""
     tensors = t._asdict()
     pair("weight", tensors["weight"], "[N, K]")
     N, K = tensors["weight"].shape
@@ -111,29 +143,31 @@ def factors(t: LayerTensors, axis: str) -> tuple[int, int, int]:
 
 
 def words(axis: str, dropout_on: str, keep: str, dropout: float) -> None:
-    """The words of DoRA, alone and together."""
+    """Check the words of DoRA, alone and together."""
     word("axis", axis, AXES)
     word("dropout_on", dropout_on, DROPOUT_ON)
     word("keep", keep, KEEPS)
     probability(dropout)
     if keep == "output" and dropout > 0 and dropout_on == "both":
         raise ValueError(
-            "keep='output' cannot serve dropout_on='both', whose output is no multiple of z; use keep='inner'"
+            "keep='output' cannot serve dropout_on='both', whose output is no multiple of z; "
+            "use keep='inner'"
         )
     if axis == "in" and keep in ("output", "inner"):
         raise ValueError(
-            f"keep={keep!r} belongs to axis='out'; axis='in' remakes gain⊙x in backward and keeps nothing more"
+            f"keep={keep!r} belongs to axis='out'; "
+            "axis='in' remakes gain⊙x in backward and keeps nothing more"
         )
 
 
 def word(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """One of the allowed words."""
+    """Check that the value is one of the allowed words."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
 
 
 def probability(dropout: float) -> None:
-    """dropout in [0, 1), and distinguishable from 0 and 1 in 16 bits."""
+    """Check that dropout is in [0, 1) and differs from 0 and 1 in 16 bits."""
     if not isinstance(dropout, int | float):
         raise TypeError(
             f"dropout {dropout!r} must be a number in [0, 1), not {type(dropout).__name__}"
@@ -144,29 +178,30 @@ def probability(dropout: float) -> None:
 
 
 def whole(name: str, value: int, least: int = 1) -> None:
-    """An integer of at least `least`, and no bool."""
+    """Check that the value is an integer of at least `least`, and no bool."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
 
 
 def number(name: str, value: float, below: float = math.inf) -> None:
-    """A number in [0, below)."""
+    """Check that the value is a number in [0, below)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
         raise ValueError(f"{name}={value!r} must be a number in [0, {below})")
 
 
 def floating(name: str, tensor: torch.Tensor) -> None:
-    """A tensor of fp64, fp32, bf16 or fp16."""
+    """Check that it is a tensor of fp64, fp32, bf16 or fp16."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
         raise TypeError(
-            f"{name} {tuple(tensor.shape)} is {tensor.dtype}; lorafast computes in float64, float32, bfloat16 and float16"
+            f"{name} {tuple(tensor.shape)} is {tensor.dtype}; "
+            "lorafast computes in float64, float32, bfloat16 and float16"
         )
 
 
 def pair(name: str, tensor: torch.Tensor, form: str) -> None:
-    """A floating matrix."""
+    """Check that it is a matrix of floating-point numbers."""
     floating(name, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{name} {tuple(tensor.shape)} must be {form}")
@@ -175,7 +210,7 @@ def pair(name: str, tensor: torch.Tensor, form: str) -> None:
 def shaped(
     name: str, tensor: torch.Tensor, shapes: list[tuple[int, ...]], weight: tuple[int, int], R: int
 ) -> None:
-    """A floating tensor of one of the given shapes."""
+    """Check that it is a tensor of floating-point numbers with one of the shapes."""
     floating(name, tensor)
     if tuple(tensor.shape) not in shapes:
         forms = " or ".join(map(str, map(tuple, shapes)))
@@ -184,38 +219,13 @@ def shaped(
         )
 
 
-def _seen(
-    signature: tuple,
-    x: torch.Tensor,
-    dropout: float,
-    axis: str,
-    dropout_on: str,
-    keep: str,
-    frozen_columns: int,
-) -> tuple | None:
-    """All that decides whether a call is right, its scaling left out; None where 1, 1.0 and True would be taken for one another."""
-    words = type(axis) is str and type(dropout_on) is str and type(keep) is str
-    if not words or type(dropout) not in _NUMBERS or type(frozen_columns) is not int:
-        return None
-    device = "cpu" if x.is_cpu else "cuda"
-    cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return signature, cast, dropout, axis, dropout_on, keep, frozen_columns
-
-
-def _remember(seen: tuple | None, runs_in: torch.dtype) -> None:
-    if seen is None:
-        return
-    if len(_passed) >= _KEPT:
-        _passed.clear()
-    _passed[seen] = runs_in
-
-
 def _seed(seed: torch.Tensor | None, x: torch.Tensor) -> None:
     if seed is not None and not isinstance(seed, torch.Tensor):
         raise TypeError(f"seed must be an int64 tensor of shape (1,), not {seed!r}")
     if seed is not None and (seed.dtype != torch.int64 or tuple(seed.shape) != (1,)):
         raise TypeError(
-            f"seed {tuple(seed.shape)} {seed.dtype} must be (1,) int64, in [0, 2**63), for x {tuple(x.shape)}"
+            f"seed {tuple(seed.shape)} {seed.dtype} must be (1,) int64, in [0, 2**63), "
+            f"for x {tuple(x.shape)}"
         )
 
 
@@ -228,19 +238,19 @@ def _scaling(scaling: Scaling, x: torch.Tensor) -> None:
             )
         if scaling.device != x.device:
             raise ValueError(
-                f"scaling {tuple(scaling.shape)} is on {scaling.device}, x {tuple(x.shape)} on {x.device}"
+                f"scaling {tuple(scaling.shape)} is on {scaling.device}, "
+                f"x {tuple(x.shape)} on {x.device}"
             )
-    elif (
-        isinstance(scaling, float) and scaling - scaling != 0
-    ):  # inf and nan; torch.compile traces no math.isfinite
+    elif isinstance(scaling, float) and scaling - scaling != 0:
+        # inf and nan, in a form that torch.compile traces.
         raise ValueError(f"scaling {scaling} must be finite")
     elif not isinstance(scaling, int | float | torch.SymFloat):
         raise TypeError(f"scaling must be a number or a tensor of one element, not {scaling!r}")
 
 
-def _fits(weight: torch.Tensor, x: torch.Tensor, runs_in: torch.dtype) -> bool:
-    """Whether the weight has the dtype of the call, or autocast brings the two together."""
-    if weight.dtype == runs_in:
+def _fits(weight: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """True if the weight has the dtype of the call, or autocast brings the two together."""
+    if weight.dtype == dtype:
         return True
     cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    return cast and torch.float64 not in (weight.dtype, runs_in)
+    return cast and torch.float64 not in (weight.dtype, dtype)

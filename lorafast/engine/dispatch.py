@@ -1,37 +1,48 @@
-"""Which backend serves a primitive: the first able one in order, or the forced one, which must be able."""
+"""The backend of each primitive: the first that can, in order, or the forced one, which must."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
+import math
 import sys
-from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
-from lorafast.engine.problem import Problem
-from lorafast.runtime import env, symlinks
+import torch
 
-# Fastest first. A backend is a file in backends/; one that is not there yet, or fails to load, is a reason.
+from lorafast.engine.backends import Backend
+from lorafast.engine.problem import CallOptions, LayerTensors, Problem
+from lorafast.runtime import devices, env, symlinks
+
+if TYPE_CHECKING:
+    from lorafast.engine.backends import cpu, eager, triton
+
+    # A module is a backend if it has the functions of the protocol: the type checker holds it.
+    _BACKENDS: tuple[Backend, ...] = (eager, cpu, triton)
+
+# Fastest first. A backend is a file in backends/; one that is missing or fails to load is a reason.
 ORDER = ("cuda", "triton", "cpu", "eager")
 _SOURCES = {"cuda": "csrc", "triton": "kernels", "cpu": "csrc"}
 
 
 @functools.cache
-def load(backend: str) -> ModuleType | str:
-    """The backend's module, or the reason there is none."""
+def load(backend: str) -> Backend | str:
+    """The backend's module, or the reason why there is none."""
     name = f"lorafast.engine.backends.{backend}"
     if importlib.util.find_spec(name) is None:
         return "not part of this version of lorafast"
-    # Whatever a driver, a compiler or a half-written file throws is a reason, never a crash in somebody's forward pass.
+    # An exception of a driver, a compiler or a broken file is a reason to take another backend,
+    # never a crash in a forward pass.
     try:
-        return importlib.import_module(name)
+        return cast(Backend, importlib.import_module(name))
     except Exception as error:
-        lost = symlinks.why_missing(_SOURCES[backend]) if backend in _SOURCES else None
-        return lost or f"cannot be loaded: {type(error).__name__}: {error}"
+        missing = symlinks.why_missing(_SOURCES[backend]) if backend in _SOURCES else None
+        return missing or f"cannot be loaded: {type(error).__name__}: {error}"
 
 
 def why_not(backend: str, primitive: str, problem: Problem) -> tuple[str, ...]:
-    """Every reason this backend cannot serve this primitive of this problem; empty if it can."""
+    """Every reason why this backend cannot compute this primitive; empty if it can."""
     module = load(backend)
     if isinstance(module, str):
         return (module,)
@@ -45,14 +56,14 @@ def why_not(backend: str, primitive: str, problem: Problem) -> tuple[str, ...]:
     return reasons
 
 
-def how(backend: str, primitive: str, problem: Problem) -> str | None:
-    """Which of its ways a backend takes that has several."""
-    told = getattr(load(backend), "how", None)
-    return told and told(primitive, problem)
+def describe_route(backend: str, primitive: str, problem: Problem) -> str | None:
+    """The route that a backend with several takes, in words; None for the others."""
+    describe = getattr(load(backend), "describe_route", None)
+    return describe and describe(primitive, problem)
 
 
 def candidates(asked: str) -> tuple[str, ...]:
-    """The backends to ask, in order, for a value of LORAFAST_BACKEND. ValueError for one that is none."""
+    """The backends to try, in order, for a value of LORAFAST_BACKEND. ValueError if unknown."""
     if asked == "auto":
         return ORDER
     if asked not in ORDER:
@@ -60,47 +71,99 @@ def candidates(asked: str) -> tuple[str, ...]:
     return (asked,)
 
 
-class Routes(dict[str, ModuleType]):
-    """The backend of each primitive of one problem, chosen when it is first asked for.
+class Routes(dict[str, Backend]):
+    """The backend of each primitive of one problem, chosen when it is first needed.
 
-    ValueError for an unknown LORAFAST_BACKEND, RuntimeError if it cannot.
+    ValueError for an unknown LORAFAST_BACKEND, RuntimeError if the forced backend cannot.
     """
 
     def __init__(self, problem: Problem, asked: str, log: bool) -> None:
         super().__init__()
-        self._question = problem, asked, log
+        self._problem, self._asked, self._log = problem, asked, log
 
-    def __missing__(self, primitive: str) -> ModuleType:
-        self[primitive] = found = _choose(primitive, *self._question)
-        return found
-
-
-def routes(facts: tuple) -> Routes:
-    """The backends of the problem with these facts, which is only made the first time."""
-    return _pick(facts, env.backend(), env.log())
+    def __missing__(self, primitive: str) -> Backend:
+        self[primitive] = chosen = _choose(primitive, self._problem, self._asked, self._log)
+        return chosen
 
 
-def pick(primitive: str, problem: Problem) -> ModuleType:
-    """The backend that serves this primitive. ValueError for an unknown LORAFAST_BACKEND, RuntimeError if it cannot."""
-    return _pick(problem, env.backend(), env.log())[primitive]
+def routes(
+    x: torch.Tensor,
+    tensors: LayerTensors,
+    options: CallOptions,
+    ranks: tuple[int, ...] | None = None,
+) -> Routes:
+    """The backends for one layer's call; x may be any activation [...,K] or, in backward, dy.
+
+    ranks: the rank of each adapter, where there are several.
+    """
+    # The fields of Problem, in order: as good a key, and quicker to make and to hash than one.
+    weight, A, core, shape = tensors.weight, tensors.lora_A, tensors.core, x.shape
+    N, K = weight.shape
+    key = (
+        devices.of(x.device),
+        x.dtype,
+        shape[0] if len(shape) == 2 else math.prod(shape[:-1]),
+        K,
+        (N,),
+        ranks or (A.shape[0],),
+        weight.dtype,
+        A.dtype,
+        weight.stride(0) == 1 and N != 1 and K != 1,
+        "none" if core is None else "diagonal" if core.dim() == 1 else "full",
+        options.dropout,
+        options.dropout_on,
+        "none" if tensors.magnitude is None else options.axis,
+        options.keep,
+        tensors.out_scale is not None,
+    )
+    return _routes(key, env.raw_get(env.BACKEND_KEY), env.raw_get(env.LOG_KEY))
+
+
+def norm_routes(tensors: LayerTensors, options: CallOptions) -> Routes:
+    """The backends for row_norm, which the weight alone decides."""
+    weight, A = tensors.weight, tensors.lora_A
+    N, K = weight.shape
+    dtype, transposed = weight.dtype, weight.stride(0) == 1 and N != 1 and K != 1
+    key = (
+        devices.of(weight.device), dtype, 0, K, (N,), (A.shape[0],), dtype, A.dtype, transposed,
+        "none", 0.0, "adapter", options.axis,
+    )  # fmt: skip
+    return _routes(key, env.raw_get(env.BACKEND_KEY), env.raw_get(env.LOG_KEY))
+
+
+def problem_of(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> Problem:
+    """The problem of one layer's call."""
+    return routes(x, tensors, options)._problem
+
+
+def norm_problem_of(tensors: LayerTensors, options: CallOptions) -> Problem:
+    """The problem of row_norm."""
+    return norm_routes(tensors, options)._problem
+
+
+def pick(primitive: str, problem: Problem) -> Backend:
+    """The backend of this primitive. Raises as Routes does."""
+    return _routes(problem, env.raw_get(env.BACKEND_KEY), env.raw_get(env.LOG_KEY))[primitive]
 
 
 @functools.lru_cache(maxsize=4096)
-def _pick(problem: Problem | tuple, asked: str, log: bool) -> Routes:
-    return Routes(problem if isinstance(problem, Problem) else Problem(*problem), asked, log)
+def _routes(key: tuple | Problem, *environment: object) -> Routes:
+    # `environment` only separates the answers for different values of the two variables.
+    problem = key if isinstance(key, Problem) else Problem(*key)
+    return Routes(problem, env.backend(), env.log())
 
 
-def _choose(primitive: str, problem: Problem, asked: str, log: bool) -> ModuleType:
+def _choose(primitive: str, problem: Problem, asked: str, log: bool) -> Backend:
     refusals = {}
     for backend in candidates(asked):
         refusals[backend] = why_not(backend, primitive, problem)
         if not refusals[backend]:
             if log:
                 _announce(primitive, problem, backend, refusals)
-            return load(backend)
-    reasons = "; ".join(refusals[asked])
+            return cast(Backend, load(backend))
     raise RuntimeError(
-        f"{env.BACKEND.name}={asked} cannot {primitive}: {reasons} (a forced backend serves all or nothing; auto falls back)"
+        f"{env.BACKEND.name}={asked} cannot {primitive}: {'; '.join(refusals[asked])} "
+        "(a forced backend serves all or nothing; auto falls back)"
     )
 
 
@@ -108,9 +171,7 @@ def _announce(
     primitive: str, problem: Problem, backend: str, refusals: dict[str, tuple[str, ...]]
 ) -> None:
     others = ", ".join(f"{name} ({'; '.join(why)})" for name, why in refusals.items() if why)
-    way = how(backend, primitive, problem)
-    chosen = f"{backend} ({way})" if way else backend
-    print(
-        f"lorafast: {primitive} -> {chosen}{others and f'; not {others}'}; {problem}",
-        file=sys.stderr,
-    )
+    route = describe_route(backend, primitive, problem)
+    chosen = f"{backend} ({route})" if route else backend
+    not_others = f"; not {others}" if others else ""
+    print(f"lorafast: {primitive} -> {chosen}{not_others}; {problem}", file=sys.stderr)

@@ -1,8 +1,11 @@
-"""Several LoRA adapters on one frozen weight in one call, as lorafast::several and its backward.
+"""Several LoRA adapters on one frozen weight in one call: lorafast::several and its backward.
 
     y = x Wᵀ + Σᵢ sᵢ(dropᵢ(x) Aᵢᵀ Bᵢᵀ + lora_biasᵢ) + bias
 
-Kept for backward: x by reference if an A trains, and M·Rᵢ for every B that trains.
+Kept for backward: x by reference if an A trains, and h [M,Rᵢ] for every B that trains.
+
+It is an op of its own beside lorafast::linear, because torch passes lists of tensors to an op one
+by one: with one adapter it takes twice the time of linear's call on tiny tensors (`make micro`).
 """
 
 from __future__ import annotations
@@ -15,25 +18,30 @@ import torch
 
 from lorafast.engine import dispatch
 from lorafast.engine.dispatch import Routes
-from lorafast.engine.ops import below_autocast, below_autograd, differentiable, once, register
+from lorafast.engine.ops import differentiable, once_differentiable, register
+from lorafast.engine.precision import accumulator
 from lorafast.engine.problem import (
     BaseTerm,
     CallOptions,
     DownProj,
     LayerTensors,
     LowRankTerm,
+    OutputGrads,
     Scaling,
     UpProj,
     UpProjGradSpec,
-    accumulator,
-    facts,
     tokens,
 )
 from lorafast.runtime import torch_internals
+from lorafast.runtime.torch_internals import below_autocast, below_autograd
 
 
 class Factors(NamedTuple):
-    """One adapter of several: lora_A [R,K], lora_B [N,R], lora_bias [N], seed int64 [1] where it drops; s is scale or scaling."""
+    """One of several adapters.
+
+    lora_A [R,K], lora_B [N,R], lora_bias [N]; seed int64 [1] where it drops. Its scaling s is the
+    tensor scale if there is one, else the number scaling.
+    """
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
@@ -45,198 +53,200 @@ class Factors(NamedTuple):
 
     @property
     def s(self) -> Scaling:
-        """The scaling, the tensor if it is one."""
+        """The scaling: the tensor if it is one."""
         return self.scaling if self.scale is None else self.scale
 
 
-# How many of Factors' fields are tensors, and which of them autograd may ask a gradient for.
+# The tensors among Factors' fields, and those of them that may get a gradient, come first.
 _TENSORS, _TRAINABLE = 5, 3
-_LISTS = "Tensor[] lora_A, Tensor[] lora_B, Tensor?[] lora_bias, Tensor?[] seed, Tensor?[] scale, float[] scaling, float[] dropout"
+_LISTS = (
+    "Tensor[] lora_A, Tensor[] lora_B, Tensor?[] lora_bias, Tensor?[] seed, Tensor?[] scale, "
+    "float[] scaling, float[] dropout"
+)
 _FORWARD = f"several(Tensor x, Tensor weight, Tensor? bias, {_LISTS}) -> (Tensor y, Tensor[] h)"
-_BACKWARD = f"several_backward(Tensor dy, Tensor? x, Tensor?[] h, Tensor weight, {_LISTS}, bool[] wants) -> Tensor[]"
+_BACKWARD = (
+    f"several_backward(Tensor dy, Tensor? x, Tensor?[] h, Tensor weight, {_LISTS}, bool[] wants) "
+    "-> Tensor[]"
+)
+
+
+class _Needs(NamedTuple):
+    """The gradients needed of one adapter."""
+
+    lora_A: bool
+    lora_B: bool
+    lora_bias: bool
 
 
 def several(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    adapters: Sequence[Factors],
-    plain: bool = False,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Sequence[Factors]
 ) -> torch.Tensor:
-    """y [...,N] of x [...,K], weight [N,K] and at least one adapter. Checks nothing: lorafast.functional.several does.
+    """Return y [...,N] of x [...,K], weight [N,K] and at least one adapter.
 
-    plain: as in ops.linear.
+    Checks nothing: lorafast.functional.several does.
     """
-    lists = [list(one) for one in zip(*adapters, strict=True)]
-    if not plain or torch_internals.present():
+    lists = [list(field) for field in zip(*adapters, strict=True)]
+    tensors = [tensor for field in lists[:_TENSORS] for tensor in field]
+    if not torch_internals.bypasses_dispatcher(x, (weight, bias, *tensors)):
         return torch.ops.lorafast.several(x, weight, bias, *lists)[0]
-    laid_flat = [one for some in lists for one in some]
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, bias, *laid_flat):
-        return _Several.apply(True, len(adapters), x, weight, bias, *laid_flat)
+    if torch.is_grad_enabled() and torch_internals.any_requires_grad(x, weight, bias, *tensors):
+        flat = [value for field in lists for value in field]
+        return _Several.apply(True, len(adapters), x, weight, bias, *flat)
     with below_autograd():
         return _several(x, weight, bias, *lists)[0]
 
 
 def _several(x, weight, bias, *lists) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    adapters = [Factors(*one) for one in zip(*lists, strict=True)]
+    adapters = [Factors(*fields) for fields in zip(*lists, strict=True)]
     with below_autocast():
         routes = _routes(x, weight, adapters)
-        downs = [DownProj(one.lora_A, None, one.seed, one.dropout) for one in adapters]
+        downs = [DownProj(a.lora_A, None, a.seed, a.dropout) for a in adapters]
         projected = routes["project"].project(x, downs)
         ups = [
-            UpProj(mixed, one.lora_B, one.s)
-            for (_, mixed), one in zip(projected, adapters, strict=True)
+            UpProj(h_core, a.lora_B, a.s)
+            for (_, h_core), a in zip(projected, adapters, strict=True)
         ]
-        y, _ = routes["linear"].linear(x, weight, ups, None, _bias(bias, weight, adapters))
+        total_bias = _total_bias(bias, weight, adapters)
+        y, _ = routes["linear"].linear(x, weight, ups, None, total_bias)
         return y, [h for h, _ in projected]
 
 
 def _several_backward(dy, x, hs, weight, *rest) -> list[torch.Tensor]:
-    """Gradients of x and bias, then of each adapter's A, B and lora_bias, as far as `wants` says."""
+    """The gradients of x and bias, then of each adapter's A, B and lora_bias, as `wants` says."""
     *lists, wants = rest
-    adapters = [Factors(*one) for one in zip(*lists, strict=True)]
-    want_x, want_bias, asked = _unpacked(wants)
+    adapters = [Factors(*fields) for fields in zip(*lists, strict=True)]
+    need_x, need_bias, needs = _unflatten(wants)
     with below_autocast():
         routes = _routes(dy, weight, adapters)
-        returns = [
-            UpProjGradSpec(one.lora_B, one.s, h=h, want_v=want_x or want_A, want_B=want_B)
-            for one, h, (want_A, want_B, _) in zip(adapters, hs, asked, strict=True)
+        specs = [
+            UpProjGradSpec(a.lora_B, a.s, h=h, want_v=need_x or need.lora_A, want_B=need.lora_B)
+            for a, h, need in zip(adapters, hs, needs, strict=True)
         ]
-        any_bias = want_bias or any(want for _, _, want in asked)
-        sums = routes["grad_output"].grad_output(dy, returns, None, None, want_bias=any_bias)
-        lows = [
-            LowRankTerm(own.v, one.lora_A, one.seed, one.dropout)
-            for own, one in zip(sums.adapters, adapters, strict=True)
+        any_bias = need_bias or any(need.lora_bias for need in needs)
+        sums = routes["grad_output"].grad_output(dy, specs, None, None, any_bias)
+        terms = [
+            LowRankTerm(own.v, a.lora_A, a.seed, a.dropout)
+            for own, a in zip(sums.adapters, adapters, strict=True)
         ]
-        trained = [low for low, (want_A, _, _) in zip(lows, asked, strict=True) if want_A]
-        in_A = iter(routes["grad_project"].grad_project(x, trained) if trained else ())
-        found = [routes["grad_input"].grad_input([BaseTerm(dy, weight)], lows)] if want_x else []
-    found += [sums.d_bias] if want_bias else []
-    for own, one, (want_A, want_B, want_lora_bias) in zip(
-        sums.adapters, adapters, asked, strict=True
-    ):
-        found += [next(in_A).to(one.lora_A.dtype)] if want_A else []
-        found += [own.dB.to(one.lora_B.dtype)] if want_B else []
-        found += [sums.d_bias * one.s] if want_lora_bias else []
-    return found
+        trained = [term for term, need in zip(terms, needs, strict=True) if need.lora_A]
+        d_A = routes["grad_project"].grad_project(x, trained) if trained else []
+        grads = []
+        if need_x:
+            grads.append(routes["grad_input"].grad_input([BaseTerm(dy, weight)], terms))
+    if need_bias:
+        grads.append(sums.d_bias)
+    return grads + _adapter_grads(sums, d_A, adapters, needs)
+
+
+def _adapter_grads(
+    sums: OutputGrads, d_A: list[torch.Tensor], adapters: list[Factors], needs: list[_Needs]
+) -> list[torch.Tensor]:
+    next_d_A, grads = iter(d_A), []
+    for own, a, need in zip(sums.adapters, adapters, needs, strict=True):
+        if need.lora_A:
+            grads.append(next(next_d_A).to(a.lora_A.dtype))
+        if need.lora_B:
+            grads.append(own.dB.to(a.lora_B.dtype))
+        if need.lora_bias:
+            grads.append(sums.d_bias * a.s)
+    return grads
 
 
 def _routes(x: torch.Tensor, weight: torch.Tensor, adapters: list[Factors]) -> Routes:
-    """One entry of R for each adapter; dropout is the largest."""
-    first, p = adapters[0], max(one.dropout for one in adapters)
-    ranks = tuple(one.lora_A.shape[0] for one in adapters)
-    return dispatch.routes(
-        facts(
-            x,
-            LayerTensors(weight, lora_A=first.lora_A, lora_B=first.lora_B),
-            CallOptions(dropout=p),
-            ranks,
-        )
-    )
+    """The backends of the call; the problem's dropout is the largest of the adapters'."""
+    first, p = adapters[0], max(adapter.dropout for adapter in adapters)
+    ranks = tuple(adapter.lora_A.shape[0] for adapter in adapters)
+    tensors = LayerTensors(weight, lora_A=first.lora_A, lora_B=first.lora_B)
+    return dispatch.routes(x, tensors, CallOptions(dropout=p), ranks)
 
 
-def _bias(
+def _total_bias(
     bias: torch.Tensor | None, weight: torch.Tensor, adapters: list[Factors]
 ) -> torch.Tensor | None:
-    """bias + Σ s·lora_bias, in the accumulator's dtype if there is an adapter's.  [N]"""
-    for one in adapters:
-        if one.lora_bias is not None:
-            low = one.lora_bias.to(accumulator(weight.dtype)) * one.s
-            bias = low if bias is None else low + bias
+    """bias + Σ s·lora_bias, in the accumulator's dtype if an adapter has one.  [N]"""
+    for adapter in adapters:
+        if adapter.lora_bias is not None:
+            scaled = adapter.lora_bias.to(accumulator(weight.dtype)) * adapter.s
+            bias = scaled if bias is None else scaled + bias
     return bias
 
 
-def _unpacked(wants: Sequence[bool]) -> tuple[bool, bool, list[tuple[bool, ...]]]:
-    want_x, want_bias, *flat = wants
-    return (
-        want_x,
-        want_bias,
-        [tuple(flat[i : i + _TRAINABLE]) for i in range(0, len(flat), _TRAINABLE)],
-    )
+def _unflatten(wants: Sequence[bool]) -> tuple[bool, bool, list[_Needs]]:
+    need_x, need_bias, *flat = wants
+    steps = range(0, len(flat), _TRAINABLE)
+    return need_x, need_bias, [_Needs(*flat[i : i + _TRAINABLE]) for i in steps]
 
 
 def _fake_several(x, weight, bias, *lists):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), [
-        x.new_empty(tokens(x), A.shape[0]) for A in lists[0]
-    ]
+    hs = [x.new_empty(tokens(x), A.shape[0]) for A in lists[0]]
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), hs
 
 
 def _fake_several_backward(dy, x, hs, weight, *rest):
     *lists, wants = rest
-    want_x, want_bias, asked = _unpacked(wants)
+    need_x, need_bias, needs = _unflatten(wants)
+    adapters = [Factors(*fields) for fields in zip(*lists, strict=True)]
     d_bias = dy.new_empty(weight.shape[0], dtype=accumulator(dy.dtype))
-    found = [dy.new_empty(*dy.shape[:-1], weight.shape[1])] if want_x else []
-    found += [d_bias] if want_bias else []
-    for one, (want_A, want_B, want_lora_bias) in zip(
-        map(Factors._make, zip(*lists, strict=True)), asked, strict=True
-    ):
-        found += [one.lora_A.new_empty(one.lora_A.shape)] if want_A else []
-        found += [one.lora_B.new_empty(one.lora_B.shape)] if want_B else []
-        found += [torch.empty_like(d_bias)] if want_lora_bias else []
-    return found
+    grads = [dy.new_empty(*dy.shape[:-1], weight.shape[1])] if need_x else []
+    grads += [d_bias] if need_bias else []
+    for adapter, need in zip(adapters, needs, strict=True):
+        grads += [adapter.lora_A.new_empty(adapter.lora_A.shape)] if need.lora_A else []
+        grads += [adapter.lora_B.new_empty(adapter.lora_B.shape)] if need.lora_B else []
+        grads += [torch.empty_like(d_bias)] if need.lora_bias else []
+    return grads
 
 
 class _Several(torch.autograd.Function):
-    """Lists laid flat, because autograd looks at arguments one by one: x, weight, bias, then all A, all B, …"""
+    """Autograd looks at arguments one by one, so lists are flat: x, weight, bias, all A, all B, …"""
 
     @staticmethod
-    def forward(ctx, directly, count, x, weight, bias, *flat):
+    def forward(ctx, direct, count, x, weight, bias, *flat):
         lists = [list(flat[i : i + count]) for i in range(0, len(flat), count)]
-        with torch._C._AutoDispatchBelowAutograd():
-            y, hs = (_several if directly else torch.ops.lorafast.several)(x, weight, bias, *lists)
-        _, _, asked_x, asked_weight, asked_bias, *asked = ctx.needs_input_grad
-        if asked_weight or any(asked[_TRAINABLE * count :]):
+        call = _several if direct else torch.ops.lorafast.several
+        with torch_internals.dispatch_below_autograd():
+            y, hs = call(x, weight, bias, *lists)
+        _, _, need_x, need_weight, need_bias, *needed = ctx.needs_input_grad
+        if need_weight or any(needed[_TRAINABLE * count :]):
             raise RuntimeError("lorafast::several has no gradient for weight or a tensor scaling")
-        each = list(
-            zip(*(asked[i * count : (i + 1) * count] for i in range(_TRAINABLE)), strict=True)
-        )
-        ctx.wants = [asked_x, asked_bias, *(flag for one in each for flag in one)]
-        kept_x = x if any(want_A for want_A, _, _ in each) else None
-        kept_h = [h if want_B else None for h, (_, want_B, _) in zip(hs, each, strict=True)]
+        by_field = (needed[i * count : (i + 1) * count] for i in range(_TRAINABLE))
+        needs = [_Needs(*fields) for fields in zip(*by_field, strict=True)]
+        ctx.wants = [need_x, need_bias, *(flag for need in needs for flag in need)]
+        kept_x = x if any(need.lora_A for need in needs) else None
+        kept_h = [h if need.lora_B else None for h, need in zip(hs, needs, strict=True)]
         # Backward reads no lora_bias, which may change before it.
         lists[2] = [None] * count
-        ctx.save_for_backward(
-            kept_x, weight, *kept_h, *(one for some in lists[:_TENSORS] for one in some)
-        )
+        tensors = [tensor for field in lists[:_TENSORS] for tensor in field]
+        ctx.save_for_backward(kept_x, weight, *kept_h, *tensors)
         ctx.count, ctx.numbers = count, lists[_TENSORS:]
-        if directly:
+        if direct:
             return y
         ctx.mark_non_differentiable(*hs)
         return y, *hs
 
     @staticmethod
     def backward(ctx, dy, *_):
-        n, (x, weight, *flat) = ctx.count, ctx.saved_tensors
+        n, saved = ctx.count, ctx.saved_tensors
+        x, weight, *flat = saved
         hs, *lists = [list(flat[i : i + n]) for i in range(0, len(flat), n)]
-        directly = (
-            not torch.is_grad_enabled()
-            and torch_internals.plain(dy, x, weight, *flat)
-            and not torch_internals.present()
-        )
-        with below_autograd() if directly else contextlib.nullcontext():
-            call = _several_backward if directly else torch.ops.lorafast.several_backward
-            found = iter(call(dy, x, hs, weight, *lists, *ctx.numbers, ctx.wants))
-        want_x, want_bias, asked = _unpacked(ctx.wants)
-        d_x, d_bias = (next(found) if want else None for want in (want_x, want_bias))
-        each = [[next(found) if want else None for want in one] for one in asked]
-        by_list = [one[i] for i in range(_TRAINABLE) for one in each]
-        return (
-            None,
-            None,
-            d_x,
-            None,
-            d_bias,
-            *by_list,
-            *([None] * (n * (len(Factors._fields) - _TRAINABLE))),
-        )
+        direct = not torch.is_grad_enabled() and torch_internals.bypasses_dispatcher(dy, saved)
+        with below_autograd() if direct else contextlib.nullcontext():
+            call = _several_backward if direct else torch.ops.lorafast.several_backward
+            grads = iter(call(dy, x, hs, weight, *lists, *ctx.numbers, ctx.wants))
+        need_x, need_bias, needs = _unflatten(ctx.wants)
+        d_x, d_bias = (next(grads) if need else None for need in (need_x, need_bias))
+        each = [[next(grads) if need else None for need in needed] for needed in needs]
+        by_field = [adapter[i] for i in range(_TRAINABLE) for adapter in each]
+        without = [None] * (n * (len(Factors._fields) - _TRAINABLE))
+        return None, None, d_x, None, d_bias, *by_field, *without
 
 
-def _apply(x, weight, bias, *lists) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    y, *hs = _Several.apply(
-        False, len(lists[0]), x, weight, bias, *(one for some in lists for one in some)
-    )
+def _autograd(x, weight, bias, *lists) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    flat = [value for field in lists for value in field]
+    y, *hs = _Several.apply(False, len(lists[0]), x, weight, bias, *flat)
     return y, hs
 
 
-register(_FORWARD, _several, _fake_several, differentiable(_apply, "several"))
-register(_BACKWARD, _several_backward, _fake_several_backward, once("several_backward"))
+register(_FORWARD, _several, _fake_several, differentiable(_autograd, "several"))
+register(
+    _BACKWARD, _several_backward, _fake_several_backward, once_differentiable("several_backward")
+)

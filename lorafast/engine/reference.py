@@ -1,4 +1,7 @@
-"""The formula in plain, differentiable torch: what a trained weight runs on, and what double backward, vmap and forward AD can use.
+"""The formula in plain, differentiable torch.
+
+A trained weight runs on it, and double backward, torch.func transforms and forward-mode AD can use
+it. No backend imports it.
 
 z = (in_gain⊙x) Wᵀ + s·out_scale⊙(core(drop(in_gain⊙x) Aᵀ) Bᵀ)        y = gain⊙z + bias
 """
@@ -11,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from lorafast.engine import philox
-from lorafast.engine.problem import Scaling, accumulator, activation_dtype
+from lorafast.engine.precision import accumulator, activation_dtype, apply_core
+from lorafast.engine.problem import Scaling
 
 
 def linear(
@@ -34,7 +38,26 @@ def linear(
     seed: torch.Tensor | None = None,
     training: bool = True,
 ) -> torch.Tensor:
-    """lorafast.linear without a kernel: same arguments, same dropout bits, plain autograd for everything (keep is ignored)."""
+    """Return the output of lorafast.linear by plain torch ops, on plain autograd.
+
+    Args:
+        x, weight, bias, lora_A, lora_B, core, magnitude, norm, axis, out_scale, lora_bias, scaling,
+            dropout, dropout_on, frozen_columns, seed, training: As in lorafast.linear, with the
+            same dropout bits for the same seed.
+        keep: Ignored: autograd keeps what it needs.
+
+    Returns:
+        y [...,N] in the dtype of the call.
+
+    Example:
+        x, weight = torch.randn(3, 6, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+        A, B = torch.randn(2, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+        function = lambda A: lorafast.reference.linear(x, weight, None, A, B)
+        jacobian = torch.func.jacrev(function)(A)
+
+    Source:
+        arXiv:2106.09685, arXiv:2402.09353, arXiv:2406.12832
+    """
     x = x.to(activation_dtype(x))
     p = dropout if training else 0.0
     with _without_autocast(x.device):
@@ -45,20 +68,21 @@ def linear(
         if magnitude is not None and norm is None:
             norm = row_norm(weight, lora_A, lora_B, core, out_scale, scaling, axis).detach()
         gain = None if magnitude is None else _gain(magnitude, norm)
-        seed = philox.draw(x.device) if p and seed is None else seed
-        dropped = philox.drop(x, seed, p) if p else x
+        seed = philox.draw_seed(x.device) if p and seed is None else seed
+        dropped = philox.differentiable_drop(x, seed, p) if p else x
         base_x = x
         if axis == "in" and gain is not None:
             base_x = (gain * x if dropout_on == "adapter" else x + (gain - 1) * dropped).to(x.dtype)
             dropped, gain = (gain * dropped).to(x.dtype), None
         factor = _factor(lora_B, scaling, out_scale).to(x.dtype)
-        low = F.linear(mix(F.linear(dropped, lora_A.to(x.dtype)), core), factor)
+        h_core = apply_core(F.linear(dropped, lora_A.to(x.dtype)), core)
+        low_rank = F.linear(h_core, factor)
         if lora_bias is not None:
-            low = low + (lora_bias * scaling).to(x.dtype)
+            low_rank = low_rank + (lora_bias * scaling).to(x.dtype)
         weight = weight.to(x.dtype)
-        y = F.linear(base_x, weight) + low
+        y = F.linear(base_x, weight) + low_rank
         if gain is not None and p and dropout_on == "both":
-            y = y + ((gain - 1) * (F.linear(dropped, weight) + low)).to(x.dtype)
+            y = y + ((gain - 1) * (F.linear(dropped, weight) + low_rank)).to(x.dtype)
         elif gain is not None:
             y = (gain * y).to(x.dtype)
         return y if bias is None else y + bias.to(x.dtype)
@@ -73,7 +97,18 @@ def row_norm(
     scaling: Scaling = 1.0,
     axis: str = "out",
 ) -> torch.Tensor:
-    """‖W + s·(out_scale⊙B)·core·A‖ along axis, differentiable, in fp32 (fp64 for fp64).  -> [N] or [K]"""
+    """Return ‖W + s·(out_scale⊙B)·core·A‖ along axis, on plain autograd.
+
+    Args:
+        weight, lora_A, lora_B, core, out_scale, scaling, axis: As in lorafast.functional.row_norm.
+
+    Returns:
+        The norm, [N] or [K], in fp32, or in fp64 for an fp64 weight.
+
+    Example:
+        weight, A, B = torch.randn(5, 6), torch.randn(2, 6), torch.zeros(5, 2)
+        norm = lorafast.reference.row_norm(weight, A, B)
+    """
     wide = accumulator(weight.dtype)
     with _without_autocast(weight.device):
         B = _factor(lora_B.to(wide), scaling, out_scale)
@@ -82,13 +117,6 @@ def row_norm(
         return torch.linalg.vector_norm(
             weight.to(wide) + B @ lora_A.to(wide), dim=1 if axis == "out" else 0
         )
-
-
-def mix(h: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
-    """core(h) = h coreᵀ, or h⊙core for a diagonal, rounded once to h's dtype.  h [...,R]"""
-    if core is None:
-        return h
-    return h * core.to(h.dtype) if core.dim() == 1 else F.linear(h, core.to(h.dtype))
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -1,4 +1,4 @@
-"""Walking a matrix in panels of rows, so that no mask and no wide temporary has its size."""
+"""Blocks of rows of a matrix, so that no mask and no wide temporary has the matrix's size."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import torch
 
 from lorafast.engine.problem import tokens
 
-# Small enough on a CPU for an fp32 panel to stay in cache; large enough elsewhere to hide launches.
+# Small enough on a CPU for an fp32 block to stay in cache; large enough elsewhere to hide launches.
 CPU_ELEMENTS = 1 << 19
 ELEMENTS = 1 << 25
 
 
 def flatten_tokens(x: torch.Tensor) -> torch.Tensor:
-    """The activation as [M, width]: a view where strides allow, else a transient copy."""
+    """The activation as [M, width]: a view where its strides allow one, else a transient copy."""
     return x.reshape(tokens(x), x.shape[-1])
 
 
 def row_blocks(x2: torch.Tensor) -> Iterator[slice]:
-    """Row slices that cover the matrix, at least one row each; none if it has no rows."""
-    step = max(1, (CPU_ELEMENTS if x2.device.type == "cpu" else ELEMENTS) // max(1, x2.shape[1]))
+    """Slices of rows that cover the matrix, each of at least one row; none if it has no rows."""
+    elements = CPU_ELEMENTS if x2.device.type == "cpu" else ELEMENTS
+    step = max(1, elements // max(1, x2.shape[1]))
     for start in range(0, x2.shape[0], step):
         yield slice(start, min(start + step, x2.shape[0]))

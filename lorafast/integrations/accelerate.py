@@ -1,4 +1,7 @@
-"""lorafast.accelerate: a model that carries PEFT's LoRA runs on lorafast's ops, in place; restore and patch_peft beside it."""
+"""lorafast.accelerate: run a model with PEFT's LoRA layers on lorafast's ops, in place.
+
+restore undoes it; patch_peft lets PEFT build its layers so from the start.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 from torch import nn
 
@@ -16,10 +20,12 @@ from lorafast.engine import checks
 
 @dataclass(frozen=True)
 class Report:
-    """What accelerate() found.
+    """What lorafast.accelerate did; str() gives a summary.
 
-    taken: names of the layers whose calls lorafast's ops serve (while neither merged nor disabled). left: names of those that stay
-    on PEFT's forward, each with the reason.
+    Attributes:
+        taken: names of the layers whose calls run on lorafast's ops, as long as they are neither
+            merged nor disabled.
+        left: names of the layers that stay on PEFT's forward, each with the reason.
     """
 
     taken: tuple[str, ...]
@@ -28,93 +34,144 @@ class Report:
     def __str__(self) -> str:
         total = len(self.taken) + len(self.left)
         reasons = collections.Counter(self.left.values()).most_common()
-        return "\n".join(
-            [f"{len(self.taken)} of {total} PEFT layers run on lorafast"]
-            + [f"left {n}: {why}" for why, n in reasons]
-        )
+        lines = [f"{len(self.taken)} of {total} PEFT layers run on lorafast"]
+        return "\n".join(lines + [f"left {n}: {why}" for why, n in reasons])
 
 
 def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inner") -> Report:
-    """Put every PEFT lora.Linear of the model on lorafast's ops, in place, by changing its class; restore() undoes it.
+    """Run every PEFT lora.Linear of the model on lorafast's ops, in place, by changing its class.
 
-    model: a PeftModel, a model with injected adapters (transformers' add_adapter), or either inside DDP or torch.compile.
-    Parameters, names, state dict, config, hooks and every method but forward stay PEFT's; each call looks whether the ops can
-    serve it, and is PEFT's own where they cannot. Adapters a PeftModel gets later are covered; after a transformers model's
-    add_adapter() on new modules call accelerate again. dropout_on=None is PEFT's reading of DoRA's dropout, "both"; "adapter"
-    spares its second base GEMM.
-    keep: what DoRA keeps for its magnitude, as in lorafast.DoRA.
-    Warns once if layers are left. Raises TypeError or ValueError, and changes nothing, if no layer can be taken.
+    Parameters, names, the state dict, the config, hooks and every method except forward stay
+    PEFT's. Each call checks whether the ops can serve it, and otherwise runs PEFT's own forward.
+    Adapters that a PeftModel gets later are covered; after add_adapter of a transformers model on
+    new modules, call accelerate again. Warns once if some layers stay on PEFT's forward.
+
+    Args:
+        model: a PeftModel, a model with injected adapters (add_adapter of transformers), or either
+            inside DDP or torch.compile.
+        dropout_on: DoRA's dropout, as in lorafast.DoRA. None is PEFT's reading, "both"; "adapter"
+            saves its second base product.
+        keep: what DoRA saves for its magnitude, as in lorafast.DoRA.
+
+    Returns:
+        A Report with the fields taken and left; print it for a summary.
+
+    Raises:
+        ValueError: no layer can run on the ops, or an option is wrong. Nothing has changed.
+        TypeError: model is no module.
+        ImportError: PEFT is not installed.
+
+    Example:
+        import peft, torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+        print(lorafast.accelerate(model))  # 1 of 1 PEFT layers run on lorafast
+        model(torch.randn(4, 8)).sum().backward()
     """
     dropout_on = "both" if dropout_on is None else dropout_on
     checks.words("out", dropout_on, keep, 0.0)
-    report = _look(model, dropout_on, keep)
+    report = _inspect(model, dropout_on, keep)
     if not report.taken:
-        found = (
-            "; ".join(str(report).splitlines()[1:])
-            or f"{type(model).__name__} carries no PEFT layer"
+        reasons = "; ".join(str(report).splitlines()[1:])
+        raise ValueError(
+            "model: nothing to accelerate: "
+            f"{reasons or f'{type(model).__name__} carries no PEFT layer'}"
         )
-        raise ValueError(f"model: nothing to accelerate: {found}")
-    _ours().take(model, dropout_on, keep)
+    _peft_linear().convert(model, dropout_on, keep)
     if report.left:
         warnings.warn(f"accelerate: {'; '.join(str(report).splitlines())}", stacklevel=2)
     return report
 
 
 def restore(model: nn.Module) -> int:
-    """Undo accelerate(), or patch_peft(): every layer is PEFT's own class again. How many were ours.
+    """Undo accelerate or patch_peft: give every layer PEFT's own class back, and return how many.
 
-    A layer with an adapter of a LamdaConfig stays ours, because PEFT has no class for it.
-    RuntimeError, and nothing is undone, if a layer's class has been changed since (fully_shard does).
+    Layers with an adapter of a LamdaConfig stay, because PEFT has no class for them.
+
+    Args:
+        model: as for accelerate.
+
+    Returns:
+        The number of layers that changed.
+
+    Raises:
+        RuntimeError: another library (fully_shard, for example) has changed a layer's class since.
+            Nothing has changed.
+        TypeError: model is no module.
+        ImportError: PEFT is not installed.
+
+    Example:
+        import peft, torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+        lorafast.accelerate(model)
+        assert lorafast.restore(model) == 1
     """
-    _refuse_what_is_no_module(model)
-    return _ours().give_back(model)
+    _require_module(model)
+    return _peft_linear().restore(model)
 
 
 @contextlib.contextmanager
 def patch_peft() -> Iterator[None]:
-    """Inside, PEFT builds its lora.Linear layers as ours: get_peft_model, from_pretrained, and trainers that call them.
+    """Return a context in which PEFT builds its lora.Linear layers on lorafast's ops.
 
+    It reaches get_peft_model, PeftModel.from_pretrained, and trainers that call them with a
+    peft_config. Quantised and other layers stay PEFT's. What was built stays on lorafast's ops
+    afterwards; restore() undoes it, and accelerate() also covers adapters that are added to other
+    modules later. Keep the block short: inside it, models that PEFT built before cannot be pickled.
+
+    Returns:
+        A context manager that yields None.
+
+    Raises:
+        ImportError: PEFT is not installed.
+
+    Example:
+        import peft, torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         with lorafast.patch_peft():
-            trainer = SFTTrainer(..., peft_config=config)
-
-    Quantised and other layers are PEFT's as ever. What was built stays ours afterwards; restore() undoes it, and accelerate() makes
-    later adapters on other modules ours too. Keep the block short: inside it models PEFT built before cannot be pickled.
+            model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+        print(lorafast.explain(model))
     """
-    ours = _ours()
+    linear_class = _peft_linear().Linear
     from peft.tuners.lora import layer
 
     before = layer.Linear
-    layer.Linear = ours.Linear
+    layer.Linear = linear_class
     try:
         yield
     finally:
         layer.Linear = before
 
 
-def _look(model: nn.Module, dropout_on: str, keep: str) -> Report:
-    _refuse_what_is_no_module(model)
-    ours = _ours()
+def _inspect(model: nn.Module, dropout_on: str, keep: str) -> Report:
+    """Return the layers that convert would serve, and why not the others."""
+    _require_module(model)
+    peft_linear = _peft_linear()
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     taken, left = [], {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            if why := ours.why_not_take(module, dropout_on, keep):
+            if why := peft_linear.why_not_convert(module, dropout_on, keep):
                 left[name] = why
             else:
                 taken.append(name)
     return Report(tuple(taken), left)
 
 
-def _refuse_what_is_no_module(model: nn.Module) -> None:
+def _require_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module with PEFT adapters, not {type(model).__name__}"
         )
 
 
-def _ours():
-    """lorafast.integrations.peft_linear, which needs PEFT: asked for only where PEFT is meant."""
+def _peft_linear() -> ModuleType:
+    """Return lorafast.integrations.peft_linear, imported on first use because it imports PEFT."""
     if importlib.util.find_spec("peft") is None:
         raise ImportError("this needs peft: pip install 'lorafast[peft]'")
     from lorafast.integrations import peft_linear

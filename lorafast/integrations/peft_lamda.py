@@ -1,11 +1,8 @@
-"""LaMDA (arXiv 2406.12832) inside PEFT: a LoraConfig that makes layers with a trained r×r core between a frozen A and B.
+"""LaMDA (arXiv:2406.12832) inside PEFT: a LoraConfig for LoRA with a trained core and a frozen A.
 
-    model = peft.get_peft_model(model, LamdaConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-    model.save_pretrained(path)
-    model = peft.PeftModel.from_pretrained(base, path, config=LamdaConfig.from_pretrained(path))
-
-PEFT does everything but the layers, which are lorafast's from the start, and what its config says on disk. lorafast.load_adapter
-reads the same files, and save_adapter's can be read here.
+PEFT does everything except the layers, which are lorafast's from the start, and the description of
+the method in adapter_config.json. lorafast.load_adapter reads the files that PEFT saves, and files
+of lorafast.save_adapter can be loaded here.
 """
 
 from __future__ import annotations
@@ -23,8 +20,9 @@ from lorafast.integrations.peft_linear import Linear
 from lorafast.methods.lamda import INITS, LaMDA
 from lorafast.models.peft_config import LAMDA
 
-# What PEFT's own variants are switched on by is found in its config; these are not among them, or not in every PEFT.
-_REFUSED = (
+# Fields that LaMDA has no meaning for. PEFT marks the fields of its variants in their metadata;
+# these are no variants, or not marked in every version.
+_REFUSED_FIELDS = (
     "use_dora",
     "lora_bias",
     "use_qalora",
@@ -36,47 +34,83 @@ _REFUSED = (
 
 @dataclass
 class LamdaConfig(LoraConfig):
-    """y = x Wᵀ + s·((drop(x) Aᵀ) Sᵀ) Bᵀ + bias on every targeted nn.Linear and Conv1D; S (lora_core [r,r]) and B train, A does not.
+    """PEFT's LoraConfig for LaMDA: every targeted nn.Linear and Conv1D gets a trained core.
 
-    lamda_init, svd_niter: init and svd_niter of lorafast.LaMDA. "residual" changes the base weight, as PEFT's PiSSA does: a
-    disabled, deleted or unloaded adapter leaves the residual behind, and a saved one belongs to the original weights.
-    Rank, alpha, rslora, dropout, patterns and bias are LoraConfig's. An adapter beside others adds up with them in plain torch; on
-    a layer that PEFT made for a LoRA it needs lorafast.accelerate first. PEFT's add_weighted_adapter reads no core: mix with "svd".
-    ValueError for what LaMDA has no meaning for; TypeError, when the model is made, for a target that is no plain linear.
+    y = x Wᵀ + s·((drop(x) Aᵀ) Sᵀ) Bᵀ + bias; S (lora_core [R,R]) and B train, A is frozen. Rank,
+    alpha, rslora, dropout, patterns and bias are LoraConfig's.
+
+    With lamda_init="residual" the base weight changes, as with PEFT's PiSSA: a disabled, deleted or
+    unloaded adapter leaves the residual behind, and a saved one belongs to the original weights. An
+    adapter beside others on one layer adds up with them in plain torch; on a layer that PEFT made
+    for a LoRA it needs lorafast.accelerate first. PEFT's add_weighted_adapter reads no core: use
+    combination_type="svd".
+
+    Args:
+        lamda_init: "residual", "zero" or "repo", as init of lorafast.LaMDA.
+        svd_niter: subspace iterations of the init's SVD, 0 for an exact one; None chooses, as in
+            lorafast.LaMDA.
+
+    Raises:
+        ValueError: a field that LaMDA has no meaning for is set, or a value is wrong.
+        TypeError: when the model is made, a target is no plain nn.Linear or Conv1D.
+
+    Example:
+        import peft, tempfile, torch
+        from lorafast.integrations.peft_lamda import LamdaConfig
+
+        def base():
+            return torch.nn.Sequential(torch.nn.Linear(8, 8))
+
+        config = LamdaConfig(r=2, lora_alpha=4, target_modules=["0"], lamda_init="zero")
+        model = peft.get_peft_model(base(), config)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            config = LamdaConfig.from_pretrained(folder)
+            model = peft.PeftModel.from_pretrained(base(), folder, config=config)
+
+    Source:
+        arXiv:2406.12832
     """
 
     lamda_init: str = field(
-        default="residual", metadata={"help": "Start: residual, zero or repo, as in lorafast.LaMDA"}
+        default="residual", metadata={"help": "Init: residual, zero or repo, as in lorafast.LaMDA"}
     )
     svd_niter: int | None = field(
         default=None,
-        metadata={"help": "Subspace iterations of the start's SVD, 0 for an exact one"},
+        metadata={"help": "Subspace iterations of the init's SVD, 0 for an exact one"},
     )
 
     def __post_init__(self) -> None:
-        self._refuse_what_is_not_lamda()
+        self._check_fields()
         super().__post_init__()
-        self.init_lora_weights = peft_lamda_variant.word(self.lamda_init, self.svd_niter)
+        self.init_lora_weights = peft_lamda_variant.encode(self.lamda_init, self.svd_niter)
         self._register_custom_module({nn.Module: build})
 
     def to_dict(self) -> dict:
-        """What adapter_config.json holds. Its peft_type makes a PEFT alone refuse what it would read as a LoRA without a core."""
-        if self.init_lora_weights != peft_lamda_variant.word(self.lamda_init, self.svd_niter):
+        """Return the content of adapter_config.json.
+
+        Its peft_type is one that PEFT alone refuses; it would read the file as a LoRA without core.
+        """
+        if self.init_lora_weights != peft_lamda_variant.encode(self.lamda_init, self.svd_niter):
             raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} has been set since: a LaMDA is saved as it is, and PEFT's "
-                "path_initial_model_for_weight_conversion cannot make a LoRA of it"
+                f"init_lora_weights={self.init_lora_weights!r} has been set since: a LaMDA is "
+                "saved as it is, and PEFT's path_initial_model_for_weight_conversion cannot make a "
+                "LoRA of it"
             )
         return super().to_dict() | {"peft_type": LAMDA, "init_lora_weights": True}
 
     @classmethod
     def from_peft_type(cls, **kwargs: object) -> LamdaConfig:
-        """The config of what to_dict wrote; from_pretrained ends here. ValueError if it is some other PEFT method's."""
-        if (kind := kwargs.pop("peft_type", LAMDA)) != LAMDA:
+        """Return the config that to_dict wrote; PEFT's from_pretrained calls it.
+
+        ValueError if the file is of another method.
+        """
+        if (peft_type := kwargs.pop("peft_type", LAMDA)) != LAMDA:
             raise ValueError(
-                f"peft_type={kind!r} is no LaMDA: peft.PeftConfig.from_pretrained reads it"
+                f"peft_type={peft_type!r} is no LaMDA: peft.PeftConfig.from_pretrained reads it"
             )
-        kwargs.pop("use_lamda", None)  # save_adapter's, and no news
-        known = {one.name for one in fields(cls)}
+        kwargs.pop("use_lamda", None)  # save_adapter writes it; it is implied by the class
+        known = {field.name for field in fields(cls)}
         if unknown := sorted(kwargs.keys() - known):
             warnings.warn(
                 f"LamdaConfig: this PEFT knows no {', '.join(unknown)}, which the file sets",
@@ -84,7 +118,7 @@ class LamdaConfig(LoraConfig):
             )
         return cls(**{name: value for name, value in kwargs.items() if name in known})
 
-    def _refuse_what_is_not_lamda(self) -> None:
+    def _check_fields(self) -> None:
         checks.word("lamda_init", self.lamda_init, INITS)
         LaMDA(
             self.r,
@@ -93,43 +127,46 @@ class LamdaConfig(LoraConfig):
             init=self.lamda_init,
             svd_niter=self.svd_niter,
         )
-        variants = [one.name for one in fields(self) if one.metadata.get("is_lora_variant")]
-        if given := [
-            name for name in dict.fromkeys((*_REFUSED, *variants)) if getattr(self, name, None)
-        ]:
+        variants = [field.name for field in fields(self) if field.metadata.get("is_lora_variant")]
+        refused = dict.fromkeys((*_REFUSED_FIELDS, *variants))
+        if given := [name for name in refused if getattr(self, name, None)]:
             raise ValueError(f"LamdaConfig: LaMDA has no {', '.join(given)}")
-        if peft_lamda_variant.read(self.init_lora_weights):
+        if peft_lamda_variant.decode(self.init_lora_weights):
             raise ValueError(
-                "LamdaConfig: make a new one instead of dataclasses.replace, with which PEFT's add_weighted_adapter would mix A "
-                "and B without their core"
+                "LamdaConfig: make a new one instead of dataclasses.replace, with which PEFT's "
+                "add_weighted_adapter would mix A and B without their core"
             )
         if self.init_lora_weights is not True:
             raise ValueError(
-                f"LamdaConfig: init_lora_weights={self.init_lora_weights!r} is LoRA's; LaMDA starts by lamda_init"
+                f"LamdaConfig: init_lora_weights={self.init_lora_weights!r} is LoRA's; LaMDA "
+                "starts by lamda_init"
             )
 
 
 def build(target: nn.Module, adapter_name: str, **settings: object) -> Linear:
-    """The layer PEFT puts in the place of a target. TypeError unless that is a plain nn.Linear or Conv1D of floating dtype."""
-    conv = type(target) is Conv1D
-    if not (conv or type(target) is nn.Linear):
-        raise TypeError(_no_place(settings, peft_support.kind(target)))
+    """Return the layer that PEFT puts in place of a target.
+
+    TypeError unless the target is a plain nn.Linear or Conv1D of a floating dtype.
+    """
+    is_conv1d = type(target) is Conv1D
+    if not (is_conv1d or type(target) is nn.Linear):
+        raise _unsupported(settings, peft_support.type_name(target))
     weight = target.weight
     if type(weight) is not nn.Parameter or weight.dtype not in checks.DTYPES:
-        raise TypeError(
-            _no_place(
-                settings,
-                f"{peft_support.kind(target)} with a {peft_support.kind(weight)} of {weight.dtype}",
-            )
-        )
-    # Read off the layer, because one config may target both sorts; older PEFTs hand the field itself over.
+        kinds = f"{peft_support.type_name(target)} with a {peft_support.type_name(weight)}"
+        raise _unsupported(settings, f"{kinds} of {weight.dtype}")
+    # Read from the layer, because one config may target both types. Older versions of PEFT pass the
+    # field instead of the config.
     if "config" in settings:
-        settings["config"].fan_in_fan_out = conv
+        settings["config"].fan_in_fan_out = is_conv1d
     else:
-        settings["fan_in_fan_out"] = conv
-    return Linear(target, adapter_name, is_target_conv_1d_layer=conv, **settings)
+        settings["fan_in_fan_out"] = is_conv1d
+    return Linear(target, adapter_name, is_target_conv_1d_layer=is_conv1d, **settings)
 
 
-def _no_place(settings: dict[str, object], what: str) -> str:
+def _unsupported(settings: dict[str, object], kind: str) -> TypeError:
     name = settings.get("target_name") or "one of them"
-    return f"target_modules: LaMDA adapts plain nn.Linear and Conv1D layers, and {name} is a {what}: PEFT has no LaMDA for it"
+    return TypeError(
+        f"target_modules: LaMDA adapts plain nn.Linear and Conv1D layers, and {name} is a {kind}: "
+        "PEFT has no LaMDA for it"
+    )

@@ -1,7 +1,10 @@
-"""LaMDA as a variant of PEFT's LoRA layer: its start, its forward in plain torch, and how it merges.
+"""LaMDA as a variant of PEFT's LoRA layer: its init, its forward in plain torch, its merging.
 
-    y = base(x) + s·((drop(x) Aᵀ) Sᵀ) Bᵀ        A = lora_A [R,K] frozen, S = lora_core [R,R], B = lora_B [N,R]
-The op serves the same formula where aside lets it; this forward is for all other calls.
+    y = base(x) + s·((drop(x) Aᵀ) Sᵀ) Bᵀ
+
+with A = lora_A [R,K] frozen, S = lora_core [R,R] and B = lora_B [N,R].
+lorafast's op computes the same formula for calls that peft_support accepts; the forward here is for
+all others.
 """
 
 from __future__ import annotations
@@ -20,56 +23,78 @@ from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling
 from lorafast.methods.lamda import INITS, LaMDA
 from lorafast.nn import merge_math
 
-_WORD = re.compile(rf"lamda_({'|'.join(INITS)})(?:_niter_(\d+))?")
+# merge_math.add_delta or subtract_delta.
+MergeRule = Callable[[LayerTensors, CallOptions], torch.Tensor]
+
+_INIT_WORD = re.compile(rf"lamda_({'|'.join(INITS)})(?:_niter_(\d+))?")
 
 
-def word(init: str, svd_niter: int | None) -> str:
-    """How a start travels through PEFT: as init_lora_weights, the one field of a config that every PEFT hands to its layers."""
+def encode(init: str, svd_niter: int | None) -> str:
+    """Return the init_lora_weights that stands for an init of LaMDA.
+
+    It is the one field of a config that every version of PEFT hands to its layers.
+    """
     return f"lamda_{init}" + ("" if svd_niter is None else f"_niter_{svd_niter}")
 
 
-def read(init_lora_weights: object) -> LamdaVariant | None:
-    """The variant that word() stands for, None for whatever is PEFT's own."""
-    found = _WORD.fullmatch(init_lora_weights) if isinstance(init_lora_weights, str) else None
-    return LamdaVariant(found[1], None if found[2] is None else int(found[2])) if found else None
+def decode(init_lora_weights: object) -> LamdaVariant | None:
+    """Return the variant that encode() stands for, or None for a value of PEFT's own."""
+    if not isinstance(init_lora_weights, str):
+        return None
+    match = _INIT_WORD.fullmatch(init_lora_weights)
+    return LamdaVariant(match[1], None if match[2] is None else int(match[2])) if match else None
 
 
 def core(layer: PeftLinear, name: str) -> nn.Parameter | None:
-    """S of an adapter of the layer [R,R], None where the adapter is no LaMDA."""
+    """Return S [R,R] of an adapter of the layer, or None if the adapter is no LaMDA."""
     return layer.lora_core[name] if type(layer.lora_variant.get(name)) is LamdaVariant else None
 
 
-def residual(layer: PeftLinear) -> bool:
-    """Whether a start has changed the layer's base weight, through this layer or another that shares it; nothing gives it back."""
+def has_residual(layer: PeftLinear) -> bool:
+    """True if an init has changed the base weight, through this layer or one that shares it."""
     return hasattr(layer.get_base_layer().weight, "lorafast_residual")
 
 
 def freeze(layer: PeftLinear) -> None:
-    """A of every LaMDA adapter of the layer stops training."""
+    """Freeze A of every LaMDA adapter of the layer."""
     for name in layer.lora_A:
         if core(layer, name) is not None:
             layer.lora_A[name].requires_grad_(False)
 
 
 def delta(layer: PeftLinear, name: str) -> torch.Tensor:
-    """s·B·S·A in the dtype of B, laid out as the base weight is, each element rounded once."""
+    """Return s·B·S·A in B's dtype and the base weight's layout, each element rounded once."""
     B = layer.lora_B[name].weight
-    return folded(layer, name, B.new_zeros(layer.get_base_layer().weight.shape), merge_math.add)
+    zeros = B.new_zeros(layer.get_base_layer().weight.shape)
+    return combine(layer, name, zeros, merge_math.add_delta)
 
 
 @torch.no_grad()
-def folded(layer: PeftLinear, name: str, weight: torch.Tensor, rule: Callable) -> torch.Tensor:
-    """What fold.add or fold.subtract makes of a weight that lies as the base weight does, and the adapter's s·B·S·A."""
-    number, scale = split_scaling(layer.scaling[name])
-    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-    t = LayerTensors(
-        _turned(layer, weight.detach()), lora_A=A, lora_B=B, core=core(layer, name), scale=scale
+def combine(layer: PeftLinear, name: str, weight: torch.Tensor, rule: MergeRule) -> torch.Tensor:
+    """Return a weight plus or minus the adapter's s·B·S·A.
+
+    Args:
+        layer: the layer.
+        name: the adapter.
+        weight: in the layout of the base weight.
+        rule: merge_math.add_delta or merge_math.subtract_delta.
+    """
+    scaling, scale = split_scaling(layer.scaling[name])
+    tensors = LayerTensors(
+        _transposed(layer, weight.detach()),
+        lora_A=layer.lora_A[name].weight,
+        lora_B=layer.lora_B[name].weight,
+        core=core(layer, name),
+        scale=scale,
     )
-    return _turned(layer, rule(t, CallOptions(number)))
+    return _transposed(layer, rule(tensors, CallOptions(scaling)))
 
 
 class Cores(nn.ParameterDict):
-    """S by adapter. A core that PEFT casts stays as frozen, or as trained, as it was: a cast Parameter is a mere tensor to PEFT."""
+    """S by adapter name. A core keeps its requires_grad when PEFT casts it.
+
+    PEFT assigns the cast Parameter, which is a plain tensor.
+    """
 
     def __setitem__(self, name: str, value: torch.Tensor) -> None:
         if name in self and not isinstance(value, nn.Parameter):
@@ -78,20 +103,25 @@ class Cores(nn.ParameterDict):
 
 
 class LamdaVariant(LoraVariant):
-    """init and svd_niter as in lorafast.LaMDA. The methods are what PEFT asks of a variant."""
+    """The methods that PEFT calls of a variant. init and svd_niter are those of lorafast.LaMDA."""
 
     def __init__(self, init: str, svd_niter: int | None = None) -> None:
-        self.residual, self.options = init == "residual", {"init": init, "svd_niter": svd_niter}
+        self.residual = init == "residual"
+        self.options = {"init": init, "svd_niter": svd_niter}
 
     def supports_lora_conversion(self) -> bool:
-        """Whether a LoRA could say the same to the model's original weights: a residual start has changed them."""
+        """True if a LoRA on the original weights can say the same.
+
+        False for a residual init, which has changed them.
+        """
         return not self.residual
 
     @torch.no_grad()
     def init(self, module: PeftLinear, adapter_name: str, **kwargs: object) -> None:
-        """lora_A, lora_B and a new lora_core start from the base weight, which gives up s·B·S·A to a residual start.
+        """Initialise lora_A, lora_B and a new lora_core from the base weight.
 
-        ValueError where that would change the weight under other adapters, or a weight that is still on the meta device.
+        A residual init also subtracts s·B·S·A from the weight. ValueError if that would change the
+        weight under other adapters, or if the weight is on the meta device.
         """
         base = module.get_base_layer().weight
         if self.residual:
@@ -99,34 +129,29 @@ class LamdaVariant(LoraVariant):
         if "lora_core" not in module.adapter_layer_names:
             module.lora_core = Cores()
             module.adapter_layer_names = (*module.adapter_layer_names, "lora_core")
-        A, B, r = (
-            module.lora_A[adapter_name].weight,
-            module.lora_B[adapter_name].weight,
-            module.r[adapter_name],
-        )
+        A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+        r = module.r[adapter_name]
         module.lora_core[adapter_name] = nn.Parameter(A.new_empty(r, r))
-        spec = LaMDA(
-            r,
-            module.lora_alpha[adapter_name],
-            rslora=module.use_rslora[adapter_name],
-            **self.options,
-        )
+        alpha, rslora = module.lora_alpha[adapter_name], module.use_rslora[adapter_name]
+        adapter = LaMDA(r, alpha, rslora=rslora, **self.options)
         with gather_params_ctx(base):
-            weight = _turned(module, base.detach())
-            start = spec.init_tensors(weight)
-            for name, held in (
-                ("lora_A", A),
-                ("lora_B", B),
-                ("lora_core", module.lora_core[adapter_name]),
-            ):
-                held.copy_(start[name])
+            weight = _transposed(module, base.detach())
+            initial = adapter.init_tensors(weight)
+            A.copy_(initial["lora_A"])
+            B.copy_(initial["lora_B"])
+            module.lora_core[adapter_name].copy_(initial["lora_core"])
             if self.residual:
-                # The start itself, whatever dtype PEFT rounds its factors to: the residual is then lorafast.Linear's, bit for bit.
-                t = LayerTensors(
-                    weight, lora_A=start["lora_A"], lora_B=start["lora_B"], core=start["lora_core"]
+                # With the values before PEFT's factors round them to their dtype, so that the
+                # residual is the same as lorafast.Linear's, bit for bit.
+                tensors = LayerTensors(
+                    weight,
+                    lora_A=initial["lora_A"],
+                    lora_B=initial["lora_B"],
+                    core=initial["lora_core"],
                 )
-                # Not in place: the tensor may be somebody's file.
-                base.data = _turned(module, merge_math.subtract(t, CallOptions(spec.scaling)))
+                residual = merge_math.subtract_delta(tensors, CallOptions(adapter.scaling))
+                # Not in place: the tensor may be memory that is mapped from a file.
+                base.data = _transposed(module, residual)
                 base.lorafast_residual = True
 
     def forward(
@@ -137,44 +162,45 @@ class LamdaVariant(LoraVariant):
         result: torch.Tensor,
         **kwargs: object,
     ) -> torch.Tensor:
-        """result + s·B(S(A(drop(x)))) in plain torch.  x [...,K], result [...,N]."""
+        """Return result + s·B(S(A(drop(x)))) in plain torch.  x [...,K], result [...,N]."""
         h = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        low = module.lora_B[active_adapter](F.linear(h, module.lora_core[active_adapter]))
-        return result + low * module.scaling[active_adapter]
+        h_core = F.linear(h, module.lora_core[active_adapter])
+        return result + module.lora_B[active_adapter](h_core) * module.scaling[active_adapter]
 
     def merge_safe(
         self, module: PeftLinear, active_adapter: str, orig_weight: torch.Tensor
     ) -> torch.Tensor:
-        """The weight with the adapter in it, each element rounded once."""
-        return folded(module, active_adapter, orig_weight, merge_math.add)
+        """Return the weight with the adapter added, each element rounded once."""
+        return combine(module, active_adapter, orig_weight, merge_math.add_delta)
 
     def merge_unsafe(
         self, module: PeftLinear, active_adapter: str, orig_weight: torch.Tensor
     ) -> None:
-        """The same, for the weight itself."""
-        orig_weight.data = folded(module, active_adapter, orig_weight, merge_math.add)
+        """Add the adapter to the weight in place."""
+        orig_weight.data = combine(module, active_adapter, orig_weight, merge_math.add_delta)
 
     def unmerge(
         self, module: PeftLinear, active_adapter: str, orig_weight: torch.Tensor
     ) -> torch.Tensor:
-        """The weight without the adapter, to within a rounding of each."""
-        return folded(module, active_adapter, orig_weight, merge_math.subtract)
+        """Return the weight without the adapter, to within one rounding of each element."""
+        return combine(module, active_adapter, orig_weight, merge_math.subtract_delta)
 
 
 def _refuse_shared(layer: PeftLinear, name: str, weight: torch.Tensor) -> None:
     others, why = [other for other in layer.lora_A if other != name], None
     if others:
         why = f"on which {' and '.join(map(repr, others))} work: 'zero' and 'repo' leave it alone"
-    elif residual(layer):
+    elif has_residual(layer):
         why = "which an earlier start has changed: make the model anew from its original weights"
     elif weight.is_meta:
         why = "which is on the meta device: load it first"
     if why:
         raise ValueError(
-            f"adapter {name!r}: lamda_init='residual' takes its start out of the weight {tuple(weight.shape)}, {why}"
+            f"adapter {name!r}: lamda_init='residual' takes its start out of the weight "
+            f"{tuple(weight.shape)}, {why}"
         )
 
 
-def _turned(layer: PeftLinear, weight: torch.Tensor) -> torch.Tensor:
-    """The weight between PEFT's layout and [N,K], either way."""
+def _transposed(layer: PeftLinear, weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight between PEFT's layout and [N,K], in either direction."""
     return weight.t() if layer.fan_in_fan_out else weight

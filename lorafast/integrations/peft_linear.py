@@ -1,7 +1,7 @@
-"""PEFT's lora.Linear on lorafast's ops: the class that accelerate and patch_peft put in place of PEFT's own.
+"""PEFT's lora.Linear on lorafast's ops: the class that accelerate and patch_peft use.
 
-Only forward differs, and only where the ops can serve the call, beside what a LaMDA needs; everything else is PEFT's, and so is its
-forward where they cannot.
+Only forward differs from PEFT's class, and what LaMDA needs. A call that the ops cannot serve runs
+PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import warnings
 
 import torch
 from peft.tuners.lora import dora
-from peft.tuners.lora.layer import (
-    Linear as PeftLinear,
-)  # by name: patch_peft puts ours in the module's place
+
+# By name, because patch_peft replaces the name in PEFT's module.
+from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.model import LoraModel as PeftLoraModel
 from torch import nn
 
@@ -20,29 +20,45 @@ from lorafast import functional
 from lorafast.engine.multi_adapter import Factors
 from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling
 from lorafast.integrations import peft_lamda_variant, peft_support
-from lorafast.models.explain import Call
+from lorafast.models.explain import LayerCall
 
-# The name our norm has among what PEFT caches of a DoRA layer.
-_CACHED = "lorafast-norm"
+# The key of lorafast's norm in the cache of a PEFT DoRA layer.
+_NORM_CACHE_KEY = "lorafast-norm"
 
 
 class Linear(PeftLinear):
-    """PEFT's lora.Linear: y = base(x) + Σ s·B(A(drop(x))), or DoRA's, in one op that saves x by reference and M·R.
+    """PEFT's lora.Linear with a forward on lorafast's ops.
 
-    With an adapter of a LamdaConfig also y = base(x) + s·B(S(A(drop(x)))), A frozen, which no class of PEFT's knows.
-    lorafast_dropout_on: "both", PEFT's reading of DoRA, drops x in the correction of the base term too, which costs a second base
-    GEMM; "adapter" does not. lorafast_keep: what DoRA keeps for its magnitude, as in lorafast.DoRA.
+    y = base(x) + Σ s·B(A(drop(x))), DoRA's output, or, for an adapter of a LamdaConfig,
+    y = base(x) + s·B(S(A(drop(x)))) with a frozen A. One op computes it and saves x by reference
+    and M·R elements a LoRA. lorafast.accelerate changes PEFT's layers to this class; Parameters,
+    names and the state dict are the same.
+
+    Attributes:
+        lorafast_dropout_on: "both", PEFT's reading of DoRA, drops x in the correction of the base
+            term too, which costs a second base product; "adapter" does not.
+        lorafast_keep: what DoRA saves for its magnitude, as keep of lorafast.DoRA.
+
+    Example:
+        import peft, torch, lorafast
+        from lorafast.integrations import peft_linear
+
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+        lorafast.accelerate(model)
+        assert type(model.base_model.model[0]) is peft_linear.Linear
     """
 
     lorafast_dropout_on = "both"
     lorafast_keep = "inner"
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        why = peft_support.why_not_call(self, x, args, kwargs, *_options(self))
-        return fallback(self, why, x, *args, **kwargs) if why else fast(self, x)
+        """Return the output [...,N] for x [...,K]. With further arguments PEFT's forward runs."""
+        why = peft_support.why_not_call(self, x, args, kwargs, *_dora_options(self))
+        return peft_forward(self, why, x, *args, **kwargs) if why else op_forward(self, x)
 
     def update_layer(self, adapter_name: str, *args, **kwargs) -> None:
-        """As PEFT's; an adapter whose start fails leaves nothing of itself behind."""
+        """Add an adapter, as PEFT does. If its init fails, the adapter is deleted again."""
         try:
             super().update_layer(adapter_name, *args, **kwargs)
         except Exception:
@@ -50,127 +66,122 @@ class Linear(PeftLinear):
             raise
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """As PEFT's; a LaMDA becomes a variant, which PEFT starts right after this. Warns on a weight that is a residual."""
-        if found := peft_lamda_variant.read(init_lora_weights):
-            self.lora_variant[adapter_name] = found
+        """Initialise an adapter, as PEFT does.
+
+        A LaMDA becomes a variant, which PEFT initialises next. Warns if the weight is the residual
+        of a LaMDA.
+        """
+        if variant := peft_lamda_variant.decode(init_lora_weights):
+            self.lora_variant[adapter_name] = variant
             return
-        if peft_lamda_variant.residual(self):
+        if peft_lamda_variant.has_residual(self):
             warnings.warn(
-                f"adapter {adapter_name!r} works on the residual weights a LaMDA left, not on the original",
+                f"adapter {adapter_name!r} works on the residual weights a LaMDA left, not on the "
+                "original",
                 stacklevel=2,
             )
         super().reset_lora_parameters(adapter_name, init_lora_weights)
 
     def set_adapter(self, *args, **kwargs) -> None:
-        """As PEFT's, with a LaMDA's A frozen."""
+        """Set the active adapters, as PEFT does. The A of a LaMDA stays frozen."""
         super().set_adapter(*args, **kwargs)
         peft_lamda_variant.freeze(self)
 
     def set_requires_grad(self, *args, **kwargs) -> None:
-        """As PEFT's, with a LaMDA's A frozen."""
+        """Set requires_grad, as PEFT does. The A of a LaMDA stays frozen."""
         super().set_requires_grad(*args, **kwargs)
         peft_lamda_variant.freeze(self)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What the adapter adds to the base weight, laid out as that is."""
-        # No super(): PEFT's ParamWrapper borrows this method for itself.
-        return (
-            PeftLinear.get_delta_weight(self, adapter)
-            if peft_lamda_variant.core(self, adapter) is None
-            else peft_lamda_variant.delta(self, adapter)
-        )
+        """Return what the adapter adds to the base weight, in the layout of that weight."""
+        if peft_lamda_variant.core(self, adapter) is not None:
+            return peft_lamda_variant.delta(self, adapter)
+        # Not super(): PEFT's ParamWrapper takes this function and calls it with itself.
+        return PeftLinear.get_delta_weight(self, adapter)
+
+    def lorafast_calls(self) -> list[LayerCall]:
+        """Return the calls that lorafast.explain describes: the active adapters', else all."""
+        names = peft_support.active_adapters(self) or self.lora_A
+        return [_explained_call(self, name) for name in names]
 
 
-def fallback(layer: Linear, why: str, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    """PEFT's own forward, for the reason given."""
+def peft_forward(layer: Linear, why: str, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """Return the output of PEFT's own forward. why: the reason, for those who count calls."""
     return PeftLinear.forward(layer, x, *args, **kwargs)
 
 
-def fast(layer: Linear, x: torch.Tensor) -> torch.Tensor:
-    """The call on lorafast's ops. aside.why_not_call must have found nothing against it."""
-    base, names = layer.base_layer, peft_support.active(layer)
-    weight, bias = _weight(layer, base), base.bias
+def op_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor:
+    """Return the output by lorafast's ops. peft_support.why_not_call must have returned None."""
+    base, names = layer.base_layer, peft_support.active_adapters(layer)
+    weight, bias = _weight_matrix(layer, base), base.bias
     if len(names) > 1:
-        return functional.several(x, weight, bias, [factors(layer, name) for name in names])
-    f, core, magnitude = (
-        factors(layer, names[0]),
-        peft_lamda_variant.core(layer, names[0]),
-        _magnitude(layer, names[0]),
-    )
-    norm = None if magnitude is None else _norm(layer, names[0], weight, f)
-    # Without a magnitude there is nothing to keep, and no correction to drop in.
-    dropout_on, keep = ("adapter", "auto") if magnitude is None else _options(layer)
+        adapters = [adapter_factors(layer, name) for name in names]
+        return functional.several(x, weight, bias, adapters)
+    name = names[0]
+    factors = adapter_factors(layer, name)
+    norm, dropout_on, keep = None, "adapter", "auto"
+    magnitude = _magnitude(layer, name)
+    if magnitude is not None:
+        norm = _norm(layer, name, weight, factors)
+        dropout_on, keep = _dora_options(layer)
     return functional.linear(
         x,
         weight,
         bias,
-        f.lora_A,
-        f.lora_B,
-        core,
+        factors.lora_A,
+        factors.lora_B,
+        peft_lamda_variant.core(layer, name),
         magnitude,
         norm,
-        "out",
-        None,
-        f.lora_bias,
-        f.s,
-        f.dropout,
-        dropout_on,
-        keep,
+        lora_bias=factors.lora_bias,
+        scaling=factors.s,
+        dropout=factors.dropout,
+        dropout_on=dropout_on,
+        keep=keep,
     )
 
 
-def factors(layer: PeftLinear, name: str) -> Factors:
-    """One adapter's tensors and settings, read where they are now: nothing of a layer outlives a call."""
-    A, B, dropout = peft_support.parts_of(layer, name)
-    # DoRA's dropout asks the layer whether it trains, the others' ask the dropout.
-    drops = (
-        peft_support.drops(dropout)
-        and dropout.training
-        and (layer.training or name not in layer.lora_magnitude_vector)
-    )
+def adapter_factors(layer: PeftLinear, name: str) -> Factors:
+    """Return one adapter's tensors, scaling and dropout, as they are now."""
+    A, B, dropout = peft_support.adapter_modules(layer, name)
+    # PEFT's DoRA reads the training flag of the layer, its LoRA that of the dropout module.
+    trains = layer.training or name not in layer.lora_magnitude_vector
+    drops = peft_support.can_drop(dropout) and dropout.training and trains
     scaling, scale = split_scaling(layer.scaling[name])
     return Factors(A.weight, B.weight, B.bias, None, scale, scaling, dropout.p if drops else 0.0)
 
 
-def explained(layer: Linear) -> list[Call]:
-    """What lorafast.explain tells: one call for every active adapter, or for every one where none is active."""
-    told = []
-    why = (
-        "a forward of its own"
-        if "forward" in vars(layer)
-        else peft_support.why_not_now(layer, *_options(layer))
+def _explained_call(layer: Linear, name: str) -> LayerCall:
+    base = layer.get_base_layer()
+    A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    tensors = LayerTensors(
+        _weight_matrix(layer, base),
+        base.bias,
+        A.weight,
+        B.weight,
+        peft_lamda_variant.core(layer, name),
+        _magnitude(layer, name),
+        lora_bias=B.bias,
     )
-    for name in peft_support.active(layer) or layer.lora_A:
-        A, B, dropout, magnitude = (
-            layer.lora_A[name],
-            layer.lora_B[name],
-            layer.lora_dropout[name],
-            _magnitude(layer, name),
-        )
-        core, base = peft_lamda_variant.core(layer, name), layer.get_base_layer()
-        t = LayerTensors(
-            _weight(layer, base), base.bias, A.weight, B.weight, core, magnitude, lora_bias=B.bias
-        )
-        c = CallOptions(
-            dropout=dropout.p if peft_support.drops(dropout) else 0.0,
-            dropout_on=layer.lorafast_dropout_on,
-        )
-        method = f"{peft_support.method(layer, name)} of PEFT ({name})"
-        told.append(
-            Call(
-                method,
-                t,
-                c,
-                layer.lorafast_keep,
-                merged=layer.merged,
-                elsewhere=why and f"PEFT's own forward: {why}",
-            )
-        )
-    return told
+    options = CallOptions(
+        dropout=dropout.p if peft_support.can_drop(dropout) else 0.0,
+        dropout_on=layer.lorafast_dropout_on,
+    )
+    why = peft_support.why_not_state(layer, *_dora_options(layer))
+    if "forward" in vars(layer):
+        why = "a forward of its own"
+    return LayerCall(
+        f"{peft_support.method_name(layer, name)} of PEFT ({name})",
+        tensors,
+        options,
+        layer.lorafast_keep,
+        merged=layer.merged,
+        bypass=why and f"PEFT's own forward: {why}",
+    )
 
 
-def _weight(layer: PeftLinear, base: nn.Module) -> torch.Tensor:
-    """The base weight as [N,K]: a view where PEFT's layer holds [K,N]."""
+def _weight_matrix(layer: PeftLinear, base: nn.Module) -> torch.Tensor:
+    """Return the base weight as [N,K]: a view where the base layer holds [K,N]."""
     return base.weight.t() if layer.fan_in_fan_out else base.weight
 
 
@@ -178,36 +189,41 @@ def _magnitude(layer: PeftLinear, name: str) -> torch.Tensor | None:
     return layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
 
 
-def _norm(layer: Linear, name: str, weight: torch.Tensor, f: Factors) -> torch.Tensor:
-    """‖W + sBA‖ per row, kept where PEFT keeps its own, and forgotten when PEFT forgets: in training, and with its caching off."""
-    held = layer.lora_magnitude_vector[name]
-    # Older PEFTs cache nothing, and have no switch.
-    caches = getattr(dora, "ENABLE_DORA_CACHING", None)
-    found = held._cache_get(_CACHED, None) if caches and not held.training else None
-    if found is None:
-        found = functional.row_norm(weight, f.lora_A, f.lora_B, scaling=f.s)
-        if caches and not held.training:
-            held._cache_store(_CACHED, found)
-        elif caches is not None:
-            held._cache_clear()
-    return found
+def _norm(layer: Linear, name: str, weight: torch.Tensor, factors: Factors) -> torch.Tensor:
+    """Return ‖W + sBA‖ per row, cached where and as long as PEFT caches its own norm.
+
+    PEFT caches in eval mode, if its switch is on.
+    """
+    magnitude = layer.lora_magnitude_vector[name]
+    # Older PEFT versions have neither the cache nor the switch.
+    switch = getattr(dora, "ENABLE_DORA_CACHING", None)
+    caches = bool(switch) and not magnitude.training
+    norm = magnitude._cache_get(_NORM_CACHE_KEY, None) if caches else None
+    if norm is None:
+        norm = functional.row_norm(weight, factors.lora_A, factors.lora_B, scaling=factors.s)
+        if caches:
+            magnitude._cache_store(_NORM_CACHE_KEY, norm)
+        elif switch is not None:
+            magnitude._cache_clear()
+    return norm
 
 
-def _options(layer: Linear) -> tuple[str, str]:
+def _dora_options(layer: Linear) -> tuple[str, str]:
+    """Return dropout_on and keep."""
     return layer.lorafast_dropout_on, layer.lorafast_keep
 
 
 class LoraModel(PeftLoraModel):
-    """PEFT's LoraModel, whose layers of later adapters run on lorafast's ops too."""
+    """PEFT's LoraModel. Layers of adapters that are added later run on lorafast's ops too."""
 
     def inject_adapter(self, model: nn.Module, *args, **kwargs) -> None:
-        """As PEFT's; then whatever lora.Linear is new changes its class."""
+        """Add an adapter, as PEFT does, and convert its new layers."""
         super().inject_adapter(model, *args, **kwargs)
-        take(model, **self.lorafast_options)
+        convert(model, **self.lorafast_options)
 
 
-def take(model: nn.Module, dropout_on: str, keep: str) -> None:
-    """Every PEFT lora.Linear of the model, and the model that makes them, becomes ours."""
+def convert(model: nn.Module, dropout_on: str, keep: str) -> None:
+    """Change every PEFT lora.Linear, and the LoraModel that makes them, to lorafast's classes."""
     options = {"dropout_on": dropout_on, "keep": keep}
     for module in model.modules():
         if type(module) in (PeftLinear, Linear):
@@ -218,34 +234,38 @@ def take(model: nn.Module, dropout_on: str, keep: str) -> None:
             module.lorafast_options = options
 
 
-def why_not_take(layer: nn.Module, dropout_on: str, keep: str) -> str | None:
-    """Why a layer of PEFT's would not run on the ops, whatever it is called with, or None."""
-    return peft_support.why_not_ever(layer, (PeftLinear, Linear), dropout_on, keep)
+def why_not_convert(layer: nn.Module, dropout_on: str, keep: str) -> str | None:
+    """Return why a layer of PEFT's would never run on the ops, or None."""
+    return peft_support.why_not_layer(layer, (PeftLinear, Linear), dropout_on, keep)
 
 
-def give_back(model: nn.Module) -> int:
-    """Undo take; how many layers became PEFT's again, which has no class for one with a LaMDA adapter.
+def restore(model: nn.Module) -> int:
+    """Undo convert, and return how many layers are PEFT's again.
 
-    RuntimeError, and nothing is undone, if somebody made another class of one since.
+    Layers with a LaMDA adapter stay, because PEFT has no class for them.
+
+    Raises:
+        RuntimeError: another library has changed a layer's class since; nothing is undone.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     for name, layer in layers.items():
         if type(layer) is not Linear:
             raise RuntimeError(
-                f"{name} has become a {peft_support.kind(layer)} since accelerate(): undo that first"
+                f"{name} has become a {peft_support.type_name(layer)} since accelerate(): undo "
+                "that first"
             )
-    given = [
+    restored = [
         layer
         for layer in layers.values()
-        if not any(peft_support.method(layer, name) == "LaMDA" for name in layer.lora_A)
+        if not any(peft_support.method_name(layer, name) == "LaMDA" for name in layer.lora_A)
     ]
     for layer in layers.values():
         for name in ("lorafast_dropout_on", "lorafast_keep"):
             vars(layer).pop(name, None)
-    for layer in given:
+    for layer in restored:
         layer.__class__ = PeftLinear
     for module in model.modules():
         if type(module) is LoraModel:
             module.__class__ = PeftLoraModel
             vars(module).pop("lorafast_options", None)
-    return len(given)
+    return len(restored)

@@ -1,8 +1,11 @@
-"""AdapterCheckpoint: transformers.Trainer checkpoints and resumes adapters alone. It needs transformers: import it from here.
+"""AdapterCheckpoint: transformers' Trainer checkpoints and resumes an adapter without its base.
 
-Trainer resumes a model that is no PeftModel, and takes its best one back, from a checkpoint's model.safetensors. Here that holds
-what an adapter's file holds and what else trains, each tensor once and by its name in the model; what starts took out of weights;
-and what the adapters are. Hooks on the model's load_state_dict check all of it before anything changes.
+Trainer resumes a model that is no PeftModel, and reloads its best one, from model.safetensors in a
+checkpoint. Here that file holds the adapter's tensors and what else trains, each tensor once under
+its name in the model; what inits took out of weights; and a description of the adapters. Hooks on
+the model's load_state_dict check all of it before anything changes.
+
+Imports transformers, which lorafast itself does not.
 """
 
 from __future__ import annotations
@@ -28,33 +31,69 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from lorafast.checkpoint.save_load import save_adapter, started
+from lorafast.checkpoint.keys import own_tensors
+from lorafast.checkpoint.save_load import residual_init, save_adapter
 from lorafast.models import extra_trainables
-from lorafast.models.module_names import adapted, clean, unwrapped
-from lorafast.nn.adapter_layer import NAMES, AdapterLayer
+from lorafast.models.module_names import adapter_layers, canonical_name, unwrap
+from lorafast.nn.adapter_layer import AdapterLayer
 
-# Keys of model.safetensors that are no tensors of the model: what the adapters are, and what their starts took out of weights.
-_ADAPTERS, _START = "lorafast.adapters", "lorafast.start."
-# On a model: it has the hooks.
+# Keys of model.safetensors beside the model's tensors: the description of the adapters, and the
+# prefix of what their inits took out of weights.
+_DESCRIPTION, _INIT_PREFIX = "lorafast.adapters", "lorafast.start."
+# Attribute of a model that has the hooks.
 _ATTACHED = "_lorafast_checkpoint"
 
 
 class AdapterCheckpoint(TrainerCallback):
-    """Trainer(model=model, ..., callbacks=[AdapterCheckpoint()]), for a transformers model that lorafast.adapt adapted.
+    """A Trainer callback that makes checkpoints hold the adapter alone.
 
-    A checkpoint is a folder as save_adapter writes it, for load_adapter and PEFT, with what Trainer resumes from beside it, and no
-    base weight. To resume, adapt the same base alike: the run goes on bit for bit (after a residual start if that gives the same
-    factors again; if not, with the run's weights to within a rounding). As with a PeftModel, model.save_pretrained and
-    trainer.save_model() write an adapter from then on, after training too; once the model is merged or unloaded, all of it.
-    schedule: a lorafast.schedule.LaMDAFreeze of this model, stepped after each optimizer step and set to a resumed run's step.
-    TypeError if the model is no PreTrainedModel, ValueError if it is not adapted or the checkpoint is of another adapter,
-    RuntimeError if it resumed before the callback saw it (add_callback, model_init), NotImplementedError for FSDP and DeepSpeed.
+    A checkpoint is a folder as save_adapter writes it, which load_adapter and PEFT read, with what
+    Trainer resumes from beside it, and no base weight. To resume, adapt the same base in the same
+    way: the run continues bit for bit. (After a residual init that is so if it gives the same
+    factors again; otherwise the weights are those of the run to within one rounding.)
+
+    From then on model.save_pretrained and trainer.save_model() write an adapter too, also after
+    training; once the model is merged or unloaded, they write all of it, as for a PeftModel.
+
+    Args:
+        schedule: a lorafast.schedule.LaMDAFreeze of the model, or None. It is stepped after each
+            optimizer step, and set to the step of a run that resumes.
+
+    Raises:
+        TypeError: schedule is no schedule; or, once Trainer starts, the model is no transformers
+            PreTrainedModel.
+        ValueError: the model is not adapted, the schedule is of another model, or a checkpoint is
+            of another adapter.
+        RuntimeError: the run resumed before the callback saw the model (add_callback, model_init).
+        NotImplementedError: Trainer uses FSDP or DeepSpeed.
+
+    Example:
+        import tempfile, torch, transformers, lorafast
+        from lorafast.integrations.trainer import AdapterCheckpoint
+
+        config = transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=32,
+        )
+        model = lorafast.adapt(transformers.LlamaForCausalLM(config), lorafast.LoRA(r=2))
+        ids = torch.arange(8)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = transformers.TrainingArguments(
+                folder, max_steps=2, save_steps=1, report_to="none", disable_tqdm=True, use_cpu=True
+            )
+            trainer = transformers.Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=[{"input_ids": ids, "labels": ids}] * 8,
+                callbacks=[AdapterCheckpoint()],
+            )
+            trainer.train()
+            trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-1")
     """
 
     def __init__(self, schedule: Any = None) -> None:
-        if schedule is not None and not all(
-            hasattr(schedule, name) for name in ("layers", "step", "load_state_dict")
-        ):
+        needed = ("layers", "step", "load_state_dict")
+        if schedule is not None and not all(hasattr(schedule, name) for name in needed):
             raise TypeError(
                 f"schedule={schedule!r} must be a lorafast.schedule.LaMDAFreeze of the model"
             )
@@ -68,7 +107,10 @@ class AdapterCheckpoint(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Let the model save adapters and load what it saved. What an earlier run froze trains again: the optimizer must get it."""
+        """Let the model save adapters and load what it saved.
+
+        The schedule is reset, because Trainer gives the optimizer only what trains now.
+        """
         _attach(model)
         self._set_schedule(model, 0)
 
@@ -80,12 +122,16 @@ class AdapterCheckpoint(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put the schedule where the run is; and a model that came after Trainer's construction (model_init) is met here."""
+        """Set the schedule to the step of the run.
+
+        A model that Trainer made in train() (model_init) is first seen here.
+        """
         if _ATTACHED not in vars(model):
             if state.global_step:
                 raise RuntimeError(
-                    f"the run resumed at step {state.global_step} before AdapterCheckpoint saw its model: give the callback to "
-                    "Trainer(callbacks=[...]), not to add_callback, and the adapted model as model=, not model_init="
+                    f"the run resumed at step {state.global_step} before AdapterCheckpoint saw its "
+                    "model: give the callback to Trainer(callbacks=[...]), not to add_callback, "
+                    "and the adapted model as model=, not model_init="
                 )
             _attach(model)
         self._set_schedule(model, state.global_step)
@@ -108,23 +154,23 @@ class AdapterCheckpoint(TrainerCallback):
 
 
 def _attach(model: nn.Module) -> None:
-    inner = unwrapped(model)
+    """Replace the model's save_pretrained and register the hooks that load a checkpoint."""
+    inner = unwrap(model)
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(
-            f"model must be a transformers PreTrainedModel adapted by lorafast.adapt, not a {type(inner).__name__}: "
-            "Trainer writes the whole state dict of anything else (and a PeftModel's adapters by itself)"
+            "model must be a transformers PreTrainedModel adapted by lorafast.adapt, not a "
+            f"{type(inner).__name__}: Trainer writes the whole state dict of anything else (and a "
+            "PeftModel's adapters by itself)"
         )
-    adapted(inner)
-    sharding = [
-        name
-        for name in ("fsdp_plugin", "deepspeed_plugin")
-        if getattr(AcceleratorState(), name, None) is not None
-    ]
-    if sharding:
-        raise NotImplementedError(
-            f"{sharding[0]}: Trainer writes and loads sharded checkpoints by other ways than the model's own"
-        )
-    # A partial, unlike a closure, is copied with the model and then saves the copy.
+    adapter_layers(inner)  # raises if there is none
+    state = AcceleratorState()
+    for plugin in ("fsdp_plugin", "deepspeed_plugin"):
+        if getattr(state, plugin, None) is not None:
+            raise NotImplementedError(
+                f"{plugin}: Trainer writes and loads sharded checkpoints by other ways than the "
+                "model's own"
+            )
+    # copy.deepcopy copies a partial with the model, so that the copy saves itself; not a closure.
     inner.save_pretrained = functools.partial(_save_pretrained, inner)
     if _ATTACHED not in vars(model):
         model.register_load_state_dict_pre_hook(_before_loading)
@@ -140,74 +186,78 @@ def _save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """What an adapted model has for PreTrainedModel.save_pretrained."""
-    if not adapted(model, required=False):
+    """Save the adapter; the whole model if it is adapted no more."""
+    if not adapter_layers(model, required=False):
         type(model).save_pretrained(
             model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs
         )
         return
     if push_to_hub:
         raise ValueError(
-            "push_to_hub=True: an adapter is saved to a folder alone; model.push_to_hub(...) uploads one"
+            "push_to_hub=True: an adapter is saved to a folder alone; model.push_to_hub(...) "
+            "uploads one"
         )
     if is_main_process:
         save_adapter(model, save_directory)
         if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name):
-            _write(model, Path(save_directory))
+            _write_checkpoint(model, Path(save_directory))
 
 
-def _write(model: nn.Module, folder: Path) -> None:
-    tensors = {key: tensor for key, (tensor, _) in _held(model).items()} | _starts(model)
+def _write_checkpoint(model: nn.Module, folder: Path) -> None:
+    """Write model.safetensors, from which Trainer resumes."""
+    tensors = {key: tensor for key, (tensor, _) in _checkpoint_tensors(model).items()}
+    tensors |= _init_tensors(model)
     tensors = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
     }
-    said = json.dumps(_adapters(model)).encode()
-    tensors[_ADAPTERS] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
-    partial = folder / f".{SAFE_WEIGHTS_NAME}.tmp"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / SAFE_WEIGHTS_NAME)
+    description = json.dumps(_describe_adapters(model)).encode()
+    tensors[_DESCRIPTION] = torch.frombuffer(bytearray(description), dtype=torch.uint8)
+    temporary = folder / f".{SAFE_WEIGHTS_NAME}.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / SAFE_WEIGHTS_NAME)
 
 
-def _held(model: nn.Module) -> dict[str, tuple[torch.Tensor, list[str]]]:
-    """What an adapter's file holds and what else trains, each tensor once by its first clean name, with all its names."""
-    layers = adapted(model).values()
-    held = {
-        parameter
-        for layer in layers
-        for name in NAMES
-        if (parameter := getattr(layer, name)) is not None
-    }
-    held |= {
-        tensor
-        for module in extra_trainables.saved(model).values()
-        for tensor in module.state_dict(keep_vars=True).values()
-    }
-    held |= {module.bias for module in extra_trainables.biases(model).values()}
-    held |= {parameter for parameter in model.parameters() if parameter.requires_grad}
+def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, list[str]]]:
+    """Return what an adapter's file holds and what else trains.
+
+    Each tensor comes once, under its first canonical name, with all its names in the state dict.
+    """
+    wanted: set[torch.Tensor] = set()
+    for layer in adapter_layers(model).values():
+        wanted.update(own_tensors(layer).values())
+    for module in extra_trainables.saved_modules(model).values():
+        wanted.update(module.state_dict(keep_vars=True).values())
+    for module in extra_trainables.trained_biases(model).values():
+        wanted.add(module.bias)
+    wanted.update(parameter for parameter in model.parameters() if parameter.requires_grad)
     names: dict[torch.Tensor, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor in held:
+        if tensor in wanted:
             names.setdefault(tensor, []).append(name)
-    return {clean(found[0]): (tensor, found) for tensor, found in names.items()}
+    return {canonical_name(all_names[0]): (t, all_names) for t, all_names in names.items()}
 
 
-def _starts(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What residual starts took out of weights, by key."""
-    starts = {name: started(layer) or {} for name, layer in adapted(model).items()}
+def _init_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what residual inits took out of weights, by key."""
     return {
-        f"{_START}{name}.{part}": tensor
-        for name, start in starts.items()
-        for part, tensor in start.items()
+        f"{_INIT_PREFIX}{name}.{part}": tensor
+        for name, layer in adapter_layers(model).items()
+        for part, tensor in (residual_init(layer) or {}).items()
     }
 
 
-def _adapters(model: nn.Module) -> dict[str, str]:
-    """What of each layer's adapter its tensors do not tell. Its dropout may differ from run to run."""
-    layers = adapted(model).items()
+def _describe_adapters(model: nn.Module) -> dict[str, str]:
+    """Return what the tensors of an adapter do not tell, by layer name.
+
+    Its dropout is left out: it may differ from run to run.
+    """
     return {
-        name: f"{type(one.adapter).__name__}, scaling {float(one.scaling)}, axis {one.adapter.axis!r}"
-        for name, one in layers
+        name: (
+            f"{type(layer.adapter).__name__}, scaling {float(layer.scaling)}, "
+            f"axis {layer.adapter.axis!r}"
+        )
+        for name, layer in adapter_layers(model).items()
     }
 
 
@@ -221,38 +271,44 @@ def _before_loading(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """If this is a checkpoint's model.safetensors: check it, see that starts are the run's, and give each tensor all its names."""
-    if _ADAPTERS not in state_dict:
+    """Check a checkpoint's model.safetensors, load inits, and put each tensor under all its names.
+
+    Does nothing for any other state dict.
+    """
+    if _DESCRIPTION not in state_dict:
         return
-    _refuse_other(json.loads(bytes(state_dict.pop(_ADAPTERS).tolist())), _adapters(model))
+    description = json.loads(bytes(state_dict.pop(_DESCRIPTION).tolist()))
+    _refuse_other(description, _describe_adapters(model))
     given = {key: state_dict.pop(key) for key in list(state_dict)}
-    held, starts = _held(model), _starts(model)
-    _refuse_other(_told(given), _told({key: tensor for key, (tensor, _) in held.items()} | starts))
-    for name, layer in adapted(model).items():
-        _start_as(name, layer, given)
-    for key, (_, names) in held.items():
+    own, initial = _checkpoint_tensors(model), _init_tensors(model)
+    expected = {key: tensor for key, (tensor, _) in own.items()} | initial
+    _refuse_other(_describe_tensors(given), _describe_tensors(expected))
+    for name, layer in adapter_layers(model).items():
+        _load_init(name, layer, given)
+    for key, (_, names) in own.items():
         state_dict.update(dict.fromkeys(names, given[key]))
-    # Base weights are missing from every checkpoint, and nobody needs to be told; _after_loading sees that it is one by this.
-    missing.append(_ADAPTERS)
+    # For _after_loading: this is a checkpoint, and every base weight is missing from it.
+    missing.append(_DESCRIPTION)
 
 
-def _start_as(name: str, layer: AdapterLayer, given: dict[str, torch.Tensor]) -> None:
-    """Give a layer the run's start unless it has the same, which leaves the run's weight to the bit."""
-    own = started(layer) or {}
-    start = {part: given[f"{_START}{name}.{part}"] for part in own}
-    if not all(torch.equal(start[part], tensor) for part, tensor in own.items()):
-        layer.take(
-            {part: given[f"{name}.{part}"] for part in NAMES if getattr(layer, part) is not None},
-            start,
-        )
+def _load_init(name: str, layer: AdapterLayer, given: dict[str, torch.Tensor]) -> None:
+    """Give a layer the init of the checkpoint, unless its own is the same.
+
+    If it is the same, the weight already is the run's, bit for bit.
+    """
+    own = residual_init(layer) or {}
+    initial = {part: given[f"{_INIT_PREFIX}{name}.{part}"] for part in own}
+    if not all(torch.equal(initial[part], tensor) for part, tensor in own.items()):
+        layer.take({part: given[f"{name}.{part}"] for part in own_tensors(layer)}, initial)
 
 
 def _after_loading(model: nn.Module, incompatible_keys: Any) -> None:
-    if _ADAPTERS in incompatible_keys.missing_keys:
+    """Drop the missing keys of a checkpoint: its base weights, which it never holds."""
+    if _DESCRIPTION in incompatible_keys.missing_keys:
         incompatible_keys.missing_keys.clear()
 
 
-def _told(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+def _describe_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     return {
         key: f"a {str(tensor.dtype).removeprefix('torch.')} tensor {tuple(tensor.shape)}"
         for key, tensor in tensors.items()
@@ -260,9 +316,11 @@ def _told(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
 
 
 def _refuse_other(theirs: dict[str, str], ours: dict[str, str]) -> None:
-    if theirs != ours:
-        name = min(
-            name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)
+    """Raise ValueError naming the first difference between a checkpoint's and a model's adapter."""
+    differing = [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]
+    if differing:
+        name = min(differing)
+        raise ValueError(
+            f"the checkpoint is of another adapter than the model's: {name} is "
+            f"{theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} in the model"
         )
-        told = f"{theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} in the model"
-        raise ValueError(f"the checkpoint is of another adapter than the model's: {name} is {told}")

@@ -1,1 +1,1 @@
-"""Floor 5: one adapter method, one file. A spec says what trains, how it starts and which settings the formula runs with."""
+"""Adapter methods, one paper per file: the tensors of a layer and their initial values."""

@@ -1,17 +1,17 @@
-"""What every adapter spec is: numbers that can be compared, copied and pickled, and the tensors a layer starts with."""
+"""The base classes of the adapter configurations."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeGuard
 
 import torch
 
 from lorafast.engine import checks
 
-# What PEFT users type, and what it is called here.
-_OTHER_NAMES = {
+# PEFT's argument names, and the name of each here.
+_PEFT_NAMES = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "use_rslora": "rslora",
@@ -22,7 +22,19 @@ _OTHER_NAMES = {
 
 
 class TensorSpec(NamedTuple):
-    """One adapter tensor of a layer: its shape, whether it trains, and whether layers of one model hold it in common."""
+    """The shape and the role of one adapter tensor of a layer.
+
+    Args:
+        shape: the shape of the tensor.
+        trained: True if the tensor is a parameter that requires grad.
+        shared: True if all layers of a model that need a tensor of this name, shape, dtype and
+            device hold the same one.
+
+    Example:
+        from lorafast.methods.adapter import TensorSpec
+
+        frozen_A = TensorSpec((8, 64), trained=False)  # lora_A [R, K]
+    """
 
     shape: tuple[int, ...]
     trained: bool = True
@@ -31,19 +43,55 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Adapter:
-    """r: rank. What a method does not say otherwise: s = 1, no dropout, and the settings below."""
+    """The base class of adapter configurations: immutable values that compare, copy and pickle.
+
+    An adapter says which tensors a layer of weight [N, K] has beside the weight, which of them
+    train, their initial values, and the options of the formula
+
+        y = gain ⊙ (x Wᵀ + s · out_scale ⊙ (core(drop(x) Aᵀ) Bᵀ)) + bias
+
+    A subclass is a frozen dataclass. It defines `tensor_specs` and `init_tensors`, and the class
+    attributes `paper` (its source), `trains` (the tensors that train) and `keeps` (what is saved
+    for backward beyond the frozen layer's, in elements of x's dtype).
+
+    Args:
+        r: rank R, at least 1.
+
+    Raises:
+        TypeError: an argument has PEFT's name for it (the message gives the name here), or a flag
+            is not a bool.
+        ValueError: a field is out of range.
+
+    Example:
+        from dataclasses import dataclass
+
+        import torch, lorafast
+
+
+        @dataclass(frozen=True, repr=False)
+        class NoisyLoRA(lorafast.LoRA):
+            \"""LoRA whose B starts at noise instead of 0.\"""
+
+            def init_tensors(self, weight):
+                tensors = super().init_tensors(weight)
+                return tensors | {"lora_B": 0.01 * torch.randn_like(tensors["lora_B"])}
+
+
+        layer = lorafast.Linear(64, 32, adapter=NoisyLoRA(r=4))
+    """
 
     r: int = 8
 
     paper: ClassVar[str]
     trains: ClassVar[str]
     keeps: ClassVar[str]
-    # Whether a lookup table (nn.Embedding) can have this adapter.
-    embeds: ClassVar[bool] = True
-    # In what the layers of one model may differ: what a rank or alpha pattern may set.
-    per_layer: ClassVar[tuple[str, ...]] = ("r", "alpha")
+    # True if an nn.Embedding can have this adapter.
+    supports_embedding: ClassVar[bool] = True
+    # The fields in which the layers of one model may differ: a rank or alpha pattern may set them.
+    per_layer_fields: ClassVar[tuple[str, ...]] = ("r", "alpha")
 
-    # What the formula runs with unless a method has a field for it. Annotated, they would take a field's place in its order.
+    # The formula's options for methods that have no field of that name. They have no annotations,
+    # because with them they would be fields of every method, before its own.
     dropout = 0.0
     axis = "out"
     dropout_on = "adapter"
@@ -53,59 +101,103 @@ class Adapter:
 
     def __new__(cls, *args: object, **kwargs: object) -> Adapter:
         for name in kwargs:
-            if name in _OTHER_NAMES:
+            if name in _PEFT_NAMES:
                 raise TypeError(
-                    f"{cls.__name__}({name}=...): this is spelled {_OTHER_NAMES[name]} in lorafast"
+                    f"{cls.__name__}({name}=...): this is spelled {_PEFT_NAMES[name]} in lorafast"
                 )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         checks.whole("r", self.r)
         for field in fields(self):
-            if isinstance(field.default, bool) and not isinstance(getattr(self, field.name), bool):
-                raise TypeError(f"{field.name}={getattr(self, field.name)!r} must be True or False")
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise TypeError(f"{field.name}={value!r} must be True or False")
         checks.probability(self.dropout)
 
     def __repr__(self) -> str:
-        told = [
-            f
-            for f in fields(self)
-            if f.name in ("r", "alpha") or getattr(self, f.name) != f.default
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
+        shown = [
+            f"{name}={value!r}"
+            for name, value in values.items()
+            if name in ("r", "alpha") or value != defaults[name]
         ]
-        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in told)})"
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def scaling(self) -> float:
-        """s."""
+        """The scaling s of the low-rank product; 1 unless a method defines it."""
         return 1.0
 
     @property
     def residual(self) -> bool:
-        """Whether the weight gives up, at the start, the delta the adapter already makes."""
+        """True if the layer subtracts the initial s·BA (or s·B·core·A) from its weight."""
         return False
 
     def bind_model(self, shapes: list[tuple[int, int]]) -> Adapter:
-        """The adapter for layers of these shapes (N, K) together; another one only where they share tensors."""
+        """Return the adapter for a set of layers that `lorafast.adapt` adapts together.
+
+        Args:
+            shapes: the weight shape (N, K) of each layer.
+
+        Returns:
+            This adapter, or a changed copy if the layers share tensors.
+        """
         return self
 
     def bind_layer(self, name: str, weight: torch.Tensor) -> Adapter:
-        """The adapter for the layer of this name ("" where it has none) and weight [N,K]; another one only where its start depends
-        on the layer.
+        """Return the adapter for one layer.
+
+        Args:
+            name: the name of the layer in the model; "" for a layer that is built on its own.
+            weight: the weight [N, K] of the layer.
+
+        Returns:
+            This adapter, or a changed copy if the initial values depend on the layer's name.
         """
         return self
 
     def tensor_specs(self, N: int, K: int) -> dict[str, TensorSpec]:
-        """The adapter tensors of a layer with weight [N,K], by the name of their Parameter, one of adapted.NAMES."""
+        """Return the specification of every adapter tensor of a layer.
+
+        Args:
+            N: out_features.
+            K: in_features.
+
+        Returns:
+            A specification per Parameter name: some of "lora_A" [R, K], "lora_B" [N, R],
+            "lora_core" [R, R] or [R], "lora_magnitude" [N] or [K], "lora_out_scale" [N] and
+            "lora_bias" [N].
+        """
         raise NotImplementedError
 
     def init_tensors(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """First values for every part, by name, on the weight's device."""
+        """Return the initial value of every adapter tensor of a layer.
+
+        Args:
+            weight: the weight [N, K] of the layer.
+
+        Returns:
+            A tensor per name of `tensor_specs`, on the weight's device, in fp32 or fp64.
+        """
         raise NotImplementedError
 
 
 @dataclass(frozen=True, repr=False)
-class Scaled(Adapter):
-    """s = alpha/r, or alpha/√r with rslora (arXiv 2312.03732). dropout: on the adapter's input."""
+class ScaledAdapter(Adapter):
+    """The base class of adapters with s = alpha/r, or alpha/√r with rslora (arXiv:2312.03732).
+
+    Args:
+        r: rank R, at least 1.
+        alpha: numerator of s, a finite number.
+        dropout: probability in [0, 1) that an element of the adapter's input is dropped.
+        rslora: True for s = alpha/√r.
+
+    Raises:
+        TypeError: as in `Adapter`.
+        ValueError: a field is out of range.
+    """
 
     alpha: float = 8
     dropout: float = 0.0
@@ -113,18 +205,19 @@ class Scaled(Adapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            isinstance(self.alpha, bool)
-            or not isinstance(self.alpha, int | float)
-            or not math.isfinite(self.alpha)
-        ):
+        if not is_finite_number(self.alpha):
             raise ValueError(f"alpha={self.alpha!r} must be a finite number")
 
     @property
     def scaling(self) -> float:
-        """s = alpha/r, or alpha/√r with rslora."""
+        """The scaling s = alpha/r, or alpha/√r with rslora."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def alpha_for(self, scaling: float) -> float:
-        """The alpha that gives this s."""
+        """Return the alpha that gives the scaling s."""
         return scaling * (math.sqrt(self.r) if self.rslora else self.r)
+
+
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """True for a finite int or float that is not a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

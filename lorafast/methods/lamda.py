@@ -1,13 +1,4 @@
-"""LaMDA (arXiv 2406.12832): a frozen way down, a trained r×r core, and a way up that freezes column by column.
-
-    y = x Wᵀ + s ((drop(x) Aᵀ) Sᵀ) Bᵀ + bias        A [R,K] frozen, S (core) [R,R] trained, B [N,R] trained, later frozen
-Saved for backward: M·R of h = drop(x) Aᵀ; x never, and h Sᵀ is remade. schedule.LaMDAFreeze freezes B's columns.
-
-How the paper starts S, and whether W gives up what B S A already says, could not be checked against its text; three readings:
-    "residual"  A = V_rᵀ, B = U_r, S = Σ_r/s from the SVD of W, and W becomes W - s B S A: the start is exact, W changes
-    "zero"      A = V_rᵀ, B = U_r, S = 0: W is untouched
-    "repo"      what the authors' released code does: A kaiming, B = 0, S uniform ±1/√r, no SVD
-"""
+"""LaMDA, spectrally decomposed low-dimensional adaptation (arXiv:2406.12832)."""
 
 from __future__ import annotations
 
@@ -19,15 +10,51 @@ import torch
 
 from lorafast.engine import checks
 from lorafast.methods import svd
-from lorafast.methods.adapter import Scaled, TensorSpec
+from lorafast.methods.adapter import ScaledAdapter, TensorSpec
 from lorafast.methods.lora import LoRA
 
 INITS = ("residual", "zero", "repo")
 
 
 @dataclass(frozen=True, repr=False)
-class LaMDA(Scaled):
-    """init as above. svd_niter: None exact up to min(N,K) = 1024, else 16 subspace iterations; 0 always exact."""
+class LaMDA(ScaledAdapter):
+    """LaMDA: a frozen A, a trained R×R core, and a B whose columns freeze during training.
+
+        y = x Wᵀ + s ((drop(x) Aᵀ) Sᵀ) Bᵀ + bias        s = alpha/r, or alpha/√r with rslora
+
+    A [R, K] is frozen, the core S [R, R] trains, B [N, R] trains until `schedule.LaMDAFreeze` has
+    frozen its columns. Saved for backward: M·R elements of h = drop(x) Aᵀ, and never x; h Sᵀ is
+    computed again.
+
+    The paper's text was not available for two points: the initial value of S, and whether the
+    weight loses the initial s B S A. `init` offers three readings.
+
+    Args:
+        r: rank R, at least 1; at most min(N, K) unless init is "repo".
+        alpha: numerator of the scaling s, a finite number; not 0 with init="residual".
+        dropout: probability in [0, 1) that an element of the adapter's input is dropped.
+        rslora: True for s = alpha/√r.
+        init: "residual": A = V_rᵀ, B = U_r and S = Σ_r/s from the SVD of W, and W becomes
+            W - s B S A, so that the output is unchanged at the start. "zero": A = V_rᵀ, B = U_r,
+            S = 0, and W does not change. "repo": as in the authors' released code, A
+            kaiming-uniform, B = 0 and S from U(-1/√r, 1/√r), without an SVD.
+        svd_niter: None for an exact SVD up to min(N, K) = 1024 and 16 subspace iterations above it;
+            0 for an exact SVD; n > 0 for n subspace iterations.
+
+    Raises:
+        TypeError: an argument has PEFT's name for it, or rslora is not a bool.
+        ValueError: a field is out of range.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        lorafast.adapt(model, lorafast.LaMDA(r=4))
+        schedule = lorafast.schedule.LaMDAFreeze(model, total_steps=100)
+
+    Source:
+        arXiv:2406.12832
+    """
 
     init: str = "residual"
     svd_niter: int | None = None
@@ -39,10 +66,11 @@ class LaMDA(Scaled):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.word("init", self.init, INITS)
-        svd.iterations(self.svd_niter)
+        svd.check_niter(self.svd_niter)
         if self.init == "residual" and self.alpha == 0:
             raise ValueError(
-                "alpha=0 leaves nothing for init='residual' to take out of the weight; use init='zero'"
+                "alpha=0 leaves nothing for init='residual' to take out of the weight; "
+                "use init='zero'"
             )
 
     @property
@@ -51,7 +79,7 @@ class LaMDA(Scaled):
 
     def tensor_specs(self, N: int, K: int) -> dict[str, TensorSpec]:
         return {
-            "lora_A": TensorSpec((self.r, K), False),
+            "lora_A": TensorSpec((self.r, K), trained=False),
             "lora_B": TensorSpec((N, self.r)),
             "lora_core": TensorSpec((self.r, self.r)),
         }
@@ -61,7 +89,7 @@ class LaMDA(Scaled):
         if self.init == "repo":
             core.uniform_(-1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
             return LoRA(self.r).init_tensors(weight) | {"lora_core": core}
-        U, S, Vh = svd.top(weight, self.r, self.svd_niter)
+        U, S, Vh = svd.truncated_svd(weight, self.r, self.svd_niter)
         if self.residual:
             core = torch.diag(S / self.scaling)
         return {"lora_A": Vh, "lora_B": U, "lora_core": core}

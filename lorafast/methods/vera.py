@@ -1,9 +1,4 @@
-"""VeRA (arXiv 2310.11454): random projections that all layers share, and two trained vectors each.
-
-    y = x Wᵀ + λ_b ⊙ ((λ_d ⊙ (drop(x) Aᵀ)) Bᵀ) + bias      A [R,K], B [N,R] frozen and shared, λ_d [R] and λ_b [N] trained
-Saved for backward: M·R. λ_d is the layer's core, λ_b its out_scale; there is no alpha. A and B are the first K columns and
-N rows of one pair drawn for the largest layer, from U(±√(6/fan_in)), as PEFT draws them from the same key.
-"""
+"""VeRA, vector-based random matrix adaptation (arXiv:2310.11454)."""
 
 from __future__ import annotations
 
@@ -14,13 +9,40 @@ from typing import ClassVar
 
 import torch
 
-from lorafast.methods.adapter import Adapter, TensorSpec
+from lorafast.methods.adapter import Adapter, TensorSpec, is_finite_number
 
 
 @dataclass(frozen=True, repr=False)
 class VeRA(Adapter):
-    """d_initial: first value of λ_d (λ_b starts at 0). projection_prng_key: seed of A and B.
-    largest: (N, K) of the pair they are cut from; None is the layer's own, and lorafast.adapt puts the model's.
+    """VeRA: two trained vectors per layer around random projections that all layers share.
+
+        y = x Wᵀ + λ_b ⊙ ((λ_d ⊙ (drop(x) Aᵀ)) Bᵀ) + bias
+
+    A [R, K] and B [N, R] are frozen and shared; λ_d [R] (the layer's core) and λ_b [N] (its
+    out_scale, which starts at 0) train. There is no alpha. A and B are the first K columns and the
+    first N rows of one pair for the largest layer, drawn from U(-√(6/fan_in), √(6/fan_in)) as PEFT
+    draws them from the same key. Saved for backward: M·R elements of drop(x) Aᵀ.
+
+    Args:
+        r: rank R, at least 1, the same in all layers of a model.
+        d_initial: the initial value of λ_d, a finite number.
+        projection_prng_key: seed of A and B, in [0, 2⁶³).
+        dropout: probability in [0, 1) that an element of the adapter's input is dropped.
+        largest: shape (N, K) of the largest layer that shares A and B. None for the layer's own
+            shape; `lorafast.adapt` sets the model's.
+
+    Raises:
+        TypeError: an argument has PEFT's name for it.
+        ValueError: a field is out of range, or a layer is larger than `largest`.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        lorafast.adapt(model, lorafast.VeRA(r=16))
+
+    Source:
+        arXiv:2310.11454
     """
 
     r: int = 256
@@ -32,15 +54,11 @@ class VeRA(Adapter):
     paper: ClassVar[str] = "arXiv 2310.11454"
     trains: ClassVar[str] = "core (diagonal), out_scale"
     keeps: ClassVar[str] = "M·R"
-    embeds: ClassVar[bool] = False
+    supports_embedding: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            isinstance(self.d_initial, bool)
-            or not isinstance(self.d_initial, int | float)
-            or not math.isfinite(self.d_initial)
-        ):
+        if not is_finite_number(self.d_initial):
             raise ValueError(f"d_initial={self.d_initial!r} must be a finite number")
         key = self.projection_prng_key
         if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 1 << 63:
@@ -54,8 +72,8 @@ class VeRA(Adapter):
         if largest[0] < N or largest[1] < K:
             raise ValueError(f"largest={largest} has no room for a weight {(N, K)}")
         return {
-            "lora_A": TensorSpec((self.r, K), False, shared=True),
-            "lora_B": TensorSpec((N, self.r), False, shared=True),
+            "lora_A": TensorSpec((self.r, K), trained=False, shared=True),
+            "lora_B": TensorSpec((N, self.r), trained=False, shared=True),
             "lora_core": TensorSpec((self.r,)),
             "lora_out_scale": TensorSpec((N,)),
         }
@@ -73,7 +91,11 @@ class VeRA(Adapter):
 
 @functools.lru_cache(maxsize=1)
 def projections(r: int, N: int, K: int, key: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r,K] and B [N,r] on the CPU, drawn in that order. The last pair is kept: a model asks for it once a layer."""
+    """Return the shared A [r, K] and B [N, r] of a key, on the CPU.
+
+    A is drawn before B, as in PEFT. The last pair is cached, because every layer of a model asks
+    for it.
+    """
     generator = torch.Generator().manual_seed(key)
     A, B = torch.empty(r, K, device="cpu"), torch.empty(N, r, device="cpu")
     for tensor in (A, B):

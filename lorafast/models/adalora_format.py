@@ -1,4 +1,4 @@
-"""AdaLoRA's triplets as PEFT's files have them: its keys, E as a column, the rank pattern, and the schedule's settings."""
+"""AdaLoRA in PEFT's files: key names, E as a column, the rank pattern, the schedule's options."""
 
 from __future__ import annotations
 
@@ -11,48 +11,64 @@ import torch
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.models import expressions
 
-# What PEFT calls each part, after the layer's name.
-WORDS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_core": "lora_E"}
-# Where schedule.AdaLoRA leaves its settings on a model, in PEFT's words, and what a file says if there was none: PEFT's defaults,
-# and the one step its config cannot do without.
-SCHEDULE = "_lorafast_adalora"
+# PEFT's name of each adapter tensor, after the layer's name.
+KEY_NAMES = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_core": "lora_E"}
+# Attribute of a model: the options of its schedule.AdaLoRA under PEFT's names.
+SCHEDULE_ATTRIBUTE = "_lorafast_adalora"
+# What a file says if there was no schedule: PEFT's defaults, and the one step that PEFT requires.
 SCHEDULE_FIELDS = {
-    "total_step": 1, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5,
-}  # fmt: skip
-# A key of PEFT's rank pattern; until it has saved a file, with an adapter's name at its end.
-_KEY = re.compile(r"(.+)\.lora_E(\.[^.]+)?")
+    "total_step": 1,
+    "tinit": 0,
+    "tfinal": 0,
+    "deltaT": 1,
+    "beta1": 0.85,
+    "beta2": 0.85,
+    "orth_reg_weight": 0.5,
+}
+# A key of PEFT's rank pattern. In a PEFT model that has not been saved yet, the adapter's name
+# follows.
+_PATTERN_KEY = re.compile(r"(.+)\.lora_E(\.[^.]+)?")
 
 
-def filed(part: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A part as a file has it: E [R,1]."""
-    return tensor.unsqueeze(1) if part == "lora_core" else tensor
+def to_file(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return an adapter tensor as a file has it: the core, [R] in a layer, is E [R,1]."""
+    return tensor.unsqueeze(1) if name == "lora_core" else tensor
 
 
-def filed_shape(part: str, shape: tuple[int, ...], given: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a part in a file. What PEFT has left nothing of has one triplet here, so the rank it gives may be 0."""
-    wanted = list((*shape, 1) if part == "lora_core" else shape)
-    at = _rank_of(part)
-    if wanted[at] == 1 and len(given) == 2 and given[at] == 0:
-        wanted[at] = 0
-    return tuple(wanted)
+def file_shape(name: str, shape: tuple[int, ...], given_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that a layer's tensor must have in a file.
+
+    A layer holds at least one triplet, while PEFT may have pruned all of them: a rank of 0 in the
+    file is accepted where the layer's is 1.
+
+    Args:
+        name: name of the adapter tensor.
+        shape: its shape in the layer.
+        given_shape: its shape in the file.
+    """
+    expected = list((*shape, 1) if name == "lora_core" else shape)
+    axis = _rank_axis(name)
+    if expected[axis] == 1 and len(given_shape) == 2 and given_shape[axis] == 0:
+        expected[axis] = 0
+    return tuple(expected)
 
 
-def held(part: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A part of a file as a layer has it; of no triplet, one of zeros."""
-    shape, at = list(tensor.shape), _rank_of(part)
-    if not shape[at]:
-        shape[at] = 1
+def from_file(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of a file as a layer has it. Of no triplets, one triplet of zeros."""
+    shape, axis = list(tensor.shape), _rank_axis(name)
+    if not shape[axis]:
+        shape[axis] = 1
         tensor = tensor.new_zeros(shape)
-    return tensor.squeeze(1) if part == "lora_core" else tensor
+    return tensor.squeeze(1) if name == "lora_core" else tensor
 
 
-def _rank_of(part: str) -> int:
-    """Which of a part's sizes in a file is the rank."""
-    return 1 if part == "lora_B" else 0
+def _rank_axis(name: str) -> int:
+    """Return the axis of a tensor in a file whose size is the rank."""
+    return 1 if name == "lora_B" else 0
 
 
-def pattern(adapters: Mapping[str, AdaLoRA]) -> dict[str, list[bool]] | None:
-    """PEFT's rank pattern: of as many triplets as layers began with, as many as each has. None where none has lost any."""
+def rank_pattern_to_peft(adapters: Mapping[str, AdaLoRA]) -> dict[str, list[bool]] | None:
+    """Return PEFT's rank pattern: init_r flags a layer, r of them True. None if no rank shrank."""
     if all(adapter.r == adapter.init_r for adapter in adapters.values()):
         return None
     return {
@@ -61,28 +77,36 @@ def pattern(adapters: Mapping[str, AdaLoRA]) -> dict[str, list[bool]] | None:
     }
 
 
-def ranks(pattern: Any, init_r: int) -> dict[str, int]:
-    """Ranks by layer, as a plan has them, from PEFT's rank pattern; at least 1. ValueError if that is none."""
+def rank_pattern_from_peft(pattern: Any, init_r: int) -> dict[str, int]:
+    """Return the rank of each layer, at least 1, as an AdaptSpec's rank_pattern.
+
+    Args:
+        pattern: PEFT's rank pattern, not checked yet.
+        init_r: how many flags each layer must have.
+
+    Raises:
+        ValueError: the pattern is malformed.
+    """
     if not isinstance(pattern, dict):
         raise ValueError(
             f"rank_pattern={pattern!r} must be a dict from layers' lora_E to lists of flags"
         )
-    found: dict[str, int] = {}
-    # The longest first: a shorter name may be another one's end.
+    ranks: dict[str, int] = {}
+    # Longest first: the first pattern that matches counts, and a short name may be the end of a
+    # longer one.
     for key in sorted(pattern, key=lambda key: -len(str(key))):
-        match, kept = _KEY.fullmatch(key) if isinstance(key, str) else None, pattern[key]
-        if (
-            match is None
-            or not isinstance(kept, list)
-            or not all(isinstance(one, bool) for one in kept)
-        ):
+        match, flags = _PATTERN_KEY.fullmatch(key) if isinstance(key, str) else None, pattern[key]
+        is_flags = isinstance(flags, list) and all(isinstance(flag, bool) for flag in flags)
+        if match is None or not is_flags:
             raise ValueError(
-                f"rank_pattern[{key!r}]={str(kept)[:200]} must be a layer's lora_E and a list of flags"
+                f"rank_pattern[{key!r}]={str(flags)[:200]} must be a layer's lora_E and a list of "
+                "flags"
             )
-        if len(kept) != init_r:
+        if len(flags) != init_r:
             raise ValueError(
-                f"rank_pattern[{key!r}] has {len(kept)} flags for init_r={init_r} triplets"
+                f"rank_pattern[{key!r}] has {len(flags)} flags for init_r={init_r} triplets"
             )
         name = match[1]
-        found[name if expressions.is_plain(name) else f"^{re.escape(name)}"] = max(1, sum(kept))
-    return found
+        expression = name if expressions.is_plain(name) else f"^{re.escape(name)}"
+        ranks[expression] = max(1, sum(flags))
+    return ranks

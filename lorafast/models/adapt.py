@@ -1,10 +1,11 @@
-"""lorafast.adapt: give a model's linears and embeddings an adapter, in place, and freeze everything else."""
+"""lorafast.adapt: give a model's linears and embeddings adapters, in place, and freeze the rest."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,20 +13,37 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lorafast.methods.adapter import Adapter
 from lorafast.models import extra_trainables, peft_config
-from lorafast.models.adapt_spec import ALL_LINEAR, Names, Plan
-from lorafast.models.module_names import adapted, clean, some
-from lorafast.models.target_modules import layer_for, owners, places, storage
+from lorafast.models.adapt_spec import (
+    ALL_LINEAR,
+    TASK_TYPE_ATTRIBUTE,
+    AdaptSpec,
+    ModuleSelector,
+)
+from lorafast.models.module_names import (
+    adapter_layers,
+    canonical_name,
+    format_names,
+    require_module,
+)
+from lorafast.models.target_modules import (
+    Targets,
+    find_targets,
+    layer_class_for,
+    parameter_owners,
+)
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.runtime.torch_internals import storage_key
 
-Fill = Callable[[str, AdapterLayer], None]
+# Gives an adapted layer its values. Called with the layer's name in the model and the layer.
+SetValues = Callable[[str, AdapterLayer], None]
 
 
 def adapt(
     model: nn.Module,
     adapter: Adapter,
-    target_modules: Names = ALL_LINEAR,
+    target_modules: ModuleSelector = ALL_LINEAR,
     *,
-    exclude_modules: Names | None = None,
+    exclude_modules: ModuleSelector | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     adapter_pattern: Mapping[str, Adapter] | None = None,
@@ -34,180 +52,251 @@ def adapt(
     seed: int | None = None,
     adapter_dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Put an adapter on every module that target_modules names, in place, and freeze everything else. Returns the model.
+    """Put an adapter on every targeted module, in place, freeze the rest, and return the model.
 
-    adapter: one of lorafast's, or a PEFT LoraConfig or VeraConfig, which then says all but seed and adapter_dtype.
-    target_modules: "all-linear" (every nn.Linear and transformers Conv1D but the model's output embeddings), a regular expression
-    that must match a whole name, or names, each whole or the end of one after a dot. nn.Embedding can be named too.
-    exclude_modules: names or an expression, as above. rank_pattern, alpha_pattern: {expression: r or alpha} for layers whose name,
-    or its end after a dot, matches. adapter_pattern: {expression: another adapter} for such layers, as DoRA with
-    DoRA(magnitude_only=True) for some; other mixtures of methods train, but a file cannot hold them. modules_to_save: modules that
-    train as a whole and are saved with the adapter. bias: "all" and "lora_only" (the adapted layers') train biases too. seed: start
-    from a generator of its own. adapter_dtype: as for Linear.
-    Weights and biases stay the same Parameters; a module used in several places is replaced in all. Adapters start in module order.
-    Raises ValueError or TypeError, and changes nothing, where a name or pattern matches nothing, a match is no plain nn.Linear,
-    Conv1D or nn.Embedding or carries hooks, a weight that would change is tied to another, or the model is adapted already, or in
-    DDP. If an init fails midway, weights it has already changed are restored to within one rounding.
+    Weights and biases stay the same Parameters. A module used in several places is replaced in all
+    of them. Adapters are initialised in module order. All checks run before the first change; if an
+    init fails midway, weights it has changed are restored to within one rounding.
+
+    Args:
+        model: any module that is not adapted yet; adapt before wrapping it in DDP.
+        adapter: an adapter such as lorafast.LoRA(r=8), or a PEFT LoraConfig or VeraConfig, which
+            then sets everything except seed and adapter_dtype.
+        target_modules: "all-linear" (every nn.Linear and transformers Conv1D except the output
+            head), a regular expression that matches whole names, or a list of names, each a whole
+            name or its end after a dot. nn.Embedding can be named too.
+        exclude_modules: a regular expression or names, as above, of modules to leave out.
+        rank_pattern: {regular expression: r} for layers whose name, or its end after a dot,
+            matches.
+        alpha_pattern: {regular expression: alpha}, likewise.
+        adapter_pattern: {regular expression: another adapter}, likewise. An adapter file holds one
+            method, or DoRA beside DoRA(magnitude_only=True); other mixtures only train.
+        modules_to_save: names of modules that train as a whole and are saved with the adapter.
+        bias: "none", "all" or "lora_only" (those of adapted layers): which biases train.
+        seed: seed of a separate random generator for the inits; None uses torch's generators.
+        adapter_dtype: dtype of the factors; None is fp32 on a bf16 or fp16 weight, else the
+            weight's dtype.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        ValueError: a name or pattern matches nothing, a weight that an init would change is tied to
+            another, or the model is adapted already or inside DistributedDataParallel.
+        TypeError: a match is no plain nn.Linear, Conv1D or nn.Embedding, or carries hooks.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 4))
+        lorafast.adapt(model, lorafast.LoRA(r=4, alpha=8), target_modules=["1"])
+        model(torch.randn(8, 16)).sum().backward()
+        assert model[1].lora_B.grad is not None and model[0].weight.grad is None
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    options = {
-        "exclude_modules": exclude_modules, "rank_pattern": rank_pattern or {}, "alpha_pattern": alpha_pattern or {},
-        "adapter_pattern": adapter_pattern or {}, "modules_to_save": modules_to_save, "bias": bias,
-    }  # fmt: skip
-    if peft_config.is_one(adapter):
-        given = {"target_modules": target_modules != ALL_LINEAR, **options, "bias": bias != "none"}
-        said = [name for name, value in given.items() if value]
-        if said:
-            raise ValueError(
-                f"adapter is a {type(adapter).__name__}, which says {', '.join(said)} itself"
-            )
-        asked = peft_config.asked(adapter, model)
-        plan, resting = peft_config.plan_of(asked), asked.get("inference_mode")
-    else:
-        plan, resting = Plan(adapter, target_modules, **options), False
+    require_module(model)
+    arguments = {
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "rank_pattern": rank_pattern or {},
+        "alpha_pattern": alpha_pattern or {},
+        "adapter_pattern": adapter_pattern or {},
+        "modules_to_save": modules_to_save,
+        "bias": bias,
+    }
+    spec, inference_mode = _spec_of(model, adapter, arguments)
     refuse_parallel(model)
-    found = places(model, plan)
-    _warn_of_experts(model, plan, found)
-    with seeded(seed, model):
-        install(model, plan, found, adapter_dtype)
-    if resting:
-        let_train(model, False)
+    targets = find_targets(model, spec)
+    _warn_about_experts(model, spec)
+    with temporary_seed(seed, model):
+        install(model, spec, targets, adapter_dtype)
+    if inference_mode:
+        set_trainable(model, False)
     return model
 
 
+def _spec_of(
+    model: nn.Module, adapter: Adapter, arguments: dict[str, Any]
+) -> tuple[AdaptSpec, bool]:
+    """Return the spec of adapt's arguments, and whether a PEFT config asks for inference mode."""
+    if not peft_config.is_peft_config(adapter):
+        return AdaptSpec(adapter, **arguments), False
+    defaults = {"target_modules": ALL_LINEAR, "bias": "none"}
+    conflicts = [
+        name
+        for name, value in arguments.items()
+        if (value != defaults[name] if name in defaults else value)
+    ]
+    if conflicts:
+        raise ValueError(
+            f"adapter is a {type(adapter).__name__}, which says {', '.join(conflicts)} itself"
+        )
+    config = peft_config.complete_config(adapter, model)
+    return peft_config.spec_from_config(config), bool(config.get("inference_mode"))
+
+
 def refuse_parallel(model: nn.Module) -> None:
-    """DDP sums the gradients of the parameters it was made with, and of no adapter that comes later."""
+    """Raise ValueError if the model is in DDP: it would not sum the gradients of new Parameters."""
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
-            f"model {type(model).__name__} is in DistributedDataParallel already: put the adapters in before wrapping it"
+            f"model {type(model).__name__} is in DistributedDataParallel already: put the adapters "
+            "in before wrapping it"
         )
 
 
-def _warn_of_experts(model: nn.Module, plan: Plan, found: dict[nn.Module, list[str]]) -> None:
-    """What "all-linear" passes over without a word would be taken for adapted."""
-    if not (isinstance(plan.target_modules, str) and plan.target_modules.lower() == ALL_LINEAR):
+def _warn_about_experts(model: nn.Module, spec: AdaptSpec) -> None:
+    """Warn that "all-linear" leaves out fused experts, whose 3-D weight is no linear."""
+    if not spec.targets_all_linear:
         return
-    left = [
-        f"{name}.{key}" for name, module in model.named_modules() if not type(module).__module__.startswith("torch.nn.")
-        for key, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3
-    ]  # fmt: skip
-    if left:
+    experts = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.nn.")
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    ]
+    if experts:
         warnings.warn(
-            f"target_modules='all-linear' adapts no 3-D weight of fused experts: {some(left)}",
+            "target_modules='all-linear' adapts no 3-D weight of fused experts: "
+            f"{format_names(experts)}",
             stacklevel=3,
         )
 
 
 def install(
     model: nn.Module,
-    plan: Plan,
-    found: dict[nn.Module, list[str]],
+    spec: AdaptSpec,
+    targets: Targets,
     adapter_dtype: torch.dtype | None = None,
-    fill: Fill | None = None,
+    set_values: SetValues | None = None,
     finish: Callable[[], None] = lambda: None,
 ) -> None:
-    """Carry out a plan on the modules found for it. fill: gives each layer (by name) its values instead of the adapter's start.
+    """Replace the targets by adapted layers and let train what the spec says.
 
-    finish: what else belongs to it. Whatever fails, finish included, the model is as it was.
+    If anything fails, set_values and finish included, the model is restored.
+
+    Args:
+        model: the model that contains the targets.
+        spec: which adapter goes where.
+        targets: the modules to replace, as find_targets returns them.
+        adapter_dtype: dtype of the factors, as in adapt.
+        set_values: gives each layer its values, instead of the adapter's init.
+        finish: called when all layers are in place.
     """
-    own = plan.adapters(clean(names[0]) for names in found.values())
-    shapes = [tuple(_matrix(module).shape) for module in found]
-    specs = {module: own[clean(names[0])].bind_model(shapes) for module, names in found.items()}
-    _refuse_tied(model, found, specs)
-    also = extra_trainables.chosen(model, plan, found)
-    if fill is None:
-        specs = {
-            module: spec.bind_layer(clean(found[module][0]), _matrix(module))
-            for module, spec in specs.items()
-        }
+    adapters = _bind_adapters(model, spec, targets, bind_layers=set_values is None)
+    extra = extra_trainables.collect(model, spec, targets)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers: dict[nn.Module, AdapterLayer] = {}
     try:
-        for module, names in found.items():
-            layers[module] = layer_for(module)[0]._from(
-                module, specs[module], adapter_dtype, start=fill is None
+        for module, names in targets.items():
+            layer_class, _ = layer_class_for(module)
+            layers[module] = layer_class._from(
+                module, adapters[module], adapter_dtype, start=set_values is None
             )
-            if fill is not None:
-                fill(names[0], layers[module])
+            if set_values is not None:
+                set_values(names[0], layers[module])
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        _share(layers.values())
-        for module, names in found.items():
+        _share_tensors(layers.values())
+        for module, names in targets.items():
             if layers[module].lora_magnitude is not None:
                 layers[module].lora_magnitude.lorafast_name = names[0]
-            put(model, names, layers[module])
-        extra_trainables.train(also, layers)
+            replace_module(model, names, layers[module])
+        extra_trainables.enable_training(extra, layers)
         finish()
     except BaseException:
-        extra_trainables.undo(also, layers)
-        for module, names in found.items():
-            put(model, names, module)
+        extra_trainables.undo_training(extra, layers)
+        for module, names in targets.items():
+            replace_module(model, names, module)
         for layer in layers.values():
             layer.restore_base()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
-    model.__dict__["_lorafast_task_type"] = plan.task_type
+    model.__dict__[TASK_TYPE_ATTRIBUTE] = spec.task_type
 
 
-def let_train(model: nn.Module, trainable: bool) -> None:
-    """Let everything an adapter file of the model holds train as adapt does, or nothing of it."""
-    for layer in adapted(model).values():
-        for name, part in layer._parts().items():
-            # What a schedule has frozen is its to thaw.
-            if name not in layer.frozen_parts and (
-                name != "lora_B" or layer.frozen_columns < layer.r
-            ):
+def _bind_adapters(
+    model: nn.Module, spec: AdaptSpec, targets: Targets, bind_layers: bool
+) -> dict[nn.Module, Adapter]:
+    """Return the adapter of each target. bind_layers: its init will run, which may need the layer.
+
+    ValueError if an adapter would change a tied weight.
+    """
+    by_name = spec.adapters(canonical_name(names[0]) for names in targets.values())
+    shapes = [tuple(_weight_matrix(module).shape) for module in targets]
+    adapters = {
+        module: by_name[canonical_name(names[0])].bind_model(shapes)
+        for module, names in targets.items()
+    }
+    _refuse_tied(model, targets, adapters)
+    if not bind_layers:
+        return adapters
+    return {
+        module: adapter.bind_layer(canonical_name(targets[module][0]), _weight_matrix(module))
+        for module, adapter in adapters.items()
+    }
+
+
+def set_trainable(model: nn.Module, trainable: bool) -> None:
+    """Let everything that an adapter file of the model holds train as adapt does, or freeze it."""
+    for layer in adapter_layers(model).values():
+        for name, part in layer._tensor_specs().items():
+            # What a schedule has frozen stays frozen until the schedule changes it.
+            frozen = name in layer.frozen_parts or (
+                name == "lora_B" and layer.frozen_columns == layer.r
+            )
+            if not frozen:
                 getattr(layer, name).requires_grad_(trainable and part.trained)
-    extra_trainables.let_train(model, trainable)
+    extra_trainables.set_trainable(model, trainable)
 
 
-def put(model: nn.Module, names: list[str], module: nn.Module) -> None:
-    """Put a module in every place of these names."""
+def replace_module(model: nn.Module, names: list[str], module: nn.Module) -> None:
+    """Set the module under each of these names of the model."""
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
 
 
-def _matrix(module: nn.Module) -> torch.Tensor:
-    """The weight as [N,K]."""
-    return module.weight.detach() if isinstance(module, nn.Linear) else module.weight.detach().t()
+def _weight_matrix(module: nn.Module) -> torch.Tensor:
+    """Return the weight as [N,K]. nn.Linear stores it so; Conv1D and nn.Embedding transposed."""
+    weight = module.weight.detach()
+    return weight if isinstance(module, nn.Linear) else weight.t()
 
 
-def _share(layers: Collection[AdapterLayer]) -> None:
-    """One Parameter for every tensor that layers hold in common."""
-    first: dict[tuple, nn.Parameter] = {}
+def _share_tensors(layers: Collection[AdapterLayer]) -> None:
+    """Let the layers hold one Parameter for every tensor that they have in common (VeRA)."""
+    shared: dict[tuple, nn.Parameter] = {}
     for layer in layers:
-        for name, part in layer._parts().items():
+        for name, part in layer._tensor_specs().items():
             if part.shared:
-                held = getattr(layer, name)
-                setattr(
-                    layer, name, first.setdefault((name, held.shape, held.dtype, held.device), held)
-                )
+                parameter = getattr(layer, name)
+                key = (name, parameter.shape, parameter.dtype, parameter.device)
+                setattr(layer, name, shared.setdefault(key, parameter))
 
 
-def _refuse_tied(
-    model: nn.Module, found: dict[nn.Module, list[str]], specs: dict[nn.Module, Adapter]
-) -> None:
+def _refuse_tied(model: nn.Module, targets: Targets, adapters: dict[nn.Module, Adapter]) -> None:
+    """Raise ValueError if an init would change a weight that another module holds too."""
     changed = {
         module: names
-        for module, names in found.items()
-        if specs[module].residual and not module.weight.is_meta
+        for module, names in targets.items()
+        if adapters[module].residual and not module.weight.is_meta
     }
-    held = owners(model) if changed else {}
+    owners = parameter_owners(model) if changed else {}
     for module, names in changed.items():
-        sharing = held[storage(module.weight)]
-        if len(sharing) > 1:
-            both = " and ".join(sharing.values())
+        holders = owners[storage_key(module.weight)]
+        if len(holders) > 1:
             raise ValueError(
-                f"{specs[module]} would change {both}, which are one tensor: leave {names[0]} out, or choose another init"
+                f"{adapters[module]} would change {' and '.join(holders.values())}, which are one "
+                f"tensor: leave {names[0]} out, or choose another init"
             )
 
 
 @contextlib.contextmanager
-def seeded(seed: int | None, model: nn.Module) -> Iterator[None]:
-    """A generator of its own for what is drawn inside; torch's go on as if nothing had been drawn."""
+def temporary_seed(seed: int | None, model: nn.Module) -> Iterator[None]:
+    """A context in which torch's generators start from seed; their states are restored on exit.
+
+    seed=None changes nothing. The generators are the CPU's and those of the model's CUDA devices.
+    """
     if seed is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What adapt is asked to do: an adapter, where it goes, where it differs, and what else trains."""
+"""AdaptSpec: which adapter goes on which layers, where it differs, and what else trains."""
 
 from __future__ import annotations
 
@@ -10,28 +10,35 @@ from lorafast.engine import checks
 from lorafast.methods.adapter import Adapter
 from lorafast.models import expressions
 
-BIASES = ("none", "all", "lora_only")
-# What PEFT reads the same way: every linear but the head that makes logits.
+BIAS_OPTIONS = ("none", "all", "lora_only")
+# PEFT's word for every linear layer except the head that makes logits.
 ALL_LINEAR = "all-linear"
+# Attribute of an adapted model: the task_type of its spec, for the config of its adapter file.
+TASK_TYPE_ATTRIBUTE = "_lorafast_task_type"
 
-# Where PEFT puts a rank or alpha pattern.
-_ENDING = r"(.*\.)?(%s)$"
+# PEFT matches a rank or alpha pattern against a whole name or its end after a dot.
+_NAME_END = r"(.*\.)?(%s)$"
 
-Names = str | Collection[str]
+# A regular expression that matches whole names, or names that each match a whole name or its end.
+ModuleSelector = str | Collection[str]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The fields mean what PEFT's of the same names mean.
+class AdaptSpec:
+    """The arguments of adapt, checked. Fields that PEFT's config has too mean what they mean there.
 
-    forgiving: names and patterns that match nothing are passed over, as PEFT does, as long as some layer is adapted. loose: a name
-    in modules_to_save also means every module whose name ends in these letters, as PEFT reads it ("norm": input_layernorm too).
-    foreign: its expressions come from a file. untie: a module to save that is tied to another gets tensors of its own, as in PEFT.
+    Args:
+        ignore_unmatched: names and patterns that match nothing are ignored, as in PEFT, as long as
+            some layer is adapted.
+        match_any_ending: a name in modules_to_save also selects every module whose name ends in
+            these letters, as in PEFT ("norm" selects input_layernorm).
+        untrusted: regular expressions come from a file.
+        untie: a module to save that is tied to another module gets its own tensors, as in PEFT.
     """
 
     adapter: Adapter
-    target_modules: Names = ALL_LINEAR
-    exclude_modules: Names | None = None
+    target_modules: ModuleSelector = ALL_LINEAR
+    exclude_modules: ModuleSelector | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     adapter_pattern: Mapping[str, Adapter] = field(default_factory=dict)
@@ -40,131 +47,151 @@ class Plan:
     layers_to_transform: Collection[int] | None = None
     layers_pattern: Collection[str] = ()
     task_type: str | None = None
-    forgiving: bool = False
-    loose: bool = False
-    foreign: bool = False
+    ignore_unmatched: bool = False
+    match_any_ending: bool = False
+    untrusted: bool = False
     untie: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.adapter, Adapter):
             raise TypeError(
-                f"adapter must be a lorafast adapter such as lorafast.LoRA(r=8), not {self.adapter!r}"
+                "adapter must be a lorafast adapter such as lorafast.LoRA(r=8), "
+                f"not {self.adapter!r}"
             )
-        checks.word("bias", self.bias, BIASES)
-        _refuse_names(
-            "target_modules",
-            self.target_modules,
-            "'all-linear', a regular expression or names of modules",
-        )
+        checks.word("bias", self.bias, BIAS_OPTIONS)
+        forms = "a regular expression or names of modules"
+        _check_selector("target_modules", self.target_modules, f"'all-linear', {forms}")
         if self.exclude_modules:
-            _refuse_names(
-                "exclude_modules", self.exclude_modules, "a regular expression or names of modules"
-            )
-        for name, kind, what in (
+            _check_selector("exclude_modules", self.exclude_modules, forms)
+        self._check_lists()
+        self._check_adapter_pattern()
+        for name in ("rank_pattern", "alpha_pattern"):
+            self._check_number_pattern(name)
+
+    @property
+    def targets_all_linear(self) -> bool:
+        """True if target_modules is "all-linear"."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    def adapters(self, names: Iterable[str]) -> dict[str, Adapter]:
+        """Return the adapter of each named layer.
+
+        The method, the rank and alpha each come from the first pattern that matches the name or its
+        end after a dot.
+        """
+        names = list(names)
+        numbers: dict[str, dict[str, float]] = collections.defaultdict(dict)
+        keys = match_patterns(self.adapter_pattern, names, self.untrusted)
+        for argument, pattern in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            for name, key in match_patterns(pattern, names, self.untrusted).items():
+                numbers[name][argument] = pattern[key]
+        adapters = {
+            name: self.adapter_pattern[keys[name]] if name in keys else self.adapter
+            for name in names
+        }
+        return {
+            name: replace(adapter, **numbers[name]) if name in numbers else adapter
+            for name, adapter in adapters.items()
+        }
+
+    def _check_lists(self) -> None:
+        for name, kind, plural in (
             ("modules_to_save", str, "names of modules"),
             ("layers_to_transform", int, "indices"),
             ("layers_pattern", str, "names"),
         ):
-            given = getattr(self, name)
-            if given is not None and not _all_of(kind, given):
-                raise ValueError(f"{name}={given!r} must be a list of {what}")
+            value = getattr(self, name)
+            if value is not None and not _is_collection_of(kind, value):
+                raise ValueError(f"{name}={value!r} must be a list of {plural}")
         for pattern in self.layers_pattern:
-            expressions.compiled("layers_pattern", pattern)
-            if self.foreign and not expressions.is_plain(pattern):
+            expressions.check_expression("layers_pattern", pattern)
+            if self.untrusted and not expressions.is_plain(pattern):
                 raise ValueError(f"layers_pattern={pattern[:200]!r} of a file must be a name")
-        self._refuse_adapters()
-        for name in ("rank_pattern", "alpha_pattern"):
-            self._refuse_pattern(name)
 
-    def _refuse_adapters(self) -> None:
+    def _check_adapter_pattern(self) -> None:
         pattern = self.adapter_pattern
         if not isinstance(pattern, Mapping) or not all(
-            isinstance(one, Adapter) for one in pattern.values()
+            isinstance(adapter, Adapter) for adapter in pattern.values()
         ):
             raise TypeError(
-                f"adapter_pattern={pattern!r} must be a dict from regular expressions to lorafast adapters"
+                f"adapter_pattern={pattern!r} must be a dict from regular expressions to lorafast "
+                "adapters"
             )
         for key in pattern:
-            expressions.compiled("adapter_pattern", key, _ENDING)
-        if pattern and (
-            shares := next(
-                (one for one in self._kinds() if one.bind_model([(1, 1)]) is not one), None
-            )
-        ):
-            raise ValueError(
-                f"adapter_pattern={pattern!r}: all layers of {type(shares).__name__} share tensors"
-            )
+            expressions.check_expression("adapter_pattern", key, _NAME_END)
+        for adapter in self._all_adapters() if pattern else ():
+            if _shares_tensors(adapter):
+                raise ValueError(
+                    f"adapter_pattern={pattern!r}: all layers of {type(adapter).__name__} share "
+                    "tensors"
+                )
 
-    def _kinds(self) -> tuple[Adapter, ...]:
-        return self.adapter, *self.adapter_pattern.values()
-
-    def _refuse_pattern(self, name: str) -> None:
+    def _check_number_pattern(self, name: str) -> None:
         pattern = getattr(self, name)
         if not isinstance(pattern, Mapping):
             raise ValueError(
                 f"{name}={pattern!r} must be a dict from regular expressions to numbers"
             )
-        what = "r" if name == "rank_pattern" else "alpha"
-        for adapter in self._kinds() if pattern else ():
-            if what not in {f.name for f in fields(adapter)}.intersection(adapter.per_layer):
+        argument = "r" if name == "rank_pattern" else "alpha"
+        for adapter in self._all_adapters() if pattern else ():
+            arguments = {f.name for f in fields(adapter)}.intersection(adapter.per_layer_fields)
+            if argument not in arguments:
                 raise ValueError(
-                    f"{name}={pattern!r}: {type(adapter).__name__} has no {what} of its own per layer"
+                    f"{name}={pattern!r}: {type(adapter).__name__} has no {argument} of its own "
+                    "per layer"
                 )
-            if what == "r" and adapter.bind_model([(1, 1)]) is not adapter:
+            if argument == "r" and _shares_tensors(adapter):
                 raise ValueError(
-                    f"{name}={pattern!r}: the layers of {type(adapter).__name__} share tensors of one rank"
+                    f"{name}={pattern!r}: the layers of {type(adapter).__name__} share tensors of "
+                    "one rank"
                 )
         for key, value in pattern.items():
-            expressions.compiled(name, key, _ENDING)
-            for adapter in self._kinds():
+            expressions.check_expression(name, key, _NAME_END)
+            for adapter in self._all_adapters():
                 try:
-                    replace(adapter, **{what: value})
+                    replace(adapter, **{argument: value})
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{name}[{key!r}]={value!r}: {error}") from error
 
-    def adapters(self, names: Iterable[str]) -> dict[str, Adapter]:
-        """The adapter of each layer: method, rank and alpha by the first pattern each that matches its name, or its end after a
-        dot.
-        """
-        names, own = list(names), collections.defaultdict(dict)
-        kinds = {
-            name: self.adapter_pattern[key]
-            for name, key in matching(self.adapter_pattern, names, self.foreign).items()
-        }
-        for what, pattern in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
-            for name, key in matching(pattern, names, self.foreign).items():
-                own[name][what] = pattern[key]
-        kinds = {name: kinds.get(name, self.adapter) for name in names}
-        return {
-            name: replace(kinds[name], **own[name]) if name in own else kinds[name]
-            for name in names
-        }
+    def _all_adapters(self) -> tuple[Adapter, ...]:
+        return self.adapter, *self.adapter_pattern.values()
 
 
-def matching(
-    pattern: Mapping[str, object], names: Iterable[str], foreign: bool = False
+def match_patterns(
+    pattern: Mapping[str, object], names: Iterable[str], untrusted: bool = False
 ) -> dict[str, str]:
-    """For each name, the first key of a pattern that matches it, whole or after a dot; others are left out."""
+    """Return, for each name, the first key that matches it or its end after a dot.
+
+    Names that no key matches are left out. untrusted: the keys come from a file.
+    """
     names, keys = list(names), list(pattern)
     if all(map(expressions.is_plain, keys)):
-        found = {
-            name: next((key for key in keys if expressions.plain_ends(key, name)), None)
+        matches = {
+            name: next((key for key in keys if expressions.plain_matches_end(key, name)), None)
             for name in names
         }
-        return {name: key for name, key in found.items() if key is not None}
-    placed = expressions.first([_ENDING % key for key in keys], names, foreign, whole=False)
-    return {name: keys[index] for name, index in placed.items()}
+        return {name: key for name, key in matches.items() if key is not None}
+    endings = [_NAME_END % key for key in keys]
+    indices = expressions.first_matches(endings, names, untrusted, full=False)
+    return {name: keys[index] for name, index in indices.items()}
 
 
-def _refuse_names(argument: str, names: Names, wanted: str) -> None:
-    if isinstance(names, str):
-        expressions.compiled(argument, names)
-    elif not names or not _all_of(str, names):
-        raise ValueError(f"{argument}={names!r} must be {wanted}")
+def _shares_tensors(adapter: Adapter) -> bool:
+    """True if the layers of one model hold tensors of the adapter in common (VeRA)."""
+    return adapter.bind_model([(1, 1)]) is not adapter
 
 
-def _all_of(kind: type, given: object) -> bool:
-    """Whether this is a list, tuple or set of (not empty) strings, or of numbers."""
-    if isinstance(given, str | Mapping) or not isinstance(given, Collection):
+def _check_selector(argument: str, selector: ModuleSelector, expected: str) -> None:
+    if isinstance(selector, str):
+        expressions.check_expression(argument, selector)
+    elif not selector or not _is_collection_of(str, selector):
+        raise ValueError(f"{argument}={selector!r} must be {expected}")
+
+
+def _is_collection_of(kind: type, value: object) -> bool:
+    """True for a list, tuple or set of non-empty strings, or of integers."""
+    if isinstance(value, str | Mapping) or not isinstance(value, Collection):
         return False
-    return all(isinstance(one, kind) and not isinstance(one, bool) and one != "" for one in given)
+    return all(
+        isinstance(item, kind) and not isinstance(item, bool) and item != "" for item in value
+    )

@@ -1,4 +1,4 @@
-"""lorafast.disable_adapter: for a while, the base model."""
+"""lorafast.disable_adapter: run an adapted model as its base model for a while."""
 
 from __future__ import annotations
 
@@ -8,25 +8,41 @@ from collections.abc import Iterator
 from torch import nn
 
 from lorafast.models import extra_trainables
-from lorafast.models.module_names import adapted
+from lorafast.models.module_names import adapter_layers
 
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is the base model: adapters rest, and modules and biases that train are as they were before.
+    """Return a context in which an adapted model computes what its base model computes.
 
+    Adapters are skipped, and modules and biases that train have their initial values. What an init
+    took out of a weight (LaMDA residual, PiSSA, LoRA-GA) is added to the product again, at the
+    price of a low-rank product. Contexts may be nested.
+
+    Args:
+        model: a model that lorafast.adapt adapted.
+
+    Returns:
+        A context manager that yields None.
+
+    Raises:
+        ValueError: the model has no adapted layer.
+        RuntimeError: a layer is merged, or initial values are not known (the model was on the meta
+            device when it was adapted). Nothing is disabled then.
+
+    Example:
+        import torch, lorafast
+
+        policy = lorafast.adapt(torch.nn.Sequential(torch.nn.Linear(8, 8)), lorafast.LoRA(r=2))
+        x = torch.randn(4, 8)
         with torch.no_grad(), lorafast.disable_adapter(policy):
-            reference = policy(ids)
-
-    What an init took out of a weight (LaMDA residual, PiSSA, LoRA-GA) is added to the product again: a low-rank path is its price.
-    ValueError if the model has no adapted layer, RuntimeError if one is merged or its first values are not known; then nothing is
-    disabled.
+            reference = policy(x)  # for example the reference model of DPO
     """
-    layers = [layer for layer in adapted(model).values() if not layer.disabled]
+    layers = [layer for layer in adapter_layers(model).values() if not layer.disabled]
     try:
         for layer in layers:
             layer.disable()
-        with extra_trainables.first_values(model):
+        with extra_trainables.initial_values(model):
             yield
     finally:
         for layer in layers:

@@ -1,31 +1,43 @@
-"""lorafast.explain: what each adapted layer costs and which backend runs it, in words."""
+"""lorafast.explain: what each adapted layer saves for backward and which backend runs it."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
 
 from lorafast.engine import dispatch
+from lorafast.engine.formula import resolve_keep, saved_mask
 from lorafast.engine.problem import (
     PRIMITIVES,
     CallOptions,
     GradMask,
     LayerTensors,
     Problem,
-    resolved_keep,
-    saves,
 )
+from lorafast.models.module_names import require_module
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.embedding import Embedding
 from lorafast.runtime import env, symlinks
 
+_HEADER = ("layer", "method", "N x K", "r", "saved B/token", "by reference", "backend")
+
 
 class Row(NamedTuple):
-    """One adapted layer. saved: bytes per token kept for backward alone, None where plain autograd decides; referenced: what is
-    kept that lives anyway.
+    """One adapted layer of a model, in an Explanation.
+
+    Args:
+        name: name of the layer in the model.
+        method: the adapter's class, such as "DoRA"; for a PEFT layer, PEFT's adapter name too.
+        shape: (N, K) of the weight.
+        r: the rank.
+        saved: bytes per token that the layer itself keeps for backward; None where it runs on plain
+            autograd.
+        referenced: which of "x" and "y" backward needs too; both exist anyway.
+        backends: backend of each primitive; "none" if a forced backend refuses.
+        why_not: reasons of each backend that was asked first and refused.
+        notes: what the layer's options cost, and how a backend computes each primitive.
     """
 
     name: str
@@ -40,7 +52,12 @@ class Row(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """The rows of a model, and str() of them as a table. missing: rooms of this checkout that are not there, and the mend."""
+    """What lorafast.explain returns; str() gives a table, the refusals and the notes.
+
+    Args:
+        rows: one Row for each adapted layer, in module order.
+        missing: folders that this checkout of lorafast lacks, and how to restore each.
+    """
 
     rows: tuple[Row, ...]
     missing: tuple[str, ...] = ()
@@ -48,183 +65,236 @@ class Explanation(NamedTuple):
     def __str__(self) -> str:
         if not self.rows:
             return "no adapted layer"
-        lines = [("layer", "method", "N x K", "r", "saved B/token", "by reference", "backend")]
-        for row in self.rows:
-            used = sorted(set(row.backends.values()))
-            backend = (
-                ", ".join(f"{p}: {b}" for p, b in row.backends.items())
-                if len(used) > 1
-                else "".join(used) or "-"
-            )
-            N, K = row.shape
-            saved = "as torch" if row.saved is None else str(row.saved)
-            lines.append(
-                (
-                    row.name,
-                    row.method,
-                    f"{N} x {K}",
-                    str(row.r),
-                    saved,
-                    ", ".join(row.referenced) or "-",
-                    backend,
-                )
-            )
+        lines = [_HEADER, *map(_table_line, self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
         ]
-        remarks = {
-            f"{name}: {'; '.join(why)}" for row in self.rows for name, why in row.why_not.items()
+        refusals = {
+            f"not {backend}: {'; '.join(reasons)}"
+            for row in self.rows
+            for backend, reasons in row.why_not.items()
         }
         notes = {note for row in self.rows for note in row.notes}
-        return "\n".join(
-            table
-            + [f"not {remark}" for remark in sorted(remarks)]
-            + sorted(notes)
-            + list(self.missing)
-        )
+        return "\n".join([*table, *sorted(refusals), *sorted(notes), *self.missing])
 
 
-class Call(NamedTuple):
-    """What a training step asks of the op for one adapter of a layer: x and everything that trains get a gradient.
+def _table_line(row: Row) -> tuple[str, ...]:
+    used = set(row.backends.values())
+    by_primitive = ", ".join(f"{primitive}: {name}" for primitive, name in row.backends.items())
+    N, K = row.shape
+    return (
+        row.name,
+        row.method,
+        f"{N} x {K}",
+        str(row.r),
+        "as torch" if row.saved is None else str(row.saved),
+        ", ".join(row.referenced) or "-",
+        by_primitive if len(used) > 1 else "".join(used) or "-",
+    )
 
-    keep and detach_norm as asked for. merged: the layer runs as a plain linear. elsewhere: why it runs on somebody else's forward.
+
+class LayerCall(NamedTuple):
+    """The call of one adapter of a layer in a training step, as far as explain needs it.
+
+    Args:
+        method: the text of Row.method.
+        tensors: the layer's tensors; those that require a gradient get one, and so does x.
+        options: the options of the call; its keep is ignored.
+        keep: the adapter's keep, not resolved.
+        detach_norm: the adapter's detach_norm.
+        merged: the layer is merged and runs as a plain linear.
+        bypass: why no op of lorafast runs, or None.
     """
 
     method: str
-    t: LayerTensors
-    c: CallOptions
+    tensors: LayerTensors
+    options: CallOptions
     keep: str = "auto"
     detach_norm: bool = True
     merged: bool = False
-    elsewhere: str | None = None
+    bypass: str | None = None
 
     @property
-    def plain(self) -> bool:
-        """Whether no op of ours is called."""
-        return self.merged or self.elsewhere is not None or self.t.weight.requires_grad
+    def runs_op(self) -> bool:
+        """True if an op of lorafast runs."""
+        return not (self.merged or self.bypass or self.tensors.weight.requires_grad)
 
-    def resolved(self) -> tuple[GradMask, CallOptions]:
-        """The gradients asked for, and the settings with keep resolved."""
+    def needed_grads(self) -> GradMask:
+        """Return the gradients that a training step needs."""
         trains = {
-            name: part is not None and part.requires_grad for name, part in self.t._asdict().items()
+            name: tensor is not None and tensor.requires_grad
+            for name, tensor in self.tensors._asdict().items()
         }
-        trains |= {
-            "x": True,
-            "norm": not self.detach_norm and (trains["lora_A"] or trains["lora_B"]),
-        }
-        wants = GradMask(**{name: trains[name] for name in GradMask._fields})
-        unbiased = self.t.bias is None and self.t.lora_bias is None
-        trains_gain = self.t.magnitude is not None and wants.gain
-        return wants, self.c._replace(
-            keep=resolved_keep(self.keep, self.c, trains_gain, unbiased, self.t.weight.dtype)
-        )
+        trains["x"] = True
+        trains["norm"] = not self.detach_norm and (trains["lora_A"] or trains["lora_B"])
+        return GradMask(**{name: trains[name] for name in GradMask._fields})
+
+    def resolved_options(self, needs: GradMask) -> CallOptions:
+        """Return the options with keep resolved."""
+        tensors = self.tensors
+        has_bias = tensors.bias is not None or tensors.lora_bias is not None
+        trains_gain = tensors.magnitude is not None and needs.gain
+        keep = resolve_keep(self.keep, self.options, trains_gain, has_bias, tensors.weight.dtype)
+        return self.options._replace(keep=keep)
 
 
 def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
-    """Every adapted layer of the model, and every adapter of a PEFT layer that accelerate() took: method, bytes saved per token,
-    backend per primitive for calls of `tokens` rows, why not the others, and what its settings cost. Activations are taken to have
-    the weight's dtype.
+    """Return, for each adapted layer, its saved bytes, the backend of each primitive, and why.
+
+    Covers lorafast's layers and the layers of a PEFT model after lorafast.accelerate, those with
+    one row for each adapter. Nothing is computed; activations are assumed to have the dtype of the
+    weight.
+
+    Args:
+        model: the model, or one layer.
+        tokens: number of rows M of the calls to explain.
+
+    Returns:
+        An Explanation with the field rows; print it for a table.
+
+    Raises:
+        TypeError: model is no module.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        lorafast.adapt(model, lorafast.DoRA(r=8))
+        print(lorafast.explain(model))
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    missing = tuple(why for room in symlinks.LINKS if (why := symlinks.why_missing(room)))
+    require_module(model)
+    reasons = (symlinks.why_missing(folder) for folder in symlinks.LINKS)
     rows = (
         _row(name, call, tokens)
         for name, module in model.named_modules()
         for call in _calls(module)
     )
-    return Explanation(tuple(rows), missing)
+    return Explanation(tuple(rows), tuple(reason for reason in reasons if reason))
 
 
-def _calls(module: nn.Module) -> list[Call]:
+def _calls(module: nn.Module) -> list[LayerCall]:
+    """Return the calls of a layer's adapters; none for other modules."""
     if isinstance(module, AdapterLayer):
-        a, t, c = module.adapter, module._tensors(), module._settings()
-        c = c._replace(
-            dropout=a.dropout, dropout_on=a.dropout_on, frozen_columns=module.frozen_columns
-        )
-        elsewhere = (
-            "a lookup on plain torch, no product with the table"
-            if isinstance(module, Embedding)
-            else None
-        )
-        elsewhere = "disabled: the layer runs as its base" if module.disabled else elsewhere
-        return [Call(type(a).__name__, t, c, a.keep, a.detach_norm, module.merged, elsewhere)]
-    # A layer can be PEFT's and ours only once that room has been entered; PEFT takes seconds to import.
-    peft = sys.modules.get("lorafast.integrations.peft_linear")
-    return peft.explained(module) if peft and isinstance(module, peft.Linear) else []
+        return [_adapter_layer_call(module)]
+    # integrations.peft_linear.Linear, found by its method: PEFT takes seconds to import.
+    explain_calls = getattr(type(module), "lorafast_calls", None)
+    return explain_calls(module) if explain_calls else []
 
 
-def _row(name: str, call: Call, tokens: int) -> Row:
-    t, (wants, c) = call.t, call.resolved()
-    (N, K), R = t.weight.shape, t.lora_A.shape[0]
-    kept, e = saves(wants, c, t.magnitude is not None), t.weight.element_size()
-    saved, referenced = (
-        (R * kept.h + N * kept.z) * e,
-        [name for name in ("x", "y") if getattr(kept, name)],
+def _adapter_layer_call(layer: AdapterLayer) -> LayerCall:
+    adapter = layer.adapter
+    options = layer._options()._replace(
+        dropout=adapter.dropout,
+        dropout_on=adapter.dropout_on,
+        frozen_columns=layer.frozen_columns,
     )
-    backends, why_not, ways = {}, {}, []
-    if call.plain:
-        saved, referenced = (0 if call.merged else None), []
-    else:
-        problem = replace(Problem.of(t.weight.new_empty(0, K), t, c), M=tokens)
-        for primitive in PRIMITIVES:
-            if primitive != "row_norm" or t.magnitude is not None:
-                asked = Problem.of_norm(t, c) if primitive == "row_norm" else problem
-                backends[primitive], refusals = _route(primitive, asked)
-                if (
-                    way := dispatch.how(backends[primitive], primitive, asked)
-                    if backends[primitive] != "none"
-                    else None
-                ):
-                    ways.append(f"{primitive} by {backends[primitive]}: {way}")
-                for other, why in refusals.items():
-                    why_not[other] = tuple(dict.fromkeys(why_not.get(other, ()) + why))
-    return Row(
-        name or "(this layer)", call.method, (N, K), R, saved, tuple(referenced), backends, why_not, (*_notes(call, c), *ways)
-    )  # fmt: skip
+    bypass = None
+    if layer.disabled:
+        bypass = "disabled: the layer runs as its base"
+    elif isinstance(layer, Embedding):
+        bypass = "a lookup on plain torch, no product with the table"
+    return LayerCall(
+        type(adapter).__name__,
+        layer._tensors(),
+        options,
+        adapter.keep,
+        adapter.detach_norm,
+        layer.merged,
+        bypass,
+    )
+
+
+def _row(name: str, call: LayerCall, tokens: int) -> Row:
+    tensors, needs = call.tensors, call.needed_grads()
+    options = call.resolved_options(needs)
+    (N, K), R = tensors.weight.shape, tensors.lora_A.shape[0]
+    saved: int | None = 0 if call.merged else None
+    referenced: tuple[str, ...] = ()
+    backends: dict[str, str] = {}
+    why_not: dict[str, tuple[str, ...]] = {}
+    notes = _notes(call, options)
+    if call.runs_op:
+        mask = saved_mask(needs, options, tensors.magnitude is not None)
+        saved = (R * mask.h + N * mask.z) * tensors.weight.element_size()
+        referenced = tuple(key for key in ("x", "y") if getattr(mask, key))
+        for primitive, problem in _problems(tensors, options, tokens).items():
+            backends[primitive], refusals = _route(primitive, problem)
+            notes += _route_notes(backends[primitive], primitive, problem)
+            for backend, reasons in refusals.items():
+                why_not[backend] = tuple(dict.fromkeys(why_not.get(backend, ()) + reasons))
+    name = name or "(this layer)"
+    return Row(name, call.method, (N, K), R, saved, referenced, backends, why_not, notes)
+
+
+def _problems(tensors: LayerTensors, options: CallOptions, tokens: int) -> dict[str, Problem]:
+    """Return the problem of each primitive that a training step runs."""
+    x = tensors.weight.new_empty(0, tensors.weight.shape[1])
+    step = replace(dispatch.problem_of(x, tensors, options), M=tokens)
+    problems = {primitive: step for primitive in PRIMITIVES if primitive != "row_norm"}
+    if tensors.magnitude is not None:
+        problems["row_norm"] = dispatch.norm_problem_of(tensors, options)
+    return problems
 
 
 def _route(primitive: str, problem: Problem) -> tuple[str, dict[str, tuple[str, ...]]]:
-    """The backend that serves a primitive ("none" if a forced one cannot), and why those asked before it do not."""
+    """Return the backend of a primitive, and the reasons of those that were asked before it.
+
+    The backend is "none" if a forced one refuses.
+    """
     refusals = {}
     for backend in dispatch.candidates(env.backend()):
-        why = dispatch.why_not(backend, primitive, problem)
-        if not why:
+        reasons = dispatch.why_not(backend, primitive, problem)
+        if not reasons:
             return backend, refusals
-        refusals[backend] = why
+        refusals[backend] = reasons
     return "none", refusals
 
 
-def _notes(call: Call, c: CallOptions) -> tuple[str, ...]:
+def _route_notes(backend: str, primitive: str, problem: Problem) -> tuple[str, ...]:
+    if backend == "none":
+        return ()
+    route = dispatch.describe_route(backend, primitive, problem)
+    return (f"{primitive} by {backend}: {route}",) if route else ()
+
+
+def _notes(call: LayerCall, options: CallOptions) -> tuple[str, ...]:
     notes = []
     if call.merged:
         notes.append("merged: the layer runs as a plain linear, and its adapter does not train")
-    if call.elsewhere:
-        return (*notes, call.elsewhere)
-    if call.t.weight.requires_grad:
+    if call.bypass:
+        return (*notes, call.bypass)
+    if call.tensors.weight.requires_grad:
         notes.append(
             "weight.requires_grad: the layer runs on plain autograd, with what torch saves"
         )
-    if call.t.magnitude is None:
-        return tuple(notes)
-    if c.drops_base:
+    if call.tensors.magnitude is not None:
+        notes += _dora_notes(options)
+    return tuple(notes)
+
+
+def _dora_notes(options: CallOptions) -> list[str]:
+    """Return what DoRA's options cost."""
+    notes = []
+    if options.drops_base:
         notes.append(
             "dropout_on='both': a second base GEMM forward and backward; 'adapter' needs one"
         )
-    if c.keep == "output":
+    if options.keep == "output":
         notes.append(
-            "keep='output': no in-place op may follow the layer; y costs nothing where its consumer keeps it too"
+            "keep='output': no in-place op may follow the layer; y costs nothing where its "
+            "consumer keeps it too"
         )
-    if c.keep == "inner":
+    if options.keep == "inner":
         notes.append(
-            "keep='inner': z, as large as the output, is saved; 'recompute' trades it for one more GEMM"
+            "keep='inner': z, as large as the output, is saved; 'recompute' trades it for one more "
+            "GEMM"
         )
-    if c.keep == "recompute":
+    if options.keep == "recompute":
         notes.append("keep='recompute': one more base GEMM in backward")
-    if c.axis == "in":
+    if options.axis == "in":
         notes.append(
             "axis='in': gain⊙x is made in forward and again in backward, on the eager backend"
         )
-    return tuple(notes)
+    return notes

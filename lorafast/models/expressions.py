@@ -1,4 +1,8 @@
-"""Regular expressions over names. One out of a file may be made to run forever: it runs in a process of its own, with a limit."""
+"""Regular expressions over module names. Those of a file are matched in a subprocess with a limit.
+
+An expression that somebody else wrote can be made to backtrack forever, and re cannot be stopped
+from inside the process.
+"""
 
 from __future__ import annotations
 
@@ -8,68 +12,91 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 
-# How long a file's expressions may take, in seconds.
-LIMIT = 10
-# What has no repetition and no group takes no time worth counting.
+# The time that the expressions of a file may take together.
+TIMEOUT_SECONDS = 10
+# Letters, digits and dots: no repetition and no group, so matching takes linear time.
 _PLAIN = re.compile(r"[\w.\-]*")
-_CHILD = """
+_CHILD_PROGRAM = """
 import json, re, sys
-asked = json.load(sys.stdin)
-match = re.fullmatch if asked["whole"] else re.match
-json.dump([next((i for i, e in enumerate(asked["expressions"]) if match(e, n)), None) for n in asked["names"]], sys.stdout)
+task = json.load(sys.stdin)
+match = re.fullmatch if task["full"] else re.match
+indices = [
+    next((i for i, expression in enumerate(task["expressions"]) if match(expression, name)), None)
+    for name in task["names"]
+]
+json.dump(indices, sys.stdout)
 """
 
 
-def compiled(argument: str, expression: object, form: str = "%s") -> None:
-    """ValueError naming the argument unless this is a regular expression, also where form puts it."""
+def check_expression(argument: str, expression: object, template: str = "%s") -> None:
+    """Raise ValueError naming the argument if the expression, put into template, does not compile.
+
+    Args:
+        argument: name of the argument, for the message.
+        expression: what the caller passed.
+        template: the format string that the expression is put into before it is used.
+    """
     try:
-        re.compile(form % expression if isinstance(expression, str) else expression)
+        re.compile(template % expression if isinstance(expression, str) else expression)
     except (re.error, TypeError, RecursionError, OverflowError) as error:
         raise ValueError(
             f"{argument}={str(expression)[:200]!r} is no regular expression: {error}"
         ) from error
 
 
-def first(
-    expressions: Sequence[str], names: Iterable[str], foreign: bool, whole: bool
+def first_matches(
+    expressions: Sequence[str], names: Iterable[str], untrusted: bool, full: bool
 ) -> dict[str, int]:
-    """For each name that one matches, whole or from its start, the first that does; others are left out.
+    """Return, for each name that some expression matches, the index of the first that does.
 
-    foreign: they come from a file. ValueError if such a one takes too long.
+    Args:
+        expressions: regular expressions, in order of preference.
+        names: names to match; those that nothing matches are left out of the result.
+        untrusted: the expressions come from a file and are matched in a subprocess.
+        full: an expression must match the whole name, not only its beginning.
+
+    Raises:
+        ValueError: untrusted expressions failed or took longer than TIMEOUT_SECONDS.
     """
     names = list(names)
-    if foreign:
-        found = _apart(expressions, names, whole)
+    if untrusted:
+        indices = _match_in_subprocess(expressions, names, full)
     else:
-        match = re.fullmatch if whole else re.match
-        found = [
-            next((i for i, one in enumerate(expressions) if match(one, name)), None)
+        match = re.fullmatch if full else re.match
+        indices = [
+            next((i for i, expression in enumerate(expressions) if match(expression, name)), None)
             for name in names
         ]
-    return {name: index for name, index in zip(names, found, strict=True) if index is not None}
+    return {name: index for name, index in zip(names, indices, strict=True) if index is not None}
 
 
-def _apart(expressions: Sequence[str], names: list[str], whole: bool) -> list[int | None]:
-    asked = json.dumps({"expressions": list(expressions), "names": names, "whole": whole})
-    command = [sys.executable, "-I", "-S", "-c", _CHILD]
+def _match_in_subprocess(
+    expressions: Sequence[str], names: list[str], full: bool
+) -> list[int | None]:
+    task = json.dumps({"expressions": list(expressions), "names": names, "full": full})
+    command = [sys.executable, "-I", "-S", "-c", _CHILD_PROGRAM]
     try:
-        done = subprocess.run(
-            command, input=asked, capture_output=True, text=True, timeout=LIMIT, check=True
+        process = subprocess.run(
+            command, input=task, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True
         )
     except (subprocess.SubprocessError, OSError) as error:
         raise ValueError(
-            f"{str(list(expressions))[:200]}: expressions of a file that could not be matched in {LIMIT} s ({type(error).__name__})"
+            f"{str(list(expressions))[:200]}: expressions of a file that could not be matched in "
+            f"{TIMEOUT_SECONDS} s ({type(error).__name__})"
         ) from error
-    return json.loads(done.stdout)
+    return json.loads(process.stdout)
 
 
 def is_plain(expression: str) -> bool:
-    """Whether an expression is letters and dots, which need no engine."""
+    """True if the expression consists of letters, digits, "_", "-" and dots alone."""
     return _PLAIN.fullmatch(expression) is not None
 
 
-def plain_ends(expression: str, name: str) -> bool:
-    """Whether a plain expression matches the name, or its end after a dot. Its dots stand for any letter."""
+def plain_matches_end(expression: str, name: str) -> bool:
+    """True if a plain expression matches the name or its end after a dot.
+
+    A dot in the expression stands for any character, as in a regular expression.
+    """
     start = len(name) - len(expression)
     if start < 0 or (start > 0 and name[start - 1] != "."):
         return False

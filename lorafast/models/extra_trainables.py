@@ -1,4 +1,8 @@
-"""What trains besides adapters: whole modules (modules_to_save) and biases. Their first values stay, for the base model."""
+"""What trains beside adapters: whole modules (modules_to_save) and biases.
+
+Each such module remembers the values its tensors had before training, so that disable_adapter and
+unload can return to the base model.
+"""
 
 from __future__ import annotations
 
@@ -9,235 +13,268 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lorafast.models.adapt_spec import Plan
-from lorafast.models.module_names import clean, ends_with, near, unwrapped
-from lorafast.models.target_modules import owners, storage
+from lorafast.models.adapt_spec import AdaptSpec
+from lorafast.models.module_names import canonical_name, ends_with, similar_names, unwrap
+from lorafast.models.target_modules import Targets, parameter_owners
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.runtime.torch_internals import storage_key
 
-# On a module: the first values of its own tensors that train, by name. Plain tensors, so that no state dict holds them.
-_FIRST = "_lorafast_first"
-# On a module: it trains as a whole.
+# Attribute of a module: the initial values of those of its own tensors that train, by name. They
+# are plain tensors, so that no state dict holds them.
+_INITIAL = "_lorafast_first"
+# Attribute of a module: it trains as a whole.
 _SAVED = "_lorafast_saved"
 
+AdapterLayers = dict[nn.Module, AdapterLayer]
 
-class Besides(NamedTuple):
-    """saved: modules that train as a whole. first: the values of all that trains, by module and name, as they are now. tied: those
-    Parameters, by module and name, that get a twin of their own to train.
+
+class ExtraTrainables(NamedTuple):
+    """What trains beside adapters.
+
+    modules: those that train as a whole. initial: the present values of all tensors that train, by
+    module and name. tied: those Parameters, by module and name, that get a copy of their own.
     """
 
-    saved: list[nn.Module]
-    first: dict[nn.Module, dict[str, torch.Tensor]]
+    modules: list[nn.Module]
+    initial: dict[nn.Module, dict[str, torch.Tensor]]
     tied: dict[nn.Module, dict[str, nn.Parameter]]
 
 
-def chosen(model: nn.Module, plan: Plan, replaced: dict[nn.Module, list[str]]) -> Besides:
-    """What a plan wants to train besides adapters, or the one error that says why not. replaced: the modules that get one."""
-    saved, biases = selected(model, plan, replaced)
-    first = {part: _values(part) for module in saved.values() for part in module.modules()}
-    first |= {module: {"bias": module.bias.detach().clone()} for module in biases.values()}
-    return Besides(list(saved.values()), first, _tied(model, saved) if plan.untie else {})
+def collect(model: nn.Module, spec: AdaptSpec, targets: Targets) -> ExtraTrainables:
+    """Return what a spec trains beside adapters. ValueError if that is not possible.
+
+    targets: the modules that get an adapter.
+    """
+    saved, biases = select(model, spec, targets)
+    initial = {part: _copy_tensors(part) for module in saved.values() for part in module.modules()}
+    initial |= {module: {"bias": module.bias.detach().clone()} for module in biases.values()}
+    tied = _tied_parameters(model, saved) if spec.untie else {}
+    return ExtraTrainables(list(saved.values()), initial, tied)
 
 
-def selected(
-    model: nn.Module, plan: Plan, replaced: dict[nn.Module, list[str]]
+def select(
+    model: nn.Module, spec: AdaptSpec, targets: Targets
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """By clean name, the modules that a plan wants to train as a whole, and those whose bias it wants to train."""
-    modules = dict(model.named_modules())
-    saved: dict[str, nn.Module] = {}
-    for target in plan.modules_to_save:
-        means = str.endswith if plan.loose else ends_with
-        found = {name: module for name, module in modules.items() if name and means(name, target)}
-        if not found and not plan.forgiving:
-            raise ValueError(
-                f"modules_to_save: {target!r} matches no module{near(target, modules)}"
-            )
-        saved |= found
-    saved = {
-        n: m for n, m in saved.items() if not any(n.startswith(f"{other}.") for other in saved)
-    }
-    _refuse_adapted(saved, replaced)
-    if not plan.untie:
+    """Return the modules to train as a whole, and those whose bias trains, by canonical name."""
+    saved = _select_saved(model, spec)
+    _refuse_adapted(saved, targets)
+    if not spec.untie:
         _refuse_tied(model, saved)
     biases = {}
-    if plan.bias != "none":
+    if spec.bias != "none":
         inside = {part for module in saved.values() for part in module.modules()}
-        wanted = {
-            n: m
-            for n, m in modules.items()
-            if m not in inside and (plan.bias == "all" or m in replaced)
-        }
         biases = {
-            clean(n): m
-            for n, m in wanted.items()
-            if isinstance(getattr(m, "bias", None), nn.Parameter)
+            canonical_name(name): module
+            for name, module in model.named_modules()
+            if module not in inside
+            and (spec.bias == "all" or module in targets)
+            and isinstance(getattr(module, "bias", None), nn.Parameter)
         }
-    return {clean(n): m for n, m in saved.items()}, biases
+    return {canonical_name(name): module for name, module in saved.items()}, biases
 
 
-def _values(module: nn.Module) -> dict[str, torch.Tensor]:
+def _select_saved(model: nn.Module, spec: AdaptSpec) -> dict[str, nn.Module]:
+    """Return the modules that modules_to_save selects, without those inside another of them."""
+    modules = dict(model.named_modules())
+    matches = str.endswith if spec.match_any_ending else ends_with
+    selected: dict[str, nn.Module] = {}
+    for target in spec.modules_to_save:
+        named = {name: module for name, module in modules.items() if name and matches(name, target)}
+        if not named and not spec.ignore_unmatched:
+            raise ValueError(
+                f"modules_to_save: {target!r} matches no module{similar_names(target, modules)}"
+            )
+        selected |= named
+    return {
+        name: module
+        for name, module in selected.items()
+        if not any(name.startswith(f"{other}.") for other in selected)
+    }
+
+
+def _copy_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies of the module's own Parameters and persistent buffers."""
     buffers = {
-        name: b
-        for name, b in module._buffers.items()
+        name: buffer
+        for name, buffer in module._buffers.items()
         if name not in module._non_persistent_buffers_set
     }
     return {
-        name: t.detach().clone()
-        for name, t in (module._parameters | buffers).items()
-        if t is not None
+        name: tensor.detach().clone()
+        for name, tensor in (module._parameters | buffers).items()
+        if tensor is not None
     }
 
 
-def train(besides: Besides, layers: dict[nn.Module, AdapterLayer]) -> None:
-    """Let all of it train, and keep its first values. layers: the adapted layer in each replaced module's place."""
-    for module, parameters in besides.tied.items():
+def enable_training(extra: ExtraTrainables, layers: AdapterLayers) -> None:
+    """Let the modules and biases train, and store their initial values.
+
+    layers: the adapted layer that replaces each target.
+    """
+    for module, parameters in extra.tied.items():
         for name, parameter in parameters.items():
             setattr(module, name, nn.Parameter(parameter.detach().clone()))
-    for module in besides.saved:
+    for module in extra.modules:
         setattr(module, _SAVED, True)
-    for module, first in besides.first.items():
-        place = layers.get(module, module)
-        setattr(place, _FIRST, first)
-        _let_train(place, True)
+    for module, initial in extra.initial.items():
+        current = layers.get(module, module)
+        setattr(current, _INITIAL, initial)
+        _set_trainable(current, True)
 
 
 @torch.no_grad()
-def undo(besides: Besides, layers: dict[nn.Module, AdapterLayer]) -> None:
-    """Take back train(), and whatever values have come since."""
-    for module, parameters in besides.tied.items():
+def undo_training(extra: ExtraTrainables, layers: AdapterLayers) -> None:
+    """Undo enable_training, as far as it got, and restore the initial values."""
+    for module, parameters in extra.tied.items():
         for name, parameter in parameters.items():
             setattr(module, name, parameter)
-    for module, first in besides.first.items():
-        place = layers.get(module, module)
-        for name, value in first.items() if _FIRST in vars(place) else ():
-            getattr(place, name).copy_(value)
-        for mark in (_FIRST, _SAVED):
-            vars(place).pop(mark, None)
+    for module, initial in extra.initial.items():
+        current = layers.get(module, module)
+        if _INITIAL in vars(current):
+            for name, value in initial.items():
+                getattr(current, name).copy_(value)
+        for attribute in (_INITIAL, _SAVED):
+            vars(current).pop(attribute, None)
 
 
-def let_train(model: nn.Module, trainable: bool) -> None:
-    """Let what trains besides adapters go on doing so, or rest."""
-    for module in unwrapped(model).modules():
-        _let_train(module, trainable)
+def set_trainable(model: nn.Module, trainable: bool) -> None:
+    """Set requires_grad of everything in the model that trains beside adapters."""
+    for module in unwrap(model).modules():
+        _set_trainable(module, trainable)
 
 
-def _let_train(module: nn.Module, trainable: bool) -> None:
-    for name in vars(module).get(_FIRST, {}):
-        if (
-            parameter := module._parameters.get(name)
-        ) is not None and parameter.is_floating_point():
+def _set_trainable(module: nn.Module, trainable: bool) -> None:
+    for name in vars(module).get(_INITIAL, {}):
+        parameter = module._parameters.get(name)
+        if parameter is not None and parameter.is_floating_point():
             parameter.requires_grad_(trainable)
 
 
-def saved(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that train as a whole, by clean name."""
+def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that train as a whole, by canonical name."""
     return {
-        clean(name): module
-        for name, module in unwrapped(model).named_modules()
+        canonical_name(name): module
+        for name, module in unwrap(model).named_modules()
         if _SAVED in vars(module)
     }
 
 
-def biases(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose bias trains on its own, by clean name."""
-    inside = {part for module in saved(model).values() for part in module.modules()}
-    named = unwrapped(model).named_modules()
+def trained_biases(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules whose bias trains but which do not train as a whole, by canonical name."""
+    inside = {part for module in saved_modules(model).values() for part in module.modules()}
     return {
-        clean(name): module
-        for name, module in named
-        if module not in inside and "bias" in vars(module).get(_FIRST, {})
+        canonical_name(name): module
+        for name, module in unwrap(model).named_modules()
+        if module not in inside and "bias" in vars(module).get(_INITIAL, {})
     }
 
 
 @contextlib.contextmanager
-def first_values(model: nn.Module) -> Iterator[None]:
-    """Inside, what trains besides adapters is as it was before: other Parameters, on the same device and in the same dtype."""
-    away: list[tuple[nn.Module, dict[str, torch.Tensor]]] = []
-    for module in unwrapped(model).modules():
-        first, ours = vars(module).get(_FIRST, {}), {}
-        for name, value in first.items():
-            ours[name] = getattr(module, name)
-            _refuse_unknown(name, ours[name], value)
-        away.append((module, ours))
+def initial_values(model: nn.Module) -> Iterator[None]:
+    """A context in which what trains beside adapters has its initial values.
+
+    The trained Parameters are replaced by others on the same device and of the same dtype, and
+    come back on exit.
+    """
+    trained: list[tuple[nn.Module, dict[str, torch.Tensor]]] = []
+    for module in unwrap(model).modules():
+        tensors = {}
+        for name, value in vars(module).get(_INITIAL, {}).items():
+            tensors[name] = getattr(module, name)
+            _refuse_unknown(name, tensors[name], value)
+        trained.append((module, tensors))
     try:
-        for module, ours in away:
-            _put(
-                module,
-                {name: vars(module)[_FIRST][name].to(tensor) for name, tensor in ours.items()},
+        for module, tensors in trained:
+            initial = vars(module).get(_INITIAL, {})
+            _set_tensors(
+                module, {name: initial[name].to(tensor) for name, tensor in tensors.items()}
             )
         yield
     finally:
-        for module, ours in away:
-            _put(module, ours)
+        for module, tensors in trained:
+            _set_tensors(module, tensors)
 
 
-def _refuse_unknown(name: str, now: torch.Tensor, first: torch.Tensor) -> None:
-    if hasattr(now, "full_tensor"):
+def _refuse_unknown(name: str, tensor: torch.Tensor, initial: torch.Tensor) -> None:
+    if hasattr(tensor, "full_tensor"):
         raise NotImplementedError(
-            f"{name} {tuple(now.shape)} trains and is a sharded DTensor: its first value cannot stand in"
+            f"{name} {tuple(tensor.shape)} trains and is a sharded DTensor: its initial value "
+            "cannot replace it"
         )
-    if first.is_meta:
+    if initial.is_meta:
         raise RuntimeError(
-            f"{name} {tuple(now.shape)} was on the meta device when it began to train: its first value is unknown"
+            f"{name} {tuple(tensor.shape)} was on the meta device when it began to train: its "
+            "initial value is unknown"
         )
 
 
-def _put(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def _set_tensors(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
-        if name in module._parameters:
-            held = isinstance(tensor, nn.Parameter)
-            module._parameters[name] = tensor if held else nn.Parameter(tensor, requires_grad=False)
-        else:
+        if name not in module._parameters:
             module._buffers[name] = tensor
+        elif isinstance(tensor, nn.Parameter):
+            module._parameters[name] = tensor
+        else:
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
 
 @torch.no_grad()
-def forget(model: nn.Module, restore: bool) -> None:
-    """Let nothing besides adapters train any more. restore: first values again, else those of now."""
-    for module in unwrapped(model).modules():
-        for name, value in vars(module).get(_FIRST, {}).items():
+def stop_training(model: nn.Module, restore: bool) -> None:
+    """Freeze what trains beside adapters, and forget its initial values.
+
+    restore: write the initial values back first; otherwise the trained values stay.
+    """
+    modules = list(unwrap(model).modules())
+    for module in modules:
+        for name, value in vars(module).get(_INITIAL, {}).items():
             tensor = getattr(module, name)
             if restore:
                 _refuse_unknown(name, tensor, value)
                 tensor.copy_(value)
             tensor.requires_grad_(False)
-    for module in unwrapped(model).modules():
-        for mark in (_FIRST, _SAVED):
-            vars(module).pop(mark, None)
+    for module in modules:
+        for attribute in (_INITIAL, _SAVED):
+            vars(module).pop(attribute, None)
 
 
-def _refuse_adapted(saved: dict[str, nn.Module], replaced: dict[nn.Module, list[str]]) -> None:
+def _refuse_adapted(saved: dict[str, nn.Module], targets: Targets) -> None:
     for name, module in saved.items():
-        if both := next((part for part in module.modules() if part in replaced), None):
+        target = next((part for part in module.modules() if part in targets), None)
+        if target is not None:
             raise ValueError(
-                f"modules_to_save means {name}, and target_modules {replaced[both][0]} in it: a module is one or the other"
+                f"modules_to_save means {name}, and target_modules {targets[target][0]} in it: a "
+                "module is one or the other"
             )
 
 
-def _tied(
+def _tied_parameters(
     model: nn.Module, saved: dict[str, nn.Module]
 ) -> dict[nn.Module, dict[str, nn.Parameter]]:
-    """The Parameters of modules to save that some other module holds too."""
-    found: dict[nn.Module, dict[str, nn.Parameter]] = {}
-    held = owners(model) if saved else {}
+    """Return the Parameters of modules to save that another module holds too."""
+    if not saved:
+        return {}
+    owners = parameter_owners(model)
+    tied: dict[nn.Module, dict[str, nn.Parameter]] = {}
     for part in {part for module in saved.values() for part in module.modules()}:
         for name, parameter in part._parameters.items():
-            if (
-                parameter is not None
-                and not parameter.is_meta
-                and len(held[storage(parameter)]) > 1
-            ):
-                found.setdefault(part, {})[name] = parameter
-    return found
+            if parameter is None or parameter.is_meta:
+                continue
+            if len(owners[storage_key(parameter)]) > 1:
+                tied.setdefault(part, {})[name] = parameter
+    return tied
 
 
-def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    inside = {part for module in chosen.values() for part in module.modules()}
-    held = owners(model) if chosen else {}
-    for name, module in chosen.items():
+def _refuse_tied(model: nn.Module, saved: dict[str, nn.Module]) -> None:
+    if not saved:
+        return
+    inside = {part for module in saved.values() for part in module.modules()}
+    owners = parameter_owners(model)
+    for name, module in saved.items():
         for key, parameter in module.named_parameters():
-            sharing = {} if parameter.is_meta else held[storage(parameter)]
-            if not sharing.keys() <= inside:
-                both = " and ".join(sharing.values())
+            holders = {} if parameter.is_meta else owners[storage_key(parameter)]
+            if not holders.keys() <= inside:
+                names = " and ".join(holders.values())
                 raise ValueError(
-                    f"modules_to_save: {name}.{key} is one tensor under {both}: save both modules, or neither"
+                    f"modules_to_save: {name}.{key} is one tensor under {names}: save both "
+                    "modules, or neither"
                 )

@@ -1,4 +1,7 @@
-"""lorafast.estimate_gradients: the gradients of a model's weights, for a start that follows them (LoRA-GA, arXiv 2407.05000)."""
+"""lorafast.estimate_gradients: the gradients of a model's weights, for LoRA-GA's init.
+
+LoRA-GA (arXiv:2407.05000) starts A and B from singular vectors of the gradient of each weight.
+"""
 
 from __future__ import annotations
 
@@ -10,64 +13,96 @@ import torch
 from torch import nn
 
 from lorafast.engine import checks
-from lorafast.engine.problem import accumulator
+from lorafast.engine.precision import accumulator
 from lorafast.methods.lora import LoRA
 from lorafast.models.adapt import refuse_parallel
-from lorafast.models.adapt_spec import ALL_LINEAR, Names, Plan
-from lorafast.models.module_names import clean, some
-from lorafast.models.target_modules import owners, places, storage
+from lorafast.models.adapt_spec import ALL_LINEAR, AdaptSpec, ModuleSelector
+from lorafast.models.module_names import canonical_name, format_names, require_module
+from lorafast.models.target_modules import find_targets, parameter_owners
+from lorafast.runtime.torch_internals import storage_key
 
-Totals = dict[nn.Parameter, torch.Tensor]
+# Sums of gradients on the CPU, as the weights are laid out.
+GradientSums = dict[nn.Parameter, torch.Tensor]
 
 
 def estimate_gradients(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], torch.Tensor],
-    target_modules: Names = ALL_LINEAR,
+    target_modules: ModuleSelector = ALL_LINEAR,
     *,
-    exclude_modules: Names | None = None,
+    exclude_modules: ModuleSelector | None = None,
     training: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """G = dL/dW, the mean over the batches, of every weight that target_modules and exclude_modules name, as in adapt.
+    """Return dL/dW of every targeted weight, averaged over batches, for lorafast.LoRAGA.
 
-        gradients = lorafast.estimate_gradients(model, batches, lambda model, batch: model(**batch).loss)
-        lorafast.adapt(model, lorafast.LoRA(r=8, rslora=True, init=lorafast.LoRAGA(gradients)))
+    On the model's device one gradient exists at a time: backward adds each to a sum on the CPU as
+    soon as it is complete. Afterwards, also after an error, everything is as before: requires_grad,
+    gradients, training modes, buffers and the states of torch's random generators.
 
-    model: a plain one, not adapted yet. loss_fn gives a scalar; what else the call needs (autocast, devices) is its business.
-    Returns {layer name: G [N,K]} on the CPU, fp32 (fp64 for fp64); 0 where no loss depends on a weight. On the model's device one
-    gradient lives at a time: each is added up on the CPU and dropped as soon as backward has it whole.
-    training=False runs the model in eval mode, since dropout would be noise in the estimate; True is for what works in train mode
-    alone, as transformers' gradient checkpointing. Afterwards, errors included, everything is as it was: flags, gradients, modes,
-    buffers, and torch's generators, so that a run draws the same numbers with an estimate before it and without.
-    ValueError or TypeError where adapt raises one, for tied weights, no batch, and a loss or gradient that is of no use.
+    Args:
+        model: a model that is not adapted yet.
+        batches: what loss_fn takes, one batch an item.
+        loss_fn: returns a scalar tensor for (model, batch). Autocast and moving the batch to a
+            device belong in it.
+        target_modules: as in lorafast.adapt.
+        exclude_modules: as in lorafast.adapt.
+        training: run the model in train mode; for what works in train mode only, such as
+            transformers' gradient checkpointing. In eval mode dropout does not disturb the
+            estimate.
+
+    Returns:
+        {layer name: G [N,K]} on the CPU, in fp32 (fp64 for an fp64 weight); 0 where the loss does
+        not depend on a weight.
+
+    Raises:
+        ValueError: as lorafast.adapt; a targeted weight is tied or has hooks, batches is empty, the
+            loss is no scalar or depends on no targeted weight, or a gradient is not finite.
+        TypeError: as lorafast.adapt.
+        NotImplementedError: a targeted weight is a sharded DTensor.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        batches = [torch.randn(4, 8) for _ in range(2)]
+        gradients = lorafast.estimate_gradients(
+            model, batches, lambda model, batch: model(batch).square().mean()
+        )
+        lorafast.adapt(model, lorafast.LoRA(r=2, init=lorafast.LoRAGA(gradients)))
+
+    Source:
+        arXiv:2407.05000
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    require_module(model)
     refuse_parallel(model)
-    found = places(model, Plan(LoRA(), target_modules, exclude_modules=exclude_modules))
-    layers = {module: clean(names[0]) for module, names in found.items()}
-    _refuse(model, layers)
-    totals: Totals = {}
+    spec = AdaptSpec(LoRA(), target_modules, exclude_modules=exclude_modules)
+    layers = {
+        module: canonical_name(names[0]) for module, names in find_targets(model, spec).items()
+    }
+    _check_weights(model, layers)
+    sums: GradientSums = {}
     count = 0
-    with _lent(model, {module.weight for module in layers}, totals, training), torch.enable_grad():
+    weights = {module.weight for module in layers}
+    with _summing_gradients(model, weights, sums, training), torch.enable_grad():
         for batch in batches:
             loss = loss_fn(model, batch)
-            _refuse_loss(loss, target_modules)
+            _check_loss(loss, target_modules)
             loss.backward()
             count += 1
     if not count:
         raise ValueError("batches is empty: a gradient needs one at least")
-    gradients = {name: _mean(module, totals, count) for module, name in layers.items()}
+    gradients = {name: _mean(module, sums, count) for module, name in layers.items()}
     if wrong := [name for name, G in gradients.items() if not G.isfinite().all()]:
         raise ValueError(
-            f"the gradient of {some(wrong)} is not finite: scale the loss down, or run loss_fn in a wider dtype"
+            f"the gradient of {format_names(wrong)} is not finite: scale the loss down, or run "
+            "loss_fn in a wider dtype"
         )
     return gradients
 
 
-def _refuse(model: nn.Module, layers: dict[nn.Module, str]) -> None:
-    held = owners(model)
+def _check_weights(model: nn.Module, layers: dict[nn.Module, str]) -> None:
+    owners = parameter_owners(model)
     for module, name in layers.items():
         weight = module.weight
         checks.floating(f"{name}.weight", weight)
@@ -78,44 +113,52 @@ def _refuse(model: nn.Module, layers: dict[nn.Module, str]) -> None:
             raise NotImplementedError(
                 f"{shown} is a sharded DTensor: estimate gradients before sharding it"
             )
-        if len(sharing := held[storage(weight)]) > 1:
+        holders = owners[storage_key(weight)]
+        if len(holders) > 1:
             raise ValueError(
-                f"{' and '.join(sharing.values())} are one tensor, with one gradient for both: leave {name} out"
+                f"{' and '.join(holders.values())} are one tensor, with one gradient for both: "
+                f"leave {name} out"
             )
         if weight._post_accumulate_grad_hooks or weight._backward_hooks:
             raise ValueError(
-                f"{shown} has hooks that would take the estimate for a training step (an optimizer in backward?)"
+                f"{shown} has hooks that would take the estimate for a training step (an optimizer "
+                "in backward?)"
             )
 
 
-def _refuse_loss(loss: object, target_modules: Names) -> None:
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        what = (
-            f"a tensor {tuple(loss.shape)}"
-            if isinstance(loss, torch.Tensor)
-            else f"a {type(loss).__name__}"
+def _check_loss(loss: object, target_modules: ModuleSelector) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise ValueError(
+            f"loss_fn(model, batch) must give a scalar tensor, not a {type(loss).__name__}"
         )
-        raise ValueError(f"loss_fn(model, batch) must give a scalar tensor, not {what}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss_fn(model, batch) must give a scalar tensor, not a tensor {tuple(loss.shape)}"
+        )
     if not loss.requires_grad:
         raise ValueError(
-            f"loss_fn(model, batch) gave a loss that depends on no weight of target_modules={target_modules!r}: "
-            "detached, in torch.no_grad(), or behind reentrant checkpointing?"
+            "loss_fn(model, batch) gave a loss that depends on no weight of "
+            f"target_modules={target_modules!r}: detached, in torch.no_grad(), or behind reentrant "
+            "checkpointing?"
         )
 
 
 @contextlib.contextmanager
-def _lent(
-    model: nn.Module, weights: set[nn.Parameter], totals: Totals, training: bool
+def _summing_gradients(
+    model: nn.Module, weights: set[nn.Parameter], sums: GradientSums, training: bool
 ) -> Iterator[None]:
-    """Inside, these weights alone ask for gradients, which go into totals; whatever happens, the model is given back as it was."""
+    """A context in which only these weights get gradients, which backward adds to sums.
 
-    def add(weight: nn.Parameter) -> None:
+    On exit the model and torch's generators are restored.
+    """
+
+    def add_gradient(weight: nn.Parameter) -> None:
         grad, weight.grad = weight.grad.detach(), None
         grad = grad.to_dense() if grad.is_sparse else grad
-        if weight in totals:
-            totals[weight].add_(grad.to("cpu"))
+        if weight in sums:
+            sums[weight].add_(grad.to("cpu"))
         else:
-            totals[weight] = grad.to("cpu", accumulator(grad.dtype))
+            sums[weight] = grad.to("cpu", accumulator(grad.dtype))
 
     parameters = [
         (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
@@ -130,7 +173,8 @@ def _lent(
                 parameter.requires_grad_(parameter in weights)
                 parameter.grad = None
             model.train(training)
-            hooks += [weight.register_post_accumulate_grad_hook(add) for weight in weights]
+            for weight in weights:
+                hooks.append(weight.register_post_accumulate_grad_hook(add_gradient))
             yield
         finally:
             for hook in hooks:
@@ -145,10 +189,13 @@ def _lent(
                 parameter.grad = grad
 
 
-def _mean(module: nn.Module, totals: Totals, count: int) -> torch.Tensor:
-    """[N,K], contiguous. Taken out of totals, so that a transposed copy is the only second one."""
+def _mean(module: nn.Module, sums: GradientSums, count: int) -> torch.Tensor:
+    """Return the mean gradient of the module's weight as a contiguous [N,K] tensor.
+
+    The sum is removed from sums, so that a transposed copy is the only second tensor of its size.
+    """
     weight = module.weight
-    total = totals.pop(weight, None)
+    total = sums.pop(weight, None)
     if total is None:
         total = torch.zeros(weight.shape, dtype=accumulator(weight.dtype), device="cpu")
     total.div_(count)

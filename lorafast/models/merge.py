@@ -6,81 +6,127 @@ import torch
 from torch import nn
 
 from lorafast.models import extra_trainables
-from lorafast.models.adapt import put
-from lorafast.models.target_modules import owners, storage
+from lorafast.models.adapt import replace_module
+from lorafast.models.module_names import require_module
+from lorafast.models.target_modules import parameter_owners
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.runtime.torch_internals import storage_key
+
+# Each adapted layer, with all its names in the model.
+LayerNames = dict[AdapterLayer, list[str]]
 
 
 @torch.no_grad()
 def merge(model: nn.Module, untie: bool = False) -> nn.Module:
-    """Fold every adapter into its weight, in place, and put plain modules back. Returns the model, all of it frozen.
+    """Add every adapter to its weight, in place, put plain modules back, and return the model.
 
-    Modules and biases that trained stay as they trained. The result is the adapted model's to within a rounding of each weight.
-    untie=True gives an adapted weight that is tied to another (an output head to its embedding) a tensor of its own first; set the
-    model's own mark of it (config.tie_word_embeddings) before saving. Raises, and changes nothing, if a weight is tied and not to
-    be untied, not loaded, or not finite with its adapter in; memory that runs out midway costs a rounding.
+    All of the result is frozen. Its weights are those of the adapted model, each rounded once.
+    Modules and biases that trained keep their trained values. All checks run before the first
+    change; running out of memory midway costs one rounding of the weights done so far.
+
+    Args:
+        model: a model that lorafast.adapt adapted.
+        untie: give an adapted weight that is tied to another (an output head to its embedding) its
+            own tensor first. Set the model's own mark of the tie (config.tie_word_embeddings)
+            before saving it.
+
+    Returns:
+        The same model object, with plain nn.Linear, Conv1D and nn.Embedding modules.
+
+    Raises:
+        ValueError: the model has no adapted layer, an adapted weight is tied and untie is False, a
+            merged weight would not be finite, or a layer has a lora_bias and no bias.
+        RuntimeError: the adapters are disabled, or a weight is on the meta device.
+        TypeError: model is no module, or is itself an adapted layer (use its merge() or plain()).
+
+    Example:
+        import torch, lorafast
+
+        model = lorafast.adapt(torch.nn.Sequential(torch.nn.Linear(8, 8)), lorafast.LoRA(r=2))
+        model = lorafast.merge(model)
+        assert type(model[0]) is torch.nn.Linear
     """
-    layers = _layers(model)
-    tied = _tied(model, layers)
+    layers = _collect_layers(model)
+    tied = _tied_weights(model, layers)
     if tied and not untie:
-        told = next(iter(tied.values()))
+        names = next(iter(tied.values()))
         raise ValueError(
-            f"merging would change {told}, which are one tensor: merge(model, untie=True) gives each its own"
+            f"merging would change {names}, which are one tensor: merge(model, untie=True) gives "
+            "each its own"
         )
     for layer in layers:
         if not layer.merged:
-            layer.folded_in(keep=True)
+            layer.merge_result(keep=True)  # raises what merge would raise
     done: list[tuple[AdapterLayer, nn.Parameter]] = []
     try:
         for layer in layers:
             if not layer.merged:
                 done.append((layer, layer.weight))
-                if storage(layer.weight) in tied:
+                if storage_key(layer.weight) in tied:
                     layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
-                layer.merge(keep=not layer.invertible())
+                layer.merge(keep=not layer.is_invertible())
     except BaseException:
         for layer, weight in done:
             layer.unmerge()
             layer.weight = weight
         raise
-    extra_trainables.forget(model, restore=False)
-    _put_plain_back(model, layers)
+    extra_trainables.stop_training(model, restore=False)
+    _put_plain_modules(model, layers)
     return model
 
 
-# PEFT's word for it.
+# PEFT's name of merge.
 merge_and_unload = merge
 
 
 @torch.no_grad()
 def unload(model: nn.Module) -> nn.Module:
-    """Drop every adapter, in place, and put plain modules back. Returns the base model, all of it frozen.
+    """Drop every adapter, in place, put plain modules back, and return the base model, frozen.
 
-    What an init took out of a weight is given back to within one rounding; modules and biases that trained get their first values
-    back. Raises, and changes nothing, if those are not known. A merged layer is unmerged first, as unmerge() does it.
+    A weight that an init changed is restored to within one rounding; modules and biases that
+    trained get their initial values back. A merged layer is unmerged first, as by unmerge(). All
+    checks run before the first change.
+
+    Args:
+        model: a model that lorafast.adapt adapted.
+
+    Returns:
+        The same model object, with plain nn.Linear, Conv1D and nn.Embedding modules.
+
+    Raises:
+        ValueError: the model has no adapted layer.
+        RuntimeError: the adapters are disabled, or initial values are not known.
+        TypeError: model is no module, or is itself an adapted layer (use its plain()).
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        weight = model[0].weight.clone()
+        model = lorafast.unload(lorafast.adapt(model, lorafast.LoRA(r=2)))
+        assert torch.equal(model[0].weight, weight)
     """
-    layers = _layers(model)
+    layers = _collect_layers(model)
     for layer in layers:
-        layer.start_factors()
-    with extra_trainables.first_values(model):
+        layer.start_factors()  # raises if they are not known
+    with extra_trainables.initial_values(model):  # raises if they are not known
         pass
     for layer in layers:
         layer.unmerge()
         layer.restore_base()
-    extra_trainables.forget(model, restore=True)
-    _put_plain_back(model, layers)
+    extra_trainables.stop_training(model, restore=True)
+    _put_plain_modules(model, layers)
     return model
 
 
-def _layers(model: nn.Module) -> dict[AdapterLayer, list[str]]:
-    """Every adapted layer, with the names of its places."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+def _collect_layers(model: nn.Module) -> LayerNames:
+    require_module(model)
     if isinstance(model, AdapterLayer):
         raise TypeError(
-            f"model is itself a {type(model).__name__} and cannot be replaced in place: model.merge(), or model.plain()"
+            f"model is itself a {type(model).__name__} and cannot be replaced in place: "
+            "model.merge(), or model.plain()"
         )
-    layers: dict[AdapterLayer, list[str]] = {}
+    layers: LayerNames = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, AdapterLayer):
             layers.setdefault(module, []).append(name)
@@ -91,13 +137,13 @@ def _layers(model: nn.Module) -> dict[AdapterLayer, list[str]]:
     return layers
 
 
-def _tied(model: nn.Module, layers: dict[AdapterLayer, list[str]]) -> dict[int, str]:
-    """The storages of adapted weights that somebody else holds too, and who."""
-    held = owners(model)
-    places = {storage(layer.weight) for layer in layers if not layer.weight.is_meta}
-    return {place: " and ".join(held[place].values()) for place in places if len(held[place]) > 1}
+def _tied_weights(model: nn.Module, layers: LayerNames) -> dict[int, str]:
+    """Return the storages of adapted weights that another module holds too, with all holders."""
+    owners = parameter_owners(model)
+    keys = {storage_key(layer.weight) for layer in layers if not layer.weight.is_meta}
+    return {key: " and ".join(owners[key].values()) for key in keys if len(owners[key]) > 1}
 
 
-def _put_plain_back(model: nn.Module, layers: dict[AdapterLayer, list[str]]) -> None:
+def _put_plain_modules(model: nn.Module, layers: LayerNames) -> None:
     for layer, names in layers.items():
-        put(model, names, layer.plain())
+        replace_module(model, names, layer.plain())

@@ -1,4 +1,4 @@
-"""Names of modules: through wrappers, and near to a mistyped one."""
+"""Module names: without the parts that wrappers add, and as they appear in error messages."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lorafast.nn.adapter_layer import AdapterLayer
 
-# What torch.compile, checkpoint wrappers and FSDP put between a name's parts.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# Name parts that torch.compile, checkpoint wrappers and FSDP add.
+_WRAPPER_PARTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# The longest name that an error message shows in full.
+_MAX_SHOWN_LENGTH = 200
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel and torch.compile. TypeError for what is no module."""
+def require_module(model: object) -> None:
+    """Raise TypeError if model is not a torch.nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP, DataParallel and torch.compile. TypeError if it is no module."""
+    require_module(model)
     while True:
         if isinstance(model, DataParallel | DistributedDataParallel):
             model = model.module
@@ -27,50 +34,54 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def clean(name: str) -> str:
-    """The name without its wrappers' parts."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def canonical_name(name: str) -> str:
+    """Return the module name without the parts that wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 
 
-def adapted(
-    model: nn.Module, required: bool = True, awake: bool = False
+def adapter_layers(
+    model: nn.Module, required: bool = True, require_enabled: bool = False
 ) -> dict[str, AdapterLayer]:
-    """Every adapted layer of the model by its (first) clean name. ValueError if there must be one and is none.
+    """Return every adapted layer of the model by its first canonical name.
 
-    awake: RuntimeError if adapters are disabled, when what trains besides them is away too.
+    Args:
+        required: raise ValueError if there is none.
+        require_enabled: raise RuntimeError inside disable_adapter, where modules and biases that
+            train hold their initial values.
     """
-    found = {
-        clean(name): module
-        for name, module in unwrapped(model).named_modules()
+    inner = unwrap(model)
+    layers = {
+        canonical_name(name): module
+        for name, module in inner.named_modules()
         if isinstance(module, AdapterLayer)
     }
-    if required and not found:
+    if required and not layers:
         raise ValueError(
-            f"model {type(unwrapped(model)).__name__} has no adapted layer: lorafast.adapt(model, ...) first"
+            f"model {type(inner).__name__} has no adapted layer: lorafast.adapt(model, ...) first"
         )
-    if awake and any(layer.disabled for layer in found.values()):
+    if require_enabled and any(layer.disabled for layer in layers.values()):
         raise RuntimeError("the adapters are disabled: leave disable_adapter() first")
-    return found
+    return layers
 
 
 def ends_with(name: str, target: str) -> bool:
-    """Whether target is the name, or its end after a dot."""
+    """True if target is the whole name or its end after a dot."""
     return name == target or name.endswith(f".{target}")
 
 
-def near(target: str, names: Iterable[str]) -> str:
-    """What to add to an error about a name that is not there."""
+def similar_names(target: str, names: Iterable[str]) -> str:
+    """Return the end of an error message about an unknown name: the similar names that exist."""
     names = list(names)
-    ends = {name.rpartition(".")[2]: None for name in names} | dict.fromkeys(names)
-    close = difflib.get_close_matches(
-        target, [end for end in ends if not end.isdigit()], n=5, cutoff=0.4
-    )
-    return f"; near it: {', '.join(close)}" if close else ""
+    candidates = {name.rpartition(".")[2]: None for name in names} | dict.fromkeys(names)
+    words = [candidate for candidate in candidates if not candidate.isdigit()]
+    similar = difflib.get_close_matches(target, words, n=5, cutoff=0.4)
+    return f"; near it: {', '.join(similar)}" if similar else ""
 
 
-def some(names: Iterable[str], limit: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    names = [name if len(name) <= 200 else f"{name[:200]}…" for name in names]
-    return ", ".join(names[:limit]) + (
-        f" and {len(names) - limit} more" if len(names) > limit else ""
-    )
+def format_names(names: Iterable[str], limit: int = 5) -> str:
+    """Return the first names, and how many more there are, for an error message."""
+    names = [
+        name if len(name) <= _MAX_SHOWN_LENGTH else f"{name[:_MAX_SHOWN_LENGTH]}…" for name in names
+    ]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

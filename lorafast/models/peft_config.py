@@ -1,4 +1,7 @@
-"""PEFT's configs in our words and ours in PEFT's: the dict that adapter_config.json holds. Nothing of PEFT is imported."""
+"""PEFT's configs to and from AdaptSpec: the dict that adapter_config.json holds.
+
+PEFT is not imported, except for its default target modules where a PEFT config names none.
+"""
 
 from __future__ import annotations
 
@@ -17,112 +20,163 @@ from lorafast.methods.lora import LoRA
 from lorafast.methods.pissa import PiSSA
 from lorafast.methods.vera import VeRA
 from lorafast.models import adalora_format
-from lorafast.models.adapt_spec import Plan
+from lorafast.models.adapt_spec import AdaptSpec
 
-# Fields that say nothing about what a layer computes: who wrote the file and for what, or how weights lie.
-_IDLE = (
-    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "init_weights", "megatron_core", "peft_type",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "save_projection", "task_type", "use_lamda",
-)  # fmt: skip
-# Starts that leave the weight alone, so that their files need nothing of ours; and what configures a start.
-_STARTED_ELSEWHERE = ("eva", "orthogonal")
-_START_CONFIGS = ("eva_config", "lora_ga_config")
-# What PEFT makes trainable and saves where a config names a task and no modules_to_save.
-_HEADS = {
+# peft_type of methods that PEFT lacks, so that PEFT refuses them instead of reading another method.
+LAMDA, DORA_IN, AFLORA = "LAMDA", "LORAFAST_DORA_IN", "LORAFAST_AFLORA"
+
+# Fields that do not change what a layer computes: who wrote the file and for what, or how weights
+# are laid out.
+_IGNORED_FIELDS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_weights",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "save_projection",
+    "task_type",
+    "use_lamda",
+)
+# Inits of PEFT's that leave the weight unchanged, so that their files load like any LoRA; and the
+# fields that configure an init.
+_FOREIGN_INITS = ("eva", "orthogonal")
+_INIT_CONFIGS = ("eva_config", "lora_ga_config")
+# What PEFT trains and saves where a config names a task and no modules_to_save.
+_TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-_PLAN = (
-    "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "layers_to_transform",
+# Fields of an AdaptSpec that a config has under the same name.
+_SPEC_FIELDS = (
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "bias",
+    "layers_to_transform",
     "layers_pattern",
-)  # fmt: skip
-# What PEFT does not have goes under a type it refuses, rather than being read as something else.
-LAMDA, DORA_IN, AFLORA = "LAMDA", "LORAFAST_DORA_IN", "LORAFAST_AFLORA"
+)
 
 
-def is_one(adapter: object) -> bool:
-    """Whether this is a config of PEFT's."""
+def is_peft_config(adapter: object) -> bool:
+    """True if the object is a PEFT config. Does not import PEFT."""
     return hasattr(adapter, "peft_type") and callable(getattr(adapter, "to_dict", None))
 
 
-def asked(config: Any, model: nn.Module) -> dict[str, Any]:
-    """The config as a dict, with what PEFT fills in by the model: default targets, and heads of a task."""
-    said = {key: getattr(value, "value", value) for key, value in config.to_dict().items()}
-    if said.get("use_lamda"):
-        said["peft_type"] = LAMDA
-    if said.get("target_modules") is None:
-        from peft.utils import constants
+def complete_config(config: Any, model: nn.Module) -> dict[str, Any]:
+    """Return a PEFT config as a dict, with what PEFT fills in from the model.
 
-        tables = {kind: kind for kind in ("VERA", "LORA", "ADALORA")}
-        table = getattr(
-            constants,
-            f"TRANSFORMERS_MODELS_TO_{tables.get(said['peft_type'], 'LORA')}_TARGET_MODULES_MAPPING",
-        )
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        if kind not in table:
-            raise ValueError(
-                f"target_modules is None, and PEFT has no default for a model of type {kind!r}: name them"
-            )
-        said["target_modules"] = table[kind]
-    if not said.get("modules_to_save"):
-        said["modules_to_save"] = [
-            head for head in _HEADS.get(said.get("task_type"), ()) if hasattr(model, head)
-        ]
-    return said
-
-
-def plan_of(config: dict[str, Any], loading: bool = False) -> Plan:
-    """The plan a config asks for. loading: values come from a file, and a start matters only if it changes the weight.
-
-    Raises ValueError or TypeError naming the field: one of another type, one unknown that says something, or one that is not ours.
+    That is target_modules, if None, and the heads that a task trains.
     """
-    kind = config.get("peft_type")
-    readers: dict[str, Callable] = {
-        "LORA": _lora, "VERA": _vera, "ADALORA": _adalora, LAMDA: _lamda, DORA_IN: _dora_in, AFLORA: _aflora,
-    }  # fmt: skip
-    if not isinstance(kind, str) or kind not in readers:
-        raise ValueError(f"peft_type={kind!r} must be one of {', '.join(map(repr, readers))}")
-    left = {key: value for key, value in config.items() if key not in _IDLE}
-    adapter = readers[kind](_Fields(left), loading)
-    if isinstance(adapter, AdaLoRA) and left.get("rank_pattern"):
-        left["rank_pattern"] = adalora_format.ranks(left["rank_pattern"], adapter.init_r)
-    said = {key: left.pop(key) for key in _PLAN if left.get(key) is not None}
-    said |= {key: [said[key]] for key in ("layers_to_transform",) if isinstance(said.get(key), int)}
-    said |= {key: [said[key]] for key in ("layers_pattern",) if isinstance(said.get(key), str)}
-    if said.get("bias") == "vera_only":
-        said["bias"] = "lora_only"
-    rest = sorted(
-        key
-        for key, value in left.items()
-        if value and key not in _PLAN and not (loading and key in _START_CONFIGS)
-    )
-    if rest:
+    values = {key: getattr(value, "value", value) for key, value in config.to_dict().items()}
+    if values.get("use_lamda"):
+        values["peft_type"] = LAMDA
+    if values.get("target_modules") is None:
+        values["target_modules"] = _default_targets(values["peft_type"], model)
+    if not values.get("modules_to_save"):
+        heads = _TASK_HEADS.get(values.get("task_type"), ())
+        values["modules_to_save"] = [head for head in heads if hasattr(model, head)]
+    return values
+
+
+def _default_targets(peft_type: str, model: nn.Module) -> Any:
+    from peft.utils import constants
+
+    method = peft_type if peft_type in ("VERA", "ADALORA") else "LORA"
+    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING")
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in table:
         raise ValueError(
-            f"{', '.join(f'{key}={left[key]!r}' for key in rest)}: lorafast has no such thing"
+            f"target_modules is None, and PEFT has no default for a model of type {model_type!r}: "
+            "name them"
         )
+    return table[model_type]
+
+
+def spec_from_config(config: dict[str, Any], loading: bool = False) -> AdaptSpec:
+    """Return the AdaptSpec that a config asks for.
+
+    Args:
+        config: the fields of a PEFT config, or of an adapter_config.json.
+        loading: tensors come from a file, whose config is untrusted; an init matters only if it
+            changes the weight.
+
+    Raises:
+        ValueError: a method or a field that lorafast lacks, or a wrong value. Names the field.
+        TypeError: a value of the wrong type. Names the field.
+    """
+    peft_type = config.get("peft_type")
+    readers: dict[str, Callable] = {
+        "LORA": _read_lora,
+        "VERA": _read_vera,
+        "ADALORA": _read_adalora,
+        LAMDA: _read_lamda,
+        DORA_IN: _read_dora_in,
+        AFLORA: _read_aflora,
+    }
+    if not isinstance(peft_type, str) or peft_type not in readers:
+        raise ValueError(f"peft_type={peft_type!r} must be one of {', '.join(map(repr, readers))}")
+    fields = {key: value for key, value in config.items() if key not in _IGNORED_FIELDS}
+    adapter = readers[peft_type](_Fields(fields), loading)
+    if isinstance(adapter, AdaLoRA) and fields.get("rank_pattern"):
+        fields["rank_pattern"] = adalora_format.rank_pattern_from_peft(
+            fields["rank_pattern"], adapter.init_r
+        )
+    arguments = _take_spec_fields(fields)
+    _refuse_unknown_fields(fields, loading)
     if not isinstance(config.get("task_type"), str | None):
         raise TypeError(f"task_type={config['task_type']!r} must be a word")
-    if isinstance(said.get("target_modules"), set):
-        said["target_modules"] = sorted(said["target_modules"])
-    return Plan(
+    return AdaptSpec(
         adapter,
-        **said,
+        **arguments,
         task_type=config.get("task_type"),
-        forgiving=True,
-        loose=True,
-        foreign=loading,
+        ignore_unmatched=True,
+        match_any_ending=True,
+        untrusted=loading,
         untie=True,
     )
 
 
+def _take_spec_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Remove the fields that AdaptSpec has too, and return them in its types."""
+    arguments = {key: fields.pop(key) for key in _SPEC_FIELDS if fields.get(key) is not None}
+    for key, kind in (("layers_to_transform", int), ("layers_pattern", str)):
+        if isinstance(arguments.get(key), kind):
+            arguments[key] = [arguments[key]]
+    if arguments.get("bias") == "vera_only":
+        arguments["bias"] = "lora_only"
+    if isinstance(arguments.get("target_modules"), set):
+        arguments["target_modules"] = sorted(arguments["target_modules"])
+    return arguments
+
+
+def _refuse_unknown_fields(fields: dict[str, Any], loading: bool) -> None:
+    """Raise ValueError if a field that no reader took has a value."""
+    unknown = sorted(
+        key
+        for key, value in fields.items()
+        if value and key not in _SPEC_FIELDS and not (loading and key in _INIT_CONFIGS)
+    )
+    if unknown:
+        shown = ", ".join(f"{key}={fields[key]!r}" for key in unknown)
+        raise ValueError(f"{shown}: lorafast has no such thing")
+
+
 class _Fields:
-    """A config's fields, each to be taken once, with its type checked."""
+    """The fields of a config. pop() removes one and checks its type."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self._fields = fields
 
-    def take(self, name: str, default: Any, *kinds: type) -> Any:
+    def pop(self, name: str, default: Any, *kinds: type) -> Any:
         value = self._fields.pop(name, None)
         if value is None:
             return default
@@ -133,25 +187,25 @@ class _Fields:
         return value
 
 
-def _scaled(f: _Fields) -> dict[str, Any]:
+def _read_scaled(fields: _Fields) -> dict[str, Any]:
     return {
-        "r": f.take("r", 8, int),
-        "alpha": f.take("lora_alpha", 8, int, float),
-        "dropout": f.take("lora_dropout", 0.0, int, float),
-        "rslora": f.take("use_rslora", False, bool),
+        "r": fields.pop("r", 8, int),
+        "alpha": fields.pop("lora_alpha", 8, int, float),
+        "dropout": fields.pop("lora_dropout", 0.0, int, float),
+        "rslora": fields.pop("use_rslora", False, bool),
     }
 
 
-def _lora(f: _Fields, loading: bool) -> Adapter:
-    said = _scaled(f) | {"lora_bias": f.take("lora_bias", False, bool)}
-    said["init"] = _init(f.take("init_lora_weights", True, bool, str), loading)
-    if not f.take("use_dora", False, bool):
-        return LoRA(**said)
-    return DoRA(**said, dropout_on="both" if said["dropout"] else "adapter")
+def _read_lora(fields: _Fields, loading: bool) -> Adapter:
+    arguments = _read_scaled(fields) | {"lora_bias": fields.pop("lora_bias", False, bool)}
+    arguments["init"] = _read_init(fields.pop("init_lora_weights", True, bool, str), loading)
+    if not fields.pop("use_dora", False, bool):
+        return LoRA(**arguments)
+    return DoRA(**arguments, dropout_on="both" if arguments["dropout"] else "adapter")
 
 
-def _init(init: bool | str, loading: bool) -> str | PiSSA:
-    if init is True or (loading and (init is False or init in _STARTED_ELSEWHERE)):
+def _read_init(init: bool | str, loading: bool) -> str | PiSSA:
+    if init is True or (loading and (init is False or init in _FOREIGN_INITS)):
         return "kaiming"
     if init == "gaussian":
         return init
@@ -160,83 +214,108 @@ def _init(init: bool | str, loading: bool) -> str | PiSSA:
     if isinstance(init, str) and (niter := re.fullmatch(r"pissa_niter_([0-9]{1,4})", init)):
         if loading:
             raise ValueError(
-                f"init_lora_weights={init!r}: what PEFT took out of the weights was drawn at random and is not in the file; "
-                "save it from PEFT with path_initial_model_for_weight_conversion"
+                f"init_lora_weights={init!r}: what PEFT took out of the weights was drawn at "
+                "random and is not in the file; save it from PEFT with "
+                "path_initial_model_for_weight_conversion"
             )
         return PiSSA(int(niter[1]))
     if init == "lora_ga":
-        absent = "what PEFT took out of the weights is not in the file; save it with path_initial_model_for_weight_conversion"
-        given = "no config holds gradients; adapt with lorafast.LoRA(init=lorafast.LoRAGA(gradients, compat='peft'))"
-        raise ValueError(f"init_lora_weights='lora_ga': {absent if loading else given}")
+        why = (
+            "what PEFT took out of the weights is not in the file; save it with "
+            "path_initial_model_for_weight_conversion"
+            if loading
+            else "no config holds gradients; adapt with "
+            "lorafast.LoRA(init=lorafast.LoRAGA(gradients, compat='peft'))"
+        )
+        raise ValueError(f"init_lora_weights='lora_ga': {why}")
     raise ValueError(
-        f"init_lora_weights={init!r} is not lorafast's: start the model in PEFT, and lorafast.accelerate it"
+        f"init_lora_weights={init!r} is not lorafast's: start the model in PEFT, and "
+        "lorafast.accelerate it"
     )
 
 
-def _dora_in(f: _Fields, loading: bool) -> Adapter:
-    said = _scaled(f) | {"lora_bias": f.take("lora_bias", False, bool)}
-    f.take("use_dora", True, bool)
-    return DoRA(
-        **said, init=_init(f.take("init_lora_weights", True, bool, str), loading), axis="in"
-    )
+def _read_dora_in(fields: _Fields, loading: bool) -> Adapter:
+    arguments = _read_scaled(fields) | {"lora_bias": fields.pop("lora_bias", False, bool)}
+    fields.pop("use_dora", True, bool)
+    init = _read_init(fields.pop("init_lora_weights", True, bool, str), loading)
+    return DoRA(**arguments, init=init, axis="in")
 
 
-def _lamda(f: _Fields, loading: bool) -> Adapter:
-    f.take("init_lora_weights", True, bool, str)
+def _read_lamda(fields: _Fields, loading: bool) -> Adapter:
+    fields.pop("init_lora_weights", True, bool, str)
     return LaMDA(
-        **_scaled(f),
-        init=f.take("lamda_init", "residual", str),
-        svd_niter=f.take("svd_niter", None, int),
+        **_read_scaled(fields),
+        init=fields.pop("lamda_init", "residual", str),
+        svd_niter=fields.pop("svd_niter", None, int),
     )
 
 
-def _vera(f: _Fields, loading: bool) -> Adapter:
+def _read_vera(fields: _Fields, loading: bool) -> Adapter:
     return VeRA(
-        r=f.take("r", 256, int), d_initial=f.take("d_initial", 0.1, int, float), dropout=f.take("vera_dropout", 0.0, int, float),
-        projection_prng_key=f.take("projection_prng_key", 0, int),
-    )  # fmt: skip
+        r=fields.pop("r", 256, int),
+        d_initial=fields.pop("d_initial", 0.1, int, float),
+        dropout=fields.pop("vera_dropout", 0.0, int, float),
+        projection_prng_key=fields.pop("projection_prng_key", 0, int),
+    )
 
 
-def _adalora(f: _Fields, loading: bool) -> Adapter:
-    init = f.take("init_lora_weights", True, bool, str)
-    f.take("r", 8, int)  # LoraConfig's, which means nothing here
-    for name, value in adalora_format.SCHEDULE_FIELDS.items():
-        f.take(name, value, int, float)
-    r, target_r = f.take("init_r", 12, int), f.take("target_r", 8, int)
+def _read_adalora(fields: _Fields, loading: bool) -> Adapter:
+    init = fields.pop("init_lora_weights", True, bool, str)
+    fields.pop("r", 8, int)  # LoraConfig's r, which AdaLoRA does not use
+    for name, default in adalora_format.SCHEDULE_FIELDS.items():
+        fields.pop(name, default, int, float)
+    r, target_r = fields.pop("init_r", 12, int), fields.pop("target_r", 8, int)
     if loading:
-        # PEFT looks at none of these where it makes or loads such a layer, so that no file's values depend on them.
+        # PEFT ignores these for AdaLoRA, so no tensor of a file depends on them.
         for name in ("use_rslora", "alpha_pattern"):
-            f.take(name, None, bool, dict)
+            fields.pop(name, None, bool, dict)
         target_r = min(target_r, r)
     elif init is not True:
         raise ValueError(
-            f"init_lora_weights={init!r}: AdaLoRA has one start, A and B normal and E at 0; say True"
+            f"init_lora_weights={init!r}: AdaLoRA has one start, A and B normal and E at 0; say "
+            "True"
         )
     return AdaLoRA(
-        r=r, target_r=target_r, alpha=f.take("lora_alpha", 8, int, float), dropout=f.take("lora_dropout", 0.0, int, float)
-    )  # fmt: skip
-
-
-def _aflora(f: _Fields, loading: bool) -> Adapter:
-    return AFLoRA(
-        r=f.take("r", 4, int),
-        d_initial=f.take("d_initial", 1.0, int, float),
-        dropout=f.take("lora_dropout", 0.0, int, float),
+        r=r,
+        target_r=target_r,
+        alpha=fields.pop("lora_alpha", 8, int, float),
+        dropout=fields.pop("lora_dropout", 0.0, int, float),
     )
 
 
-def dict_of(adapter: Adapter) -> dict[str, Any]:
-    """What a config says of an adapter. Its start is written as one that leaves the weight alone: see checkpoint."""
+def _read_aflora(fields: _Fields, loading: bool) -> Adapter:
+    return AFLoRA(
+        r=fields.pop("r", 4, int),
+        d_initial=fields.pop("d_initial", 1.0, int, float),
+        dropout=fields.pop("lora_dropout", 0.0, int, float),
+    )
+
+
+def config_from_adapter(adapter: Adapter) -> dict[str, Any]:
+    """Return the fields of a config that describe an adapter.
+
+    The init is written as one that leaves the weight unchanged, because an adapter file fits the
+    original weights (see checkpoint.file_format).
+    """
     if isinstance(adapter, VeRA):
         return {
-            "peft_type": "VERA", "r": adapter.r, "d_initial": adapter.d_initial, "vera_dropout": adapter.dropout,
-            "projection_prng_key": adapter.projection_prng_key, "save_projection": True, "init_weights": True,
-        }  # fmt: skip
+            "peft_type": "VERA",
+            "r": adapter.r,
+            "d_initial": adapter.d_initial,
+            "vera_dropout": adapter.dropout,
+            "projection_prng_key": adapter.projection_prng_key,
+            "save_projection": True,
+            "init_weights": True,
+        }
     if isinstance(adapter, AdaLoRA):
         return {
-            "peft_type": "ADALORA", "init_r": adapter.init_r, "target_r": adapter.target_r, "lora_alpha": adapter.alpha,
-            "lora_dropout": adapter.dropout, "init_lora_weights": True,
-        } | adalora_format.SCHEDULE_FIELDS  # fmt: skip
+            "peft_type": "ADALORA",
+            "init_r": adapter.init_r,
+            "target_r": adapter.target_r,
+            "lora_alpha": adapter.alpha,
+            "lora_dropout": adapter.dropout,
+            "init_lora_weights": True,
+        } | adalora_format.SCHEDULE_FIELDS
     if isinstance(adapter, AFLoRA):
         return {
             "peft_type": AFLORA,
@@ -244,20 +323,29 @@ def dict_of(adapter: Adapter) -> dict[str, Any]:
             "d_initial": adapter.d_initial,
             "lora_dropout": adapter.dropout,
         }
-    said = {
-        "peft_type": "LORA", "r": adapter.r, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout,
-        "use_rslora": adapter.rslora, "init_lora_weights": True,
-    }  # fmt: skip
+    return _config_from_lora(adapter)
+
+
+def _config_from_lora(adapter: LoRA | LaMDA) -> dict[str, Any]:
+    config = {
+        "peft_type": "LORA",
+        "r": adapter.r,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.rslora,
+        "init_lora_weights": True,
+    }
     if isinstance(adapter, LaMDA):
-        # The number of iterations says nothing about a start that leaves the weight alone.
-        init = "zero" if adapter.residual else adapter.init
-        return said | {
+        # svd_niter has no meaning for an init that leaves the weight unchanged.
+        return config | {
             "peft_type": LAMDA,
             "use_lamda": True,
-            "lamda_init": init,
+            "lamda_init": "zero" if adapter.residual else adapter.init,
             "svd_niter": adapter.svd_niter,
         }
-    said |= {"lora_bias": adapter.lora_bias, "use_dora": isinstance(adapter, DoRA)}
+    config |= {"lora_bias": adapter.lora_bias, "use_dora": isinstance(adapter, DoRA)}
     if adapter.init == "gaussian":
-        said["init_lora_weights"] = "gaussian"
-    return said | ({"peft_type": DORA_IN} if adapter.axis == "in" else {})
+        config["init_lora_weights"] = "gaussian"
+    if adapter.axis == "in":
+        config["peft_type"] = DORA_IN
+    return config

@@ -1,9 +1,11 @@
-"""lorafast.spectral_ranks: a rank for each layer by the spectrum of its weight, once, before training; LaMDA++ (arXiv 2406.12832).
+"""lorafast.spectral_ranks: a rank for each layer from the spectrum of its weight (LaMDA++).
 
-    E(r) = Σ_{i≤r} σᵢ² / Σ σᵢ²        the share of a weight's energy that its first r singular triplets hold
-The paper names the idea (one SVD a layer, a normalised energy score, static ranks from a small set under a budget). Its formula,
-the rank it scores at, which end of the order gets more, and how the budget is spent could not be checked against its text: they
-are this file's own, and no fidelity is claimed.
+    E(r) = Σ_{i≤r} σᵢ² / Σ σᵢ²        the share of a weight's energy in its first r singular values
+
+LaMDA++ (arXiv:2406.12832) names the idea: before training, one SVD a layer, a normalised energy
+score, and ranks from a small set under a budget. Its exact formula, the r of its score, which end
+of the order gets larger ranks, and how the budget is spent could not be checked against its text:
+they are this file's own choices, and no fidelity is claimed.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from torch import nn
 from lorafast.engine import checks
 from lorafast.methods import svd
 from lorafast.methods.lora import LoRA
-from lorafast.models.adapt_spec import ALL_LINEAR, Names, Plan, matching
-from lorafast.models.module_names import clean
-from lorafast.models.target_modules import places
+from lorafast.models.adapt_spec import ALL_LINEAR, AdaptSpec, ModuleSelector, match_patterns
+from lorafast.models.module_names import canonical_name, require_module
+from lorafast.models.target_modules import find_targets
 
 DIRECTIONS = ("low_energy_more", "high_energy_more")
 
@@ -31,55 +33,80 @@ def spectral_ranks(
     budget: float | None = None,
     energy_rank: int | None = None,
     direction: str = "low_energy_more",
-    target_modules: Names = ALL_LINEAR,
+    target_modules: ModuleSelector = ALL_LINEAR,
     *,
-    exclude_modules: Names | None = None,
+    exclude_modules: ModuleSelector | None = None,
     svd_niter: int | None = None,
 ) -> dict[str, int]:
-    """{layer: r}, r from `ranks`, as adapt(model, adapter, rank_pattern=...) takes it: for LaMDA, or any adapter with an r a layer.
+    """Return a rank for each targeted layer, for the rank_pattern of lorafast.adapt.
 
-    budget: the most the mean rank may be (None: the middle one of ranks); of all ways that keep the order, one that uses most of
-    it, and among those the one with most layers at the largest rank, then at the next. energy_rank: the r of E (None: the smallest
-    of ranks, so that E says what the least adapter could hold of the layer). direction: "low_energy_more" gives larger ranks where
-    E is smaller, the rest of the spectrum being longer; "high_energy_more" the other way round. Layers of equal E keep the model's
-    order. No rank exceeds min(N,K) of its layer. target_modules, exclude_modules: as in adapt. svd_niter: as in LaMDA.
-    The model is only read. ValueError or TypeError where adapt raises one, and for a budget below what the smallest ranks need.
+    Layers are ordered by the energy E(r) that the first r singular values of their weight hold
+    (layers of equal E in model order); ranks never rise along that order. Of all such ranks within
+    the budget, those of the largest sum are taken; among them, those with most layers at the
+    largest rank, then at the next. No rank exceeds min(N, K) of its layer.
+
+    Args:
+        model: a model that is not adapted yet; it is only read.
+        ranks: the ranks to choose from.
+        budget: the largest mean rank allowed; None is the middle one of ranks.
+        energy_rank: the r of E(r); None is the smallest of ranks.
+        direction: "low_energy_more" gives larger ranks to layers of smaller E, whose spectrum is
+            longer; "high_energy_more" to layers of larger E.
+        target_modules: as in lorafast.adapt.
+        exclude_modules: as in lorafast.adapt.
+        svd_niter: subspace iterations of the SVD, 0 for an exact one; None chooses, as in LaMDA.
+
+    Returns:
+        {pattern: r}, in module order. A pattern is the layer's name, or an expression for it where
+        the name is also the end of another layer's name.
+
+    Raises:
+        ValueError: as lorafast.adapt; a wrong argument, a weight on the meta device, or a budget
+            below what the smallest ranks need.
+        TypeError: as lorafast.adapt.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 16))
+        ranks = lorafast.spectral_ranks(model, ranks=(2, 4), budget=3)
+        lorafast.adapt(model, lorafast.LaMDA(r=4), rank_pattern=ranks)
+
+    Source:
+        arXiv:2406.12832 (LaMDA++), with the reservations above.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    choice = _refused_or_sorted(ranks, energy_rank, budget)
+    require_module(model)
+    choices = _check_numbers(ranks, energy_rank, budget)
     checks.word("direction", direction, DIRECTIONS)
-    svd.iterations(svd_niter)
-    found = places(model, Plan(LoRA(), target_modules, exclude_modules=exclude_modules))
-    weights = {clean(names[0]): module.weight.detach() for module, names in found.items()}
-    if meta := next((name for name, weight in weights.items() if weight.is_meta), None):
-        raise ValueError(
-            f"{meta}.weight {tuple(weights[meta].shape)} is on the meta device: load it first"
-        )
-    score = {
-        name: energy(weight, energy_rank or choice[-1], svd_niter)
-        for name, weight in weights.items()
+    svd.check_niter(svd_niter)
+    spec = AdaptSpec(LoRA(), target_modules, exclude_modules=exclude_modules)
+    weights = {
+        canonical_name(names[0]): module.weight.detach()
+        for module, names in find_targets(model, spec).items()
     }
-    order = sorted(score, key=score.get, reverse=direction == "high_energy_more")
-    limit = choice[len(choice) // 2] if budget is None else budget
-    given = dict(
-        zip(order, _spent(choice, [min(weights[name].shape) for name in order], limit), strict=True)
-    )
-    return _patterns({name: given[name] for name in weights})
+    _refuse_meta(weights)
+    score_rank = energy_rank or choices[-1]
+    scores = {name: energy(weight, score_rank, svd_niter) for name, weight in weights.items()}
+    order = sorted(scores, key=scores.get, reverse=direction == "high_energy_more")
+    mean_rank = choices[len(choices) // 2] if budget is None else budget
+    caps = [min(weights[name].shape) for name in order]
+    chosen = dict(zip(order, allocate(choices, caps, mean_rank), strict=True))
+    return _as_patterns({name: chosen[name] for name in weights})
 
 
 def energy(weight: torch.Tensor, r: int, svd_niter: int | None = None) -> float:
-    """E(r) of a weight [N,K], in [0, 1]; 1 where r is all there is, or where the weight is 0."""
+    """Return E(r) of a weight [N,K], in [0, 1]; 1 if r is at least min(N, K) or the weight is 0."""
     total = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
     if not total or r >= min(weight.shape):
         return 1.0
-    return min(1.0, float(svd.top(weight, r, svd_niter)[1].double().square().sum()) / total)
+    _, S, _ = svd.truncated_svd(weight, r, svd_niter)
+    return min(1.0, float(S.double().square().sum()) / total)
 
 
-def _refused_or_sorted(
+def _check_numbers(
     ranks: Collection[int], energy_rank: int | None, budget: float | None
 ) -> list[int]:
-    """The ranks without repetitions, largest first."""
+    """Return the distinct ranks, largest first. ValueError if one of the arguments is wrong."""
     numbers = [*ranks] if isinstance(ranks, Collection) and not isinstance(ranks, str) else []
     if not numbers or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in numbers):
         raise ValueError(f"ranks={ranks!r} must be integers of at least 1")
@@ -92,35 +119,62 @@ def _refused_or_sorted(
     return sorted(set(numbers), reverse=True)
 
 
-def _spent(choice: Sequence[int], caps: Sequence[int], budget: float) -> list[int]:
-    """A rank for every layer: never rising along the order but where a cap says so, and of the largest sum the budget allows."""
-    n, most = len(caps), math.floor(budget * len(caps) + 1e-9)
-    within = (1 << (most + 1)) - 1
-    # Bit t of sums[j][i]: layers i… can have ranks of sum t, none larger than choice[j].
-    sums = [[0] * n + [1] for _ in choice]
-    for j in reversed(range(len(choice))):
-        for i in reversed(range(n)):
-            here = sums[j][i + 1] << min(choice[j], caps[i]) & within
-            sums[j][i] = here | (sums[j + 1][i] if j + 1 < len(choice) else 0)
-    left, j, given = sums[0][0].bit_length() - 1, 0, []
-    if left < 0:
-        least = sum(min(choice[-1], cap) for cap in caps)
+def _refuse_meta(weights: dict[str, torch.Tensor]) -> None:
+    for name, weight in weights.items():
+        if weight.is_meta:
+            raise ValueError(
+                f"{name}.weight {tuple(weight.shape)} is on the meta device: load it first"
+            )
+
+
+def allocate(choices: Sequence[int], caps: Sequence[int], budget: float) -> list[int]:
+    """Return a rank for each layer: not rising, except for caps, of the largest sum allowed.
+
+    Args:
+        choices: the ranks to choose from, largest first.
+        caps: the largest rank each layer can have, in the order of the layers.
+        budget: the largest mean rank.
+
+    Raises:
+        ValueError: the smallest ranks exceed the budget.
+    """
+    layers, most = len(caps), math.floor(budget * len(caps) + 1e-9)
+    mask = (1 << (most + 1)) - 1
+    # Bit t of sums[j][i] is 1 if the layers i and following can have ranks of sum t, none of them
+    # chosen larger than choices[j].
+    sums = [[0] * layers + [1] for _ in choices]
+    for j in reversed(range(len(choices))):
+        for i in reversed(range(layers)):
+            with_choice = sums[j][i + 1] << min(choices[j], caps[i]) & mask
+            with_smaller = sums[j + 1][i] if j + 1 < len(choices) else 0
+            sums[j][i] = with_choice | with_smaller
+    # The highest bit of sums[0][0] is the largest sum within the budget. Follow it back.
+    remaining, j, ranks = sums[0][0].bit_length() - 1, 0, []
+    if remaining < 0:
+        least = sum(min(choices[-1], cap) for cap in caps)
         raise ValueError(
-            f"budget={budget} is a sum of {most} for {n} layers; ranks of at least {choice[-1]} take {least}"
+            f"budget={budget} is a sum of {most} for {layers} layers; ranks of at least "
+            f"{choices[-1]} take {least}"
         )
     for i, cap in enumerate(caps):
-        while min(choice[j], cap) > left or not sums[j][i + 1] >> left - min(choice[j], cap) & 1:
+        while not _fits(sums[j][i + 1], remaining - min(choices[j], cap)):
             j += 1
-        given.append(min(choice[j], cap))
-        left -= given[-1]
-    return given
+        ranks.append(min(choices[j], cap))
+        remaining -= ranks[-1]
+    return ranks
 
 
-def _patterns(ranks: dict[str, int]) -> dict[str, int]:
-    """By patterns that match their layers alone; a name may also be the end of another."""
-    found = matching(ranks, ranks)
-    return (
-        ranks
-        if all(found[name] == name for name in ranks)
-        else {f"^{re.escape(name)}": r for name, r in ranks.items()}
-    )
+def _fits(reachable: int, total: int) -> bool:
+    """True if the bit of a sum is set in the reachable sums."""
+    return total >= 0 and bool(reachable >> total & 1)
+
+
+def _as_patterns(ranks: dict[str, int]) -> dict[str, int]:
+    """Return the ranks under patterns that match one layer each.
+
+    A name is such a pattern unless it is also the end of another name.
+    """
+    matches = match_patterns(ranks, ranks)
+    if all(matches[name] == name for name in ranks):
+        return ranks
+    return {f"^{re.escape(name)}": r for name, r in ranks.items()}

@@ -1,4 +1,4 @@
-"""What of a model trains: lorafast.trainable_summary and lorafast.adapter_parameters."""
+"""lorafast.trainable_summary and lorafast.adapter_parameters: what of a model trains."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from typing import NamedTuple
 from torch import nn
 
 from lorafast.models import extra_trainables
-from lorafast.models.module_names import adapted, unwrapped
+from lorafast.models.module_names import adapter_layers, unwrap
 from lorafast.nn.adapter_layer import NAMES, AdapterLayer
 
 
 class TrainableSummary(NamedTuple):
-    """Counts of elements, each Parameter once. parts: what trains, by what it is (lora_A, …, bias, modules_to_save, other)."""
+    """How many elements of a model's Parameters train. str() gives PEFT's line and a breakdown.
+
+    Args:
+        trainable: elements of all Parameters that train.
+        total: elements of all Parameters, each Parameter counted once.
+        parts: elements that train by what they belong to: lora_A, lora_B, lora_core,
+            lora_magnitude, lora_out_scale, lora_bias, bias, modules_to_save or other. Empty parts
+            are left out.
+    """
 
     trainable: int
     total: int
@@ -21,47 +29,78 @@ class TrainableSummary(NamedTuple):
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(1, self.total)
+        counts = (
+            f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || "
+            f"trainable%: {share:.4f}"
+        )
         parts = ", ".join(f"{name} {count:,d}" for name, count in self.parts.items())
-        counts = f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || trainable%: {share:.4f}"
         return f"{counts}\n{parts}" if parts else counts
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """How many of a model's parameters train, adapted or not."""
-    model = unwrapped(model)
+    """Return how many of a model's parameters train, and which. The model need not be adapted.
+
+    Args:
+        model: any module; DDP, DataParallel and torch.compile around it are looked through.
+
+    Returns:
+        A TrainableSummary with the fields trainable, total and parts; print it for a table.
+
+    Raises:
+        TypeError: model is no module.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        lorafast.adapt(model, lorafast.LoRA(r=2))
+        assert lorafast.trainable_summary(model).parts == {"lora_A": 32, "lora_B": 32}
+    """
+    model = unwrap(model)
     kinds: dict[nn.Parameter, str] = {}
     for module in model.modules():
+        is_adapted = isinstance(module, AdapterLayer)
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                kinds.setdefault(
-                    parameter,
-                    name if isinstance(module, AdapterLayer) and name in NAMES else "other",
-                )
-    for module in extra_trainables.saved(model).values():
+                kinds.setdefault(parameter, name if is_adapted and name in NAMES else "other")
+    for module in extra_trainables.saved_modules(model).values():
         kinds |= dict.fromkeys(module.parameters(), "modules_to_save")
-    kinds |= {module.bias: "bias" for module in extra_trainables.biases(model).values()}
+    for module in extra_trainables.trained_biases(model).values():
+        kinds[module.bias] = "bias"
     counts = collections.Counter({kind: 0 for kind in (*NAMES, "bias", "modules_to_save", "other")})
     for parameter, kind in kinds.items():
         counts[kind] += parameter.numel() if parameter.requires_grad else 0
     parts = {kind: count for kind, count in counts.items() if count}
-    return TrainableSummary(
-        sum(parts.values()), sum(parameter.numel() for parameter in kinds), parts
-    )
+    total = sum(parameter.numel() for parameter in kinds)
+    return TrainableSummary(sum(parts.values()), total, parts)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every Parameter an adapter file of this model holds and that trains: what to give an optimizer. ValueError if not adapted."""
-    layers = adapted(model, awake=True).values()
-    held = [
-        parameter
-        for layer in layers
-        for name in NAMES
-        if (parameter := getattr(layer, name)) is not None
-    ]
-    held += [
-        parameter
-        for module in extra_trainables.saved(model).values()
-        for parameter in module.parameters()
-    ]
-    held += [module.bias for module in extra_trainables.biases(model).values()]
-    return [parameter for parameter in dict.fromkeys(held) if parameter.requires_grad]
+    """Return the Parameters that train and that an adapter file of the model holds.
+
+    These are the trained adapter tensors, modules to save and biases: what to give an optimizer.
+    Parameters that train for other reasons, for example a layer unfrozen by hand, are left out.
+
+    Args:
+        model: a model that lorafast.adapt adapted.
+
+    Returns:
+        The Parameters, each once.
+
+    Raises:
+        ValueError: the model has no adapted layer.
+        RuntimeError: the adapters are disabled.
+
+    Example:
+        import torch, lorafast
+
+        model = lorafast.adapt(torch.nn.Sequential(torch.nn.Linear(16, 16)), lorafast.LoRA(r=2))
+        optimizer = torch.optim.AdamW(lorafast.adapter_parameters(model), lr=1e-3)
+    """
+    layers = adapter_layers(model, require_enabled=True).values()
+    tensors = [getattr(layer, name) for layer in layers for name in NAMES]
+    parameters = [tensor for tensor in tensors if tensor is not None]
+    for module in extra_trainables.saved_modules(model).values():
+        parameters += module.parameters()
+    parameters += [module.bias for module in extra_trainables.trained_biases(model).values()]
+    return [parameter for parameter in dict.fromkeys(parameters) if parameter.requires_grad]

@@ -1,169 +1,186 @@
-"""Which modules of a model a plan means, and which of our layers can take a module's place."""
+"""The modules that an AdaptSpec selects, and the adapted layer class that can replace each."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
 from lorafast.models import expressions
-from lorafast.models.adapt_spec import ALL_LINEAR, Plan, matching
-from lorafast.models.module_names import clean, ends_with, near
+from lorafast.models.adapt_spec import AdaptSpec, match_patterns
+from lorafast.models.module_names import canonical_name, ends_with, similar_names
 from lorafast.nn import embedding, linear
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.runtime.torch_internals import storage_key
 
-# Where PEFT looks for the head of a sequence classifier, whose logits are no adapter's business.
-_CLASSIFIERS = ("score", "classifier")
+# Attributes where PEFT finds the head of a sequence classifier, which "all-linear" leaves out.
+_CLASSIFIER_HEADS = ("score", "classifier")
+
+# Each module to adapt, with all its names in the model.
+Targets = dict[nn.Module, list[str]]
 
 
-def places(model: nn.Module, plan: Plan) -> dict[nn.Module, list[str]]:
-    """The modules to adapt, each with every name it goes by, or the one error that says why not."""
+def find_targets(model: nn.Module, spec: AdaptSpec) -> Targets:
+    """Return the modules to adapt, each with all its names in the model.
+
+    Raises:
+        ValueError: the model is adapted already, or a name or pattern matches nothing.
+        TypeError: the model is itself a linear or an embedding, or a selected module cannot be
+            replaced.
+    """
     modules = list(model.named_modules(remove_duplicate=False))
     _refuse_adapted(modules)
     if isinstance(model, nn.Linear | nn.Embedding):
         maker = "Linear.from_linear" if isinstance(model, nn.Linear) else "Embedding.from_embedding"
         raise TypeError(
-            f"model is itself a {type(model).__name__} and cannot be replaced in place: lorafast.{maker}(model, adapter)"
+            f"model is itself a {type(model).__name__} and cannot be replaced in place: "
+            f"lorafast.{maker}(model, adapter)"
         )
-    names = select(model, plan)
+    names = select_names(model, spec)
     for name, module in modules:
-        if name in names and (
-            why := layer_for(module)[1] or _carried(module) or _bypassed(model, name)
-        ):
-            raise TypeError(f"target_modules={plan.target_modules!r} matches {name}, which {why}")
-    matched = {module for name, module in modules if name in names}
-    found: dict[nn.Module, list[str]] = {}
+        if name in names and (why := _why_not_replaceable(model, name, module)):
+            raise TypeError(f"target_modules={spec.target_modules!r} matches {name}, which {why}")
+    selected = {module for name, module in modules if name in names}
+    targets: Targets = {}
     for name, module in modules:
-        if module in matched:
-            found.setdefault(module, []).append(name)
-    _refuse_unused_patterns(plan, [names[0] for names in found.values()])
-    return found
+        if module in selected:
+            targets.setdefault(module, []).append(name)
+    _refuse_unused_patterns(spec, [names[0] for names in targets.values()])
+    return targets
 
 
-def select(model: nn.Module, plan: Plan) -> set[str]:
-    """The names a plan means, whatever module stands there. A plan knows nothing of torch.compile's and other wrappers' parts."""
-    raw: dict[str, list[str]] = {}
+def select_names(model: nn.Module, spec: AdaptSpec) -> set[str]:
+    """Return the names that a spec selects, whatever the type of the module.
+
+    A spec is matched against canonical names; the result holds the names in the model, with the
+    parts that torch.compile and other wrappers add.
+    """
+    raw_names: dict[str, list[str]] = {}
     for name, _ in model.named_modules(remove_duplicate=False):
-        if name and clean(name):
-            raw.setdefault(clean(name), []).append(name)
-    names = list(raw)
-    if isinstance(plan.target_modules, str) and plan.target_modules.lower() == ALL_LINEAR:
-        found = set(map(clean, _linears(model, plan.task_type)))
-        if not found:
+        if name and canonical_name(name):
+            raw_names.setdefault(canonical_name(name), []).append(name)
+    names = list(raw_names)
+    if spec.targets_all_linear:
+        matches = set(map(canonical_name, _linear_names(model, spec.task_type)))
+        if not matches:
             raise ValueError(
-                f"target_modules='all-linear' matches nothing: {type(model).__name__} has no nn.Linear"
+                f"target_modules='all-linear' matches nothing: {type(model).__name__} has no "
+                "nn.Linear"
             )
     else:
-        found = _matches(plan, names)
-    kept = {name for name in found - _excluded(found, plan) if _in_layers(name, plan)}
-    if not kept:
+        matches = _match_targets(spec, names)
+    selected = {
+        name
+        for name in matches - _excluded_names(matches, spec)
+        if _is_in_transformed_layers(name, spec)
+    }
+    if not selected:
         raise ValueError(
-            f"target_modules={plan.target_modules!r} matches nothing that exclude_modules={plan.exclude_modules!r}, "
-            f"modules_to_save={plan.modules_to_save!r} and layers_to_transform={plan.layers_to_transform!r} leave"
+            f"target_modules={spec.target_modules!r} matches nothing that "
+            f"exclude_modules={spec.exclude_modules!r}, modules_to_save={spec.modules_to_save!r} "
+            f"and layers_to_transform={spec.layers_to_transform!r} leave"
         )
-    # A wrapper and what it wraps have one clean name; what is inside is what can be replaced.
-    return {max(raw[name], key=len) for name in kept}
+    # A wrapper and the module in it have one canonical name; the inner module has the longer raw
+    # name, and is the one to replace.
+    return {max(raw_names[name], key=len) for name in selected}
 
 
-def layer_for(module: nn.Module) -> tuple[type[AdapterLayer] | None, str | None]:
-    """The class of ours that can take this module's place, or why there is none."""
+def layer_class_for(module: nn.Module) -> tuple[type[AdapterLayer] | None, str | None]:
+    """Return the class of adapted layer for a module, and why it cannot replace it, or None."""
     if isinstance(module, nn.Embedding):
         return embedding.Embedding, embedding.why_not_plain(module)
     if is_conv1d(module):
-        whole = type(module).__name__ == "Conv1D" and isinstance(module.weight, nn.Parameter)
-        return (
-            linear.Conv1D,
-            None if whole else f"is a {type(module).__qualname__}, no plain Conv1D",
-        )
+        plain = type(module).__name__ == "Conv1D" and isinstance(module.weight, nn.Parameter)
+        why = None if plain else f"is a {type(module).__qualname__}, no plain Conv1D"
+        return linear.Conv1D, why
     return linear.Linear, linear.why_not_plain(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, asked without importing transformers."""
+    """True if the module is a transformers Conv1D. Does not import transformers."""
     return any(
-        (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-        for kind in type(module).__mro__
+        (base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        for base in type(module).__mro__
     )
 
 
-def owners(model: nn.Module) -> dict[int, dict[nn.Module, str]]:
-    """Who holds a parameter of a storage: the modules, each with the name of the parameter there."""
-    found: dict[int, dict[nn.Module, str]] = {}
+def parameter_owners(model: nn.Module) -> dict[int, dict[nn.Module, str]]:
+    """Return, by storage key, the modules with a Parameter on that storage and its name there."""
+    owners: dict[int, dict[nn.Module, str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module.named_parameters(recurse=False):
             if not parameter.is_meta:
-                found.setdefault(storage(parameter), {}).setdefault(module, f"{name}.{key}")
-    return found
+                owners.setdefault(storage_key(parameter), {}).setdefault(module, f"{name}.{key}")
+    return owners
 
 
-def storage(tensor: torch.Tensor) -> int:
-    """What tells one storage from another while both live."""
-    return tensor.untyped_storage()._cdata
-
-
-def _linears(model: nn.Module, task_type: str | None) -> set[str]:
+def _linear_names(model: nn.Module, task_type: str | None) -> set[str]:
+    """Return the names of every linear except the model's output head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None and task_type == "SEQ_CLS":
-        head = next(
-            (found for name in _CLASSIFIERS if (found := getattr(model, name, None)) is not None),
-            None,
-        )
-    modules = model.named_modules(remove_duplicate=False)
+        heads = (getattr(model, name, None) for name in _CLASSIFIER_HEADS)
+        head = next((candidate for candidate in heads if candidate is not None), None)
     return {
         name
-        for name, one in modules
-        if name and (isinstance(one, nn.Linear) or is_conv1d(one)) and one is not head
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and module is not head and (isinstance(module, nn.Linear) or is_conv1d(module))
     }
 
 
-def _matches(plan: Plan, names: list[str]) -> set[str]:
-    targets = plan.target_modules
+def _match_targets(spec: AdaptSpec, names: list[str]) -> set[str]:
+    targets = spec.target_modules
     if isinstance(targets, str):
-        found = set(expressions.first([targets], names, plan.foreign, whole=True))
-        if not found:
-            raise ValueError(f"target_modules={targets!r} matches no module{near(targets, names)}")
-        return found
-    found = set()
-    missed = None
+        matches = set(expressions.first_matches([targets], names, spec.untrusted, full=True))
+        if not matches:
+            raise ValueError(
+                f"target_modules={targets!r} matches no module{similar_names(targets, names)}"
+            )
+        return matches
+    matches: set[str] = set()
+    unmatched = None
     for target in targets:
-        ours = {name for name in names if ends_with(name, target)}
-        missed = missed if ours or missed else target
-        found |= ours
-    if missed and not (plan.forgiving and found):
-        raise ValueError(f"target_modules: {missed!r} matches no module{near(missed, names)}")
-    return found
+        target_names = {name for name in names if ends_with(name, target)}
+        if not target_names and unmatched is None:
+            unmatched = target
+        matches |= target_names
+    if unmatched is not None and not (spec.ignore_unmatched and matches):
+        raise ValueError(
+            f"target_modules: {unmatched!r} matches no module{similar_names(unmatched, names)}"
+        )
+    return matches
 
 
-def _excluded(names: set[str], plan: Plan) -> set[str]:
-    excluded = plan.exclude_modules or ()
+def _excluded_names(names: set[str], spec: AdaptSpec) -> set[str]:
+    excluded = spec.exclude_modules or ()
     if isinstance(excluded, str):
-        found = set(expressions.first([excluded], names, plan.foreign, whole=True))
+        matches = set(expressions.first_matches([excluded], names, spec.untrusted, full=True))
     else:
-        found = {name for name in names if any(ends_with(name, one) for one in excluded)}
-    return found | {
-        name for name in names if any(_within(name, saved) for saved in plan.modules_to_save)
+        matches = {name for name in names if any(ends_with(name, end) for end in excluded)}
+    return matches | {
+        name for name in names if any(_is_inside(name, saved) for saved in spec.modules_to_save)
     }
 
 
-def _within(name: str, module: str) -> bool:
-    """Whether a module is called this, or is inside one that is."""
+def _is_inside(name: str, module: str) -> bool:
+    """True if `module` is one or several whole parts of the name: the module itself or a parent."""
     return f".{module}." in f".{name}."
 
 
-def _in_layers(name: str, plan: Plan) -> bool:
+def _is_in_transformed_layers(name: str, spec: AdaptSpec) -> bool:
+    """True if layers_to_transform, read as PEFT reads it, does not leave the name out."""
     if (
-        plan.layers_to_transform is None
-        or isinstance(plan.target_modules, str)
-        or name in plan.target_modules
+        spec.layers_to_transform is None
+        or isinstance(spec.target_modules, str)
+        or name in spec.target_modules
     ):
         return True
-    patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in plan.layers_pattern] or [
+    patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in spec.layers_pattern] or [
         r".*?\.[^.]*\.(\d+)\."
     ]
-    found = next((match for pattern in patterns if (match := re.match(pattern, name))), None)
-    return found is not None and int(found.group(1)) in plan.layers_to_transform
+    matches = (re.match(pattern, name) for pattern in patterns)
+    match = next((match for match in matches if match), None)
+    return match is not None and int(match.group(1)) in spec.layers_to_transform
 
 
 def _refuse_adapted(modules: Iterable[tuple[str, nn.Module]]) -> None:
@@ -172,42 +189,54 @@ def _refuse_adapted(modules: Iterable[tuple[str, nn.Module]]) -> None:
             raise ValueError(
                 f"model is adapted already: {name or 'it'} is a lorafast.{type(module).__name__}"
             )
-        if any(kind.__module__.startswith("peft.tuners") for kind in type(module).__mro__):
+        if any(base.__module__.startswith("peft.tuners") for base in type(module).__mro__):
             raise ValueError(
-                f"model carries PEFT adapters already: {name or 'it'} is a {type(module).__qualname__}"
+                f"model carries PEFT adapters already: {name or 'it'} is a "
+                f"{type(module).__qualname__}"
             )
 
 
-def _refuse_unused_patterns(plan: Plan, names: list[str]) -> None:
-    for argument in () if plan.forgiving else ("rank_pattern", "alpha_pattern", "adapter_pattern"):
-        for key in getattr(plan, argument):
-            if not matching({key: 0}, names):
-                raise ValueError(f"{argument}: {key!r} matches no adapted layer{near(key, names)}")
+def _refuse_unused_patterns(spec: AdaptSpec, names: list[str]) -> None:
+    if spec.ignore_unmatched:
+        return
+    for argument in ("rank_pattern", "alpha_pattern", "adapter_pattern"):
+        for key in getattr(spec, argument):
+            if not match_patterns({key: 0}, names):
+                raise ValueError(
+                    f"{argument}: {key!r} matches no adapted layer{similar_names(key, names)}"
+                )
 
 
-def _carried(module: nn.Module) -> str | None:
-    """What replacing the module would lose: hooks, a forward somebody put on this one object, more than weight and bias."""
-    if any(
-        value for kind, value in vars(module).items() if kind.endswith("_hooks")
-    ) or "forward" in vars(module):
+def _why_not_replaceable(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    _, why = layer_class_for(module)
+    return why or _why_state_is_lost(module) or _why_not_called(model, name)
+
+
+def _why_state_is_lost(module: nn.Module) -> str | None:
+    """Return what a replacement would lose: hooks, a patched forward, other tensors. None if none.
+
+    Hooks are found by the names of nn.Module's attributes, all of which end in "_hooks".
+    """
+    has_hooks = any(value for key, value in vars(module).items() if key.endswith("_hooks"))
+    if has_hooks or "forward" in vars(module):
         return (
             "has hooks or a patched forward (offloading, pruning?) that its replacement would lose"
         )
-    if more := [
-        name
-        for name, _ in [*module.named_parameters(), *module.named_buffers()]
-        if name not in ("weight", "bias")
-    ]:
-        return f"holds {', '.join(more)} besides weight and bias, which its replacement would lose"
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if others := [name for name, _ in tensors if name not in ("weight", "bias")]:
+        return (
+            f"holds {', '.join(others)} besides weight and bias, which its replacement would lose"
+        )
     return None
 
 
-def _bypassed(model: nn.Module, name: str) -> str | None:
-    """Whether the owner of the module reads its weight without calling it: an adapter there would be skipped."""
+def _why_not_called(model: nn.Module, name: str) -> str | None:
+    """Return why the parent reads the module's weight without calling it, or None if it does not.
+
+    An adapter on such a module would be skipped.
+    """
     parent, _, child = name.rpartition(".")
-    if isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer) and child in (
-        "linear1",
-        "linear2",
-    ):
+    is_encoder = isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer)
+    if is_encoder and child in ("linear1", "linear2"):
         return "nn.TransformerEncoderLayer does not call in eval, but reads its weight"
     return None

@@ -6,18 +6,41 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorafast.engine import weight_norm
+from lorafast.engine.formula import gain_of
 from lorafast.engine.problem import LayerTensors
 from lorafast.methods.adapter import Adapter
 from lorafast.nn.adapter_layer import AdapterLayer
 
 
 class Embedding(AdapterLayer, nn.Embedding):
-    """y = gain⊙(W[ids] + s·core(Aᵀ[ids]) Bᵀ): the linear layer of one-hot rows, K = num_embeddings, N = embedding_dim.
+    """torch.nn.Embedding with an adapter: y = gain⊙(W[ids] + s·core(Aᵀ[ids]) Bᵀ).
 
-    weight [K,N], lora_A [R,K], lora_B [N,R], and by method lora_core, lora_magnitude [N] (axis="in": [K]); ids of any shape give
-    [...,N] in the weight's dtype. Where B would start at 0 and A trains, A does and B is N(0,1), as in PEFT (a row of A sees its
-    own id's gradient alone). dropout has no effect, as in PEFT. Plain autograd; M·R is kept. The rest is as lorafast.Linear's.
+    It is the linear layer of one-hot rows, with K = num_embeddings and N = embedding_dim:
+    weight [K,N], frozen; lora_A [R,K], lora_B [N,R], and by method lora_core, lora_magnitude [N]
+    (axis="in": [K]). ids of any shape give y [...,N] in the weight's dtype. Where B would start at
+    0 and A trains, A starts at 0 and B as N(0,1), as in PEFT, because a column of A gets a gradient
+    from its own id alone. dropout has no effect, as in PEFT. It runs on plain autograd, which keeps
+    M·R values. The rest is as in lorafast.Linear.
+
+    Args:
+        num_embeddings: K.
+        embedding_dim: N.
+        padding_idx: As in torch.nn.Embedding.
+        adapter: The adapter, such as lorafast.LoRA(r=16); None is lorafast.LoRA().
+        device: Device of all tensors.
+        dtype: Dtype of the table.
+        adapter_dtype: Dtype of the adapter's tensors, as in lorafast.Linear.
+
+    Raises:
+        TypeError: adapter is none, or is made for linears only.
+        ValueError: The adapter has a lora_bias.
+
+    Example:
+        table = lorafast.Embedding(100, 16, adapter=lorafast.LoRA(r=4))
+        y = table(torch.tensor([[1, 2], [3, 4]]))
+
+    Source:
+        arXiv:2106.09685
     """
 
     bias = None
@@ -44,7 +67,22 @@ class Embedding(AdapterLayer, nn.Embedding):
         adapter: Adapter | None = None,
         adapter_dtype: torch.dtype | None = None,
     ) -> Embedding:
-        """The embedding's own weight Parameter, frozen, with an adapter. A subclass with a forward of its own is refused."""
+        """Return a layer on the embedding's own weight Parameter, frozen, with an adapter.
+
+        Args:
+            embedding: A plain torch.nn.Embedding.
+            adapter: The adapter; None is lorafast.LoRA().
+            adapter_dtype: Dtype of the adapter's tensors.
+
+        Returns:
+            The layer.
+
+        Raises:
+            TypeError: embedding has a forward of its own, a max_norm, or a parametrized weight.
+
+        Example:
+            table = lorafast.Embedding.from_embedding(torch.nn.Embedding(100, 16))
+        """
         if why := why_not_plain(embedding):
             raise TypeError(
                 f"embedding must be a plain torch.nn.Embedding without an adapter; this one {why}"
@@ -52,52 +90,52 @@ class Embedding(AdapterLayer, nn.Embedding):
         return cls._from(embedding, adapter, adapter_dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return y [...,N] for ids [...]."""
+        y = self._lookup(ids, self.weight)
         if self._merged is not None or self.disabled:
-            y = self._rows(ids, self.weight)
-            return y if self._away is None else y + self._low(ids, *self._start_away())
-        y = self._rows(ids, self.weight) + self._low(ids, self._tensors(), self.scaling)
+            if self._removed_delta is None:
+                return y
+            factors, options = self._removed_delta
+            scaling = options.scaling if factors.scale is None else factors.scale
+            return y + self._delta(ids, factors, scaling)
+        y = y + self._delta(ids, self._tensors(), self.scaling)
         if self.lora_magnitude is None:
             return y
-        gain = weight_norm.gain(self.lora_magnitude, self._norm())
+        gain = gain_of(self.lora_magnitude, self._norm())
         return y * (gain if self.adapter.axis == "out" else gain[ids, None]).to(y.dtype)
 
-    def _rows(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def _lookup(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
-    def _low(
-        self, ids: torch.Tensor, t: LayerTensors, scaling: float | torch.Tensor
+    def _delta(
+        self, ids: torch.Tensor, tensors: LayerTensors, scaling: float | torch.Tensor
     ) -> torch.Tensor:
-        """s·core(Aᵀ[ids]) Bᵀ in the weight's dtype; as everywhere, s costs no rounding."""
-        h = self._rows(ids, t.lora_A.t()).to(self.weight.dtype)
-        if t.core is not None:
-            core = t.core.to(h.dtype)
+        """Return s·core(Aᵀ[ids]) Bᵀ in the weight's dtype; s costs no rounding of its own."""
+        h = self._lookup(ids, tensors.lora_A.t()).to(self.weight.dtype)
+        if tensors.core is not None:
+            core = tensors.core.to(h.dtype)
             h = h * core if core.dim() == 1 else F.linear(h, core)
-        return F.linear(h, (t.lora_B * scaling).to(h.dtype)).to(h.dtype)
-
-    def _start_away(self) -> tuple[LayerTensors, float | torch.Tensor]:
-        factors, settings = self._away
-        return factors, settings.scaling if factors.scale is None else factors.scale
+        return F.linear(h, (tensors.lora_B * scaling).to(h.dtype)).to(h.dtype)
 
     def _attach(
         self, adapter: Adapter | None, adapter_dtype: torch.dtype | None, start: bool = True
     ) -> None:
-        if isinstance(adapter, Adapter) and not adapter.embeds:
+        shape = tuple(self.weight.shape)
+        if isinstance(adapter, Adapter) and not adapter.supports_embedding:
             raise TypeError(
-                f"{adapter} is made for linears; weight {tuple(self.weight.shape)} is a table of embeddings"
+                f"{adapter} is made for linears; weight {shape} is a table of embeddings"
             )
         if getattr(adapter, "lora_bias", False):
             raise ValueError(
-                f"{adapter}: lora_bias belongs to linears; weight {tuple(self.weight.shape)} is a table of embeddings"
+                f"{adapter}: lora_bias belongs to linears; weight {shape} is a table of embeddings"
             )
         super()._attach(adapter, adapter_dtype, start)
 
-    def _started(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        values = super()._started(weight)
+    def _initial_values(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        values = super()._initial_values(weight)
         if self.lora_A.requires_grad and not values["lora_B"].any():
-            values |= {
-                "lora_A": torch.zeros_like(values["lora_A"]),
-                "lora_B": torch.randn_like(values["lora_B"]),
-            }
+            values["lora_A"] = torch.zeros_like(values["lora_A"])
+            values["lora_B"] = torch.randn_like(values["lora_B"])
         return values
 
     def _adopt(self, base: nn.Embedding) -> None:
@@ -116,7 +154,7 @@ class Embedding(AdapterLayer, nn.Embedding):
 
 
 def why_not_plain(embedding: nn.Module) -> str | None:
-    """Why a lorafast.Embedding cannot take this module's place, or None."""
+    """Return why a lorafast.Embedding cannot replace this module, or None."""
     kind = f"{type(embedding).__module__}.{type(embedding).__qualname__}"
     if not isinstance(embedding, nn.Embedding) or isinstance(embedding, AdapterLayer):
         return f"is a {kind}"

@@ -1,4 +1,4 @@
-"""lorafast.Linear: torch.nn.Linear with an adapter, its base frozen; and the same for transformers' Conv1D."""
+"""lorafast.Linear: torch.nn.Linear with an adapter; and the same for transformers' Conv1D."""
 
 from __future__ import annotations
 
@@ -10,59 +10,82 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorafast import functional
+from lorafast.engine import weight_norm
+from lorafast.engine.problem import CallOptions, LayerTensors
 from lorafast.methods.adapter import Adapter
 from lorafast.nn.adapter_layer import AdapterLayer
 
 
 class AdapterLinearBase(AdapterLayer):
-    """y = gain⊙(x Wᵀ + s·h' Bᵀ) + bias, the formula of lorafast.linear, with `adapter` saying what of it there is."""
+    """A layer whose output is y = gain⊙(x Wᵀ + s·h' Bᵀ) + bias."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return y [...,N] for x [...,K], by lorafast.functional."""
         if self._merged is not None or self.disabled:
-            return self._base_product(x)
-        a, t = self.adapter, self._tensors()
-        # Any other norm functional.linear computes for itself, and need not check the factors twice for it.
-        special = t.magnitude is not None and (
-            any(self._norm_kind()) or t.weight.requires_grad or t.scale is not None
-        )
-        if special:
-            t = t._replace(norm=self._norm())
-        return functional.of(
-            x,
-            t,
-            self.scaling,
-            a.dropout,
-            a.dropout_on,
-            a.axis,
-            a.keep,
+            return self._base_forward(x)
+        # Reading the dict takes a tenth of the time of nn.Module's attributes, at every call.
+        # Instead of an entry there may be a property (a parametrization) or a view (a flattened
+        # parameter), and a sharding library's dict may gather an entry when it is read.
+        held = self._parameters
+        try:
+            tensors = LayerTensors(
+                self._W(), held["bias"], held["lora_A"], held["lora_B"], held["lora_core"],
+                held["lora_magnitude"], None, held["lora_out_scale"], held["lora_bias"],
+            )  # fmt: skip
+        except KeyError:
+            tensors = self._tensors()._replace(scale=None)
+        adapter, training = self.adapter, self.training
+        options = CallOptions(
+            self.scaling, adapter.dropout, adapter.axis, adapter.dropout_on, adapter.keep,
             self.frozen_columns,
-            self.training,
-        )
+        )  # fmt: skip
+        if tensors.magnitude is None:
+            return functional._linear_checked(x, tensors, options, training)
+        policy = weight_norm.policy_of(adapter.detach_norm, adapter.cache_norm, training)
+        return functional._linear_checked(x, tensors, options, training, policy)
 
-    def _base_product(self, x: torch.Tensor) -> torch.Tensor:
-        if self._away is None:
+    def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output of the merged or disabled layer."""
+        if self._removed_delta is None:
             return F.linear(x, self._W(), self.bias)
-        f, c = self._away
-        scaling = c.scaling if f.scale is None else f.scale
+        factors, options = self._removed_delta
+        scaling = options.scaling if factors.scale is None else factors.scale
         return functional.linear(
-            x,
-            self._W(),
-            self.bias,
-            f.lora_A,
-            f.lora_B,
-            f.core,
-            out_scale=f.out_scale,
-            scaling=scaling,
-        )
+            x, self._W(), self.bias, factors.lora_A, factors.lora_B, factors.core,
+            out_scale=factors.out_scale, scaling=scaling,
+        )  # fmt: skip
 
 
 class Linear(AdapterLinearBase, nn.Linear):
     """torch.nn.Linear with an adapter: y = gain⊙(x Wᵀ + s·h' Bᵀ) + bias, as lorafast.linear.
 
-    Parameters: weight [N,K] and bias [N], frozen; lora_A [R,K], lora_B [N,R], and by method lora_core [R,R] or [R],
-    lora_magnitude [N] or [K], lora_out_scale [N], lora_bias [N]. adapter_dtype=None: fp32 factors on a bf16 or fp16 base, else the
-    base's dtype. A state dict without adapter keys loads under strict and starts the adapter anew; one with some of them is an
-    error. On the meta device the adapter starts when a plain state dict arrives. eval() never merges.
+    Parameters: weight [N,K] and bias [N], frozen; lora_A [R,K], lora_B [N,R], and by method
+    lora_core [R,R] or [R], lora_magnitude [N] or [K], lora_out_scale [N], lora_bias [N]. A state
+    dict without adapter keys loads under strict and starts the adapter anew; one with some of them
+    is an error. On the meta device the adapter starts when a plain state dict arrives. eval() never
+    merges.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: True for a bias [N].
+        adapter: The adapter, such as lorafast.DoRA(r=16); None is lorafast.LoRA().
+        device: Device of all tensors.
+        dtype: Dtype of weight and bias: fp64, fp32, bf16 or fp16.
+        adapter_dtype: Dtype of the adapter's tensors; None is fp32 on a bf16 or fp16 base, else
+            the base's dtype.
+
+    Raises:
+        TypeError: adapter is no adapter, or a dtype is not supported.
+        ValueError: The adapter does not fit the weight.
+
+    Example:
+        layer = lorafast.Linear(64, 32, adapter=lorafast.DoRA(r=8, alpha=16, dropout=0.05))
+        y = layer(torch.randn(4, 10, 64))
+        y.sum().backward()
+
+    Source:
+        arXiv:2106.09685, arXiv:2402.09353, arXiv:2406.12832
     """
 
     def __init__(
@@ -85,9 +108,23 @@ class Linear(AdapterLinearBase, nn.Linear):
         adapter: Adapter | None = None,
         adapter_dtype: torch.dtype | None = None,
     ) -> Linear:
-        """The linear's own weight and bias Parameters, frozen, with an adapter. An init that changes W says so: W is shared.
+        """Return a layer on the linear's own weight and bias Parameters, frozen, with an adapter.
 
-        A subclass with a forward of its own, or a parametrized weight, is refused: neither would survive.
+        Args:
+            linear: A plain torch.nn.Linear. An init that changes the weight warns: it is shared.
+            adapter: The adapter; None is lorafast.LoRA().
+            adapter_dtype: Dtype of the adapter's tensors, as in the constructor.
+
+        Returns:
+            The layer; linear itself is not changed, but its Parameters are frozen.
+
+        Raises:
+            TypeError: linear has a forward of its own or a parametrized weight, neither of which
+                would survive.
+
+        Example:
+            linear = torch.nn.Linear(64, 32)
+            layer = lorafast.Linear.from_linear(linear, lorafast.LoRA(r=8))
         """
         if why := why_not_plain(linear):
             raise TypeError(
@@ -95,8 +132,9 @@ class Linear(AdapterLinearBase, nn.Linear):
             )
         layer = cls._from(linear, adapter, adapter_dtype)
         if layer.adapter.residual:
+            shape = tuple(layer.weight.shape)
             warnings.warn(
-                f"{layer.adapter}: the weight {tuple(layer.weight.shape)} shared with the linear now holds the residual",
+                f"{layer.adapter}: the weight {shape} shared with the linear now holds the residual",
                 stacklevel=2,
             )
         return layer
@@ -112,11 +150,12 @@ class Linear(AdapterLinearBase, nn.Linear):
             return self.weight
 
     def _new_base(self) -> nn.Linear:
-        return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        has_bias = self.bias is not None
+        return nn.Linear(self.in_features, self.out_features, has_bias, device="meta")
 
 
 class Conv1D(AdapterLinearBase):
-    """transformers' Conv1D (GPT-2's linear, its weight [K,N]) with an adapter; made of one by lorafast.adapt."""
+    """transformers' Conv1D (GPT-2's linear, its weight [K,N]) with an adapter, made by adapt."""
 
     def _adopt(self, base: nn.Module) -> None:
         self.nx, self.nf = base.weight.shape
@@ -126,18 +165,17 @@ class Conv1D(AdapterLinearBase):
         return self.weight.t()
 
     def extra_repr(self) -> str:
+        """Return the line of repr()."""
         return f"nx={self.nx}, nf={self.nf}{super().extra_repr()}"
 
 
 def why_not_plain(linear: nn.Module) -> str | None:
-    """Why a lorafast.Linear cannot take this module's place, or None."""
+    """Return why a lorafast.Linear cannot replace this module, or None."""
     kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         return f"is a {kind}"
     if isinstance(linear, NonDynamicallyQuantizableLinear):
         return f"is a {kind}, whose weight nn.MultiheadAttention reads without calling it"
-    return (
-        None
-        if isinstance(linear.weight, nn.Parameter)
-        else f"is a {kind} whose weight is no Parameter"
-    )
+    if isinstance(linear.weight, nn.Parameter):
+        return None
+    return f"is a {kind} whose weight is no Parameter"

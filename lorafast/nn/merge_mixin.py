@@ -1,4 +1,4 @@
-"""Folding an adapter into its layer's weight, and taking it out again."""
+"""merge and unmerge of an adapter layer."""
 
 from __future__ import annotations
 
@@ -12,123 +12,161 @@ from lorafast.engine.problem import CallOptions, LayerTensors
 from lorafast.nn import merge_math
 
 
-class Folded(NamedTuple):
-    """Factors as they were when they went into the weight, or came out of it, and the settings they did so with."""
+class DeltaFactors(NamedTuple):
+    """The factors of a delta as they were when it was added to a weight or taken out of one."""
 
     factors: LayerTensors
-    settings: CallOptions
+    options: CallOptions
 
 
-class Merged(NamedTuple):
-    """What unmerge needs: the bias if merge changed it, and the weight itself on the CPU (keep=True) or what was folded in."""
+class MergeState(NamedTuple):
+    """What unmerge needs: the bias if merge changed it, and either the weight or the delta.
+
+    weight is a copy on the CPU (keep=True); delta the factors of what was added (keep=False).
+    """
 
     bias: torch.Tensor | None
     weight: torch.Tensor | None
-    folded: Folded | None
+    delta: DeltaFactors | None
 
 
-class Merging(nn.Module):
-    """merge and unmerge of an adapted layer, by its _W, _tensors and _settings."""
+class MergeResult(NamedTuple):
+    """What a merge would write, and what it was computed from."""
 
-    _merged: Merged | None
+    tensors: LayerTensors
+    options: CallOptions
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class MergeMixin(nn.Module):
+    """merge and unmerge for a layer with _W, _tensors and _options."""
+
+    _merged: MergeState | None
 
     @property
     def merged(self) -> bool:
-        """Whether the weight holds the adapter."""
+        """True if the weight contains the adapter's delta."""
         return self._merged is not None
 
     @torch.no_grad()
     def merge(self, keep: bool = False) -> None:
-        """Fold the adapter into the weight, in place. keep=True copies W to the CPU, and unmerge() is then bitwise.
+        """Add the adapter to the weight, in place: W' = gain⊙(W + sBA). Twice is once.
 
-        keep=False unmerges to within ½ulp(W')/|gain| + ½ulp(W), with a gain in float64, which has nothing wider to compute in,
-        ulp(W + delta) more; and refuses a gain of 0. A W' that overflows is refused. Merging twice is merging once.
+        Args:
+            keep: True copies W to the CPU, and unmerge() is then bitwise. False unmerges to within
+                ½ulp(W')/|gain| + ½ulp(W), for a gain in float64 and an fp64 weight ulp(W + delta)
+                more, and refuses a gain of 0.
+
+        Raises:
+            RuntimeError: The adapter is disabled, or the weight is on the meta device.
+            ValueError: W' would not be finite, could not be unmerged, or a lora_bias has no bias
+                to be added to. Nothing has changed then.
+
+        Example:
+            layer = lorafast.Linear(8, 8, adapter=lorafast.LoRA(r=2))
+            layer.merge()
+            layer.unmerge()
         """
         if self._merged is not None:
             return
-        t, c, weight, bias = self.folded_in(keep)
+        tensors, options, weight, bias = self.merge_result(keep)
         kept = self.weight.detach().to("cpu", copy=True) if keep else None
-        old_bias = None if bias is None else t.bias.detach().clone()
-        merged = Merged(
-            old_bias, kept, None if keep else folded(t._replace(bias=None, lora_bias=None), c)
-        )
+        old_bias = None if bias is None else tensors.bias.detach().clone()
+        delta = None
+        if not keep:
+            delta = copy_factors(tensors._replace(bias=None, lora_bias=None), options)
+        state = MergeState(old_bias, kept, delta)
         self._W().copy_(weight)
         if bias is not None:
             self.bias.copy_(bias)
-        self._merged = merged
+        self._merged = state
 
     @torch.no_grad()
-    def folded_in(
-        self, keep: bool = False
-    ) -> tuple[LayerTensors, CallOptions, torch.Tensor, torch.Tensor | None]:
-        """What merge(keep) would fold in and how, W' [N,K], and the bias if it changes. Raises as merge() does; changes nothing."""
+    def merge_result(self, keep: bool = False) -> MergeResult:
+        """Return what merge(keep) would write, W' [N,K] among it. Raises as merge does."""
         if self.disabled:
             raise RuntimeError("the adapter is disabled: merge outside disable_adapter()")
         if self.weight.is_meta:
-            raise RuntimeError(
-                f"weight {tuple(self.weight.shape)} is on the meta device: load it before merge()"
-            )
+            shape = tuple(self.weight.shape)
+            raise RuntimeError(f"weight {shape} is on the meta device: load it before merge()")
         if self.lora_bias is not None and self.bias is None:
-            raise ValueError(
-                f"lora_bias {tuple(self.lora_bias.shape)} cannot be merged into a layer without a bias"
-            )
+            shape = tuple(self.lora_bias.shape)
+            raise ValueError(f"lora_bias {shape} cannot be merged into a layer without a bias")
         self._refuse_if_sharded("merge()")
-        t, c = self._tensors(), self._settings()
-        t = t._replace(weight=t.weight.detach())
-        if t.magnitude is not None:
-            t = t._replace(
-                norm=functional.row_norm(
-                    t.weight, t.lora_A, t.lora_B, t.core, t.out_scale, self.scaling, c.axis
-                )
+        tensors, options = self._tensors(), self._options()
+        tensors = tensors._replace(weight=tensors.weight.detach())
+        if tensors.magnitude is not None:
+            weight, _, A, B, core, *_ = tensors
+            norm = functional.row_norm(
+                weight, A, B, core, tensors.out_scale, self.scaling, options.axis
             )
-        if not keep and not merge_math.invertible(t):
+            tensors = tensors._replace(norm=norm)
+        if not keep and not merge_math.is_invertible(tensors):
             raise ValueError(
-                f"magnitude {tuple(t.magnitude.shape)} makes a gain no unmerge() can undo (0, inf or nan): merge(keep=True)"
+                f"magnitude {tuple(tensors.magnitude.shape)} makes a gain no unmerge() can undo "
+                "(0, inf or nan): merge(keep=True)"
             )
-        weight = merge_math.fold(t, c)
-        bias = None if t.lora_bias is None else merge_math.fold_bias(t, c)
-        for name, old, new in (("weight", t.weight, weight), ("bias", t.bias, bias)):
-            if new is not None and (old.isfinite() & ~new.isfinite()).any():
-                raise ValueError(
-                    f"{name} {tuple(old.shape)} with its adapter folded in is not finite in {old.dtype}"
-                )
-        return t, c, weight, bias
+        weight = merge_math.merged_weight(tensors, options)
+        bias = None if tensors.lora_bias is None else merge_math.merged_bias(tensors, options)
+        _refuse_overflow("weight", tensors.weight, weight)
+        _refuse_overflow("bias", tensors.bias, bias)
+        return MergeResult(tensors, options, weight, bias)
 
-    def invertible(self) -> bool:
-        """Whether merge(keep=False) could be undone: no gain is 0 or not finite."""
-        t = self._tensors()
-        return t.magnitude is None or merge_math.invertible(t._replace(norm=self._norm().detach()))
+    def is_invertible(self) -> bool:
+        """Return True if merge(keep=False) could be undone: no gain is 0 or not finite."""
+        tensors = self._tensors()
+        if tensors.magnitude is None:
+            return True
+        return merge_math.is_invertible(tensors._replace(norm=self._norm().detach()))
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take out what merge() folded in, whatever has happened to the factors since. Without a merge() nothing happens."""
+        """Take out of the weight what merge() added, whatever has happened to the factors since.
+
+        Without a merge() nothing happens.
+
+        Example:
+            layer = lorafast.Linear(8, 8, adapter=lorafast.LoRA(r=2))
+            layer.merge(keep=True)
+            layer.unmerge()
+        """
         if self._merged is None:
             return
-        bias, weight, what = self._merged
+        bias, weight, delta = self._merged
         if weight is None:
-            self._W().copy_(merge_math.unfold(on(self._W(), what.factors), what.settings))
+            tensors = with_weight(self._W(), delta.factors)
+            self._W().copy_(merge_math.unmerged_weight(tensors, delta.options))
         else:
             self.weight.copy_(weight)
         if bias is not None:
             self.bias.copy_(bias)
         self._merged = None
 
-    def _refuse_if_merged(self, what: str) -> None:
+    def _refuse_if_merged(self, action: str) -> None:
         if self._merged is not None:
-            raise RuntimeError(f"the layer is merged: unmerge() before {what}")
+            raise RuntimeError(f"the layer is merged: unmerge() before {action}")
 
 
-def folded(t: LayerTensors, c: CallOptions, device: torch.device | None = None) -> Folded:
-    """Copies of the factors, on their device or another."""
+def copy_factors(
+    tensors: LayerTensors, options: CallOptions, device: torch.device | None = None
+) -> DeltaFactors:
+    """Return copies of the factors, on their device or another."""
     copies = (
         None if part is None else part.detach().to(device or part.device, copy=True)
-        for part in t[1:]
+        for part in tensors[1:]
     )
-    return Folded(LayerTensors(None, *copies), c)
+    return DeltaFactors(LayerTensors(None, *copies), options)
 
 
-def on(weight: torch.Tensor, factors: LayerTensors) -> LayerTensors:
-    """The factors beside the weight, on its device."""
-    return LayerTensors(
-        weight.detach(), *(None if part is None else part.to(weight.device) for part in factors[1:])
-    )
+def with_weight(weight: torch.Tensor, factors: LayerTensors) -> LayerTensors:
+    """Return the factors beside the weight, on its device."""
+    moved = (None if part is None else part.to(weight.device) for part in factors[1:])
+    return LayerTensors(weight.detach(), *moved)
+
+
+def _refuse_overflow(name: str, old: torch.Tensor | None, new: torch.Tensor | None) -> None:
+    if new is not None and (old.isfinite() & ~new.isfinite()).any():
+        raise ValueError(
+            f"{name} {tuple(old.shape)} with its adapter folded in is not finite in {old.dtype}"
+        )

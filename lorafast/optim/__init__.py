@@ -1,4 +1,4 @@
-"""Floor 7: optimizers that know what an adapter is. One paper, one file."""
+"""Optimizers for adapters, and optimizers that project the gradients of whole weights."""
 
 from lorafast.optim.galore import GaLore
 from lorafast.optim.lora_as_optimizer import LoRAAsOptimizer

@@ -1,11 +1,4 @@
-"""LoRA as an optimizer: the factors of LoRA (arXiv 2106.09685) live in the optimizer's state, and what it writes is W itself.
-
-    dA = s BᵀG,  dB = s G Aᵀ,  (A', B') = step(A, B, dA, dB),  W ← W + s(B'A' - BA)          G [N,K] = dL/dW, A [R,K], B [N,R]
-The model runs without any adapter, and goes exactly where LoRA layers on W₀ with W = W₀ + sBA would take it; with the same start,
-optimizer and settings the two differ by rounding alone. A checkpoint of the model is plain weights. With freeze_A under SGD this
-is the projected gradient descent W ← W - ηs² G AᵀA. The price is G, which a LoRA layer never makes: all weight gradients of a
-model at once, or with per_layer=True one at a time.
-"""
+"""LoRA as an optimizer: the factors of LoRA (arXiv:2106.09685) in the optimizer's state."""
 
 from __future__ import annotations
 
@@ -20,26 +13,70 @@ from torch.optim import Optimizer
 from lorafast.engine.row_blocks import row_blocks
 from lorafast.methods.lora import LoRA
 from lorafast.methods.weight_init import WeightInit
-from lorafast.models.adapt import seeded
-from lorafast.models.adapt_spec import ALL_LINEAR, Names
-from lorafast.models.module_names import unwrapped
+from lorafast.models.adapt import temporary_seed
+from lorafast.models.adapt_spec import ALL_LINEAR, ModuleSelector
+from lorafast.models.module_names import unwrap
 from lorafast.nn.adapter_layer import factor_dtype
 from lorafast.optim import weights
 
 
 class LoRAAsOptimizer(Optimizer):
-    """Trains the weights of targeted linears by optimizer_class on LoRA factors of theirs: a torch Optimizer over the weights.
+    """LoRA as an optimizer: any torch optimizer on LoRA factors, whose product updates the weights.
 
-    r, alpha, rslora, init (a word or PiSSA(), which here leaves W as it is) and freeze_A are lorafast.LoRA's, target_modules and
-    exclude_modules lorafast.adapt's; **settings go to optimizer_class. Everything else is frozen, or with train_rest=True what
-    requires grad trains as under optimizer_class alone. factors: fp32 beside a bf16 or fp16 weight, else the weight's dtype.
-    W takes each increment with one rounding. In bf16 and fp16 most increments are smaller than that, so compensate=True keeps what
-    a rounding lost, in the weight's dtype, and adds it the next time: N·K numbers more, and W follows W₀ + sBA to within a
-    rounding of W, however many steps. In fp32 and fp64 roundings add up like a random walk of half ulps; nothing is kept there.
-    State: (N+K)·R of factors and what optimizer_class keeps for them. per_layer=True makes dA and dB of each G as soon as backward
-    has it, and frees it: batches still add up, and `factors` can be clipped before step() as in LoRA; no GradScaler, and no DDP.
-    seed: a generator of its own for A; in a process group there must be one, or ranks would start apart. Make it after model.to().
-    ValueError, TypeError: bad numbers, a target that is adapted already or no linear; nothing has changed then.
+        dA = s BᵀG,  dB = s G Aᵀ,  (A', B') = step(A, B, dA, dB),  W ← W + s (B'A' - BA)
+
+    G [N, K] = dL/dW; the factors A [R, K] and B [N, R] are in the optimizer's state. The model has
+    no adapter layers and its checkpoint is plain weights. Its weights follow those of LoRA layers
+    on W₀ with W = W₀ + sBA: with the same initial factors, optimizer and settings the two differ by
+    rounding alone. With freeze_A under SGD this is projected gradient descent, W ← W - η s² G AᵀA.
+    The cost is G, which a LoRA layer never computes: all weight gradients of the model at once, or
+    one at a time with per_layer=True. Create the optimizer after model.to(device).
+
+    The state holds (N + K)·R elements of factors per weight, what optimizer_class keeps for them,
+    and N·K elements more per bf16 or fp16 weight with compensate=True.
+
+    Args:
+        model: a model without adapters. The weights of targeted linears train; everything else is
+            frozen, unless train_rest is True.
+        optimizer_class: a class of torch.optim, which updates the factors.
+        lr: the learning rate of the factors.
+        r: rank R, at least 1.
+        alpha: numerator of the scaling s = alpha/r, or alpha/√r with rslora.
+        rslora: True for s = alpha/√r.
+        init: the initial factors: "kaiming", "gaussian", or `PiSSA()`, which here leaves the weight
+            unchanged.
+        freeze_A: True if A does not train.
+        target_modules: the linears to train, selected as by `lorafast.adapt`.
+        exclude_modules: linears to leave out, selected in the same way.
+        train_rest: True if all other parameters that require grad train by optimizer_class
+            directly.
+        per_layer: True to compute dA and dB inside backward and to free each G at once. Gradients
+            still accumulate over several backwards, and `factors` can be clipped before step(). Not
+            with a GradScaler or DistributedDataParallel.
+        compensate: True to keep the rounding error of each update of a bf16 or fp16 weight and to
+            add it to the next one, because most updates are smaller than the weight's rounding. W
+            then follows W₀ + sBA to within one rounding. It has no effect on fp32 and fp64 weights.
+        seed: seed of the initial factors; None draws from torch's generator. Required in a process
+            group, so that all ranks start from the same factors.
+        **settings: further arguments of optimizer_class.
+
+    Raises:
+        NotImplementedError: a weight is sharded.
+        TypeError: optimizer_class is no optimizer class, or a target is no linear.
+        ValueError: an argument is out of range, a target has an adapter, seed is None in a process
+            group, or the model is in DistributedDataParallel with per_layer=True. The model has not
+            changed then.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 16))
+        optimizer = lorafast.optim.LoRAAsOptimizer(model, torch.optim.AdamW, lr=1e-3, r=4)
+        model(torch.randn(4, 64)).square().mean().backward()
+        optimizer.step()
+
+    Source:
+        arXiv:2106.09685, for the path of the weights
     """
 
     paper: ClassVar[str] = "arXiv 2106.09685"
@@ -57,8 +94,8 @@ class LoRAAsOptimizer(Optimizer):
         rslora: bool = False,
         init: str | WeightInit = "kaiming",
         freeze_A: bool = False,
-        target_modules: Names = ALL_LINEAR,
-        exclude_modules: Names | None = None,
+        target_modules: ModuleSelector = ALL_LINEAR,
+        exclude_modules: ModuleSelector | None = None,
         train_rest: bool = False,
         per_layer: bool = False,
         compensate: bool = True,
@@ -67,52 +104,72 @@ class LoRAAsOptimizer(Optimizer):
     ) -> None:
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
             raise TypeError(
-                f"optimizer_class must be a class of torch.optim such as torch.optim.AdamW, not {optimizer_class!r}"
+                "optimizer_class must be a class of torch.optim such as torch.optim.AdamW, "
+                f"not {optimizer_class!r}"
             )
         adapter = LoRA(r=r, alpha=alpha, rslora=rslora, init=init, freeze_A=freeze_A)
-        targets = weights.chosen(model, target_modules, exclude_modules)
-        if adapted := [one.name for one in targets if one.adapted]:
-            raise ValueError(
-                f"{adapted[0]} has an adapter already: LoRAAsOptimizer trains plain weights"
-            )
-        if seed is None and dist.is_available() and dist.is_initialized():
-            raise ValueError(
-                "seed=None: in a process group every rank must draw the same factors; give all the same seed"
-            )
+        targets = weights.select_weights(model, target_modules, exclude_modules)
+        _check_targets(targets, seed)
         if per_layer:
-            weights.refuse_parallel(model)
-        with seeded(seed, model):
-            held = [_Held(one, adapter, compensate) for one in targets]
-        own = {one.weight for one in held}
-        rest = (
-            [p for p in unwrapped(model).parameters() if p.requires_grad and p not in own]
-            if train_rest
-            else []
-        )
-        self._held, self._scaling, self._per_layer = held, adapter.scaling, per_layer
-        moved = [{"params": self.factors}] + ([{"params": rest}] if rest else [])
-        self._inner = optimizer_class(moved, lr=lr, **settings)
-        mine = [[one.weight for one in held]] + ([rest] if rest else [])
-        groups = [
-            {**group, "params": params}
-            for group, params in zip(self._inner.param_groups, mine, strict=True)
-        ]
-        super().__init__(groups, self._inner.defaults)
+            weights.check_not_ddp(model)
+        with temporary_seed(seed, model):
+            factored = [_FactoredWeight(target, adapter, compensate) for target in targets]
+        self._factored_weights = factored
+        self._scaling, self._per_layer = adapter.scaling, per_layer
+        trained = [one.weight for one in factored]
+        rest = _rest(model, trained) if train_rest else []
+        self._init_groups(optimizer_class, trained, rest, {"lr": lr} | settings)
+        kept = {*trained, *rest}
+        for parameter in unwrap(model).parameters():
+            parameter.requires_grad_(parameter in kept)
+        # After that, because a hook needs a tensor that requires grad.
         self._hooks = [
-            weights.on_gradient(self, one.weight, LoRAAsOptimizer._fold_one, one)
-            for one in held
+            weights.register_gradient_hook(self, one.weight, LoRAAsOptimizer._accumulate, one)
+            for one in factored
             if per_layer
         ]
-        for parameter in unwrapped(model).parameters():
-            parameter.requires_grad_(parameter in own or (train_rest and parameter.requires_grad))
+
+    def _init_groups(
+        self,
+        optimizer_class: Callable[..., Optimizer],
+        trained: list[nn.Parameter],
+        rest: list[nn.Parameter],
+        settings: dict[str, Any],
+    ) -> None:
+        """Create the optimizer of the factors, and groups with the same settings for this one."""
+        inner_groups: list[dict[str, Any]] = [{"params": self.factors}]
+        outer_parameters = [trained]
+        if rest:
+            inner_groups.append({"params": rest})
+            outer_parameters.append(rest)
+        self._factor_optimizer = optimizer_class(inner_groups, **settings)
+        groups = [
+            {**group, "params": parameters}
+            for group, parameters in zip(
+                self._factor_optimizer.param_groups, outer_parameters, strict=True
+            )
+        ]
+        super().__init__(groups, self._factor_optimizer.defaults)
 
     @property
     def factors(self) -> list[nn.Parameter]:
-        """Every A (unless frozen) and B: what optimizer_class moves, and what to clip with per_layer=True."""
-        return [factor for one in self._held for factor in (one.A, one.B) if factor.requires_grad]
+        """Every A that trains and every B: the parameters to clip with per_layer=True."""
+        return [
+            factor
+            for one in self._factored_weights
+            for factor in (one.A, one.B)
+            if factor.requires_grad
+        ]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """NotImplementedError once the optimizer is made: it says itself what trains."""
+        """Refuse further groups: the constructor determines what trains.
+
+        Args:
+            param_group: a parameter group.
+
+        Raises:
+            NotImplementedError: always, once the optimizer exists.
+        """
         if hasattr(self, "_hooks"):
             raise NotImplementedError(
                 "LoRAAsOptimizer takes what else trains by train_rest=True, and no further groups"
@@ -120,98 +177,143 @@ class LoRAAsOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's, and the gradients of the factors are forgotten."""
+        """Reset the gradients of the weights, as in torch, and those of the factors.
+
+        Args:
+            set_to_none: True to set the gradients of the weights to None instead of 0.
+        """
         super().zero_grad(set_to_none)
-        self._forget()
+        self._clear_factor_gradients()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of optimizer_class on the factors, and W by what they moved."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Update the factors by optimizer_class, and every weight by the change of its product.
+
+        Args:
+            closure: a function that evaluates the model and returns the loss.
+
+        Returns:
+            The loss of the closure, None without one.
+
+        Raises:
+            ValueError: a gradient is sparse.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if not self._per_layer:
-            self._forget()
-            for one in self._held:
+            self._clear_factor_gradients()
+            for one in self._factored_weights:
                 if one.weight.grad is not None:
-                    one.fold(self._scaling)
-        live = [(one, one.A.clone(), one.B.clone()) for one in self._held if one.B.grad is not None]
-        _copy_settings(self.param_groups, self._inner.param_groups)
-        self._inner.step()
-        # Some optimizers count in their groups.
-        _copy_settings(self._inner.param_groups, self.param_groups)
-        for one, A, B in live:
-            one.move(A, B, self._scaling)
+                    one.accumulate_gradients(self._scaling)
+        before = [
+            (one, one.A.clone(), one.B.clone())
+            for one in self._factored_weights
+            if one.B.grad is not None
+        ]
+        _copy_settings(self.param_groups, self._factor_optimizer.param_groups)
+        self._factor_optimizer.step()
+        # Some optimizers count their steps in the groups.
+        _copy_settings(self._factor_optimizer.param_groups, self.param_groups)
+        for one, A, B in before:
+            one.update_weight(A, B, self._scaling)
         if not self._per_layer:
-            self._forget()
+            self._clear_factor_gradients()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the factors, what roundings lost, and optimizer_class's own state. The weights are the model's."""
+        """Return the state, as in torch, with the factors and the state of optimizer_class.
+
+        Returns:
+            torch's keys, "factors" (a dict of tensors per weight) and "inner" (the state dict of
+            optimizer_class). The weights themselves are in the model's state dict.
+        """
         factors = [
-            {name: tensor.detach() for name, tensor in one.tensors().items()} for one in self._held
+            {name: tensor.detach() for name, tensor in one.state_tensors().items()}
+            for one in self._factored_weights
         ]
-        return super().state_dict() | {"factors": factors, "inner": self._inner.state_dict()}
+        inner = self._factor_optimizer.state_dict()
+        return super().state_dict() | {"factors": factors, "inner": inner}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state, on a model with the weights of that moment. ValueError if it is of other layers or ranks."""
+        """Restore a saved state, on a model that has the weights of the same moment.
+
+        Args:
+            state_dict: a result of `state_dict`.
+
+        Raises:
+            ValueError: the state is of another optimizer, of other layers or of other ranks.
+        """
         if not {"factors", "inner"} <= state_dict.keys():
             raise ValueError(
                 f"state {sorted(state_dict)} lacks factors and inner: it is of another optimizer"
             )
-        given = state_dict["factors"]
-        if len(given) != len(self._held):
-            raise ValueError(
-                f"state has factors of {len(given)} weights, this optimizer {len(self._held)}"
-            )
-        for one, tensors in zip(self._held, given, strict=True):
-            now = {name: tuple(tensor.shape) for name, tensor in one.tensors().items()}
-            if (then := {name: tuple(tensor.shape) for name, tensor in tensors.items()}) != now:
-                raise ValueError(f"state has {then} for {one.target.name}, this optimizer {now}")
+        saved = state_dict["factors"]
+        self._check_shapes(saved)
         super().load_state_dict(
             {name: value for name, value in state_dict.items() if name not in ("factors", "inner")}
         )
-        self._inner.load_state_dict(state_dict["inner"])
-        for one, tensors in zip(self._held, given, strict=True):
-            for name, tensor in one.tensors().items():
+        self._factor_optimizer.load_state_dict(state_dict["inner"])
+        for one, tensors in zip(self._factored_weights, saved, strict=True):
+            for name, tensor in one.state_tensors().items():
                 tensor.copy_(tensors[name])
 
-    def _fold_one(self, parameter: nn.Parameter, one: _Held) -> None:
-        one.fold(self._scaling)
+    def _check_shapes(self, saved: list[dict[str, torch.Tensor]]) -> None:
+        if len(saved) != len(self._factored_weights):
+            raise ValueError(
+                f"state has factors of {len(saved)} weights, "
+                f"this optimizer {len(self._factored_weights)}"
+            )
+        for one, tensors in zip(self._factored_weights, saved, strict=True):
+            shapes, expected = _shapes(tensors), _shapes(one.state_tensors())
+            if shapes != expected:
+                raise ValueError(
+                    f"state has {shapes} for {one.target.name}, this optimizer {expected}"
+                )
 
-    def _forget(self) -> None:
+    def _accumulate(self, parameter: nn.Parameter, factored: _FactoredWeight) -> None:
+        factored.accumulate_gradients(self._scaling)
+
+    def _clear_factor_gradients(self) -> None:
         for factor in self.factors:
             factor.grad = None
 
 
-class _Held:
-    """One weight, its factors, and what roundings of it have lost."""
+class _FactoredWeight:
+    """One weight, its factors A and B, and the rounding error of its updates."""
 
-    def __init__(self, target: weights.Target, adapter: LoRA, compensate: bool) -> None:
+    def __init__(self, target: weights.TargetWeight, adapter: LoRA, compensate: bool) -> None:
         self.target, self.weight = target, target.weight
-        W = target.matrix(target.weight.detach())
-        dtype, half = factor_dtype(W, None), W.dtype.itemsize == 2
-        start = {name: tensor.to(dtype) for name, tensor in adapter.init_tensors(W).items()}
-        self.A = nn.Parameter(start["lora_A"].clone(), requires_grad=not adapter.freeze_A)
-        self.B = nn.Parameter(start["lora_B"].clone())
-        self.lost = torch.zeros_like(W) if compensate and half else None
+        W = target.as_matrix(target.weight.detach())
+        dtype = factor_dtype(W, None)
+        factors = {name: tensor.to(dtype) for name, tensor in adapter.init_tensors(W).items()}
+        self.A = nn.Parameter(factors["lora_A"].clone(), requires_grad=not adapter.freeze_A)
+        self.B = nn.Parameter(factors["lora_B"].clone())
+        is_half = W.dtype.itemsize == 2
+        self.rounding_error = torch.zeros_like(W) if compensate and is_half else None
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What a state holds of it."""
-        return {"lora_A": self.A, "lora_B": self.B} | (
-            {} if self.lost is None else {"lost": self.lost}
-        )
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that a state dict holds, by their names there."""
+        tensors: dict[str, torch.Tensor] = {"lora_A": self.A, "lora_B": self.B}
+        if self.rounding_error is not None:
+            tensors["lost"] = self.rounding_error
+        return tensors
 
-    def fold(self, s: float) -> None:
-        """Add s BᵀG and s G Aᵀ to the factors' gradients."""
-        G = self.target.matrix(self.weight.grad)
+    def accumulate_gradients(self, s: float) -> None:
+        """Add s BᵀG and s G Aᵀ to the gradients of the factors."""
+        assert self.weight.grad is not None
+        G = self.target.as_matrix(self.weight.grad)
         if G.is_sparse:
             raise ValueError(
-                f"the gradient of {self.target.name} {tuple(G.shape)} is sparse; this optimizer needs dense ones"
+                f"the gradient of {self.target.name} {tuple(G.shape)} is sparse; "
+                "this optimizer needs dense ones"
             )
         dA, dB = torch.zeros_like(self.A), torch.empty_like(self.B)
+        # A gradient of another dtype is cast block by block, without a second one of full size.
         for rows in [slice(None)] if G.dtype == self.A.dtype else row_blocks(G):
             wide = G[rows].to(self.A.dtype)
             torch.mm(wide, self.A.t(), out=dB[rows])
@@ -222,23 +324,46 @@ class _Held:
                 gradient *= s
                 factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
 
-    def move(self, A: torch.Tensor, B: torch.Tensor, s: float) -> None:
-        """W ← W + s(B'A' - BA), from the factors as they were."""
-        # As (B'-B)A' + B(A'-A) nothing large cancels.
+    def update_weight(self, A: torch.Tensor, B: torch.Tensor, s: float) -> None:
+        """Compute W ← W + s (B'A' - BA), where A and B are the factors before the step."""
+        # As (B' - B) A' + B (A' - A), so that no large terms cancel.
         left, right = torch.cat([self.B - B, B], 1), torch.cat([self.A, self.A - A])
-        W = self.target.matrix(self.weight)
+        W = self.target.as_matrix(self.weight)
         if W.dtype == left.dtype:
             W.addmm_(left, right, alpha=s)
             return
         for rows in row_blocks(W):
             wide = W[rows].to(left.dtype).addmm_(left[rows], right, alpha=s)
-            if self.lost is not None:
-                wide += self.lost[rows]
+            if self.rounding_error is not None:
+                wide += self.rounding_error[rows]
             W[rows] = wide
-            if self.lost is not None:
-                self.lost[rows] = wide - W[rows]
+            if self.rounding_error is not None:
+                self.rounding_error[rows] = wide - W[rows]
 
 
-def _copy_settings(source: list[dict[str, Any]], to: list[dict[str, Any]]) -> None:
-    for one, other in zip(source, to, strict=True):
-        other.update((name, value) for name, value in one.items() if name != "params")
+def _check_targets(targets: list[weights.TargetWeight], seed: int | None) -> None:
+    for target in targets:
+        if target.has_adapter:
+            raise ValueError(
+                f"{target.name} has an adapter already: LoRAAsOptimizer trains plain weights"
+            )
+    if seed is None and dist.is_available() and dist.is_initialized():
+        raise ValueError(
+            "seed=None: in a process group every rank must draw the same factors; "
+            "give all the same seed"
+        )
+
+
+def _rest(model: nn.Module, trained: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the parameters that require grad and are not among the targeted weights."""
+    targeted = set(trained)
+    return [p for p in unwrap(model).parameters() if p.requires_grad and p not in targeted]
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _copy_settings(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> None:
+    for from_group, to_group in zip(source, target, strict=True):
+        to_group.update((name, value) for name, value in from_group.items() if name != "params")

@@ -1,8 +1,4 @@
-"""LoRA-FA (arXiv 2308.03303): A is frozen, and B's gradient is corrected for it before AdamW sees it.
-
-    g_B' = argmin ‖s·g_B'·A - G‖_F = (1/s²) g_B (A Aᵀ)⁻¹          g_B = s·G·Aᵀ [N,R], A [R,K]; G = dL/d(W + sBA) [N,K], never formed
-A does not move, so neither does (A Aᵀ)⁻¹: R·R numbers per layer, made once. With freeze_A a layer saves M·R for backward, not x.
-"""
+"""LoRA-FA, low-rank adaptation with a frozen A (arXiv:2308.03303): the optimizer."""
 
 from __future__ import annotations
 
@@ -15,32 +11,77 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.adamw import adamw
 
-from lorafast.engine.problem import accumulator
-from lorafast.optim.factors import Held, groups, held, inverse_square, refuse_middle
+from lorafast.engine.precision import accumulator
+from lorafast.optim.factors import (
+    AdapterParameter,
+    check_two_factors,
+    find_adapter_parameters,
+    inverse_squared_scaling,
+    parameter_groups,
+)
 
 
-class _Inverse(NamedTuple):
-    """(A Aᵀ)⁻¹, and what tells the A it was made of from another. No storage gets another's address while the reference lives."""
+class _CachedInverse(NamedTuple):
+    """(A Aᵀ)⁻¹, and what tells its A from another.
+
+    While the weak reference lives, no other storage gets the same address.
+    """
 
     storage: StorageWeakRef
-    mark: tuple
+    version: tuple[Any, ...]
     value: torch.Tensor
 
 
 class LoRAFA(torch.optim.AdamW):
-    """AdamW on g_B' for lora_B, plain AdamW for all else that trains (DoRA's magnitude, biases, modules_to_save).
+    """LoRA-FA: AdamW with the gradient of lora_B corrected for a frozen lora_A.
 
-    model: adapted with freeze_A=True. ridge: added to the diagonal of A Aᵀ before the pseudo-inverse, as PEFT does. amsgrad,
-    maximize, foreach, fused: AdamW's. s is read at every step and may be a tensor. Under DoRA G is the gradient of W + sBA before
-    the gain.
-    eps: for lora_B as in PEFT's optimizer, added to √v before the bias correction (a first step's is 32 times torch's); for all
-    else as in torch's. Weights decay before the step, as in torch's.
-    Two groups, by "name": "factors" and "other"; each has settings of its own to change, and add_param_group takes more. p.grad
-    stays what backward made of it, and what has none rests.
-    Memory: two moments per trained element as AdamW, R·R per layer, and copies of B's gradients while a group steps.
-    The inverse is made anew when A moves, when anything that bumps its version writes to it, and when the optimizer's state is
-    loaded. It cannot see a write through `A.data` into the same memory: load_state_dict(state_dict()) makes it look again.
-    ValueError where lora_A trains, or a core or out_scale stands beside the factors (LaMDA, VeRA).
+        g_B' = argmin ‖s·g_B'·A - G‖_F = (1/s²) g_B (A Aᵀ)⁻¹
+
+    g_B = s G Aᵀ [N, R] is the gradient of lora_B; G [N, K] = dL/d(W + sBA) is never formed. The
+    inverse [R, R] is computed once per layer. lora_B trains by AdamW on g_B', everything else that
+    trains (DoRA's magnitude, biases, modules_to_save) by AdamW on its own gradient. s is read at
+    every step and may be a tensor. Under DoRA, G is the gradient of W + sBA before the gain.
+
+    The parameters are in two groups, by "name": "factors" and "other". p.grad is not changed, and a
+    parameter without a gradient does not move. The state holds AdamW's two moments per trained
+    element; beside it there are R·R elements per layer, and copies of B's gradients while a group
+    steps.
+
+    The inverse is computed again when A moves, when an operation that increments its version writes
+    to it, and when the state is loaded. A write through `A.data` into the same memory is not seen:
+    call load_state_dict(state_dict()) after one.
+
+    Args:
+        model: a model adapted with freeze_A=True.
+        lr: the learning rate, a number or a tensor.
+        betas: the coefficients (β₁, β₂) of the moments, each in [0, 1).
+        eps: ε. For lora_B it is added to √v before the bias correction, as in PEFT's optimizer; in
+            the first step this amounts to 32 times torch's ε. For everything else it is torch's.
+        weight_decay: the decoupled weight decay, applied before the step, as in torch.
+        ridge: a number of at least 0 that is added to the diagonal of A Aᵀ before the
+            pseudo-inverse, as in PEFT.
+        amsgrad: as in torch.optim.AdamW.
+        maximize: as in torch.optim.AdamW.
+        foreach: as in torch.optim.AdamW.
+        fused: as in torch.optim.AdamW.
+
+    Raises:
+        RuntimeError: the adapters are disabled.
+        TypeError: model is no module.
+        ValueError: a lora_A trains, a layer has a core or an out_scale (LaMDA, VeRA, AdaLoRA,
+            AFLoRA), nothing trains, or an argument is out of range.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        lorafast.adapt(model, lorafast.LoRA(r=4, freeze_A=True))
+        optimizer = lorafast.optim.LoRAFA(model, lr=1e-3)
+        model(torch.randn(4, 64)).square().mean().backward()
+        optimizer.step()
+
+    Source:
+        arXiv:2308.03303
     """
 
     paper: ClassVar[str] = "arXiv 2308.03303"
@@ -63,109 +104,147 @@ class LoRAFA(torch.optim.AdamW):
     ) -> None:
         if not ridge >= 0:
             raise ValueError(f"ridge={ridge!r} must not be negative")
-        # Before torch's, which calls add_param_group.
-        self._held, self._ridge, self._inverses = held(model), float(ridge), {}
-        settings = {"amsgrad": amsgrad, "maximize": maximize, "foreach": foreach, "fused": fused}
-        super().__init__(groups(model, self._held), lr, betas, eps, weight_decay, **settings)
-        # A GradScaler unscales for itself: a count would be ahead where the fused kernel finds an inf and goes back.
+        # Before torch's constructor, which calls add_param_group.
+        self._adapter_parameters = find_adapter_parameters(model)
+        self._ridge = float(ridge)
+        self._inverses: dict[nn.Parameter, _CachedInverse] = {}
+        super().__init__(
+            parameter_groups(model, self._adapter_parameters),
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            fused=fused,
+        )
+        # A GradScaler then unscales the gradients before step(). Otherwise the fused kernel would
+        # skip a step that finds an inf after the step counts, which ε depends on, have been read.
         self._step_supports_amp_scaling = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; a lora_B of the model is corrected there too. ValueError, and no group, for what LoRA-FA is not for."""
+        """Add a parameter group, as in torch; the gradient of a lora_B of the model is corrected.
+
+        Args:
+            param_group: a parameter group.
+
+        Raises:
+            ValueError: a parameter is a lora_A, or its layer has a core or an out_scale. The group
+                is not added then.
+        """
         super().add_param_group(param_group)
         try:
             for parameter in self.param_groups[-1]["params"]:
-                if parameter in self._held:
-                    _refuse(self._held[parameter])
+                if parameter in self._adapter_parameters:
+                    _check_parameter(self._adapter_parameters[parameter])
         except ValueError:
             self.param_groups.pop()
             raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, after backward. Returns what closure returns."""
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: a function that evaluates the model and returns the loss.
+
+        Returns:
+            The result of the closure, None without one.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            gathered: list[list] = [
-                [] for _ in range(6)
-            ]  # parameters, gradients, first and second moments, amsgrad's, counts
-            self._init_group(group, *gathered)
-            for eps, indices in self._by_eps(group, gathered[0], gathered[5]).items():
-                chosen = [[tensors[i] for i in indices] if tensors else [] for tensors in gathered]
-                chosen[1] = [self._corrected(p, grad) for p, grad in zip(*chosen[:2], strict=True)]
-                (beta1, beta2), names = (
-                    group["betas"],
-                    ("lr", "weight_decay", "amsgrad", "maximize", "foreach", "fused"),
-                )
-                adamw(
-                    *chosen,
-                    eps=eps,
-                    beta1=beta1,
-                    beta2=beta2,
-                    **{name: group[name] for name in names},
-                )
+            self._step_group(group)
         return loss
 
-    def _is_B(self, parameter: nn.Parameter) -> bool:
-        return parameter in self._held and self._held[parameter].part == "lora_B"
+    def _step_group(self, group: dict[str, Any]) -> None:
+        # The parameters, gradients, first and second moments, AMSGrad's maxima, and step counts.
+        lists: list[list[Any]] = [[] for _ in range(6)]
+        self._init_group(group, *lists)
+        parameters, steps = lists[0], lists[5]
+        names = ("lr", "weight_decay", "amsgrad", "maximize", "foreach", "fused")
+        settings = {name: group[name] for name in names}
+        beta1, beta2 = group["betas"]
+        for eps, indices in self._indices_by_eps(group, parameters, steps).items():
+            # A list that AMSGrad does not use is empty.
+            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, counts = (
+                [values[i] for i in indices] if values else [] for values in lists
+            )
+            grads = [self._corrected(p, grad) for p, grad in zip(params, grads, strict=True)]
+            adamw(
+                params,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                max_exp_avg_sqs,
+                counts,
+                eps=eps,
+                beta1=beta1,
+                beta2=beta2,
+                **settings,
+            )
 
-    def _by_eps(
-        self, group: dict[str, Any], parameters: list[nn.Parameter], counts: list[torch.Tensor]
+    def _is_B(self, parameter: nn.Parameter) -> bool:
+        origin = self._adapter_parameters.get(parameter)
+        return origin is not None and origin.tensor_name == "lora_B"
+
+    def _indices_by_eps(
+        self, group: dict[str, Any], parameters: list[nn.Parameter], steps: list[torch.Tensor]
     ) -> dict[float, list[int]]:
-        """Which parameters step with which eps: m̂/(√v̂ + ε/√(1 - β₂ᵗ)) is what PEFT's m/(√v + ε) is after the bias correction."""
-        ours = [i for i, parameter in enumerate(parameters) if self._is_B(parameter)]
-        # One wait for the device, if the counts are there.
-        done = (
-            torch.stack([counts[i].to(counts[ours[0]].device) for i in ours]).tolist()
-            if ours
-            else []
-        )
-        found = dict.fromkeys(range(len(parameters)), group["eps"])
-        found |= {
-            i: group["eps"] / math.sqrt(1 - group["betas"][1] ** (count + 1))
-            for i, count in zip(ours, done, strict=True)
-        }
+        """Return the indices of the parameters by the ε to pass to torch's AdamW.
+
+        torch's m̂/(√v̂ + ε/√(1 - β₂ᵗ)) equals PEFT's m/(√v + ε) after the bias correction.
+        """
+        indices_B = [i for i, parameter in enumerate(parameters) if self._is_B(parameter)]
+        eps: dict[int, float] = {i: group["eps"] for i in range(len(parameters))}
+        if indices_B:
+            # Stacked, for one transfer if the counts are on a device.
+            device = steps[indices_B[0]].device
+            counts = torch.stack([steps[i].to(device) for i in indices_B]).tolist()
+            for i, count in zip(indices_B, counts, strict=True):
+                eps[i] = group["eps"] / math.sqrt(1 - group["betas"][1] ** (count + 1))
         by_eps: dict[float, list[int]] = {}
-        for i, eps in found.items():
-            by_eps.setdefault(eps, []).append(i)
+        for i, value in eps.items():
+            by_eps.setdefault(value, []).append(i)
         return by_eps
 
     def _corrected(self, parameter: nn.Parameter, grad: torch.Tensor) -> torch.Tensor:
+        """Return g_B' for a lora_B in the gradient's dtype, and the gradient for the rest."""
         if not self._is_B(parameter):
             return grad
-        layer = self._held[parameter].layer
+        layer = self._adapter_parameters[parameter].layer
         inverse = self._inverse(layer.lora_A)
-        return ((grad.to(inverse.dtype) @ inverse) * inverse_square(layer.scaling)).to(grad.dtype)
+        factor = inverse_squared_scaling(layer.scaling)
+        return ((grad.to(inverse.dtype) @ inverse) * factor).to(grad.dtype)
 
     def _inverse(self, A: nn.Parameter) -> torch.Tensor:
-        storage, mark = (
-            StorageWeakRef(A.untyped_storage()),
-            (A._version, A.data_ptr(), A.dtype, A.shape, A.stride()),
-        )
-        found = self._inverses.get(A)
-        if found is None or (found.storage, found.mark) != (storage, mark):
+        storage = StorageWeakRef(A.untyped_storage())
+        version = (A._version, A.data_ptr(), A.dtype, A.shape, A.stride())
+        cached = self._inverses.get(A)
+        if cached is None or (cached.storage, cached.version) != (storage, version):
             wide = A.detach().to(accumulator(A.dtype))
             gram = wide @ wide.t()
             gram.diagonal().add_(self._ridge)
-            found = self._inverses[A] = _Inverse(
-                storage, mark, torch.linalg.pinv(gram, hermitian=True)
-            )
-        return found.value
+            cached = _CachedInverse(storage, version, torch.linalg.pinv(gram, hermitian=True))
+            self._inverses[A] = cached
+        return cached.value
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_held": self._held, "_ridge": self._ridge}
+        own = {"_adapter_parameters": self._adapter_parameters, "_ridge": self._ridge}
+        return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._inverses = {}
         super().__setstate__(state)
 
 
-def _refuse(one: Held) -> None:
-    refuse_middle(one, "LoRA-FA")
-    if one.part == "lora_A":
+def _check_parameter(origin: AdapterParameter) -> None:
+    check_two_factors(origin, "LoRA-FA")
+    if origin.tensor_name == "lora_A":
         raise ValueError(
-            f"{one} {tuple(one.layer.lora_A.shape)} trains, and LoRA-FA is for a frozen A: adapt with lorafast.LoRA(freeze_A=True)"
+            f"{origin} {tuple(origin.layer.lora_A.shape)} trains, and LoRA-FA is for a frozen A: "
+            "adapt with lorafast.LoRA(freeze_A=True)"
         )

@@ -1,13 +1,4 @@
-"""LoRA-Pro (arXiv 2407.18242): steps of A and B whose product is as near to a full step of the weight as two factors can make it.
-
-    g̃ = s·B·g^A + s·g^B·A,  the nearest to G = dL/d(W + sBA) [N,K] in ‖·‖_F;  A [R,K], B [N,R]
-    g^A = (1/s²)(BᵀB)⁺ g_A + X·A,  g^B = (1/s²)(I - B(BᵀB)⁺Bᵀ) g_B (AAᵀ)⁺ - B·X;  any X [R,R] gives the same g̃
-    ‖g̃ - G‖ = ‖(I - P_B) G (I - P_A)‖, with the projections on B's columns and A's rows
-g_A = s·Bᵀ·G and g_B = s·G·Aᵀ are what backward gives, so G itself is never needed. Where a factor lacks rank (B = 0 as LoRA starts,
-A = 0 as an embedding's does), ⁺ is the pseudo-inverse and all three lines hold: at B = 0 they are the paper's first step, g^A = g_A
-(= 0) and g^B = (1/s²) g_B (AAᵀ)⁻¹. That is decided at every step from the eigenvalues of BᵀB and AAᵀ, of which those up to R·ε
-times the largest count as 0, and not from a count of steps.
-"""
+"""LoRA-Pro (arXiv:2407.18242): steps of A and B that approximate a step of the full weight."""
 
 from __future__ import annotations
 
@@ -19,28 +10,81 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from lorafast.engine import checks
-from lorafast.engine.problem import Scaling, accumulator
-from lorafast.optim.factors import FACTORS, Held, groups, held, inverse_square, refuse_middle
+from lorafast.engine.precision import accumulator
+from lorafast.engine.problem import Scaling
+from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.optim.factors import (
+    FACTORS,
+    AdapterParameter,
+    check_two_factors,
+    find_adapter_parameters,
+    inverse_squared_scaling,
+    parameter_groups,
+)
 
 VARIANTS = ("adamw", "sgd")
-XS = ("sylvester", "zero", "symmetric")
+X_CHOICES = ("sylvester", "zero", "symmetric")
 DECAYS = ("factors", "delta")
 
 
 class LoRAPro(torch.optim.Optimizer):
-    """The factors step by -lr·g^A and -lr·g^B; what else trains (magnitudes, biases, heads) by plain AdamW or SGD.
+    """LoRA-Pro: steps of lora_A and lora_B whose product is as close as possible to a full step.
 
-    variant: "adamw" runs Adam's moments on g̃ itself, as full fine-tuning would on G, and takes g^A and g^B of the ĝ they give;
-    "sgd" takes those of G. x: of all steps with this g̃ the "sylvester" one is nearest to (g_A, g_B); "zero" leaves to A what both
-    factors could do, and "symmetric" halves it between them. decay: what weight_decay shrinks by 1 - lr·weight_decay, A and B each
-    ("factors", as AdamW on LoRA) or their product ("delta"); which of the two the paper means could not be checked.
-    fused: Adam in torch's fused kernel, where the device has one, and for that one more N·K at a time. foreach: for the plain part.
-    Two groups, by "name": "factors" and "other"; every setting may be changed per group. add_param_group takes more; a pair of
-    factors stands in one group. Under DoRA G is the gradient of W + sBA before the gain. s may be a tensor.
-    Memory: "adamw" keeps two moments of N·K per layer in fp32 (fp64 for fp64 factors), as full fine-tuning does (moment_bytes()),
-    and makes one g̃ at a time; "sgd" keeps nothing. Time per layer: O((N+K)R² + R³), and for "adamw" four products of N·K·R.
-    ValueError for a frozen factor, a core or out_scale beside the factors (LaMDA, VeRA) and settings out of range. RuntimeError,
-    and no step, where one factor of a pair has a gradient and the other none, or a gradient is sparse. What has no gradient rests.
+        g̃ = s B g^A + s g^B A,  the nearest to G = dL/d(W + sBA) in the Frobenius norm
+        g^A = (1/s²) (BᵀB)⁺ g_A + X A
+        g^B = (1/s²) (I - B(BᵀB)⁺Bᵀ) g_B (AAᵀ)⁺ - B X        for any X [R, R]
+
+    g_A = s BᵀG [R, K] and g_B = s G Aᵀ [N, R] are the gradients that backward computes; G [N, K] is
+    never formed. ⁺ is the pseudo-inverse: eigenvalues of BᵀB and AAᵀ up to R·ε times the largest
+    count as 0, at every step anew. At B = 0, where LoRA starts, the equations are therefore the
+    paper's first step, g^A = 0 and g^B = (1/s²) g_B (AAᵀ)⁻¹. With the projections P_B on the
+    columns of B and P_A on the rows of A, ‖g̃ - G‖ = ‖(I - P_B) G (I - P_A)‖.
+
+    The factors move by -lr·g^A and -lr·g^B. Everything else that trains (magnitudes, biases, heads)
+    moves by plain AdamW or SGD. The parameters are in two groups, by "name": "factors" and "other";
+    every setting may differ per group. A parameter without a gradient does not move. s may be a
+    tensor. Under DoRA, G is the gradient of W + sBA before the gain.
+
+    The state of variant="adamw" is two moments of N·K elements per layer in fp32 (fp64 for fp64
+    factors), as in full fine-tuning (`moment_bytes`), and one g̃ at a time lives beside it;
+    variant="sgd" has no state. A step takes O((N + K)R² + R³) operations per layer, and with
+    "adamw" four products of N·K·R more.
+
+    Args:
+        model: a model with adapters whose factors train.
+        lr: the learning rate, a number or a tensor, at least 0.
+        variant: "adamw" applies Adam's moments to g̃, as full fine-tuning would to G, and computes
+            g^A and g^B from the result; "sgd" uses the g^A and g^B of G.
+        betas: the coefficients (β₁, β₂) of the moments, each in [0, 1).
+        eps: ε of Adam, at least 0.
+        weight_decay: the decoupled weight decay, at least 0.
+        x: the choice of X. Among all steps with the same g̃, "sylvester" is the nearest to
+            (g_A, g_B). "zero" leaves to A what both factors could represent, "symmetric" divides it
+            equally.
+        decay: "factors": weight_decay multiplies A and B each by 1 - lr·weight_decay, as AdamW on
+            LoRA does. "delta": their product. Which of the two the paper means could not be
+            checked.
+        foreach: torch's foreach form for the parameters outside the factors.
+        fused: True for torch's fused kernel, where the device has one. It needs N·K elements more
+            at a time.
+
+    Raises:
+        RuntimeError: the adapters are disabled.
+        TypeError: model is no module.
+        ValueError: a factor is frozen, a layer has a core or an out_scale (LaMDA, VeRA, AdaLoRA,
+            AFLoRA), nothing trains, or an argument is out of range.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        lorafast.adapt(model, lorafast.LoRA(r=4))
+        optimizer = lorafast.optim.LoRAPro(model, lr=1e-3)
+        model(torch.randn(4, 64)).square().mean().backward()
+        optimizer.step()
+
+    Source:
+        arXiv:2407.18242
     """
 
     paper: ClassVar[str] = "arXiv 2407.18242"
@@ -60,9 +104,9 @@ class LoRAPro(torch.optim.Optimizer):
         foreach: bool | None = None,
         fused: bool = False,
     ) -> None:
-        # Before torch's, which calls add_param_group.
-        self._held = held(model)
-        settings = {
+        # Before torch's constructor, which calls add_param_group.
+        self._adapter_parameters = find_adapter_parameters(model)
+        defaults = {
             "lr": lr,
             "variant": variant,
             "betas": betas,
@@ -70,102 +114,124 @@ class LoRAPro(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "x": x,
             "decay": decay,
+            "foreach": foreach,
+            "fused": fused,
         }
-        super().__init__(groups(model, self._held), settings | {"foreach": foreach, "fused": fused})
+        super().__init__(parameter_groups(model, self._adapter_parameters), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. ValueError, and no group, for what LoRA-Pro is not for, and for half a pair."""
+        """Add a parameter group, as in torch. Both factors of a layer belong to the same group.
+
+        Args:
+            param_group: a parameter group.
+
+        Raises:
+            ValueError: a setting is out of range, a factor is frozen, the other factor of its layer
+                is not in the group, or the layer has a core or an out_scale. The group is not added
+                then.
+        """
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            _check_settings(self.param_groups[-1])
-            inside = set(self.param_groups[-1]["params"])
-            for one in (self._held[p] for p in self.param_groups[-1]["params"] if p in self._held):
-                _check_pair(one, inside)
+            _check_settings(group)
+            members = set(group["params"])
+            for parameter in group["params"]:
+                if parameter in self._adapter_parameters:
+                    _check_parameter(self._adapter_parameters[parameter], members)
         except ValueError:
             self.param_groups.pop()
             raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, after backward. Returns what closure returns."""
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: a function that evaluates the model and returns the loss.
+
+        Returns:
+            The result of the closure, None without one.
+
+        Raises:
+            RuntimeError: one factor of a layer has a gradient and the other has none, or a gradient
+                is sparse. Nothing has changed then.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         ready = [(group, *self._ready(group)) for group in self.param_groups]
-        for group, layers, others in ready:
-            for pair, one in zip(_pairs(layers), layers, strict=True):
-                self._step_pair(group, pair, one)
-            _STEPS[group["variant"]](self.state, group, others)
+        for group, origins, others in ready:
+            layers = [origin.layer for origin in origins]
+            for layer, pair in zip(layers, _factor_pairs(layers), strict=True):
+                self._step_pair(group, layer, pair)
+            update = _adamw if group["variant"] == "adamw" else _sgd
+            update(self.state, group, others)
         return loss
 
     def moment_bytes(self) -> int:
-        """Bytes of the full-size moments once every pair has stepped: 2·N·K per layer of a group with variant="adamw"."""
-        layers = [
-            one.layer
-            for group in self.param_groups
-            if group["variant"] == "adamw"
-            for one in self._factors(group)
-        ]
-        return sum(
-            2 * ly.lora_B.shape[0] * ly.lora_A.shape[1] * accumulator(ly.lora_B.dtype).itemsize
-            for ly in layers
-        )
+        """Return the size of the full-size moments, once every pair of factors has moved.
+
+        Returns:
+            Bytes: 2·N·K elements of fp32 (fp64 for fp64 factors) per layer of the groups with
+            variant="adamw".
+        """
+        total = 0
+        for group in self.param_groups:
+            for origin in self._factor_origins(group) if group["variant"] == "adamw" else ():
+                A, B = origin.layer.lora_A, origin.layer.lora_B
+                total += 2 * B.shape[0] * A.shape[1] * accumulator(B.dtype).itemsize
+        return total
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, to the bit: moments stay wide where the factors are in half precision."""
+        """Restore a saved state, as in torch, bit for bit.
+
+        Args:
+            state_dict: a result of `state_dict`.
+        """
         super().load_state_dict(state_dict)
-        ours = [p for group in self.param_groups for p in group["params"]]
-        theirs = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for parameter, index in zip(ours, theirs, strict=True):
-            if (
-                parameter.dtype != accumulator(parameter.dtype)
-                and self._is_factor(parameter)
-                and index in state_dict["state"]
-            ):
-                kept = state_dict["state"][index]
+        # torch casts a state to its parameter's dtype; moments of half-precision factors are fp32.
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for parameter, index in zip(parameters, indices, strict=True):
+            is_half = parameter.dtype != accumulator(parameter.dtype)
+            if is_half and self._is_factor(parameter) and index in state_dict["state"]:
                 self.state[parameter] = {
-                    key: v.clone() if key == "step" else v.to(parameter.device, copy=True)
-                    for key, v in kept.items()
+                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    for key, value in state_dict["state"][index].items()
                 }
 
-    def _factors(self, group: dict[str, Any]) -> list[Held]:
-        """One entry per pair of the group."""
+    def _factor_origins(self, group: dict[str, Any]) -> list[AdapterParameter]:
+        """Return one entry per pair of factors of the group: that of its lora_B."""
+        origins = [self._adapter_parameters.get(parameter) for parameter in group["params"]]
         return [
-            self._held[p]
-            for p in group["params"]
-            if p in self._held and self._held[p].part == "lora_B"
+            origin for origin in origins if origin is not None and origin.tensor_name == "lora_B"
         ]
 
     def _is_factor(self, parameter: nn.Parameter) -> bool:
-        return parameter in self._held and self._held[parameter].part in FACTORS
+        origin = self._adapter_parameters.get(parameter)
+        return origin is not None and origin.tensor_name in FACTORS
 
-    def _ready(self, group: dict[str, Any]) -> tuple[list[Held], list[nn.Parameter]]:
-        """The pairs and the other parameters of the group that have gradients."""
+    def _ready(self, group: dict[str, Any]) -> tuple[list[AdapterParameter], list[nn.Parameter]]:
+        """Return the pairs and the other parameters of the group that have gradients."""
         for parameter in group["params"]:
             if parameter.grad is not None and parameter.grad.is_sparse:
                 raise RuntimeError(
                     f"a gradient {tuple(parameter.shape)} is sparse, which LoRA-Pro cannot use"
                 )
-        pairs = []
-        for one in self._factors(group):
-            A, B = one.layer.lora_A, one.layer.lora_B
-            if (A.grad is None) != (B.grad is None):
-                lacks, has = ("lora_A", "lora_B") if A.grad is None else ("lora_B", "lora_A")
-                shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
-                raise RuntimeError(
-                    f"{one.name or 'the layer'} ({shapes}): {has} has a gradient and {lacks} none; LoRA-Pro needs both"
-                )
-            if A.grad is not None:
-                pairs.append(one)
-        return pairs, [p for p in group["params"] if p.grad is not None and not self._is_factor(p)]
+        origins = [origin for origin in self._factor_origins(group) if _has_gradients(origin)]
+        others = [p for p in group["params"] if p.grad is not None and not self._is_factor(p)]
+        return origins, others
 
-    def _step_pair(self, group: dict[str, Any], pair: Pair, one: Held) -> None:
-        A, B = one.layer.lora_A, one.layer.lora_B
+    def _step_pair(self, group: dict[str, Any], layer: AdapterLayer, pair: FactorPair) -> None:
+        A, B = layer.lora_A, layer.lora_B
+        assert A.grad is not None
+        assert B.grad is not None
         g_A, g_B = A.grad.to(pair.A.dtype), B.grad.to(pair.B.dtype)
         if group["variant"] == "adamw":
-            g_A, g_B = gradients_of(pair, self._adam(group, B, equivalent(pair, g_A, g_B)))
-        step_A, step_B = solve(pair, g_A, g_B, group["x"])
+            g = self._adam(group, B, equivalent_gradient(pair, g_A, g_B))
+            g_A, g_B = factor_gradients(pair, g)
+        step_A, step_B = solve_steps(pair, g_A, g_B, group["x"])
         shrink = 1 - group["lr"] * group["weight_decay"]
         for parameter, step in ((A, step_A), (B, step_B)):
             if group["weight_decay"]:
@@ -173,30 +239,32 @@ class LoRAPro(torch.optim.Optimizer):
             parameter.sub_(step.mul_(group["lr"]))
 
     def _adam(self, group: dict[str, Any], B: nn.Parameter, g: torch.Tensor) -> torch.Tensor:
-        """ĝ of the moments that have seen g [N,K], in g's memory."""
-        state = _started(self.state[B], g, group)
+        """Return Adam's ĝ [N, K] after the gradient g. The memory of g is overwritten."""
+        state = _initialized(self.state[B], g, group)
         if group["fused"]:
-            # A parameter that is 0, climbs, and does so at rate 1, becomes ĝ.
-            found = torch.zeros_like(g)
-            _adamw_of(
-                [found], [g], [state], group | {"lr": 1.0, "weight_decay": 0.0}, maximize=True
-            )
-            return found
+            # AdamW adds lr·ĝ to a parameter when it maximizes: from 0, with lr = 1, it gives ĝ.
+            result = torch.zeros_like(g)
+            settings = group | {"lr": 1.0, "weight_decay": 0.0}
+            _functional_adamw([result], [g], [state], settings, maximize=True)
+            return result
+        beta1, beta2 = group["betas"]
         state["step"] += 1
-        (beta1, beta2), step = group["betas"], state["step"].item()
-        m, v = (
-            state["exp_avg"].lerp_(g, 1 - beta1),
-            state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2),
-        )
+        step = state["step"].item()
+        m = state["exp_avg"].lerp_(g, 1 - beta1)
+        v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
         torch.div(v, 1 - beta2**step, out=g).sqrt_().add_(group["eps"])
         return torch.div(m, g, out=g).div_(1 - beta1**step)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_held": self._held}
+        return super().__getstate__() | {"_adapter_parameters": self._adapter_parameters}
 
 
-class Pair(NamedTuple):
-    """A [R,K], B [N,R] and s, with BᵀB = U·diag(λ)·Uᵀ and AAᵀ = V·diag(μ)·Vᵀ; an eigenvalue that is 0 but for rounding is 0."""
+class FactorPair(NamedTuple):
+    """A [R, K], B [N, R] and s, with the eigendecompositions of BᵀB and AAᵀ.
+
+    BᵀB = vectors_B·diag(values_B)·vectors_Bᵀ and AAᵀ = vectors_A·diag(values_A)·vectors_Aᵀ. An
+    eigenvalue that is 0 up to rounding is set to 0.
+    """
 
     A: torch.Tensor
     B: torch.Tensor
@@ -207,139 +275,137 @@ class Pair(NamedTuple):
     vectors_A: torch.Tensor
 
 
-def decompose(factors: list[tuple[torch.Tensor, torch.Tensor, Scaling]]) -> list[Pair]:
-    """A Pair for every (A, B, s), in fp32 (fp64 for fp64). Matrices of one size are decomposed in one call."""
+def decompose_pairs(factors: list[tuple[torch.Tensor, torch.Tensor, Scaling]]) -> list[FactorPair]:
+    """Return a FactorPair for every (A, B, s), in fp32, or fp64 for fp64.
+
+    Matrices of one size and dtype are decomposed in one call.
+    """
     wide = [
         (A.detach().to(accumulator(A.dtype)), B.detach().to(accumulator(B.dtype)), s)
         for A, B, s in factors
     ]
-    alike: dict[tuple, list[int]] = {}
+    indices_by_form: dict[tuple[Any, ...], list[int]] = {}
     for i, (A, B, _) in enumerate(wide):
-        alike.setdefault((A.shape[0], A.dtype, B.dtype, A.device), []).append(i)
-    pairs: dict[int, Pair] = {}
-    for indices in alike.values():
-        grams = torch.stack(
-            [wide[i][1].t() @ wide[i][1] for i in indices]
-            + [wide[i][0] @ wide[i][0].t() for i in indices]
-        )
+        indices_by_form.setdefault((A.shape[0], A.dtype, B.dtype, A.device), []).append(i)
+    pairs: dict[int, FactorPair] = {}
+    for indices in indices_by_form.values():
+        grams_B = [wide[i][1].t() @ wide[i][1] for i in indices]
+        grams_A = [wide[i][0] @ wide[i][0].t() for i in indices]
+        grams = torch.stack(grams_B + grams_A)
         values, vectors = torch.linalg.eigh(grams)
         cut = values[:, -1:].clamp(min=0) * (torch.finfo(values.dtype).eps * grams.shape[-1])
         values = values.masked_fill(values <= cut, 0)
-        for place, i in enumerate(indices):
-            other = place + len(indices)
-            pairs[i] = Pair(*wide[i], values[place], vectors[place], values[other], vectors[other])
+        for b, i in enumerate(indices):
+            a = b + len(indices)
+            pairs[i] = FactorPair(*wide[i], values[b], vectors[b], values[a], vectors[a])
     return [pairs[i] for i in range(len(wide))]
 
 
-def solve(
-    pair: Pair, g_A: torch.Tensor, g_B: torch.Tensor, x: str = "sylvester"
+def solve_steps(
+    pair: FactorPair, g_A: torch.Tensor, g_B: torch.Tensor, x: str = "sylvester"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """g^A [R,K] and g^B [N,R] of the module's equations from g_A and g_B, with the X asked for (one of XS)."""
+    """Return g^A [R, K] and g^B [N, R] of the class's equations, with the choice x of X."""
     A, B = pair.A, pair.B
-    over_B, over_A = _pinv(pair.values_B, pair.vectors_B), _pinv(pair.values_A, pair.vectors_A)
-    factor = inverse_square(pair.scaling)
-    step_A = (over_B @ g_A).mul_(factor)
-    step_B = (g_B @ over_A).mul_(factor)
-    step_B = torch.addmm(step_B, B, over_B @ (B.t() @ step_B), alpha=-1)
+    inverse_B = _pseudo_inverse(pair.values_B, pair.vectors_B)
+    inverse_A = _pseudo_inverse(pair.values_A, pair.vectors_A)
+    factor = inverse_squared_scaling(pair.scaling)
+    step_A = (inverse_B @ g_A).mul_(factor)
+    step_B = (g_B @ inverse_A).mul_(factor)
+    step_B = torch.addmm(step_B, B, inverse_B @ (B.t() @ step_B), alpha=-1)
     if x == "zero":
         return step_A, step_B
-    shared = step_A @ A.t()  # (1/s²)(BᵀB)⁺ g_A Aᵀ, what both factors could do
+    shared = step_A @ A.t()  # (1/s²) (BᵀB)⁺ g_A Aᵀ, the part that both factors can represent
     if x == "symmetric":
-        X = (shared @ over_A).mul_(-0.5)
+        X = (shared @ inverse_A).mul_(-0.5)
     else:
-        # BᵀB X + X AAᵀ = -shared: a division in the two eigenbases, and 0 where neither matrix has anything.
+        # BᵀB X + X AAᵀ = -shared is a division in the two eigenbases, and 0 where the divisor is 0.
         sums = pair.values_B[:, None] + pair.values_A
-        inner = (pair.vectors_B.t() @ shared @ pair.vectors_A).div_(sums).masked_fill_(sums == 0, 0)
-        X = -(pair.vectors_B @ inner @ pair.vectors_A.t())
+        rotated = pair.vectors_B.t() @ shared @ pair.vectors_A
+        solution = rotated.div_(sums).masked_fill_(sums == 0, 0)
+        X = -(pair.vectors_B @ solution @ pair.vectors_A.t())
     return step_A.addmm_(X, A), step_B.addmm_(B, X, alpha=-1)
 
 
-def equivalent(pair: Pair, g_A: torch.Tensor, g_B: torch.Tensor) -> torch.Tensor:
-    """g̃ = s·B·g^A + s·g^B·A [N,K], in one product of rank 2R."""
-    step_A, step_B = solve(pair, g_A, g_B, "zero")
+def equivalent_gradient(pair: FactorPair, g_A: torch.Tensor, g_B: torch.Tensor) -> torch.Tensor:
+    """Return g̃ = s·B·g^A + s·g^B·A [N, K], as one product of rank 2R."""
+    step_A, step_B = solve_steps(pair, g_A, g_B, "zero")
     return (torch.cat((pair.B, step_B), 1) * pair.scaling) @ torch.cat((step_A, pair.A))
 
 
-def gradients_of(pair: Pair, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """g_A = s·Bᵀ·g and g_B = s·g·Aᵀ of a gradient g [N,K]."""
+def factor_gradients(pair: FactorPair, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return g_A = s·Bᵀ·g and g_B = s·g·Aᵀ of a gradient g [N, K]."""
     return (pair.B * pair.scaling).t() @ g, g @ (pair.A * pair.scaling).t()
 
 
-def _pinv(values: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+def _pseudo_inverse(values: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     return (vectors * (1 / values).masked_fill(values == 0, 0)) @ vectors.t()
 
 
-def _pairs(layers: list[Held]) -> list[Pair]:
-    return decompose(
-        [(one.layer.lora_A, one.layer.lora_B, _plain(one.layer.scaling)) for one in layers]
+def _factor_pairs(layers: list[AdapterLayer]) -> list[FactorPair]:
+    return decompose_pairs(
+        [(layer.lora_A, layer.lora_B, _as_scalar(layer.scaling)) for layer in layers]
     )
 
 
-def _plain(scaling: Scaling) -> Scaling:
+def _as_scalar(scaling: Scaling) -> Scaling:
     return scaling.detach().reshape(()) if isinstance(scaling, torch.Tensor) else scaling
 
 
-def _started(
+def _initialized(
     state: dict[str, torch.Tensor], like: torch.Tensor, group: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """The state with moments in it. As torch's: the count is on the device for the fused kernel alone."""
+    """Return the state, with moments of zeros like `like` if it is empty."""
     if not state:
-        step = torch.zeros((), device=like.device if group["fused"] else "cpu", dtype=torch.float32)
-        state |= {
-            "step": step,
-            "exp_avg": torch.zeros_like(like),
-            "exp_avg_sq": torch.zeros_like(like),
-        }
+        # As in torch, the step count is on the device for the fused kernel alone.
+        device = like.device if group["fused"] else "cpu"
+        state["step"] = torch.zeros((), device=device, dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(like)
+        state["exp_avg_sq"] = torch.zeros_like(like)
     return state
 
 
-def _adamw(state: dict, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+def _adamw(state: dict[Any, Any], group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
     if parameters:
-        _adamw_of(
-            parameters,
-            [p.grad for p in parameters],
-            [_started(state[p], p, group) for p in parameters],
-            group,
-        )
+        grads = [parameter.grad for parameter in parameters]
+        states = [_initialized(state[p], p, group) for p in parameters]
+        _functional_adamw(parameters, grads, states, group)
 
 
-def _adamw_of(
-    parameters: list, grads: list, states: list[dict], group: dict[str, Any], maximize: bool = False
+def _functional_adamw(
+    parameters: list[Any],
+    grads: list[Any],
+    states: list[dict[str, torch.Tensor]],
+    group: dict[str, Any],
+    maximize: bool = False,
 ) -> None:
-    first, second, steps = (
-        [state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")
-    )
-    (beta1, beta2), settings = (
-        group["betas"],
-        {key: group[key] for key in ("foreach", "fused", "lr", "weight_decay", "eps")},
-    )
     adamw(
         parameters,
         grads,
-        first,
-        second,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
         [],
-        steps,
+        [state["step"] for state in states],
+        foreach=group["foreach"],
+        fused=group["fused"],
         amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
         maximize=maximize,
-        **settings,
     )
 
 
-def _sgd(state: dict, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-    for p in parameters:
+def _sgd(state: dict[Any, Any], group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
         if group["weight_decay"]:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_(p.grad * group["lr"])
-
-
-_STEPS = {"adamw": _adamw, "sgd": _sgd}
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.sub_(parameter.grad * group["lr"])
 
 
 def _check_settings(group: dict[str, Any]) -> None:
-    for name, words in (("variant", VARIANTS), ("x", XS), ("decay", DECAYS)):
+    for name, words in (("variant", VARIANTS), ("x", X_CHOICES), ("decay", DECAYS)):
         checks.word(name, group[name], words)
     for name in ("lr", "eps", "weight_decay"):
         if not group[name] >= 0:
@@ -348,18 +414,32 @@ def _check_settings(group: dict[str, Any]) -> None:
         raise ValueError(f"betas={group['betas']!r} must be two numbers in [0, 1)")
 
 
-def _check_pair(one: Held, inside: set[nn.Parameter]) -> None:
-    refuse_middle(one, "LoRA-Pro")
-    if one.part not in FACTORS:
+def _check_parameter(origin: AdapterParameter, members: set[nn.Parameter]) -> None:
+    """Raise ValueError if the group of a parameter of an adapter cannot train it."""
+    check_two_factors(origin, "LoRA-Pro")
+    if origin.tensor_name not in FACTORS:
         return
-    for part in FACTORS:
-        factor = getattr(one.layer, part)
-        where = f"{one.name}.{part}".lstrip(".")
+    for name in FACTORS:
+        factor = getattr(origin.layer, name)
+        shown = f"{origin._replace(tensor_name=name)} {tuple(factor.shape)}"
         if not factor.requires_grad:
             raise ValueError(
-                f"{where} {tuple(factor.shape)} is frozen: LoRA-Pro moves both factors (for a frozen A there is LoRAFA)"
+                f"{shown} is frozen: LoRA-Pro moves both factors (for a frozen A there is LoRAFA)"
             )
-        if factor not in inside:
+        if factor not in members:
             raise ValueError(
-                f"{where} {tuple(factor.shape)} is not in the group of {one}: LoRA-Pro moves a pair of factors together"
+                f"{shown} is not in the group of {origin}: "
+                "LoRA-Pro moves a pair of factors together"
             )
+
+
+def _has_gradients(origin: AdapterParameter) -> bool:
+    """True if both factors of the layer have gradients. RuntimeError if one of them has."""
+    A, B = origin.layer.lora_A, origin.layer.lora_B
+    if (A.grad is None) != (B.grad is None):
+        missing, present = ("lora_A", "lora_B") if A.grad is None else ("lora_B", "lora_A")
+        raise RuntimeError(
+            f"{origin.layer_name or 'the layer'} (A {tuple(A.shape)}, B {tuple(B.shape)}): "
+            f"{present} has a gradient and {missing} none; LoRA-Pro needs both"
+        )
+    return A.grad is not None

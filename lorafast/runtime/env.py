@@ -1,4 +1,4 @@
-"""Every environment variable lorafast reads; nothing else in the project touches os.environ."""
+"""Every environment variable that lorafast reads; no other module reads os.environ."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 
 class Variable(NamedTuple):
+    """One environment variable and its line in the documentation."""
+
     name: str
     default: str
     meaning: str
@@ -41,32 +43,29 @@ CXXFLAGS = Variable(
 )
 
 VARIABLES = (BACKEND, LOG, CPU_ISA, CACHE, CXXFLAGS)
-_KEYS = {variable: os.environ.encodekey(variable.name) for variable in VARIABLES}
+
+# For what reads a variable at every call of a layer: raw_get(KEY) tells one value from another
+# without encoding a name, and without the exception that os.environ raises inside for a name that
+# is not set, which takes 20 times as long.
+_raw = getattr(os.environ, "_data", None)
+raw_get = _raw.get if isinstance(_raw, dict) else os.environ.get
+_encode = os.environ.encodekey if isinstance(_raw, dict) else str
+BACKEND_KEY, LOG_KEY = _encode(BACKEND.name), _encode(LOG.name)
 
 
 def backend() -> str:
     """The backend asked for, `auto` unless set."""
-    return _value(BACKEND).strip().lower() or BACKEND.default
+    return os.environ.get(BACKEND.name, "").strip().lower() or BACKEND.default
 
 
 def interprets() -> bool:
-    """Whether Triton's kernels are asked for on CPU tensors: Triton's interpreter is on, and its backend is forced."""
+    """True if Triton's kernels are to run on CPU tensors: interpreter on, backend forced."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1" and backend() == "triton"
 
 
 def log() -> bool:
-    """Whether routes are printed."""
-    return _value(LOG) not in ("", "0")
-
-
-def _value(variable: Variable) -> str:
-    # Read at every call of a layer: asking os.environ for what is not set encodes a name and raises inside, 20 times the price of
-    # a look into the dict below it.
-    try:
-        found = os.environ._data.get(_KEYS[variable])
-    except AttributeError:  # somebody put another mapping in its place
-        return os.environ.get(variable.name, "")
-    return "" if found is None else os.environ.decodevalue(found)
+    """True if the choice of backends is printed."""
+    return os.environ.get(LOG.name, "") not in ("", "0")
 
 
 def cpu_isa() -> str:
@@ -75,7 +74,7 @@ def cpu_isa() -> str:
 
 
 def cache() -> str:
-    """The folder for what is compiled. It begins with ~ where there is no home folder."""
+    """The folder for compiled kernels. It begins with ~ where there is no home folder."""
     caches = os.environ.get("XDG_CACHE_HOME", "")
     return os.path.expanduser(
         os.environ.get(CACHE.name, "")
@@ -90,10 +89,10 @@ def cxx() -> str:
 
 
 def cxxflags() -> str:
-    """What the C++ kernels are compiled and linked with beyond our own flags."""
+    """The flags that the C++ kernels are compiled and linked with after lorafast's own."""
     return os.environ.get(CXXFLAGS.name, CXXFLAGS.default).strip()
 
 
-def hush_profiler() -> None:
-    """Keep the lines torch's profiler writes about its own start and stop off the screen, unless its variable is set."""
+def silence_profiler() -> None:
+    """Silence the lines that torch's profiler prints about itself, unless its variable is set."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -29,6 +29,7 @@ MOVED = {
 RENAMED = {
     "adapted": {"Adapted": "AdapterLayer"},
     "layer": {"Product": "AdapterLinearBase"},
+    "merging": {"Folded": "DeltaFactors", "Merged": "MergeState", "Merging": "MergeMixin"},
     "methods.start": {"Start": "WeightInit"},
     "problem": {"Tensors": "LayerTensors", "Settings": "CallOptions"},
 }

@@ -1,70 +1,264 @@
-"""Whether anybody has to see an op of ours go by: whoever traces, counts, wraps, transforms or records what torch is asked for.
+"""Every private symbol of torch that lorafast uses, looked up with a guard.
 
-Where nobody does, and every tensor is a plain one, torch's dispatcher would only carry a call from us to us.
+What rests on them saves time and nothing else: it is on for the torch versions of TESTED_VERSIONS
+and off for all others, where torch's public functions give the same numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 
+# The releases on which the whole test suite has passed with the private symbols in use.
+TESTED_VERSIONS = frozenset({(2, 13)})
+
+
+def is_tested(version: str) -> bool:
+    """True if the private symbols may be used on this version of torch, such as "2.13.0+cpu"."""
+    try:
+        major, minor = version.split(".")[:2]
+        release = int(major), int(minor)
+    except ValueError:
+        return False
+    # A nightly build has the number of a release that does not exist yet.
+    return release in TESTED_VERSIONS and "dev" not in version
+
+
+def _find(path: str) -> Any:
+    """Return the attribute of torch._C at the dotted path, or None if this torch lacks it."""
+    found = getattr(torch, "_C", None)
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+_functorch_wrapped = _find("_functorch.is_functorch_wrapped_tensor")
+_dispatch_modes = _find("_len_torch_dispatch_stack")
+_function_modes = _find("_len_torch_function_stack")
+_transforms_active = _find("_are_functorch_transforms_active")
+_tracing_state = _find("_get_tracing_state")
+_profiler_enabled = _find("_autograd._profiler_enabled")
+_requires_grad = _find("_any_requires_grad")
+_any_autocast = _find("_is_any_autocast_enabled")
+_exclude_keys = _find("_ExcludeDispatchKeyGuard")
+_below_autograd = _find("_AutoDispatchBelowAutograd")
+_mkldnn_enabled = _find("_get_mkldnn_enabled")
+
+_NEEDED = (
+    _functorch_wrapped,
+    _dispatch_modes,
+    _function_modes,
+    _transforms_active,
+    _tracing_state,
+    _profiler_enabled,
+    _requires_grad,
+    _any_autocast,
+    _exclude_keys,
+    _below_autograd,
+    getattr(torch.Tensor, "_is_zerotensor", None),
+    getattr(forward_ad, "_current_level", None),
+)
+
+# True if calls may bypass torch's dispatcher. A test sets it to False to pretend another torch.
+enabled = is_tested(torch.__version__) and all(symbol is not None for symbol in _NEEDED)
+
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_dispatch_modes, _function_modes = (
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-)
-_transforms, _tracing, _profiler = (
-    torch._C._are_functorch_transforms_active,
-    torch._C._get_tracing_state,
-    torch._C._autograd._profiler_enabled,
-)
+
+# Autocast's dispatch keys stand above every kernel and would cast the fp32 sums inside one; and,
+# for a call that bypasses the dispatcher, what _AutoDispatchBelowAutograd excludes.
+_AUTOCAST_KEYS = _AUTOGRAD_KEYS = None
+if enabled:
+    _keys = torch._C.DispatchKey
+    _AUTOCAST_KEYS = torch._C.DispatchKeySet(_keys.AutocastCPU)
+    for _device in ("CUDA", "XPU", "MPS", "HPU", "PrivateUse1"):
+        _AUTOCAST_KEYS |= torch._C.DispatchKeySet(getattr(_keys, f"Autocast{_device}"))
+    _AUTOGRAD_KEYS = _AUTOCAST_KEYS
+    for _key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        _AUTOGRAD_KEYS |= torch._C.DispatchKeySet(getattr(_keys, _key))
 
 
-def present() -> bool:
-    """Whether a mode, a transform, a tracer or a profiler looks on here and now. A compiler shows in that no tensor is plain."""
-    return (
+def observers_active() -> bool:
+    """True if a dispatch mode, functorch transform, tracer or profiler is active.
+
+    They have to see every op.
+    """
+    return not enabled or (
         _dispatch_modes() > 0
         or _function_modes() > 0
-        or _transforms()
+        or _transforms_active()
         or forward_ad._current_level >= 0
-        or _tracing() is not None
-        or _profiler()
+        or _tracing_state() is not None
+        or _profiler_enabled()
     )
 
 
-def plain(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether all are tensors (others: or None) whose numbers lie as they are in the memory of one CPU or GPU.
+def bypasses_dispatcher(x: torch.Tensor, tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """True if nothing would notice that an op of lorafast is called as a plain function.
 
-    No subclass, nothing on meta, and nothing the dispatcher would have to unwrap, negate or fill in first. Under a compiler: no.
+    No observer is active, nothing compiles, and all tensors are plain ones on one CPU or GPU: no
+    subclass, no meta tensor, nothing that the dispatcher would unwrap, negate or fill in first.
     """
-    return signature(x, *others) is not None
-
-
-def signature(x: torch.Tensor, *others: torch.Tensor | None) -> tuple | None:
-    """Of tensors that are plain: x's dtype and width, the others' dtypes and shapes. None if one of them is not."""
+    # One function with everything written out: it runs at every call of a layer.
+    if (
+        not enabled
+        or torch.compiler.is_compiling()
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+        or _profiler_enabled()
+    ):
+        return False
     kind = type(x)
-    if torch.compiler.is_compiling() or (kind is not _Tensor and kind is not _Parameter):
-        return None
-    if x.is_neg() or x._is_zerotensor() or _wrapped(x):
-        return None
-    on_cpu, device = x.is_cpu, x.device
+    if kind is not _Tensor and kind is not _Parameter:
+        return False
+    on_cpu = x.is_cpu
     if not (on_cpu or x.is_cuda):
-        return None
-    seen = [x.dtype, x.shape[-1:]]
-    for t in others:
-        if t is None:
-            seen.append(None)
+        return False
+    if x.is_neg() or x._is_zerotensor() or _functorch_wrapped(x):
+        return False
+    for tensor in tensors:
+        if tensor is None:
             continue
-        kind = type(t)
+        kind = type(tensor)
         if (
             (kind is not _Parameter and kind is not _Tensor)
-            or (not t.is_cpu if on_cpu else t.device != device)
-            or t.is_neg()
-            or t._is_zerotensor()
-            or _wrapped(t)
+            or (not tensor.is_cpu if on_cpu else tensor.device != x.device)
+            or tensor.is_neg()
+            or tensor._is_zerotensor()
+            or _functorch_wrapped(tensor)
         ):
-            return None
-        seen.append(t.dtype)
-        seen.append(t.shape)
-    return tuple(seen)
+            return False
+    return True
+
+
+def transforms_active() -> bool:
+    """True inside a torch.func transform or a forward-mode AD level."""
+    functorch = _transforms_active is not None and _transforms_active()
+    return functorch or getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def has_tangent(tensors: list[torch.Tensor]) -> bool:
+    """True if forward-mode AD follows one of the tensors."""
+    if getattr(forward_ad, "_current_level", 0) < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def functorch_active() -> bool:
+    """True inside a torch.func transform."""
+    return _transforms_active is not None and _transforms_active()
+
+
+def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+# True if one of the tensors given (or None) requires a gradient; a function of C where there is.
+any_requires_grad: Callable[..., bool] = _requires_grad if enabled else _any_requires_grad
+
+
+def _autocast_devices() -> list[str]:
+    return [device for device in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(device)]
+
+
+# True if autocast is on for some device.
+any_autocast: Callable[[], bool] = _any_autocast if enabled else lambda: bool(_autocast_devices())
+
+
+@contextlib.contextmanager
+def _without_autocast():
+    with contextlib.ExitStack() as stack:
+        for device in _autocast_devices():
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def below_autocast() -> contextlib.AbstractContextManager:
+    """A context in which autocast casts nothing: the dtypes of a call are fixed before its op."""
+    return _exclude_keys(_AUTOCAST_KEYS) if enabled else _without_autocast()
+
+
+def below_autograd() -> contextlib.AbstractContextManager:
+    """A context in which autocast casts nothing and autograd records nothing."""
+    if enabled:
+        return _exclude_keys(_AUTOGRAD_KEYS)
+    stack = contextlib.ExitStack()
+    stack.enter_context(_without_autocast())
+    stack.enter_context(torch.no_grad())
+    return stack
+
+
+def dispatch_below_autograd() -> contextlib.AbstractContextManager:
+    """A context in which an op called from its own Autograd kernel reaches the kernel below it.
+
+    torch's own Python code for custom ops relies on the same guard, in every version since 2.0.
+    """
+    return _below_autograd()
+
+
+def function_apply(function: type[torch.autograd.Function]) -> Callable:
+    """Return Function.apply, without its search for functorch transforms where there are none."""
+    return super(torch.autograd.Function, function).apply if enabled else function.apply
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often the tensor has been written in place, as autograd counts it."""
+    return tensor._version
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Return a number that tells the tensor's storage from every other living storage."""
+    storage = tensor.untyped_storage()
+    return getattr(storage, "_cdata", None) or id(storage)
+
+
+def onednn_bias_linear() -> Any:
+    """Return oneDNN's product with a bias, or None if this torch or processor has none in bf16."""
+    mkldnn = torch.backends.mkldnn
+    if not enabled or _mkldnn_enabled is None or not mkldnn.is_available():
+        return None
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if supported is None or not supported():
+        return None
+    return getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+
+
+def onednn_enabled() -> bool:
+    """True if torch may use oneDNN now."""
+    return _mkldnn_enabled is not None and _mkldnn_enabled()
+
+
+def foreach(name: str) -> Callable:
+    """Return torch._foreach_<name>, or a loop over torch.Tensor.<name> where it is missing."""
+    fused = getattr(torch, f"_foreach_{name}", None)
+    if fused is not None and enabled:
+        return fused
+    single = getattr(torch.Tensor, name)
+
+    def loop(tensors: list[torch.Tensor], *arguments: Any, **options: Any) -> list[torch.Tensor]:
+        rows = (
+            [a[i] if isinstance(a, list | tuple) else a for a in arguments]
+            for i in range(len(tensors))
+        )
+        return [single(tensor, *row, **options) for tensor, row in zip(tensors, rows, strict=True)]
+
+    return loop
+
+
+def allocations(profile: Any) -> list[tuple[int, int, int]]:
+    """Return (time in ns, address, bytes; negative where freed) of a profile's allocations."""
+    events = []
+    nodes = list(profile.profiler.kineto_results.experimental_event_tree())
+    while nodes:
+        node = nodes.pop()
+        nodes.extend(node.children)
+        if node.tag.name == "Allocation":
+            fields = node.extra_fields
+            events.append((node.start_time_ns, fields.ptr, fields.alloc_size))
+    return sorted(events)

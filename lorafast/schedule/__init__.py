@@ -1,4 +1,4 @@
-"""Floor 7: schedules that change what trains while it trains. One paper, one file."""
+"""Schedules, which change what trains during training."""
 
 from lorafast.schedule.adalora import AdaLoRA
 from lorafast.schedule.aflora import AFLoRA

@@ -1,17 +1,7 @@
-"""AdaLoRA's budget (arXiv 2303.10512): which triplets all layers together may keep, by how much the loss feels each of them.
-
-    I = |w∘∂w|    Ī ← β₁Ī + (1-β₁)I    Ū ← β₂Ū + (1-β₂)|I - Ī|    s(w) = Ī∘Ū, for every entry w of A [R,K], E [R] and B [N,R]
-    S_i = s(E_i) + mean_j s(A_ij) + mean_j s(B_ji)                 the score of triplet i of a layer
-    b(t) = b₀ up to tinit, then ⌊b_T + (b₀ - b_T)(1 - (t - tinit)/(T - tinit - tfinal))³⌋, and b_T from T - tfinal on
-b₀ is every triplet there is, b_T is target_r a layer, t the number of optimizer steps done. Where a budget is due, every deltaT
-steps, E becomes 0 in the b₀ - b(t) triplets of the lowest scores (and in any whose score is that of the last of them). Until
-T - tfinal such a triplet still has a gradient and may come back; the choice made then is kept, and E put back to 0 at every step.
-The formulas are those of the authors' code and of PEFT; the paper's eq. 12 has another numerator, which leaves b(t) no way to b_T.
-"""
+"""AdaLoRA's budget allocation (arXiv:2303.10512)."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -19,25 +9,73 @@ import torch
 from torch import nn
 
 from lorafast.engine import checks
-from lorafast.engine.problem import accumulator
+from lorafast.engine.precision import accumulator
 from lorafast.methods import adalora
-from lorafast.models.adalora_format import SCHEDULE
-from lorafast.models.module_names import adapted, some, unwrapped
+from lorafast.methods.adapter import is_finite_number
+from lorafast.models.adalora_format import SCHEDULE_ATTRIBUTE
+from lorafast.models.module_names import adapter_layers, format_names, unwrap
 from lorafast.nn.linear import AdapterLinearBase
 
-_PARTS = ("lora_A", "lora_core", "lora_B")
+_TENSORS = ("lora_A", "lora_core", "lora_B")
 _SETTINGS = ("total_steps", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+
+# The averages of one layer, by the names in _TENSORS.
+_Averages = dict[str, torch.Tensor]
 
 
 class AdaLoRA:
-    """Shares one budget of triplets out over every AdaLoRA layer of the model, from all there are down to target_r a layer.
+    """The schedule of AdaLoRA: a budget of triplets for all layers, which shrinks during training.
 
-    step() comes after optimizer.step() and before zero_grad(), whose gradients it reads; like PEFT's update_and_allocate(t) at
-    t = 1, 2, ..., total_steps. Add penalty() to the loss. tinit: steps with every triplet; tfinal: steps with those that are left
-    at the end; deltaT: steps from one budget to the next; beta1, beta2: of the two averages; orth_reg_weight: of penalty().
-    A step with a gradient that is not finite (a GradScaler skips it) is not felt; a gradient that is None counts as 0.
-    Nothing gets smaller before resize(). Raises ValueError or TypeError naming the argument. state_dict as torch's: it holds the
-    averages, two numbers for every one of A, E and B, until the ranks are fixed.
+        I = |w ∘ ∂w|,   Ī ← β₁Ī + (1 - β₁)I,   Ū ← β₂Ū + (1 - β₂)|I - Ī|,   s(w) = Ī ∘ Ū
+        S_i = s(E_i) + mean_j s(A_ij) + mean_j s(B_ji)        the score of triplet i of a layer
+        b(t) = ⌊b_T + (b₀ - b_T)(1 - (t - tinit)/(T - tinit - tfinal))³⌋
+
+    for every element w of A [R, K], E [R] (the core) and B [N, R]. The budget b(t) is b₀, all
+    triplets, up to tinit, and b_T, target_r per layer, from T - tfinal on; t is the number of
+    optimizer steps done. Every deltaT steps E becomes 0 in the b₀ - b(t) triplets of the lowest
+    scores, and in any triplet with the score of the last of them. Until T - tfinal such a triplet
+    still has a gradient and may return; the choice made then is final, and applied at every step.
+
+    Call `step()` after optimizer.step() and before zero_grad(), because it reads the gradients: it
+    is PEFT's update_and_allocate(t) for t = 1, 2, …. Add `penalty()` to the loss. A step with a
+    gradient that is not finite, which a GradScaler skips, does not enter the averages; a gradient
+    that is None counts as 0. No tensor becomes smaller before `resize()`. The schedule holds two
+    averages per element of A, E and B until the ranks are final.
+
+    The formulas are those of the authors' code and of PEFT. Equation 12 of the paper has another
+    numerator, with which b(t) would not reach b_T.
+
+    Args:
+        model: a model with `lorafast.AdaLoRA` adapters in linear layers.
+        total_steps: T, the number of optimizer steps of the run.
+        tinit: steps at the start with all triplets, at least 0.
+        tfinal: steps at the end with the final triplets, at least 0.
+        deltaT: steps from one budget to the next, at least 1.
+        beta1: β₁ of the sensitivity's average, in (0, 1).
+        beta2: β₂ of the uncertainty's average, in (0, 1).
+        orth_reg_weight: the factor of `penalty()`, at least 0.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: the model has no AdaLoRA layer, the layers have fewer triplets than the targets,
+            or an argument is out of range.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 32))
+        lorafast.adapt(model, lorafast.AdaLoRA(r=6, target_r=4))
+        optimizer = torch.optim.AdamW(lorafast.adapter_parameters(model), lr=1e-3)
+        schedule = lorafast.schedule.AdaLoRA(model, total_steps=20, tinit=2, tfinal=5)
+        for _ in range(20):
+            (model(torch.randn(4, 64)).square().mean() + schedule.penalty()).backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        ranks = schedule.resize(optimizer)
+
+    Source:
+        arXiv:2303.10512
     """
 
     paper: ClassVar[str] = "arXiv 2303.10512"
@@ -55,155 +93,185 @@ class AdaLoRA:
         beta2: float = 0.85,
         orth_reg_weight: float = 0.5,
     ) -> None:
-        self._model = unwrapped(model)
-        found = {
-            name: layer
-            for name, layer in adapted(self._model, required=False).items()
-            if isinstance(layer, AdapterLinearBase) and isinstance(layer.adapter, adalora.AdaLoRA)
-        }
-        if not found:
-            raise ValueError(
-                f"model {type(self._model).__name__} has no layer with an AdaLoRA adapter"
-            )
-        self.names, self.layers = list(found), list(found.values())
+        self._model = unwrap(model)
+        found = _find_layers(self._model)
+        self.names = list(found)
+        self.layers = [layer for layer, _ in found.values()]
         self.init_budget = sum(layer.r for layer in self.layers)
-        self.target_budget = sum(layer.adapter.target_r for layer in self.layers)
+        self.target_budget = sum(adapter.target_r for _, adapter in found.values())
         if self.target_budget > self.init_budget:
             raise ValueError(
-                f"target_r of {len(self.layers)} layers makes {self.target_budget} triplets, and they have {self.init_budget}"
+                f"target_r of {len(self.layers)} layers makes {self.target_budget} triplets, "
+                f"and they have {self.init_budget}"
             )
-        self._set(total_steps, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight)
+        self._configure(total_steps, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight)
         self.last_step = 0
-        # Of each layer, by part; empty before the first step and once the ranks are fixed.
-        self._sensitivity: list[dict[str, torch.Tensor]] = [{} for _ in self.layers]
-        self._uncertainty: list[dict[str, torch.Tensor]] = [{} for _ in self.layers]
-        # Of each layer, which triplets the last budget left it.
+        # Per layer; empty before the first step and once the ranks are final.
+        self._sensitivity: list[_Averages] = [{} for _ in self.layers]
+        self._uncertainty: list[_Averages] = [{} for _ in self.layers]
+        # Per layer, a flag for every triplet that the last budget keeps; None before the first.
         self._kept: list[torch.Tensor] | None = None
 
     def budget(self, step: int) -> int:
-        """b(t): how many triplets all layers together may keep after step t."""
+        """Return b(t), the number of triplets of all layers together.
+
+        Args:
+            step: number of steps done, t.
+
+        Returns:
+            A number that falls from init_budget to target_budget.
+        """
         if step <= self.tinit:
             return self.init_budget
-        if step >= self._end:
+        if step >= self._final_step:
             return self.target_budget
-        left = 1 - (step - self.tinit) / (self._end - self.tinit)
-        return int((self.init_budget - self.target_budget) * left**3 + self.target_budget)
+        remaining = 1 - (step - self.tinit) / (self._final_step - self.tinit)
+        return int((self.init_budget - self.target_budget) * remaining**3 + self.target_budget)
 
     @property
     def rank_pattern(self) -> dict[str, list[bool]]:
-        """By layer, which triplets the last budget left it; all of them before the first."""
-        kept = self._kept or [torch.ones(layer.r, dtype=torch.bool) for layer in self.layers]
-        return {name: one.tolist() for name, one in zip(self.names, kept, strict=True)}
+        """A flag per triplet and layer, True for the triplets that the last budget keeps."""
+        return {name: flags.tolist() for name, flags in zip(self.names, self._flags(), strict=True)}
 
     def penalty(self, squared: bool = False) -> torch.Tensor:
-        """orth_reg_weight · the mean of ‖AAᵀ - I‖ and ‖BᵀB - I‖ (Frobenius) over all layers, as the authors' code and PEFT have it.
+        """Return the regularization term that keeps A and B close to orthogonal.
 
-        squared=True: orth_reg_weight · the sum of the norms' squares, the paper's eq. 4. In fp32 (fp64 for fp64), autocast or not.
+        Args:
+            squared: False for orth_reg_weight times the mean of ‖AAᵀ - I‖ and ‖BᵀB - I‖ (Frobenius)
+                over all layers, as in the authors' code and PEFT; True for orth_reg_weight times
+                the sum of the squared norms, as in the paper's equation 4.
+
+        Returns:
+            A scalar tensor with a graph, in fp32 (fp64 for fp64 factors), under autocast too.
         """
         terms = [
-            self._distance(M, squared)
+            _orthogonality_error(matrix, squared)
             for layer in self.layers
-            for M in (layer.lora_A, layer.lora_B.t())
+            for matrix in (layer.lora_A, layer.lora_B.t())
         ]
-        together = torch.stack([term.to(terms[0]) for term in terms])
-        return self.orth_reg_weight * (together.sum() if squared else together.mean())
+        stacked = torch.stack([term.to(terms[0]) for term in terms])
+        return self.orth_reg_weight * (stacked.sum() if squared else stacked.mean())
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take in the gradients of this step, and give triplets up if a budget is due."""
+        """Update the averages with the gradients of this step, and apply the budget if it is due.
+
+        Raises:
+            NotImplementedError: a factor is sharded.
+            RuntimeError: no adapter tensor has a gradient.
+        """
         if hasattr(self.layers[0].lora_A, "full_tensor"):
             raise NotImplementedError(
-                f"{self.names[0]}.lora_A is a sharded DTensor: AdaLoRA ranks the entries of whole ones"
+                f"{self.names[0]}.lora_A is a sharded DTensor: "
+                "AdaLoRA ranks the entries of whole ones"
             )
-        t = self.last_step + 1
-        if t < self._end:
-            self._refuse_without_gradients()
-            self._feel()
-        if t == self._end or (self.tinit < t < self._end and t % self.deltaT == 0):
-            self._kept = self._chosen(self.init_budget - self.budget(t))
+        t, final = self.last_step + 1, self._final_step
+        if t < final:
+            self._check_gradients()
+            self._update_averages()
+        if t == final or (self.tinit < t < final and t % self.deltaT == 0):
+            self._kept = self._choose_triplets(self.init_budget - self.budget(t))
             self._mask()
-        elif t > self._end:
+        elif t > final:
             self._mask()
-        if t == self._end:
-            self._forget()
+        if t == final:
+            self._sensitivity = [{} for _ in self.layers]
+            self._uncertainty = [{} for _ in self.layers]
         self.last_step = t
 
     @torch.no_grad()
     def resize(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
-        """Drop what no budget left: layer.r becomes the number of triplets a layer keeps, and s stays. Returns r by layer.
+        """Remove the triplets that are out of the budget from every layer.
 
-        Outputs are the same to within the rounding of sums that have lost terms of 0. A layer that keeps none holds on to one, its
-        E put back to 0 by every later step(). Once the ranks are fixed only: RuntimeError before, or if a layer is merged.
-        The smaller Parameters are new ones. optimizer: is given them in the old ones' places, with as much of what it remembers;
-        any other optimizer must be made anew, since it would go on with Parameters that no layer has, and so must DDP. An older
-        state dict fits no more; a file of save_adapter says its own ranks.
+        layer.r becomes the number of kept triplets; s does not change. Outputs are equal up to the
+        rounding of sums without terms of 0. A layer without a kept triplet retains one, whose E
+        every later `step()` sets to 0.
+
+        The smaller Parameters are new objects. Any optimizer that is not passed, and DDP, must be
+        created again, because they refer to the old ones. An earlier state dict of the model no
+        longer loads; a file of `lorafast.save_adapter` records its ranks.
+
+        Args:
+            optimizer: an optimizer of the model. It gets the new Parameters in place of the old
+                ones, with the state of the kept triplets.
+
+        Returns:
+            The new rank by layer name.
+
+        Raises:
+            RuntimeError: the ranks are not final yet, or a layer is merged.
         """
-        if self.last_step < self._end:
+        if self.last_step < self._final_step:
             raise RuntimeError(
-                f"the ranks are fixed after step {self._end}: resize() after {self.last_step} is too early"
+                f"the ranks are fixed after step {self._final_step}: "
+                f"resize() after {self.last_step} is too early"
             )
         for layer in self.layers:
             layer._refuse_if_merged("resize()")
-        for i, (layer, kept) in enumerate(zip(self.layers, self._kept, strict=True)):
-            left = (
-                kept.nonzero().flatten()
-                if kept.any()
-                else torch.zeros(1, dtype=torch.long, device=kept.device)
-            )
-            self._kept[i] = kept[left]
-            if len(left) < layer.r:
-                _shrink(layer, left, optimizer)
+        kept = self._flags()
+        for i, layer in enumerate(self.layers):
+            indices = kept[i].nonzero().flatten()
+            if not len(indices):
+                indices = torch.zeros(1, dtype=torch.long, device=kept[i].device)
+            kept[i] = kept[i][indices]
+            if len(indices) < layer.r:
+                _select_triplets(layer, indices, optimizer)
+        self._kept = kept
         self.init_budget = sum(layer.r for layer in self.layers)
         return {name: layer.r for name, layer in zip(self.names, self.layers, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count, settings, and by layer the averages and what the last budget left."""
-        state = {"last_step": self.last_step} | {name: getattr(self, name) for name in _SETTINGS}
-        held = zip(
-            self.names,
-            self._sensitivity,
-            self._uncertainty,
-            self._kept or [None] * len(self.layers),
-            strict=True,
-        )
+        """Return the state of the schedule.
+
+        Returns:
+            "last_step", the settings, and "layers": by layer name the averages "sensitivity" and
+            "uncertainty" and the flags "kept" of the last budget.
+        """
+        state: dict[str, Any] = {"last_step": self.last_step}
+        state |= {name: getattr(self, name) for name in _SETTINGS}
         state["layers"] = {
             name: {
-                "sensitivity": {part: tensor.clone() for part, tensor in sensitivity.items()},
-                "uncertainty": {part: tensor.clone() for part, tensor in uncertainty.items()},
-                "kept": None if kept is None else kept.clone(),
+                "sensitivity": _clone(self._sensitivity[i]),
+                "uncertainty": _clone(self._uncertainty[i]),
+                "kept": None if self._kept is None else self._kept[i].clone(),
             }
-            for name, sensitivity, uncertainty, kept in held
+            for i, name in enumerate(self.names)
         }
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved schedule. The model's state may be loaded before or after.
+        """Restore a saved schedule, before or after the model's state is loaded.
 
-        ValueError, and nothing changes, if it is of another model, of other ranks, or lacks the averages (or the choice, once that
-        is made) of its step.
+        Args:
+            state: a result of `state_dict`.
+
+        Raises:
+            ValueError: the state is of another model or of other ranks, or lacks the averages or
+                the flags of its step. Nothing has changed then.
         """
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"state {sorted(state)} must hold {sorted(self.state_dict())}")
         if state["layers"].keys() != set(self.names):
             raise ValueError(
-                f"state is of the layers {some(state['layers'])}, the model has {some(self.names)}"
+                f"state is of the layers {format_names(state['layers'])}, "
+                f"the model has {format_names(self.names)}"
             )
         step = state["last_step"]
         checks.whole("last_step", step, 0)
         settings = {name: state[name] for name in _SETTINGS}
-        end = _checked(**settings)
+        final_step = _check_settings(**settings)
         loaded = [
-            _loaded(name, layer, state["layers"][name], step, end)
+            _load_layer(name, layer, state["layers"][name], step, final_step)
             for name, layer in zip(self.names, self.layers, strict=True)
         ]
-        self._set(**settings)
+        self._configure(**settings)
         self.last_step = step
-        self._sensitivity, self._uncertainty, kept = (
-            list(column) for column in zip(*loaded, strict=True)
-        )
-        self._kept = None if any(one is None for one in kept) else kept
+        self._sensitivity = [sensitivity for sensitivity, _, _ in loaded]
+        self._uncertainty = [uncertainty for _, uncertainty, _ in loaded]
+        kept = [flags for _, _, flags in loaded if flags is not None]
+        self._kept = kept if len(kept) == len(loaded) else None
 
-    def _set(
+    def _configure(
         self,
         total_steps: int,
         tinit: int,
@@ -213,84 +281,85 @@ class AdaLoRA:
         beta2: float,
         orth_reg_weight: float,
     ) -> None:
-        self._end = _checked(total_steps, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight)
+        self._final_step = _check_settings(
+            total_steps, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight
+        )
         self.total_steps, self.tinit, self.tfinal, self.deltaT = total_steps, tinit, tfinal, deltaT
         self.beta1, self.beta2, self.orth_reg_weight = beta1, beta2, orth_reg_weight
-        # For PEFT, which has these in an adapter's config.
-        self._model.__dict__[SCHEDULE] = {"total_step": total_steps} | {
-            name: getattr(self, name) for name in _SETTINGS[1:]
-        }
+        # For adapter files: PEFT has these settings in an adapter's config.
+        config = {name: getattr(self, name) for name in _SETTINGS if name != "total_steps"}
+        self._model.__dict__[SCHEDULE_ATTRIBUTE] = {"total_step": total_steps} | config
 
-    @staticmethod
-    def _distance(M: torch.Tensor, squared: bool) -> torch.Tensor:
-        with torch.autocast(M.device.type, enabled=False):
-            M = M.to(accumulator(M.dtype))
-            off = M @ M.t() - torch.eye(M.shape[0], dtype=M.dtype, device=M.device)
-            return off.square().sum() if squared else torch.linalg.matrix_norm(off)
+    def _flags(self) -> list[torch.Tensor]:
+        """Return the flags of every layer's triplets; all are True before the first budget."""
+        if self._kept is not None:
+            return list(self._kept)
+        return [torch.ones(layer.r, dtype=torch.bool) for layer in self.layers]
 
-    def _refuse_without_gradients(self) -> None:
-        if all(getattr(layer, part).grad is None for layer in self.layers for part in _PARTS):
+    def _check_gradients(self) -> None:
+        tensors = [getattr(layer, name) for layer in self.layers for name in _TENSORS]
+        if all(tensor.grad is None for tensor in tensors):
             raise RuntimeError(
-                f"{self.names[0]}.lora_A {tuple(self.layers[0].lora_A.shape)} has no gradient, nor has any other part: "
+                f"{self.names[0]}.lora_A {tuple(self.layers[0].lora_A.shape)} has no gradient, "
+                "nor has any other part: "
                 "step() comes after backward() and optimizer.step(), before zero_grad()"
             )
 
-    def _feel(self) -> None:
-        """Take this step's gradients into the averages: a dozen calls for all layers together."""
-        parts = [getattr(layer, part) for layer in self.layers for part in _PARTS]
-        wide = [w.to(accumulator(w.dtype)) for w in parts]
-        for averages in (self._sensitivity, self._uncertainty):
-            if not averages[0]:
-                averages[:] = [
-                    {
-                        part: torch.zeros_like(w)
-                        for part, w in zip(_PARTS, wide[i : i + len(_PARTS)], strict=True)
-                    }
-                    for i in range(0, len(wide), len(_PARTS))
-                ]
+    def _update_averages(self) -> None:
+        """Update Ī and Ū with the gradients of this step: a dozen calls for all layers together."""
+        tensors = [getattr(layer, name) for layer in self.layers for name in _TENSORS]
+        values = [w.to(accumulator(w.dtype)) for w in tensors]
         grads = [
-            torch.zeros_like(w) if held.grad is None else held.grad.to(w.dtype)
-            for held, w in zip(parts, wide, strict=True)
+            torch.zeros_like(value) if w.grad is None else w.grad.to(value.dtype)
+            for w, value in zip(tensors, values, strict=True)
         ]
-        now = torch._foreach_mul(wide, grads)
-        torch._foreach_abs_(now)
-        norms = torch._foreach_norm(now, 1)
+        mean = _all_averages(self._sensitivity, values)
+        spread = _all_averages(self._uncertainty, values)
+        current = list(torch._foreach_mul(values, grads))
+        torch._foreach_abs_(current)
+        norms = torch._foreach_norm(current, 1)
         if not torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all():
             return
-        mean, spread = (
-            [one[part] for one in averages for part in _PARTS]
-            for averages in (self._sensitivity, self._uncertainty)
-        )
         torch._foreach_mul_(mean, self.beta1)
-        torch._foreach_add_(mean, now, alpha=1 - self.beta1)
-        torch._foreach_sub_(now, mean)
-        torch._foreach_abs_(now)
+        torch._foreach_add_(mean, current, alpha=1 - self.beta1)
+        torch._foreach_sub_(current, mean)
+        torch._foreach_abs_(current)
         torch._foreach_mul_(spread, self.beta2)
-        torch._foreach_add_(spread, now, alpha=1 - self.beta2)
+        torch._foreach_add_(spread, current, alpha=1 - self.beta2)
 
     def _scores(self, i: int) -> torch.Tensor:
-        """S [R] of one layer."""
-        A, E, B = (self._sensitivity[i][part] * self._uncertainty[i][part] for part in _PARTS)
+        """Return the scores S [R] of layer i."""
+        A, E, B = (self._sensitivity[i][name] * self._uncertainty[i][name] for name in _TENSORS)
         return E + A.mean(1) + B.mean(0)
 
-    def _chosen(self, out: int) -> list[torch.Tensor]:
-        """Of each layer, which triplets stay when `out` of all have to go."""
+    def _choose_triplets(self, count: int) -> list[torch.Tensor]:
+        """Return the flags of the triplets that stay when `count` of all must go."""
         scores = [self._scores(i) for i in range(len(self.layers))]
-        # Less than none where a run begins again after a resize that ties have left below b_T.
-        if out <= 0:
+        # count is negative in a second run after a resize in which ties left fewer than b_T.
+        if count <= 0:
             return [torch.ones_like(score, dtype=torch.bool) for score in scores]
-        threshold = torch.cat([score.to(scores[0].device) for score in scores]).kthvalue(out).values
+        all_scores = torch.cat([score.to(scores[0].device) for score in scores])
+        threshold = all_scores.kthvalue(count).values
         return [score > threshold.to(score.device) for score in scores]
 
     def _mask(self) -> None:
-        for layer, kept in zip(self.layers, self._kept, strict=True):
-            layer.lora_core.masked_fill_(~kept, 0.0)
-
-    def _forget(self) -> None:
-        self._sensitivity, self._uncertainty = ([{} for _ in self.layers] for _ in range(2))
+        for layer, flags in zip(self.layers, self._flags(), strict=True):
+            _core(layer).masked_fill_(~flags, 0.0)
 
 
-def _checked(
+def _find_layers(model: nn.Module) -> dict[str, tuple[AdapterLinearBase, adalora.AdaLoRA]]:
+    """Return the AdaLoRA layers of the model with their adapters. ValueError if there is none."""
+    found: dict[str, tuple[AdapterLinearBase, adalora.AdaLoRA]] = {}
+    for name, layer in adapter_layers(model, required=False).items():
+        adapter = layer.adapter
+        if isinstance(layer, AdapterLinearBase) and isinstance(adapter, adalora.AdaLoRA):
+            found[name] = (layer, adapter)
+    if not found:
+        raise ValueError(f"model {type(model).__name__} has no layer with an AdaLoRA adapter")
+    return found
+
+
+def _check_settings(
     total_steps: int,
     tinit: int,
     tfinal: int,
@@ -299,87 +368,131 @@ def _checked(
     beta2: float,
     orth_reg_weight: float,
 ) -> int:
-    """The step whose choice is kept, of settings that can be."""
-    for name, value, least in (
-        ("total_steps", total_steps, 1),
-        ("tinit", tinit, 0),
-        ("tfinal", tfinal, 0),
-        ("deltaT", deltaT, 1),
-    ):
-        checks.whole(name, value, least)
-    for name, value in (("beta1", beta1), ("beta2", beta2)):
-        if not isinstance(value, int | float) or not 0 < value < 1:
-            raise ValueError(f"{name}={value!r} must be a number in (0, 1)")
-    weight = orth_reg_weight
-    if (
-        isinstance(weight, bool)
-        or not isinstance(weight, int | float)
-        or not 0 <= weight < math.inf
-    ):
-        raise ValueError(f"orth_reg_weight={weight!r} must be a finite number of at least 0")
-    # The last choice rests on the gradients of the steps before it: there must be one.
+    """Return the step whose choice of triplets is final. ValueError for a bad setting."""
+    checks.whole("total_steps", total_steps)
+    checks.whole("tinit", tinit, 0)
+    checks.whole("tfinal", tfinal, 0)
+    checks.whole("deltaT", deltaT)
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not isinstance(beta, int | float) or not 0 < beta < 1:
+            raise ValueError(f"{name}={beta!r} must be a number in (0, 1)")
+    if not is_finite_number(orth_reg_weight) or orth_reg_weight < 0:
+        raise ValueError(
+            f"orth_reg_weight={orth_reg_weight!r} must be a finite number of at least 0"
+        )
+    # The final choice depends on the gradients of earlier steps: there must be one.
     if total_steps - tfinal <= max(tinit, 1):
         raise ValueError(
-            f"tinit={tinit} and tfinal={tfinal} leave no step of total_steps={total_steps} to share a budget out in"
+            f"tinit={tinit} and tfinal={tfinal} leave no step of total_steps={total_steps} "
+            "to share a budget out in"
         )
     return total_steps - tfinal
 
 
-def _loaded(
-    name: str, layer: AdapterLinearBase, held: dict[str, Any], step: int, end: int
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor | None]:
-    """One layer's share of a state, copied to where its parts are. ValueError if it cannot be that of this step."""
+def _orthogonality_error(matrix: torch.Tensor, squared: bool) -> torch.Tensor:
+    with torch.autocast(matrix.device.type, enabled=False):
+        matrix = matrix.to(accumulator(matrix.dtype))
+        identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+        error = matrix @ matrix.t() - identity
+        return error.square().sum() if squared else torch.linalg.matrix_norm(error)
+
+
+def _all_averages(averages: list[_Averages], values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the averages of all layers as one list, in the order of values; zeros at first."""
+    if not averages[0]:
+        size = len(_TENSORS)
+        for i in range(len(averages)):
+            of_layer = zip(_TENSORS, values[i * size : (i + 1) * size], strict=True)
+            averages[i] = {name: torch.zeros_like(value) for name, value in of_layer}
+    return [of_layer[name] for of_layer in averages for name in _TENSORS]
+
+
+def _core(layer: AdapterLinearBase) -> nn.Parameter:
+    assert layer.core is not None
+    return layer.core
+
+
+def _clone(averages: _Averages) -> _Averages:
+    return {name: tensor.clone() for name, tensor in averages.items()}
+
+
+def _load_layer(
+    name: str, layer: AdapterLinearBase, state: dict[str, Any], step: int, final_step: int
+) -> tuple[_Averages, _Averages, torch.Tensor | None]:
+    """Return the averages and flags of one layer from a state, on the devices of its tensors.
+
+    Raises:
+        ValueError: they cannot be those of this layer after this step.
+    """
     if step == 0:
         return {}, {}, None
-    averages = []
-    for what in ("sensitivity", "uncertainty"):
-        given = held[what]
-        if given.keys() != (set(_PARTS) if step < end else set()):
-            raise ValueError(
-                f"state: {name} has the {what} of {sorted(given) or 'nothing'} after step {step} of {end}"
-            )
-        for part, tensor in given.items():
-            _refuse_shape(f"{name}: {what} of {part}", tensor, getattr(layer, part))
-        averages.append(
-            {part: _beside(getattr(layer, part), tensor) for part, tensor in given.items()}
-        )
-    kept = held["kept"]
-    if kept is None and step >= end:
+    sensitivity, uncertainty = (
+        _load_averages(name, layer, state, kind, step, final_step)
+        for kind in ("sensitivity", "uncertainty")
+    )
+    kept = state["kept"]
+    if kept is None and step >= final_step:
         raise ValueError(
-            f"state: {name} has not what it keeps, which is fixed after step {end}, and this is step {step}"
+            f"state: {name} has not what it keeps, which is fixed after step {final_step}, "
+            f"and this is step {step}"
         )
     if kept is not None:
-        _refuse_shape(f"{name}: kept", kept, layer.lora_core)
-        kept = kept.to(layer.lora_core.device, torch.bool, copy=True)
-    return *averages, kept
+        core = _core(layer)
+        _check_shape(f"{name}: kept", kept, core)
+        kept = kept.to(core.device, torch.bool, copy=True)
+    return sensitivity, uncertainty, kept
 
 
-def _refuse_shape(what: str, given: torch.Tensor, part: torch.Tensor) -> None:
-    if given.shape != part.shape:
+def _load_averages(
+    name: str,
+    layer: AdapterLinearBase,
+    state: dict[str, Any],
+    kind: str,
+    step: int,
+    final_step: int,
+) -> _Averages:
+    saved = state[kind]
+    if saved.keys() != (set(_TENSORS) if step < final_step else set()):
         raise ValueError(
-            f"state: {what} {tuple(given.shape)} must be {tuple(part.shape)} for this model"
+            f"state: {name} has the {kind} of {sorted(saved) or 'nothing'} "
+            f"after step {step} of {final_step}"
+        )
+    averages = {}
+    for key, average in saved.items():
+        tensor = getattr(layer, key)
+        _check_shape(f"{name}: {kind} of {key}", average, tensor)
+        dtype = accumulator(tensor.dtype)
+        averages[key] = average.detach().to(tensor.device, dtype, copy=True)
+    return averages
+
+
+def _check_shape(name: str, value: torch.Tensor, tensor: torch.Tensor) -> None:
+    if value.shape != tensor.shape:
+        raise ValueError(
+            f"state: {name} {tuple(value.shape)} must be {tuple(tensor.shape)} for this model"
         )
 
 
-def _beside(part: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to(part.device, accumulator(part.dtype), copy=True)
-
-
-def _shrink(
-    layer: AdapterLinearBase, left: torch.Tensor, optimizer: torch.optim.Optimizer | None
+def _select_triplets(
+    layer: AdapterLinearBase, indices: torch.Tensor, optimizer: torch.optim.Optimizer | None
 ) -> None:
-    """Leave a layer the triplets of these indices, and an optimizer what it remembers of them."""
-    for part in _PARTS:
-        old, at = getattr(layer, part), 1 if part == "lora_B" else 0
-        new = nn.Parameter(old.detach().index_select(at, left), requires_grad=old.requires_grad)
-        setattr(layer, part, new)
-        if optimizer is not None:
-            for group in optimizer.param_groups:
-                group["params"] = [new if one is old else one for one in group["params"]]
-            optimizer.state[new] = {
-                name: held.index_select(at, left)
-                if isinstance(held, torch.Tensor) and held.shape == old.shape
-                else held
-                for name, held in optimizer.state.pop(old, {}).items()
-            }
-    layer.adapter = replace(layer.adapter, r=len(left))
+    """Reduce a layer to the triplets of these indices, and an optimizer's state of them too."""
+    for name in _TENSORS:
+        old, axis = getattr(layer, name), 1 if name == "lora_B" else 0
+        new = nn.Parameter(
+            old.detach().index_select(axis, indices), requires_grad=old.requires_grad
+        )
+        setattr(layer, name, new)
+        if optimizer is None:
+            continue
+        for group in optimizer.param_groups:
+            group["params"] = [
+                new if parameter is old else parameter for parameter in group["params"]
+            ]
+        optimizer.state[new] = {
+            key: value.index_select(axis, indices)
+            if isinstance(value, torch.Tensor) and value.shape == old.shape
+            else value
+            for key, value in optimizer.state.pop(old, {}).items()
+        }
+    layer.adapter = replace(layer.adapter, r=len(indices))

@@ -1,79 +1,137 @@
-"""LaMDA's gradual freezing of the way up (arXiv 2406.12832): columns of B freeze in order, largest singular value first.
-
-    frozen(t) = min(R, ⌊R·t / (fraction·T)⌋) after step t of T; once all are frozen only the R×R core trains.
-The exact formula is not in the paper's reachable text; fraction 0.3 and the order are those of the authors' code.
-"""
+"""LaMDA's gradual freezing of B (arXiv:2406.12832)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
 from lorafast.engine import checks
 from lorafast.methods.lamda import LaMDA
+from lorafast.models.module_names import require_module
 from lorafast.nn.linear import Linear
 
 
 class LaMDAFreeze:
-    """Freezes lora_B of every LaMDA layer of the model, column by column, over `fraction` of total_steps.
+    """The schedule of LaMDA: the columns of lora_B freeze one after the other.
 
-    step() comes after optimizer.step() and before zero_grad(). A frozen column stays bitwise constant whatever the optimizer's
-    momentum or weight decay does to it, since each step() writes it back; its gradient is exactly 0 and no longer computed. While
-    columns freeze one by one their values are kept once more; when all are, lora_B.requires_grad is False and the copy is gone
-    (in a process group both stay, because DDP waits for the gradients it was built with).
-    group: how many columns freeze at a time. Under torch.compile every change recompiles, and dynamo gives up after its
-    recompile_limit (8): take r/4 there, or set torch._dynamo.config.allow_unspec_int_on_nn_module = True, which needs 3 graphs.
+        frozen(t) = min(R, ⌊R·t / (fraction·T)⌋)        after step t of T = total_steps
+
+    Columns freeze in index order, which is the order of the singular values, largest first. Once
+    all R are frozen, only the R×R core trains. Call `step()` after optimizer.step() and before
+    zero_grad().
+
+    A frozen column stays constant bit for bit: `step()` undoes what momentum or weight decay did to
+    it. Its gradient is 0 and is not computed. While some columns train, the values of the frozen
+    ones are stored once more. When all are frozen, lora_B.requires_grad is False and the copy is
+    deleted; in a process group both stay, because DDP waits for every gradient that it was built
+    with.
+
+    The exact formula could not be checked against the paper's text; fraction = 0.3 and the order
+    are those of the authors' code.
+
+    Args:
+        model: a model with LaMDA adapters in `lorafast.Linear` layers.
+        total_steps: T, the number of optimizer steps of the run, at least 1.
+        fraction: the share of the run in (0, 1] after which all columns are frozen.
+        group: number of columns that freeze at a time, at least 1. Under torch.compile every change
+            compiles again, up to dynamo's recompile_limit of 8: choose r/4 there, or set
+            torch._dynamo.config.allow_unspec_int_on_nn_module = True, which needs 3 graphs.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: the model has no LaMDA layer, or an argument is out of range.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        lorafast.adapt(model, lorafast.LaMDA(r=4))
+        optimizer = torch.optim.AdamW(lorafast.adapter_parameters(model), lr=1e-3)
+        schedule = lorafast.schedule.LaMDAFreeze(model, total_steps=10)
+        for _ in range(10):
+            model(torch.randn(4, 64)).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+    Source:
+        arXiv:2406.12832
     """
 
     def __init__(
         self, model: nn.Module, total_steps: int, fraction: float = 0.3, group: int = 1
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        require_module(model)
         self.layers = [
-            m for m in model.modules() if isinstance(m, Linear) and isinstance(m.adapter, LaMDA)
+            module
+            for module in model.modules()
+            if isinstance(module, Linear) and isinstance(module.adapter, LaMDA)
         ]
         if not self.layers:
             raise ValueError(
                 f"model {type(model).__name__} has no lorafast.Linear with a LaMDA adapter"
             )
-        self._set(0, total_steps, fraction, group)
+        self._configure(0, total_steps, fraction, group)
 
     def frozen_columns(self, r: int, step: int) -> int:
-        """How many of r columns are frozen once `step` steps are done."""
+        """Return how many columns of a layer are frozen.
+
+        Args:
+            r: the rank of the layer.
+            step: number of steps done.
+
+        Returns:
+            A number in 0…r, a multiple of `group` while it is below r.
+        """
+        # The constant absorbs the rounding of the quotient at whole numbers.
         due = min(r, int(r * step / (self.fraction * self.total_steps) + 1e-9))
         return due if due == r else due - due % self.group
 
     def step(self) -> None:
-        """Write frozen columns back, then freeze those that are due."""
+        """Restore the frozen columns, then freeze those that are due."""
         for layer in self.layers:
             layer.restore_columns()
         self.last_step += 1
         self._freeze()
 
-    def state_dict(self) -> dict[str, float]:
-        """The step count and settings; the frozen values themselves are in the model's state."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps done and the settings.
+
+        Returns:
+            "last_step", "total_steps", "fraction" and "group". The frozen values are in the model's
+            state dict.
+        """
         return {
-            name: getattr(self, name) for name in ("last_step", "total_steps", "fraction", "group")
+            "last_step": self.last_step,
+            "total_steps": self.total_steps,
+            "fraction": self.fraction,
+            "group": self.group,
         }
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a saved schedule. The model's state may be loaded before or after: what is frozen is frozen at its values."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a saved schedule, before or after the model's state is loaded.
+
+        Columns are frozen at the values that they have then.
+
+        Args:
+            state: a result of `state_dict`.
+
+        Raises:
+            ValueError: the keys are others, or a setting is out of range.
+        """
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"state {sorted(state)} must hold {sorted(self.state_dict())}")
-        self._set(**state)
+        self._configure(**state)
         self._freeze()
 
-    def _set(self, last_step: int, total_steps: int, fraction: float, group: int) -> None:
-        for name, value in (("total_steps", total_steps), ("group", group)):
-            checks.whole(name, value)
+    def _configure(self, last_step: int, total_steps: int, fraction: float, group: int) -> None:
+        checks.whole("total_steps", total_steps)
+        checks.whole("group", group)
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ValueError(f"fraction={fraction!r} must be a number in (0, 1]")
-        self.last_step, self.total_steps, self.fraction, self.group = (
-            last_step,
-            total_steps,
-            fraction,
-            group,
-        )
+        self.last_step, self.total_steps = last_step, total_steps
+        self.fraction, self.group = fraction, group
 
     def _freeze(self) -> None:
         for layer in self.layers:

@@ -1,9 +1,4 @@
-"""LISA (arXiv 2403.17919): whole weights train, of a few blocks at a time, drawn anew again and again.
-
-    every `every` steps: all blocks freeze, and `active` of them, uniformly and without replacement, train; the rest of the model
-    (embeddings, final norm, head) always does
-Saved for backward: what torch saves for the blocks that train. A block that does not, below one that does, still passes dx on.
-"""
+"""LISA, layerwise importance sampled AdamW (arXiv:2403.17919)."""
 
 from __future__ import annotations
 
@@ -16,23 +11,60 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lorafast.engine import checks
-from lorafast.models.module_names import near, unwrapped
+from lorafast.models.module_names import similar_names, unwrap
 from lorafast.nn.adapter_layer import AdapterLayer
-
-_COUNTS = ("last_step", "active", "every")
 
 
 class LISA:
-    """Lets `active` of the blocks in the nn.ModuleList `layers` of a plain model train, others every `every` steps.
+    """LISA: the schedule that trains the whole weights of a few blocks at a time.
 
-    The first are drawn here; then step() comes after optimizer.step() and before zero_grad(). Build the optimizer over all of
-    model.parameters(), whatever their requires_grad is: blocks that rest have no gradient, and optimizers pass them over.
-    seed: of a generator of its own; None draws one from torch's. optimizer: forget its states of blocks that come to rest, as a
-    run with a new optimizer each time would; None keeps them, for when the block's turn comes again, as the authors' code does.
-    What in a block was frozen before stays so, and nothing outside the blocks is touched. close(), or the end of a with statement,
-    lets all train again. In a process group wrap the model first, in DistributedDataParallel(model, find_unused_parameters=True).
-    ValueError, and no change, if a trained parameter of a block is also another block's, or is tied to one outside the blocks (it
-    would have to train and rest at once), and for blocks with a lorafast adapter, whose weights do not train.
+    After every `every` steps all blocks freeze, and `active` of them, drawn uniformly without
+    replacement, train. The rest of the model (embeddings, final norm, head) always trains. Saved
+    for backward: what torch saves for the blocks that train; a frozen block below one that trains
+    still computes dx.
+
+    The first blocks are drawn by the constructor. Call `step()` after optimizer.step() and before
+    zero_grad(), and build the optimizer over all of model.parameters(): frozen blocks have no
+    gradient, and an optimizer skips them. Parameters of a block that were frozen before stay
+    frozen, and nothing outside the blocks is changed. `close()`, or the end of a with statement,
+    lets all blocks train again.
+
+    In a process group, wrap the model first, in DistributedDataParallel(model,
+    find_unused_parameters=True), and pass the same seed on every rank.
+
+    Args:
+        model: a model without adapters in its blocks.
+        layers: the name of the nn.ModuleList that holds the blocks.
+        active: number of blocks that train at a time, at least 1.
+        every: number of steps from one draw to the next, at least 1.
+        seed: seed of the schedule's own generator; None draws one from torch's generator.
+        optimizer: None to keep the optimizer's state of frozen blocks for their next turn, as the
+            authors' code does; an optimizer to delete its state of blocks when they freeze, as a
+            run with a new optimizer per draw would.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: an argument is out of range, `layers` names no nn.ModuleList with blocks, a
+            block has an adapter, two blocks or a block and the rest share a parameter that trains,
+            no parameter of the blocks trains, the optimizer lacks some of them, or the model is not
+            prepared for a process group. Nothing has changed then.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Module()
+        model.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        schedule = lorafast.schedule.LISA(model, layers="layers", active=2, every=20)
+        x = torch.randn(4, 16)
+        for block in model.layers:
+            x = block(x)
+        x.square().mean().backward()
+        optimizer.step()
+        schedule.step()
+
+    Source:
+        arXiv:2403.17919
     """
 
     paper: ClassVar[str] = "arXiv 2403.17919"
@@ -48,88 +80,113 @@ class LISA:
         seed: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        inner = unwrapped(model)
-        _refuse_group(model, seed)
-        blocks = _blocks(inner, layers)
-        self._trained = [
+        inner = unwrap(model)
+        _check_process_group(model, seed)
+        blocks = _find_blocks(inner, layers)
+        self._block_parameters = [
             [parameter for parameter in block.parameters() if parameter.requires_grad]
             for block in blocks
         ]
-        _refuse_shared(inner, layers, self._trained)
+        _check_not_shared(inner, layers, self._block_parameters)
         if optimizer is not None:
-            _refuse_incomplete(optimizer, layers, self._trained)
+            _check_optimizer(optimizer, layers, self._block_parameters)
         self._optimizer = optimizer
-        self._set(0, active, every)
+        self._configure(0, active, every)
         if seed is None:
             seed = int(torch.randint(1 << 62, ()))
         self._generator = torch.Generator().manual_seed(seed)
+        # The indices of the blocks that train.
         self.chosen: tuple[int, ...] = ()
         self._closed = False
-        self._apply(self._draw())
+        self._activate(self._draw())
 
     def step(self) -> None:
-        """Count a step; after each `every`, other blocks. RuntimeError once closed."""
-        self._refuse_closed()
+        """Count a step, and draw other blocks after every `every` steps.
+
+        Raises:
+            RuntimeError: the schedule is closed.
+        """
+        self._check_open()
         self.last_step += 1
         if self.last_step % self.every == 0:
-            self._apply(self._draw())
+            self._activate(self._draw())
 
     def close(self) -> None:
-        """Let all blocks train again."""
+        """Let all blocks train again. Further calls do nothing."""
         if not self._closed:
-            for parameter in _all(self._trained):
+            for parameter in _flatten(self._block_parameters):
                 parameter.requires_grad_(True)
         self._closed = True
 
     def __enter__(self) -> LISA:
-        self._refuse_closed()
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count, the settings, how many blocks there are, which train now, and the generator's state."""
-        told = {name: getattr(self, name) for name in _COUNTS}
-        return told | {
-            "blocks": len(self._trained),
+        """Return the state of the schedule.
+
+        Returns:
+            "last_step", "active", "every", "blocks" (how many there are), "chosen" (the indices of
+            those that train) and "generator" (the generator's state).
+        """
+        return {
+            "last_step": self.last_step,
+            "active": self.active,
+            "every": self.every,
+            "blocks": len(self._block_parameters),
             "chosen": list(self.chosen),
             "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved schedule: the blocks that trained then train now. ValueError, and no change, if it is none of ours."""
-        self._refuse_closed()
-        if state.keys() != (own := self.state_dict()).keys():
-            raise ValueError(f"state {sorted(state)} must hold {sorted(own)}")
-        if state["blocks"] != own["blocks"]:
+        """Restore a saved schedule: the blocks that trained then train now.
+
+        Args:
+            state: a result of `state_dict`.
+
+        Raises:
+            RuntimeError: the schedule is closed.
+            ValueError: the state is not one of this model. Nothing has changed then.
+        """
+        self._check_open()
+        expected = self.state_dict()
+        if state.keys() != expected.keys():
+            raise ValueError(f"state {sorted(state)} must hold {sorted(expected)}")
+        blocks = expected["blocks"]
+        if state["blocks"] != blocks:
             raise ValueError(
-                f"state is of a model with blocks={state['blocks']!r}, this one has {own['blocks']}"
+                f"state is of a model with blocks={state['blocks']!r}, this one has {blocks}"
             )
         chosen = state["chosen"]
-        if len(set(chosen)) != state["active"] or not set(chosen) <= set(range(own["blocks"])):
+        if len(set(chosen)) != state["active"] or not set(chosen) <= set(range(blocks)):
             raise ValueError(
-                f"chosen={chosen!r} of the state must be active={state['active']} of {own['blocks']} blocks"
+                f"chosen={chosen!r} of the state must be active={state['active']} "
+                f"of {blocks} blocks"
             )
-        self._set(*(state[name] for name in _COUNTS))
+        self._configure(state["last_step"], state["active"], state["every"])
         self._generator.set_state(state["generator"].cpu())
-        self._apply(tuple(chosen))
+        self._activate(tuple(chosen))
 
-    def _set(self, last_step: int, active: int, every: int) -> None:
-        for name, value in (("active", active), ("every", every)):
-            checks.whole(name, value)
-        if active > len(self._trained):
+    def _configure(self, last_step: int, active: int, every: int) -> None:
+        checks.whole("active", active)
+        checks.whole("every", every)
+        if active > len(self._block_parameters):
             raise ValueError(
-                f"active={active} is more than the {len(self._trained)} blocks there are"
+                f"active={active} is more than the {len(self._block_parameters)} blocks there are"
             )
         self.last_step, self.active, self.every = last_step, active, every
 
     def _draw(self) -> tuple[int, ...]:
-        order = torch.randperm(len(self._trained), generator=self._generator, device="cpu")
+        blocks = len(self._block_parameters)
+        order = torch.randperm(blocks, generator=self._generator, device="cpu")
         return tuple(sorted(order[: self.active].tolist()))
 
-    def _apply(self, chosen: tuple[int, ...]) -> None:
-        for index, parameters in enumerate(self._trained):
+    def _activate(self, chosen: tuple[int, ...]) -> None:
+        """Let the blocks of these indices train, and freeze the others."""
+        for index, parameters in enumerate(self._block_parameters):
             for parameter in parameters:
                 parameter.requires_grad_(index in chosen)
                 if index not in chosen:
@@ -138,81 +195,89 @@ class LISA:
                         self._optimizer.state.pop(parameter, None)
         self.chosen = chosen
 
-    def _refuse_closed(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this LISA is closed: all blocks train again")
 
 
-def _blocks(model: nn.Module, layers: str) -> nn.ModuleList:
+def _find_blocks(model: nn.Module, layers: str) -> nn.ModuleList:
     lists = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     }
     if layers not in lists:
-        there = near(str(layers), lists) or (
-            f"; there is {', '.join(lists)}" if lists else "; it has none"
-        )
+        hint = similar_names(str(layers), lists)
+        if not hint:
+            hint = f"; there is {', '.join(lists)}" if lists else "; it has none"
         raise ValueError(
-            f"layers={layers!r} must name an nn.ModuleList of model {type(model).__name__}{there}"
+            f"layers={layers!r} must name an nn.ModuleList of model {type(model).__name__}{hint}"
         )
     for name, module in lists[layers].named_modules():
         if isinstance(module, AdapterLayer):
             raise ValueError(
-                f"{layers}.{name} has {module.adapter}: LISA trains a plain model's own weights, and these are frozen"
+                f"{layers}.{name} has {module.adapter}: LISA trains a plain model's own weights, "
+                "and these are frozen"
             )
     return lists[layers]
 
 
-def _refuse_shared(model: nn.Module, layers: str, blocks: list[list[nn.Parameter]]) -> None:
-    """A parameter of two blocks, or of one and of the rest of the model, can not rest and train."""
-    within = {
-        parameter: index for index, parameters in enumerate(blocks) for parameter in parameters
-    }
-    if len(within) < sum(map(len, blocks)):
-        index, first = next(
-            (i, within[p])
-            for i, parameters in enumerate(blocks)
-            for p in parameters
-            if within[p] != i
-        )
-        raise ValueError(
-            f"{layers}.{index} and {layers}.{first} share a parameter: LISA cannot let one train and the other rest"
-        )
+def _check_not_shared(
+    model: nn.Module, layers: str, block_parameters: list[list[nn.Parameter]]
+) -> None:
+    """Raise ValueError if a parameter would have to train and be frozen at once, or none trains."""
+    owners: dict[nn.Parameter, int] = {}
+    for index, parameters in enumerate(block_parameters):
+        for parameter in parameters:
+            other = owners.setdefault(parameter, index)
+            if other != index:
+                raise ValueError(
+                    f"{layers}.{other} and {layers}.{index} share a parameter: "
+                    "LISA cannot let one train and the other rest"
+                )
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter in within and not name.startswith(f"{layers}."):
-            tied = f"{name} {tuple(parameter.shape)} is tied to one of {layers}.{within[parameter]}"
-            raise ValueError(f"{tied}: LISA cannot let one train and the other rest")
-    if not within:
+        if parameter in owners and not name.startswith(f"{layers}."):
+            raise ValueError(
+                f"{name} {tuple(parameter.shape)} is tied to one of {layers}.{owners[parameter]}: "
+                "LISA cannot let one train and the other rest"
+            )
+    if not owners:
         raise ValueError(f"layers={layers!r}: no parameter of these blocks trains")
 
 
-def _refuse_incomplete(
-    optimizer: torch.optim.Optimizer, layers: str, blocks: list[list[nn.Parameter]]
+def _check_optimizer(
+    optimizer: torch.optim.Optimizer, layers: str, block_parameters: list[list[nn.Parameter]]
 ) -> None:
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    lacking = sum(parameter not in held for parameter in _all(blocks))
-    if lacking:
+    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    missing = sum(parameter not in known for parameter in _flatten(block_parameters))
+    if missing:
         raise ValueError(
-            f"optimizer lacks {lacking} parameters of {layers}: build it over all of model.parameters()"
+            f"optimizer lacks {missing} parameters of {layers}: "
+            "build it over all of model.parameters()"
         )
 
 
-def _refuse_group(model: nn.Module, seed: int | None) -> None:
-    """Ranks must draw alike, and the reducer must know all blocks and wait for none."""
+def _check_process_group(model: nn.Module, seed: int | None) -> None:
+    """Raise ValueError in a process group without a common seed or without a suitable DDP wrapper.
+
+    The ranks must draw the same blocks, and DDP must know all of them and wait for none.
+    """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     if seed is None:
         raise ValueError(
-            "seed=None in a process group: give every rank the same seed, so that all train the same blocks"
+            "seed=None in a process group: give every rank the same seed, "
+            "so that all train the same blocks"
         )
-    wrapped = isinstance(model, DistributedDataParallel)
-    if not wrapped or not model.find_unused_parameters or model.static_graph:
+    is_ddp = isinstance(model, DistributedDataParallel)
+    if not is_ddp or not model.find_unused_parameters or model.static_graph:
         raise ValueError(
-            f"model {type(model).__name__} in a process group must be in DistributedDataParallel(..., find_unused_parameters=True) "
-            "and not static_graph before LISA: it sums the gradients of what trained when it was made, and waits for all of them"
+            f"model {type(model).__name__} in a process group must be in "
+            "DistributedDataParallel(..., find_unused_parameters=True) and not static_graph before "
+            "LISA: it sums the gradients of what trained when it was made, "
+            "and waits for all of them"
         )
 
 
-def _all(blocks: list[list[nn.Parameter]]) -> Iterable[nn.Parameter]:
-    return (parameter for parameters in blocks for parameter in parameters)
+def _flatten(block_parameters: list[list[nn.Parameter]]) -> Iterable[nn.Parameter]:
+    return (parameter for parameters in block_parameters for parameter in parameters)

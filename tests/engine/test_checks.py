@@ -7,8 +7,7 @@ import torch
 
 import lorafast
 from lorafast.engine import checks
-from lorafast.engine.problem import LayerTensors
-from lorafast.runtime import torch_internals
+from lorafast.engine.problem import CallOptions, LayerTensors
 
 N, K, R = 6, 5, 2
 GOOD = {
@@ -171,20 +170,15 @@ def _values():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_glance_lets_pass_what_a_close_look_does_and_no_more(autocast):
-    def verdict(glance):
+def test_the_quick_check_accepts_what_the_full_check_accepts_and_no_more(autocast):
+    def verdict(check):
         parts = LayerTensors(*(given[name] for name in LayerTensors._fields[:-1]))
         numbers = (
             given[name]
             for name in ("scaling", "dropout", "axis", "dropout_on", "keep", "frozen_columns")
         )
         try:
-            return checks.call(
-                given["x"],
-                parts,
-                *numbers,
-                torch_internals.signature(given["x"], *parts) if glance else None,
-            )
+            return check(given["x"], parts, CallOptions(*numbers))
         except Exception as error:
             return type(error), str(error)
 
@@ -219,8 +213,7 @@ def test_a_glance_lets_pass_what_a_close_look_does_and_no_more(autocast):
                     }
                 )
                 given |= changed
-                closely = verdict(glance=False)
-                # The second is the glance, if the first has let it pass.
-                assert verdict(glance=True) == verdict(glance=True) == closely, changed
-                accepted += isinstance(closely, torch.dtype)
+                full = verdict(checks._check_call)
+                assert verdict(checks.call) == full, changed
+                accepted += isinstance(full, torch.dtype)
     assert accepted > 100

@@ -6,6 +6,8 @@ from helpers.cpp_compiler import needs_compiler
 from helpers.dropout_masks import ROWS, SEEDS, assert_dropped, assert_masks
 from helpers.integer_problems import DTYPES
 
+from lorafast.engine.backends import cpu
+
 pytestmark = needs_compiler
 # Groups of 8 that end anywhere in a vector, and more columns than any kernel draws bits for at once.
 SHAPES = [(1, 1), (9, 7), (129, 65), (3, 1000), (50, 2056), (131, 519)]
@@ -16,7 +18,7 @@ SHAPES = [(1, 1), (9, 7), (129, 65), (3, 1000), (50, 2056), (131, 519)]
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_primitive_drops_what_philox_drops(dtype, p, shape):
     for seed in SEEDS:
-        assert_masks(torch.tensor(seed), p, *shape, DTYPES[dtype])
+        assert_masks(cpu, torch.tensor(seed), p, *shape, DTYPES[dtype])
 
 
 @pytest.mark.parametrize(("m0", "K"), ROWS)

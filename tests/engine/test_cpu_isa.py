@@ -50,13 +50,13 @@ def test_nothing_is_written_or_read_beside(compiled, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_nan_shows_where_it_is_used_and_nowhere_else(compiled, dtype):
-    assert_spreads(DTYPES[dtype])
+    assert_spreads(cpu, DTYPES[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_primitive_drops_what_philox_drops(compiled, dtype):
     for p in (0.3, 0.999):
-        assert_masks(torch.tensor(SEEDS[-1]), p, 19, 2063, DTYPES[dtype])
+        assert_masks(cpu, torch.tensor(SEEDS[-1]), p, 19, 2063, DTYPES[dtype])
     for m0, K in ROWS:
         assert_dropped(torch.tensor(SEEDS[2]), m0, K, DTYPES[dtype])
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.rotations import DROPOUT_AND_BIAS, rotating
 
 from lorafast import testing
 from lorafast.engine import reference
@@ -12,14 +13,20 @@ from lorafast.testing import FORMS, Case
 
 LIMIT = 2
 SHAPES = ((1, 130, 257, 1), (63, 130, 257, 12), (257, 65, 96, 8))
-HALVES_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+MIDDLE = SHAPES[1]
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALVES)
 BY_NAME = {form.name: form for form in FORMS}
 
 
-def cases(dtypes=HALVES_AND_SINGLE, shapes=SHAPES, forms=FORMS):
-    grid = itertools.product(forms, shapes, dtypes, (0.0, 0.3), (False, True))
-    every = (Case(form, *shape, dtype, p, bias) for form, shape, dtype, p, bias in grid)
-    return [case for case in every if case.works]
+def cases(dtypes=DTYPES, shapes=(MIDDLE,), count=1, step=1):
+    """Every form in every dtype, each with `count` combinations of shape, dropout and bias.
+
+    A bias and a dropout meet every form, every dtype and every shape; not all of them at once.
+    """
+    grid = rotating(itertools.product(FORMS, dtypes), DROPOUT_AND_BIAS, count, step)
+    for ((form, dtype), (p, bias)), shape in zip(grid, itertools.cycle(shapes), strict=False):
+        yield Case(form, *shape, dtype, p, bias)
 
 
 def seeds(case):
@@ -34,41 +41,53 @@ def assert_within(ratios, case):
     )
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", list(cases(shapes=SHAPES, count=3)), ids=str)
 def test_error_ratio(case):
+    assert case.works
     assert_within(testing.error_ratios(case, seeds=seeds(case)), case)
 
 
-@pytest.mark.parametrize(
-    "case", cases(dtypes=(torch.bfloat16, torch.float16), shapes=SHAPES[1:2]), ids=str
-)
+@pytest.mark.parametrize("case", list(cases(HALVES, count=2, step=2)), ids=str)
 def test_error_ratio_with_factors_in_the_base_dtype(case):
     assert_within(testing.error_ratios(replace(case, adapter_dtype=case.dtype)), case)
 
 
-@pytest.mark.parametrize("scaling", [0.02, 60.0])
-@pytest.mark.parametrize(
-    "case", [c for c in cases(shapes=((1, 130, 257, 8), (63, 130, 257, 12))) if not c.bias], ids=str
-)
-def test_error_ratio_where_one_part_dwarfs_the_other(case, scaling):
-    assert_within(testing.error_ratios(replace(case, scaling=scaling), seeds=seeds(case)), case)
+def dwarfed():
+    """A small and a large scaling for every form and dtype, one with few numbers, one with dropout."""
+    # In each pair of (scaling, shape, dropout) every value occurs; four pairs have all combinations.
+    few, many = (1, 130, 257, 8), MIDDLE
+    pairs = (
+        ((0.02, few, 0.0), (60.0, many, 0.3)),
+        ((0.02, many, 0.3), (60.0, few, 0.0)),
+        ((0.02, few, 0.3), (60.0, many, 0.0)),
+        ((0.02, many, 0.0), (60.0, few, 0.3)),
+    )
+    for (form, dtype), pair in rotating(itertools.product(FORMS, DTYPES), pairs):
+        for scaling, shape, p in pair:
+            yield Case(form, *shape, dtype, p, False, scaling)
 
 
-@pytest.mark.parametrize(
-    "case", [replace(c, transposed=True) for c in cases(shapes=SHAPES[1:2])], ids=str
-)
+@pytest.mark.parametrize("case", list(dwarfed()), ids=lambda case: f"{case}-s{case.scaling}")
+def test_error_ratio_where_one_part_dwarfs_the_other(case):
+    assert_within(testing.error_ratios(case, seeds=seeds(case)), case)
+
+
+@pytest.mark.parametrize("case", [replace(case, transposed=True) for case in cases()], ids=str)
 def test_error_ratio_with_a_transposed_weight(case):
     assert_within(testing.error_ratios(case), case)
 
 
-@pytest.mark.parametrize("dtype", HALVES_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", ["lora", "lamda", "dora", "vera"])
 def test_error_ratio_of_long_sums(form, dtype):
     case = Case(BY_NAME[form], 4096, 40, 24, 5, dtype)
     assert_within(testing.error_ratios(case, seeds=range(6)), case)
 
 
-@pytest.mark.parametrize("case", cases(dtypes=(torch.float64,), shapes=((9, 14, 21, 3),)), ids=str)
+IN_FLOAT64 = list(cases((torch.float64,), ((9, 14, 21, 3),), count=2, step=2))
+
+
+@pytest.mark.parametrize("case", IN_FLOAT64, ids=str)
 def test_float64_is_the_truth(case):
     tensors = testing.make(case)
     got, truth = testing.run(testing.ours, case, tensors), testing.run(testing.chain, case, tensors)
@@ -78,7 +97,7 @@ def test_float64_is_the_truth(case):
         )
 
 
-@pytest.mark.parametrize("case", cases(dtypes=(torch.float64,), shapes=((9, 14, 21, 3),)), ids=str)
+@pytest.mark.parametrize("case", IN_FLOAT64, ids=str)
 def test_reference_in_float64(case):
     def plain(case, t):
         f = case.form

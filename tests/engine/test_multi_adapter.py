@@ -53,7 +53,7 @@ def chain(t, dropout):
         if dropout:
             dropped = (
                 x
-                * philox.kept(one.seed, dropout, slice(0, x.shape[0]), x.shape[1])
+                * philox.keep_mask(one.seed, dropout, slice(0, x.shape[0]), x.shape[1])
                 * philox.scale(dropout)
             )
         low = F.linear(F.linear(dropped, one.lora_A.to(dtype)), one.lora_B.to(dtype))
@@ -144,7 +144,7 @@ def test_masks_are_drawn_in_order_and_only_in_training():
     t = problem(dropout=0.3)
     unseeded = [one._replace(seed=None) for one in factors(t, 0.3)]
     torch.manual_seed(5)
-    seeds = [philox.draw(torch.device("cpu")) for _ in unseeded]
+    seeds = [philox.draw_seed(torch.device("cpu")) for _ in unseeded]
     torch.manual_seed(5)
     drawn = functional.several(t["x"], t["weight"], t["bias"], unseeded)
     given = [one._replace(seed=seed) for one, seed in zip(unseeded, seeds, strict=True)]

@@ -54,7 +54,8 @@ def test_the_mask_equals_the_kernels(seed, K, first_row):
     grid = (triton.cdiv(M, 16), triton.cdiv(groups, 4))
     _keep_kernel[grid](torch.tensor([seed]), out, philox.threshold(p), M, groups, first_row, 16, 4)
     assert torch.equal(
-        out[:, :K].bool(), philox.kept(torch.tensor([seed]), p, slice(first_row, first_row + M), K)
+        out[:, :K].bool(),
+        philox.keep_mask(torch.tensor([seed]), p, slice(first_row, first_row + M), K),
     )
 
 
@@ -70,15 +71,15 @@ def test_ten_rounds_of_the_same_code_give_the_published_answer():
 
 def test_bits_depend_on_seed_row_and_column_alone():
     seed, K = torch.tensor([99]), 50
-    whole = philox.kept(seed, 0.5, slice(0, 40), K)
-    assert torch.equal(whole[17:23], philox.kept(seed, 0.5, slice(17, 23), K))
-    assert not torch.equal(whole, philox.kept(seed + 1, 0.5, slice(0, 40), K))
+    whole = philox.keep_mask(seed, 0.5, slice(0, 40), K)
+    assert torch.equal(whole[17:23], philox.keep_mask(seed, 0.5, slice(17, 23), K))
+    assert not torch.equal(whole, philox.keep_mask(seed + 1, 0.5, slice(0, 40), K))
     assert not torch.equal(whole[:20], whole[20:])
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_the_share_kept_and_its_scale(p):
-    kept = philox.kept(torch.tensor([7]), p, slice(0, 1000), 1000).double().mean().item()
+    kept = philox.keep_mask(torch.tensor([7]), p, slice(0, 1000), 1000).double().mean().item()
     assert abs(kept - (1 - p)) < 6 * (p * (1 - p) / 1e6) ** 0.5
     assert philox.scale(p) == 65536 / (65536 - round(p * 65536))
 
@@ -91,10 +92,10 @@ def test_a_share_that_16_bits_cannot_tell_is_refused(p):
 
 def test_seeds_are_drawn_from_torchs_generator():
     torch.manual_seed(5)
-    first, second = philox.draw(torch.device("cpu")), philox.draw(torch.device("cpu"))
+    first, second = philox.draw_seed(torch.device("cpu")), philox.draw_seed(torch.device("cpu"))
     torch.manual_seed(5)
-    assert torch.equal(philox.draw(torch.device("cpu")), first)
+    assert torch.equal(philox.draw_seed(torch.device("cpu")), first)
     assert first.dtype == torch.int64
     assert first.shape == (1,)
     assert first.item() != second.item()
-    assert max(philox.draw(torch.device("cpu")).item() for _ in range(20)) > 2**60
+    assert max(philox.draw_seed(torch.device("cpu")).item() for _ in range(20)) > 2**60

@@ -1,10 +1,12 @@
-"""Saved bytes, to the byte, for every row of the design's table × dtype × dropout × bias."""
+"""Saved bytes, to the byte, for every row of the table of what a method keeps, in every dtype."""
 
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers.rotations import DROPOUT_AND_BIAS as TURNS
+from helpers.rotations import rotating
 
 from lorafast import testing
 from lorafast.engine import reference
@@ -66,7 +68,10 @@ def measure(case, frozen, **changes):
 
 @pytest.mark.parametrize(
     ("row", "dtype", "p", "bias"),
-    [case for case in itertools.product(ROWS, DTYPES, (0.0, 0.3), (False, True))],
+    [
+        (row, dtype, p, bias)
+        for (row, dtype), (p, bias) in rotating(itertools.product(ROWS, DTYPES), TURNS, 2, 2)
+    ],
     ids=lambda value: str(value[0] if isinstance(value, tuple) else value).removeprefix("torch."),
 )
 def test_saved_bytes(row, dtype, p, bias):

@@ -1,15 +1,17 @@
 """The Triton backend in Triton's interpreter: every kernel against float64 under the error rule, and what it refuses."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.rotations import rotating
 from helpers.triton_interpreter import (
     DTYPES,
     SEED,
     P,
     draws,
     dropped,
-    far_apart,
     strided,
     within_twice,
 )
@@ -18,7 +20,7 @@ import lorafast
 from lorafast.engine import dispatch
 from lorafast.engine.backends import triton as backend
 from lorafast.engine.kernels import configs, gemm_routing
-from lorafast.engine.problem import PRIMITIVES, DownProj, LowRankTerm, Problem
+from lorafast.engine.problem import DownProj, LowRankTerm, Problem
 from lorafast.runtime import env
 from lorafast.runtime.devices import Arch
 
@@ -29,22 +31,41 @@ HALF = (torch.bfloat16, torch.float16)
 def forced(monkeypatch):
     """LORAFAST_BACKEND=triton, and no choice made before is remembered."""
     monkeypatch.setenv("LORAFAST_BACKEND", "triton")
-    dispatch._pick.cache_clear()
+    dispatch._routes.cache_clear()
     yield
-    dispatch._pick.cache_clear()
+    dispatch._routes.cache_clear()
 
 
-@pytest.mark.parametrize("p", [0.0, P])
-@pytest.mark.parametrize("core", [None, "diagonal", "full"])
+SHAPES = [
+    (1, 40, 1, "sliced"),
+    (63, 130, 8, "transposed"),
+    (70, 1001, 12, "contiguous"),
+    (5, 2050, 16, "sliced"),
+    (33, 70, 24, "contiguous"),
+    (17, 64, 64, "transposed"),
+    (20, 48, 100, "contiguous"),
+]
+CORES_AND_DROPOUT = [
+    (None, 0.0),
+    ("diagonal", P),
+    ("full", 0.0),
+    (None, P),
+    ("diagonal", 0.0),
+    ("full", P),
+]
+
+
 @pytest.mark.parametrize(
-    ("M", "K", "R", "layout"),
+    ("shape", "dtype", "core", "p"),
     [
-        (1, 40, 1, "sliced"), (63, 130, 8, "transposed"), (70, 1001, 12, "contiguous"), (5, 2050, 16, "sliced"),
-        (33, 70, 24, "contiguous"), (17, 64, 64, "transposed"), (20, 48, 100, "contiguous"),
+        (shape, dtype, core, p)
+        for (dtype, shape), (core, p) in rotating(
+            itertools.product(DTYPES, SHAPES), CORES_AND_DROPOUT, 2
+        )
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_project(dtype, M, K, R, core, p, layout):
+)
+def test_project(shape, dtype, core, p):
+    M, K, R, layout = shape
     found, eager, truth = ([], []), ([], []), ([], [])
     for _ in draws(M * R):
         x, A = strided(M, K, dtype, layout), strided(R, K, torch.float32, layout) / K**0.5
@@ -65,16 +86,26 @@ def test_project(dtype, M, K, R, core, p, layout):
         within_twice(found[i], eager[i], truth[i], dtype)
 
 
-@pytest.mark.parametrize("p", [0.0, P])
+GRAD_PROJECT_SHAPES = [
+    (1, 40, 1, "sliced"),
+    (63, 130, 8, "transposed"),
+    (700, 101, 12, "contiguous"),
+    (33, 70, 24, "sliced"),
+    (65, 64, 64, "contiguous"),
+    (20, 48, 100, "contiguous"),
+    (33, 70, 24, "transposed"),
+]
+
+
 @pytest.mark.parametrize(
-    ("M", "K", "R", "layout"),
+    ("shape", "dtype", "p"),
     [
-        (1, 40, 1, "sliced"), (63, 130, 8, "transposed"), (700, 101, 12, "contiguous"), (33, 70, 24, "sliced"),
-        (65, 64, 64, "contiguous"), (20, 48, 100, "contiguous"),
+        (shape, dtype, p)
+        for (dtype, shape), p in rotating(itertools.product(DTYPES, GRAD_PROJECT_SHAPES), (0.0, P))
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_grad_project(dtype, M, K, R, p, layout):
+)
+def test_grad_project(shape, dtype, p):
+    M, K, R, layout = shape
     found, eager, truth = [], [], []
     for _ in draws(R * K):
         x, v = strided(M, K, dtype, layout), strided(M, R, dtype, layout)
@@ -86,17 +117,30 @@ def test_grad_project(dtype, M, K, R, p, layout):
     within_twice(found, eager, truth, dtype)
 
 
-@pytest.mark.parametrize("scaling", [1.7, torch.tensor(1.7)], ids=["number", "tensor"])
-@pytest.mark.parametrize("axis", ["out", "in"])
+ROW_NORM_SHAPES = [
+    (1, 40, 1, "sliced"),
+    (65, 130, 8, "transposed"),
+    (70, 33, 12, "contiguous"),
+    (33, 70, 24, "sliced"),
+    (17, 64, 64, "contiguous"),
+    (40, 1, 3, "transposed"),
+    (20, 48, 100, "contiguous"),
+]
+# Every axis and every kind of scaling for each shape, in turns.
+NORMS = [(("out", 1.7), ("in", torch.tensor(1.7))), (("out", torch.tensor(1.7)), ("in", 1.7))]
+
+
 @pytest.mark.parametrize(
-    ("N", "K", "R", "layout"),
+    ("shape", "dtype", "axis", "scaling"),
     [
-        (1, 40, 1, "sliced"), (65, 130, 8, "transposed"), (70, 33, 12, "contiguous"), (33, 70, 24, "sliced"),
-        (17, 64, 64, "contiguous"), (40, 1, 3, "transposed"), (20, 48, 100, "contiguous"),
+        (shape, dtype, *norm)
+        for (dtype, shape), norms in rotating(itertools.product(DTYPES, ROW_NORM_SHAPES), NORMS)
+        for norm in norms
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_row_norm(dtype, N, K, R, axis, scaling, layout):
+    ids=lambda value: "tensor" if isinstance(value, torch.Tensor) else None,
+)
+def test_row_norm(shape, dtype, axis, scaling):
+    N, K, R, layout = shape
     found, eager, truth = [], [], []
     for _ in draws(N if axis == "out" else K):
         W, A, B = (
@@ -113,18 +157,6 @@ def test_row_norm(dtype, N, K, R, axis, scaling, layout):
                 )
             )
     within_twice(found, eager, truth, dtype)
-
-
-def test_empty_batches_and_outputs():
-    ((h, mixed),) = backend.project(
-        torch.empty(0, 40), [DownProj(torch.randn(4, 40), torch.randn(4, 4))]
-    )
-    assert h.shape == mixed.shape == (0, 4)
-    (dA,) = backend.grad_project(
-        torch.empty(0, 40), [LowRankTerm(torch.empty(0, 4), torch.empty(4, 40))]
-    )
-    assert torch.equal(dA, torch.zeros(4, 40))
-    assert backend.row_norm(torch.empty(0, 8), torch.randn(2, 8), torch.empty(0, 2)).shape == (0,)
 
 
 def test_the_splits_are_those_of_few_rows():
@@ -150,21 +182,6 @@ def test_a_share_covers_everything_once(M, K, dtype):
             assert splits * steps * block >= length > (splits - 1) * steps * block
             assert tile in configs.tiles(pick.__name__, dtype)
             assert tile.BLOCK_R >= R
-
-
-def test_rows_lie_beyond_two_to_the_thirty_first_element(tmp_path):
-    rows, width = 20, 48
-    x, values = far_apart(tmp_path, rows, width)
-    A, v = torch.randn(4, width), torch.randn(rows, 4).half()
-    assert torch.equal(
-        backend.project(x, [DownProj(A)])[0][0], backend.project(values, [DownProj(A)])[0][0]
-    )
-    assert torch.equal(
-        backend.grad_project(x, [LowRankTerm(v, A)])[0],
-        backend.grad_project(values, [LowRankTerm(v, A)])[0],
-    )
-    B = torch.randn(rows, 4)
-    assert torch.equal(backend.row_norm(x, A, B), backend.row_norm(values, A, B))
 
 
 def test_what_is_beyond_the_end_is_not_written():
@@ -208,12 +225,12 @@ def problem(**fields):
         ({"arch": Arch("cpu", "cpu")}, "Triton's interpreter computes bf16 wrongly"),
     ],
 )
-@pytest.mark.parametrize("primitive", PRIMITIVES)
-def test_every_refusal_has_its_reason(primitive, fields, why, forced, monkeypatch):
+def test_every_refusal_has_its_reason(fields, why, forced, monkeypatch):
+    # The primitive is not read: tests/contracts asks for each of them.
     if fields.get("arch") != Arch("cpu", "cpu"):
         monkeypatch.setattr(backend.triton.knobs.runtime, "interpret", False)
-        assert backend.why_not(primitive, problem()) == ()
-    reasons = backend.why_not(primitive, problem(**fields))
+        assert backend.why_not("linear", problem()) == ()
+    reasons = backend.why_not("linear", problem(**fields))
     assert len(reasons) == 1
     assert why in reasons[0]
 
@@ -276,12 +293,12 @@ def test_explain_and_the_log_say_which_way_a_product_goes(forced, monkeypatch, c
     assert f"linear -> triton ({way})" in said
     assert "project -> triton;" in said
     on_h200 = problem(M=8192, K=14336, N=(4096,))
-    assert backend.how("linear", on_h200) == "torch's, low first"
+    assert backend.describe_route("linear", on_h200) == "torch's, low first"
     assert (
-        backend.how("grad_input", problem(M=8192, K=1024, N=(1024,), dropout=0.1))
+        backend.describe_route("grad_input", problem(M=8192, K=1024, N=(1024,), dropout=0.1))
         == "tma 128x256x64"
     )
-    assert backend.how("project", on_h200) is None
+    assert backend.describe_route("project", on_h200) is None
 
 
 def test_forcing_it_on_what_it_cannot_raises_with_every_reason(forced):

@@ -44,11 +44,11 @@ def assert_as_it_was(model, before, modules, flags):
 
 
 STEPS = [
-    (adapt, "_share", 1),
-    (adapt, "put", 1),
-    (adapt, "put", 2),
-    (extra_trainables, "train", 1),
-    (extra_trainables, "_let_train", 1),
+    (adapt, "_share_tensors", 1),
+    (adapt, "replace_module", 1),
+    (adapt, "replace_module", 2),
+    (extra_trainables, "enable_training", 1),
+    (extra_trainables, "_set_trainable", 1),
 ]
 
 
@@ -68,7 +68,8 @@ def test_adapt_stopped_anywhere(owner, name, at, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "at"), [*STEPS, (save_load, "_put_rest", 1), (save_load, "let_train", 1)]
+    ("owner", "name", "at"),
+    [*STEPS, (save_load, "_load_extra", 1), (save_load, "set_trainable", 1)],
 )
 def test_load_stopped_anywhere(owner, name, at, tmp_path, monkeypatch):
     lorafast.save_adapter(
@@ -92,7 +93,7 @@ def test_a_merge_stopped_anywhere_can_be_had_again(adapter, at, monkeypatch):
     model = tiny_transformers.adapted(tiny_transformers.llama(), adapter)
     want, base = tiny_transformers.out(model), tiny_transformers.out(tiny_transformers.llama())
     with monkeypatch.context() as patch:
-        stops(patch, lorafast.Linear, "folded_in", at)
+        stops(patch, lorafast.Linear, "merge_result", at)
         with pytest.raises(Stopped):
             lorafast.merge(model)
     torch.testing.assert_close(tiny_transformers.out(model), want, rtol=1e-5, atol=1e-6)
@@ -164,12 +165,12 @@ def test_a_reader_keeps_the_file_it_opened_and_begins_again_when_a_save_comes_be
         lorafast.save_adapter(model, tmp_path / name)
     outcomes = [lorafast.load_adapter(net(), tmp_path / name)(X) for name in ("first", "second")]
     shutil.copytree(tmp_path / "first", tmp_path / "out")
-    with files.opened(tmp_path / "out") as file:
+    with files.open_adapter(tmp_path / "out") as file:
         lorafast.save_adapter(second, tmp_path / "out")
         assert {key: tuple(tensor.shape) for key, tensor in file.tensors().items()} == {
             k: e.shape for k, e in file.entries.items()
         }
-    right, calls = files._config, []
+    right, calls = files._read_config, []
 
     def between(folder, extras):
         calls.append(folder)
@@ -177,13 +178,13 @@ def test_a_reader_keeps_the_file_it_opened_and_begins_again_when_a_save_comes_be
             lorafast.save_adapter(first, folder)
         return right(folder, extras)
 
-    monkeypatch.setattr(files, "_config", between)
+    monkeypatch.setattr(files, "_read_config", between)
     torch.testing.assert_close(
         lorafast.load_adapter(net(), tmp_path / "out")(X), outcomes[0], rtol=0, atol=0
     )
     assert len(calls) == 2
     monkeypatch.setattr(
-        files, "_config", lambda folder, extras: lorafast.save_adapter(first, folder)
+        files, "_read_config", lambda folder, extras: lorafast.save_adapter(first, folder)
     )
     with pytest.raises(ValueError, match="somebody is saving into the folder"):
         lorafast.load_adapter(net(), tmp_path / "out")

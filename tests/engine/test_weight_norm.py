@@ -5,14 +5,14 @@ import torch
 
 import lorafast
 from lorafast import functional
-from lorafast.engine import weight_norm
+from lorafast.engine import formula, weight_norm
 
 
 @pytest.fixture
 def computed(monkeypatch):
     """How often a norm was really computed."""
-    calls, real = [], weight_norm._compute
-    monkeypatch.setattr(weight_norm, "_compute", lambda *args: calls.append(1) or real(*args))
+    calls, real = [], formula.row_norm
+    monkeypatch.setattr(formula, "row_norm", lambda *args: calls.append(1) or real(*args))
     return calls
 
 
@@ -278,7 +278,7 @@ def test_the_effective_B_is_the_one_of_the_same_delta(form):
     }[form]
     delta = lorafast.linear(x, torch.zeros_like(W), None, A, B, scaling=0.7, **extra)
     folded = (
-        weight_norm.effective_B(
+        formula.effective_B(
             lorafast.engine.problem.LayerTensors(W, lora_A=A, lora_B=B, **extra)
         )
         @ A

@@ -52,7 +52,7 @@ def test_an_adapter_at_its_start_changes_no_bit(shape, dtype, training):
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 64, 64), (3, 64, 48)], ids=str)
 def test_it_has_the_bits_of_torchs_linear(shape):
     x, weight, bias = matrices(*shape, torch.bfloat16)
-    if not onednn.serves(x, weight):
+    if not onednn.is_available(x, weight):
         pytest.skip("this torch or this processor has no bf16 product of oneDNN's")
     for given in (x, x[None, :, None]):
         y = onednn.linear(given, weight, bias)
@@ -62,14 +62,14 @@ def test_it_has_the_bits_of_torchs_linear(shape):
 
 def test_what_it_does_not_serve(monkeypatch):
     x, weight, _ = matrices(64, 64, 64, torch.bfloat16)
-    assert not onednn.serves(x.float(), weight.float())
-    assert not onednn.serves(x, weight.float())
-    assert not onednn.serves(x.t(), weight)
-    assert not onednn.serves(x, weight.t())
+    assert not onednn.is_available(x.float(), weight.float())
+    assert not onednn.is_available(x, weight.float())
+    assert not onednn.is_available(x.t(), weight)
+    assert not onednn.is_available(x, weight.t())
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not onednn.serves(x, weight)
+        assert not onednn.is_available(x, weight)
     monkeypatch.setattr(onednn, "_op", lambda: None)
-    assert not onednn.serves(x, weight)
+    assert not onednn.is_available(x, weight)
 
 
 @needs_compiler

@@ -1,5 +1,8 @@
 """Past the dispatcher or through it: onlookers see the ops, and numbers, saved tensors and refusals are the same."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -200,7 +203,7 @@ def test_whoever_looks_on_sees_the_op(look, called):
     look()
     assert called == {"linear"}
     called.clear()
-    assert not torch_internals.present()
+    assert not torch_internals.observers_active()
     layer_of()(X)
     assert not called
 
@@ -254,8 +257,8 @@ STRANGE = {
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_tensor_the_dispatcher_has_to_mend_goes_by_it(name, grad, called):
     x, layer = STRANGE[name](), layer_of()
-    assert not torch_internals.plain(x)
-    assert not torch_internals.plain(X, x)
+    assert not torch_internals.bypasses_dispatcher(x, ())
+    assert not torch_internals.bypasses_dispatcher(X, (x,))
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(
             layer(x).as_subclass(torch.Tensor), layer(X * 0 if "zero" in name else X)
@@ -263,12 +266,75 @@ def test_a_tensor_the_dispatcher_has_to_mend_goes_by_it(name, grad, called):
     assert called == {"linear"}
 
 
-def test_what_is_plain():
-    assert torch_internals.plain(X, None, torch.nn.Parameter(X), X[1:, ::2], X.to(torch.bfloat16))
-    assert not torch_internals.plain(X, X.to("meta"))
-    assert not torch_internals.plain(X.to("meta"))
-    assert not torch_internals.plain(None)
-    assert not torch_internals.plain(X, [1.0])
+def test_the_tensors_that_bypass_the_dispatcher():
+    bypasses = torch_internals.bypasses_dispatcher
+    assert bypasses(X, (None, torch.nn.Parameter(X), X[1:, ::2], X.to(torch.bfloat16)))
+    assert not bypasses(X, (X.to("meta"),))
+    assert not bypasses(X.to("meta"), ())
+    assert not bypasses(None, ())
+    assert not bypasses(X, ([1.0],))
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [
+        ("2.13.0", True),
+        ("2.13.1+cpu", True),
+        ("2.13.0+cu130", True),
+        ("2.14.0", False),
+        ("2.13.0.dev20260101", False),
+        ("2.11.0", False),
+        ("git", False),
+    ],
+)
+def test_the_versions_on_which_private_symbols_are_used(version, tested):
+    assert torch_internals.is_tested(version) is tested
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("form", [form.name for form in FORMS])
+def test_an_untested_torch_gives_the_same_numbers(form, p, monkeypatch, called):
+    case = Case(BY_NAME[form], 7, 6, 9, 3, torch.float32, p)
+    if not case.works:
+        pytest.skip("keep='output' and a mask on the base term exclude each other")
+    t = testing.make(case)
+    fast = testing.run(testing.ours, case, t)
+    monkeypatch.setattr(torch_internals, "enabled", False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        slow = testing.run(testing.ours, case, t)
+    assert {"linear", "linear_backward"} <= called
+    assert all(torch.equal(fast[name], slow[name]) for name in fast)
+
+
+def test_an_untested_torch_casts_as_autocast_says(monkeypatch):
+    monkeypatch.setattr(torch_internals, "enabled", False)
+    layer, x = layer_of(lorafast.DoRA(r=4)), X.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+def test_a_torch_of_another_version_without_the_symbols_trains_all_the_same():
+    probe = """
+import torch
+torch.__version__ = "2.99.0"
+for name in ("_any_requires_grad", "_len_torch_dispatch_stack", "_len_torch_function_stack",
+             "_is_any_autocast_enabled", "_ExcludeDispatchKeyGuard", "_get_mkldnn_enabled"):
+    delattr(torch._C, name)
+import lorafast
+from lorafast.runtime import torch_internals
+assert not torch_internals.enabled
+torch.manual_seed(0)
+for adapter in (lorafast.LoRA(r=2, dropout=0.1), lorafast.DoRA(r=2), lorafast.LaMDA(r=2)):
+    layer, x = lorafast.Linear(6, 5, adapter=adapter), torch.randn(3, 6, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert x.grad.isfinite().all() and layer.lora_B.grad is not None
+print("trained")
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.stdout.strip() == "trained", done.stderr
 
 
 def test_the_guard_is_the_dispatchers_own():

@@ -1,7 +1,9 @@
-"""The Triton backend: the kernels in kernels/, and torch's own matrix products where these are held to be faster.
+"""The Triton backend: the kernels in kernels/, and torch's matrix products where the model of
+gemm_routing says that they are faster.
 
-On a GPU through a driver, on CPU tensors through Triton's interpreter. Nothing here has run on a GPU yet: so it is never picked
-unasked, and LORAFAST_BACKEND=triton asks for it.
+On a GPU through a driver, on CPU tensors through Triton's interpreter. Nothing here has run on a
+GPU yet: therefore `auto` never picks it, and LORAFAST_BACKEND=triton asks for it. The functions
+are described in lorafast.engine.backends.Backend.
 """
 
 from __future__ import annotations
@@ -36,54 +38,29 @@ from lorafast.engine.row_blocks import flatten_tokens
 from lorafast.runtime import env
 
 ARCHS = (
-    "sm_80",
-    "sm_86",
-    "sm_87",
-    "sm_89",
-    "sm_90",
-    "sm_100",
-    "sm_103",
-    "sm_110",
-    "sm_120",
-    "sm_121",
-)
+    "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121",
+)  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# drop(x) itself, which DoRA with dropout on both terms asks for beside the six: torch's for now.
-dropped = philox.dropped
+# torch's: there is no kernel for dropout alone yet.
+drop = philox.drop
 
 
 def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
-    """Every reason the kernels cannot serve it."""
-    vendor, name = problem.arch
-    reasons = (
-        []
-        if env.backend() == "triton"
-        else ["has not run on a GPU yet, and waits to be asked by LORAFAST_BACKEND=triton"]
-    )
-    if vendor == "cpu" and not env.interprets():
-        reasons.append("runs on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)")
-    if vendor == "cpu" and torch.bfloat16 in (
-        problem.dtype,
-        problem.weight_dtype,
-        problem.factor_dtype,
-    ):
-        reasons.append("Triton's interpreter computes bf16 wrongly")
-    if vendor not in ("cpu", "nvidia"):
-        reasons.append(f"is compiled for NVIDIA {', '.join(ARCHS)}; this is {vendor} {name}")
-    if vendor == "nvidia" and name not in ARCHS:
-        reasons.append(f"is compiled for {', '.join(ARCHS)}; this is {name}")
-    if vendor == "nvidia" and triton.knobs.runtime.interpret:
-        reasons.append("TRITON_INTERPRET=1 is set, and interprets kernels on CPU tensors alone")
-    for what, dtype in (
-        ("x", problem.dtype),
-        ("weight", problem.weight_dtype),
-        ("a factor", problem.factor_dtype),
-    ):
-        if dtype not in DTYPES:
-            reasons.append(
-                f"{what} is {dtype}; the kernels compute in {', '.join(map(str, DTYPES))}"
-            )
+    reasons = []
+    if env.backend() != "triton":
+        reasons.append("has not run on a GPU yet, and waits to be asked by LORAFAST_BACKEND=triton")
+    dtypes = {
+        "x": problem.dtype,
+        "weight": problem.weight_dtype,
+        "a factor": problem.factor_dtype,
+    }
+    reasons += _why_not_device(*problem.arch, torch.bfloat16 in dtypes.values())
+    reasons += [
+        f"{name} is {dtype}; the kernels compute in {', '.join(map(str, DTYPES))}"
+        for name, dtype in dtypes.items()
+        if dtype not in DTYPES
+    ]
     if max(problem.R) > configs.MAX_RANK:
         reasons.append(
             f"R={max(problem.R)} exceeds {configs.MAX_RANK}, the largest rank a tile holds"
@@ -91,8 +68,25 @@ def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def how(primitive: str, problem: Problem) -> str | None:
-    """The route a product takes, if its tensors lie as they usually do: ours by form and tile, or torch's. None for the others."""
+def _why_not_device(vendor: str, name: str, any_bf16: bool) -> list[str]:
+    reasons = []
+    if vendor == "cpu" and not env.interprets():
+        reasons.append("runs on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)")
+    if vendor == "cpu" and any_bf16:
+        reasons.append("Triton's interpreter computes bf16 wrongly")
+    if vendor not in ("cpu", "nvidia"):
+        reasons.append(f"is compiled for NVIDIA {', '.join(ARCHS)}; this is {vendor} {name}")
+    if vendor == "nvidia" and name not in ARCHS:
+        reasons.append(f"is compiled for {', '.join(ARCHS)}; this is {name}")
+    if vendor == "nvidia" and triton.knobs.runtime.interpret:
+        reasons.append("TRITON_INTERPRET=1 is set, and interprets kernels on CPU tensors alone")
+    return reasons
+
+
+def describe_route(primitive: str, problem: Problem) -> str | None:
+    """The route of a product whose tensors have the usual strides: a kernel's form and tile, or
+    torch's. None for the primitives that have one route.
+    """
     K, N, e = problem.K, sum(problem.N), problem.dtype.itemsize
     if primitive not in ("linear", "grad_input"):
         return None
@@ -108,7 +102,6 @@ def how(primitive: str, problem: Problem) -> str | None:
 
 
 def project(x: torch.Tensor, downs: list[DownProj]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """h = drop(x) Aᵀ rounded to x's dtype, and h' = core(h).  x [...,K] -> h, h' [M,R] for each way down."""
     return down.project(flatten_tokens(x), downs)
 
 
@@ -120,92 +113,69 @@ def linear(
     bias: torch.Tensor | None = None,
     keep_inner: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """z = x Wᵀ + Σ h' (s·out_scale⊙B)ᵀ and y = gain⊙z + bias.  x [...,K], weight [N,K] -> y [...,N], z [M,N] or None.
-
-    keep_inner, which needs a gain, returns z beside y.
-    """
     x2, (N, K) = flatten_tokens(x), weight.shape
     M, base = x2.shape[0], Summand(x2, weight.to(x.dtype))
     ends = _ends(gain is not None, keep_inner)
     asked = _asked(M, N, [base], sum(up.B.shape[1] for up in ups), ends=ends)
     route = gemm_routing.pick(asked)
     if not route.fused or not M * N * K:
-        return eager.linear(
-            x,
-            base.b,
-            ups,
-            gain,
-            bias,
-            keep_inner,
-            None if route.fused else route.form == "low first",
-        )
+        low_rank_first = None if route.fused else route.form == "low first"
+        return eager.linear(x, base.b, ups, gain, bias, keep_inner, low_rank_first)
     y = x.new_empty(*x.shape[:-1], N)
     z = x2.new_empty(M, N) if keep_inner else None
-    lows = [_Low(up.mixed, up.B, up.scaling, up.out_scale) for up in ups]
-    gemm(
-        y.view(M, N),
-        [_dense(base), *_joined(lows, route, asked.by_row)],
-        None,
-        route,
-        gain,
-        bias,
-        z,
-    )
+    low_ranks = [_LowRank(up.h_core, up.B, up.scaling, up.out_scale) for up in ups]
+    summands = [_dense(base), *_concatenated(low_ranks, route, asked.by_row)]
+    gemm(y.view(M, N), summands, None, route, gain, bias, z)
     return y, z
 
 
 def grad_output(
     dy: torch.Tensor,
-    returns: list[UpProjGradSpec],
+    specs: list[UpProjGradSpec],
     gain: torch.Tensor | None = None,
     kept: torch.Tensor | None = None,
     want_bias: bool = False,
 ) -> OutputGrads:
-    """u = s(gain⊙out_scale⊙dy)B, v = u·core, d_core = uᵀh, dB = out_scale⊙P with P = s(gain⊙dy)ᵀh', Σdy and Σdy⊙kept.
-
-    dy [...,N], kept [...,N] or None. Columns of dB before frozen_columns are zero and cost nothing.
-    """
-    return on_output.grad_output(
-        flatten_tokens(dy), returns, gain, None if kept is None else flatten_tokens(kept), want_bias
-    )
+    kept2 = None if kept is None else flatten_tokens(kept)
+    return on_output.grad_output(flatten_tokens(dy), specs, gain, kept2, want_bias)
 
 
-def grad_input(segments: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Tensor:
-    """dx = Σ (gain⊙dy) W + Σ mask⊙(v A).  dy [...,N] -> dx [...,K]."""
-    dy, K = segments[0].dy, segments[0].weight.shape[1]
-    M, plain, dropped = (
-        tokens(dy),
-        [low for low in low_ranks if not low.p],
-        [low for low in low_ranks if low.p],
-    )
+def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Tensor:
+    dy, K = bases[0].dy, bases[0].weight.shape[1]
+    M, R = tokens(dy), sum(term.A.shape[0] for term in low_ranks)
+    plain = [term for term in low_ranks if not term.p]
+    dropped = [term for term in low_ranks if term.p]
     dx = dy.new_empty(*dy.shape[:-1], K)
     dx2 = dx.view(M, K)
-    bases = [Summand(a, b.t()) for a, b in map(eager.with_gain, segments)]
-    asked = _asked(M, K, bases, sum(low.A.shape[0] for low in low_ranks), len(dropped), bool(plain))
+    products = [Summand(a, b.t()) for a, b in map(eager.gained_operands, bases)]
+    asked = _asked(M, K, products, R, len(dropped), bool(plain))
     route = gemm_routing.pick(asked)
-    if route.fused and M * K * min(base.a.shape[1] for base in bases):
+    if route.fused and M * K * min(product.a.shape[1] for product in products):
         own, masked = (
-            _joined([_Low(v, A.t(), seed=seed, p=p) for v, A, seed, p in lows], route, asked.by_row)
-            for lows in (plain, dropped)
+            _concatenated(
+                [_LowRank(v, A.t(), seed=seed, p=p) for v, A, seed, p in terms],
+                route,
+                asked.by_row,
+            )
+            for terms in (plain, dropped)
         )
-        gemm(dx2, [*map(_dense, bases), *own], masked[0] if masked else None, route)
+        summands = [*map(_dense, products), *own]
+        gemm(dx2, summands, masked[0] if masked else None, route)
         return dx
-    low_first = route.form == "low first"
-    products = [(v, A.to(dy.dtype)) for v, A, _, _ in plain] + [
-        (base.a, base.b.t()) for base in bases
-    ]
-    if low_first:
-        for i, low in enumerate(dropped):
-            masked_add(dx2, low, started=i > 0)
-    eager.add_products(dx2, products, low_first and bool(dropped), low_first)
-    if not low_first:
-        for low in dropped:
-            masked_add(dx2, low, started=True)
+    low_rank_first = route.form == "low first"
+    factors = [(v, A.to(dy.dtype)) for v, A, _, _ in plain]
+    factors += [(product.a, product.b.t()) for product in products]
+    if low_rank_first:
+        for i, term in enumerate(dropped):
+            masked_add(dx2, term, started=i > 0)
+    eager.add_products(dx2, factors, low_rank_first and bool(dropped), low_rank_first)
+    if not low_rank_first:
+        for term in dropped:
+            masked_add(dx2, term, started=True)
     return dx
 
 
 def grad_project(x: torch.Tensor, low_ranks: list[LowRankTerm]) -> list[torch.Tensor]:
-    """dA = vᵀ drop(x), in fp32.  x [...,K], v [M,R] -> [R,K] each."""
     x2 = flatten_tokens(x)
     return [on_A.grad_project(x2, low) for low in low_ranks]
 
@@ -217,7 +187,6 @@ def row_norm(
     scaling: Scaling = 1.0,
     axis: str = "out",
 ) -> torch.Tensor:
-    """‖W + sBA‖ per row (axis="out", [N]) or per column (axis="in", [K]), in fp32."""
     return norms(weight, A, B, scaling, axis)
 
 
@@ -227,7 +196,7 @@ def _ends(gains: bool, keeps_inner: bool) -> int:
 
 
 def _dense(base: Summand) -> Summand:
-    """With both operands dense along an axis that a GEMM of ours reads them by."""
+    """The summand with both operands dense along an axis by which a kernel reads them."""
     a, b = base.a, base.b
     return base._replace(
         a=a if launch.dense(a, 1) else a.contiguous(),
@@ -235,53 +204,51 @@ def _dense(base: Summand) -> Summand:
     )
 
 
-class _Low(NamedTuple):
-    """One low-rank summand a (s·row_scale⊙F)ᵀ.  a [M,R], F [N,R]"""
+class _LowRank(NamedTuple):
+    """One low-rank summand a (s·row_scale⊙factor)ᵀ.  a [M,R], factor [N,R]"""
 
     a: torch.Tensor
-    F: torch.Tensor
+    factor: torch.Tensor
     scaling: Scaling = 1.0
     row_scale: torch.Tensor | None = None
     seed: torch.Tensor | None = None
     p: float = 0.0
 
 
-def _joined(lows: list[_Low], route: gemm_routing.Route, by_row: bool) -> list[Summand]:
-    """Low-rank summands side by side as one; none if there are none.
+def _concatenated(
+    low_ranks: list[_LowRank], route: gemm_routing.Route, by_row: bool
+) -> list[Summand]:
+    """The low-rank summands side by side as one; none if there are none.
 
-    Padded until rows are as far apart as a descriptor wants them, or as keeps loads by pointers wide and asynchronous.
+    Padded until rows are as far apart as a descriptor needs, or as keeps loads by pointers wide
+    and asynchronous.
     """
-    if not lows:
+    if not low_ranks:
         return []
-    dtype, multiple, (first, *more) = lows[0].a.dtype, 8 if route.form == "tma" else 16, lows
-    a, b = (
-        first.a,
-        scale_cast(first.F, dtype, first.scaling, first.row_scale, by_row, 1 if more else multiple),
-    )
+    by_tma = route.form == "tma"
+    multiple, (first, *more) = 8 if by_tma else 16, low_ranks
+    a, dtype = first.a, first.a.dtype
+    padding = 1 if more else multiple
+    b = scale_cast(first.factor, dtype, first.scaling, first.row_scale, by_row, padding)
     if more:
-        a = torch.cat([low.a for low in lows], dim=1)
-        b = torch.cat(
-            [b, *(scale_cast(low.F, dtype, low.scaling, low.row_scale) for low in more)], dim=1
-        )
-        b = torch.nn.functional.pad(b, (0, -a.shape[1] % multiple))
+        a = torch.cat([term.a for term in low_ranks], dim=1)
+        others = [scale_cast(t.factor, dtype, t.scaling, t.row_scale) for t in more]
+        b = torch.nn.functional.pad(torch.cat([b, *others], dim=1), (0, -a.shape[1] % multiple))
     if a.shape[1] % multiple:
         a = torch.nn.functional.pad(a, (0, -a.shape[1] % multiple))
-    # A parameter may lie anywhere in a storage it shares.
-    by_tma = route.form == "tma"
+    # A parameter may lie anywhere in a storage that it shares.
     if not launch.dense(a, 1) or (by_tma and not launch.aligned(a)):
-        a = _fresh(a)
+        a = _dense_copy(a)
     if not launch.dense(b, 1 if by_row else 0) or (by_tma and not launch.aligned(b)):
-        b = _fresh(b, by_row)
+        b = _dense_copy(b, by_row)
     return [Summand(a, b, first.seed, first.p)]
 
 
-def _fresh(t: torch.Tensor, by_row: bool = True) -> torch.Tensor:
-    """A copy, dense along its rows or its columns."""
-    return (
-        t.clone(memory_format=torch.contiguous_format)
-        if by_row
-        else t.t().clone(memory_format=torch.contiguous_format).t()
-    )
+def _dense_copy(t: torch.Tensor, by_row: bool = True) -> torch.Tensor:
+    """A copy, dense along its rows or along its columns."""
+    if by_row:
+        return t.clone(memory_format=torch.contiguous_format)
+    return t.t().clone(memory_format=torch.contiguous_format).t()
 
 
 def _asked(
@@ -293,19 +260,25 @@ def _asked(
     plain: bool = False,
     ends: int = 0,
 ) -> gemm_routing.Asked:
-    """What a route is chosen by. dropped: how many low-rank summands are masked; plain: whether there is one that is not."""
+    """The key a route is chosen by.
+
+    dropped: the number of low-rank summands with a mask. plain: True if one has none.
+    """
     first, e = bases[0], bases[0].a.itemsize
     by_row = launch.dense(first.b, 1) or not launch.dense(first.b, 0)
-    # What is not dense is copied, and then lies as well as its length lets it. y and z are as long as N.
-    lying = [N * e % 16 == 0]
+    # An operand that is not dense is copied, and then aligned as its length allows. y and z have
+    # rows of length N.
+    aligned = [N * e % 16 == 0]
     for a, b, *_ in bases:
-        kept = launch.dense(a, 1), launch.dense(b, 1) or launch.dense(b, 0)
-        lying += [
-            launch.aligned(t) if dense else t.shape[1] * e % 16 == 0
-            for t, dense in zip((a, b), kept, strict=True)
+        dense = launch.dense(a, 1), launch.dense(b, 1) or launch.dense(b, 0)
+        aligned += [
+            launch.aligned(t) if is_dense else t.shape[1] * e % 16 == 0
+            for t, is_dense in zip((a, b), dense, strict=True)
         ]
-    alike = all(launch.dense(one.b, 1 if by_row else 0) for one in bases[1:])
+    same_order = all(launch.dense(base.b, 1 if by_row else 0) for base in bases[1:])
     return gemm_routing.Asked(
-        M, N, tuple(one.a.shape[1] for one in bases), R, first.a.dtype, launch.arch_of(first.a), by_row, dropped > 0,
-        is_many(len(bases) + plain, dropped > 0), ends, all(lying), alike and dropped <= 1 and len(bases) + plain + dropped <= 4,
+        M, N, tuple(base.a.shape[1] for base in bases), R, first.a.dtype,
+        launch.arch_of(first.a), by_row, dropped > 0, is_many(len(bases) + plain, dropped > 0),
+        ends, all(aligned),
+        same_order and dropped <= 1 and len(bases) + plain + dropped <= 4,
     )  # fmt: skip
