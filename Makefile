@@ -1,4 +1,6 @@
-# make bench | test | micro | build | sanitize | lint | conformance | env    PYTHON= the interpreter to build on, VENV= where the environment goes
+# make bench | test | quick | test-slow | lint | types | imports | docs | readme-table | mutants
+#      | micro | build | sanitize | conformance | dist | env
+# PYTHON= is the interpreter to build on, VENV= where the environment goes
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -6,42 +8,86 @@ WORKERS ?= 2
 RESULTS ?= results
 KERNEL_TESTS ?= $(wildcard tests/engine/test_cpu*.py)
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: bench test micro build sanitize lint conformance env clean
+.PHONY: bench test quick test-slow coverage lint types imports docs readme-table mutants micro
+.PHONY: build sanitize conformance dist env clean
 
 # One layer, then a real encoder, then one page of both. A wrong row stops it.
 bench: env
 	$(BIN)/lorafast-bench linear --seconds 5 --warmup 1 --json $(RESULTS)/linear.json
 	$(BIN)/lorafast-bench model --seconds 5 --warmup 1 --json $(RESULTS)/model.json
-	$(BIN)/lorafast-bench report $(RESULTS)/linear.json $(RESULTS)/model.json --html $(RESULTS)/report.html
+	$(BIN)/lorafast-bench report $(RESULTS)/linear.json $(RESULTS)/model.json \
+		--html $(RESULTS)/report.html
 
+# Everything but the slow tests, in at most 8 minutes on two cores.
 test: env
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+	$(PYTEST) -m "not slow"
+
+# In at most a minute.
+quick: env
+	$(PYTEST) -m "not slow and not compile and not peft and not distributed"
+
+# All forms of all kernels, whole models, packaging, every instruction set.
+test-slow: env
+	$(PYTEST) -m slow
+
+coverage: env
+	$(PYTEST) -m "not slow" --cov=lorafast --cov-report=term
+
+lint: env
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/codespell
+
+# The public API and the engine.
+types: env
+	$(BIN)/python -m mypy
+
+# Imports go one way: the contracts in pyproject.toml.
+imports: env
+	$(BIN)/lint-imports
+
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The generated tables of README and docs, from bench/results and the code.
+readme-table: env
+	$(BIN)/python tools/readme_table.py
+
+# Small faults planted in the code one at a time; a test must fail for each.
+mutants: env
+	$(BIN)/python tools/mutants.py
 
 # The C++ kernels ahead of their first use, for every instruction set the compiler knows.
 build: env
 	$(BIN)/python -m lorafast.runtime.extension
 
-# The tests of the C++ kernels with a guard on every access. The runtimes come first because Python was not linked with them, and
-# libstdc++ with them, or a C++ exception finds no handler. Built before, so that the compiler does not run under the guard.
+# The tests of the C++ kernels with a guard on every access. The runtimes come first because Python
+# was not linked with them, and libstdc++ with them, or a C++ exception finds no handler. Built
+# before, so that the compiler does not run under the guard.
 sanitize: export LORAFAST_CXXFLAGS = $(SANITIZERS)
 sanitize: build
 	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/python -m pytest -q -s -p no:cacheprovider $(KERNEL_TESTS)
 
-# Every primitive on its own. Times alone: nothing here is right or wrong.
+# Every primitive and every kind of call on its own. Times alone: nothing here is right or wrong.
 micro: env
-	$(BIN)/python -m pytest -q bench/micro.py --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds
+	$(BIN)/python -m pytest -q bench/micro.py --benchmark-sort=name \
+		--benchmark-columns=min,median,iqr,rounds
 
-lint: env
-	$(BIN)/python -m ruff check .
-	$(BIN)/python -m ruff format --check .
-
-# PEFT's own tests, plainly and with our class in place; downloads them, and what they import. Some ten minutes.
+# PEFT's own tests, plainly and with lorafast's class in place. Downloads them and what they import.
 conformance: env
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check attrs datasets diffusers parameterized scipy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		attrs datasets diffusers parameterized scipy
 	$(BIN)/python tools/conformance.py
+
+dist: env
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
 
 env: $(VENV)/.installed
 
@@ -52,4 +98,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/environment.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

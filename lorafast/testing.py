@@ -1,6 +1,7 @@
-"""Truth for tests and bench: problem makers, the textbook eager chain, errors measured against float64, and saved bytes.
+"""Problems, the eager chain, error ratios against float64, and saved bytes, for tests and bench.
 
-Nothing here shares a line with reference.py or a backend: the chain is what a reader of the papers would type.
+Nothing here shares code with the reference or a backend: the chain is the textbook sequence of
+stock torch ops.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from lorafast import functional
 from lorafast.engine import philox
 from lorafast.engine.backends import cpu
-from lorafast.runtime import env
+from lorafast.runtime import env, torch_internals
 
 SHORT = {
     torch.float64: "fp64",
@@ -30,7 +31,7 @@ GRADIENTS = ("x", "bias", "lora_A", "lora_B", "core", "magnitude", "out_scale", 
 
 @dataclass(frozen=True)
 class Form:
-    """Which parts of the formula a method uses."""
+    """The parts of the formula that a method uses."""
 
     name: str
     core: str = "none"
@@ -91,22 +92,22 @@ class Case:
 
     @property
     def works(self) -> bool:
-        """keep="output" and a mask on the base term exclude each other."""
+        """False for keep="output" with a mask on the base term, which exclude each other."""
         return not (self.form.keep == "output" and self.form.dropout_on == "both" and self.dropout)
 
 
 def make(
     case: Case, seed: int = 0, device: torch.device | str = "cpu", sliced: bool = True
 ) -> dict[str, torch.Tensor | None]:
-    """Every tensor of the case by the name lorafast.linear gives it, and dy. x and dy are slices of wider tensors, so no stride is
-    trivial, unless sliced=False; a transposed weight lies in memory as [K,N].
+    """Return every tensor of the case by its name in lorafast.linear, and dy.
+
+    x and dy are slices of wider tensors, so that no stride is trivial, unless sliced=False. A
+    transposed weight lies in memory as [K,N].
     """
     generator = torch.Generator(device).manual_seed(seed)
     left, right = (1, 2) if sliced else (0, 0)
-    form, factor = (
-        case.form,
-        case.adapter_dtype or (torch.float64 if case.dtype == torch.float64 else torch.float32),
-    )
+    form, wide = case.form, torch.float64 if case.dtype == torch.float64 else torch.float32
+    factor = case.adapter_dtype or wide
 
     def normal(*shape: int, dtype: torch.dtype = factor, scale: float = 1.0) -> torch.Tensor:
         return (
@@ -160,8 +161,9 @@ def ours(case: Case, t: dict[str, torch.Tensor | None]) -> torch.Tensor:
         "lora_bias",
         "seed",
     )
+    tensors: dict[str, Any] = {name: t[name] for name in names}
     return functional.linear(
-        **{name: t[name] for name in names}, norm=norm, axis=f.axis, scaling=case.scaling, dropout=case.dropout,
+        **tensors, norm=norm, axis=f.axis, scaling=case.scaling, dropout=case.dropout,
         dropout_on=f.dropout_on, keep=f.keep,
     )  # fmt: skip
 
@@ -171,9 +173,12 @@ def chain(
     t: dict[str, torch.Tensor | None],
     drop: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The eager chain: stock torch ops one after another, factors cast to x's dtype. In float64 it is the truth.
+    """Return the output of the eager chain: stock torch ops, factors cast to x's dtype.
 
-    drop: what drops x, if not the mask of t["seed"]. Nothing is computed that a reader would not type, so it can be timed too.
+    In float64 it is the truth. It computes nothing that a reader would not type, so it can be
+    timed too.
+
+    drop: drops elements of x, if not the mask of t["seed"].
     """
     f, s, x, W, dtype = case.form, case.scaling, t["x"], t["weight"], t["x"].dtype
     A, B, core, m, b_B = (
@@ -220,7 +225,10 @@ def run(
     wide: bool = False,
     trained: Iterable[str] = GRADIENTS,
 ) -> dict[str, torch.Tensor]:
-    """y and the gradient of every `trained` tensor of function(case, tensors), in float64 throughout if wide."""
+    """Return y and the gradient of every `trained` tensor of function(case, tensors).
+
+    wide: compute in float64 throughout.
+    """
     t = {name: leaf(name, value, wide, trained) for name, value in tensors.items()}
     y = function(case, t)
     y.backward(t["dy"])
@@ -228,7 +236,7 @@ def run(
 
 
 class Yardstick:
-    """The truth of a case in float64 over all seeds, and how far the eager chain is from it: what any function is held against."""
+    """The float64 truth of a case over all seeds, and the eager chain's distance from it."""
 
     def __init__(
         self,
@@ -248,8 +256,9 @@ class Yardstick:
     def ratios(
         self, outcome: Callable[[dict[str, torch.Tensor | None]], dict[str, torch.Tensor]]
     ) -> dict[str, float]:
-        """max(e, f) ÷ max(e_chain, f) of y and each gradient that outcome(tensors) gives: e the RMS error against float64 over all
-        seeds, f = eps/8·rms(truth).
+        """Return max(e, f) ÷ max(e_chain, f) for y and each gradient that outcome(tensors) gives.
+
+        e is the RMS error against float64 over all seeds, f = eps/8·rms(truth).
         """
         floor, errors = torch.finfo(self.case.dtype).eps / 8, self._squares(outcome)
         return {
@@ -264,23 +273,25 @@ class Yardstick:
         for tensors, truth in zip(self.made, self._truths, strict=True):
             got = outcome(tensors)
             for name, value in truth.items():
-                # What should have a gradient and has none is as wrong as can be.
-                sums[name] += (
-                    math.inf if got.get(name) is None else (got[name] - value).square().sum().item()
-                )
+                # A missing gradient counts as infinitely wrong.
+                missing = got.get(name) is None
+                sums[name] += math.inf if missing else (got[name] - value).square().sum().item()
         return sums
 
 
 def error_ratios(
     case: Case, function: Callable = ours, seeds: Iterable[int] = range(4)
 ) -> dict[str, float]:
-    """The error ratios of function(case, tensors) for y and each gradient."""
+    """Return the error ratios of function(case, tensors) for y and each gradient."""
     yardstick = Yardstick(case, (make(case, seed) for seed in seeds))
     return yardstick.ratios(lambda tensors: run(function, case, tensors))
 
 
 def ratio(error: float, chain_error: float, truth: float, floor: float) -> float:
-    """The error ratio of the contract, never NaN: an error that is not finite counts as infinite, and 0 against 0 as 1."""
+    """Return the error ratio, never NaN.
+
+    An error that is not finite counts as infinite, and 0 against 0 as 1.
+    """
     if not math.isfinite(error):
         return math.inf
     if not math.isfinite(chain_error):
@@ -294,14 +305,17 @@ def ratio(error: float, chain_error: float, truth: float, floor: float) -> float
 
 @dataclass(frozen=True)
 class Saved:
-    """What autograd keeps: bytes of its own, and the tensors it keeps by reference (inputs and the output), by name."""
+    """The tensors autograd keeps: bytes made for it, and names of tensors kept by reference.
+
+    Those by reference are inputs and the output.
+    """
 
     own: int
     referenced: frozenset[str]
 
 
 class _Kept:
-    """What the graph holds instead of a tensor: while it lives, autograd keeps the tensor."""
+    """An object the graph holds instead of a tensor: while it lives, autograd keeps the tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         # Detached: an output would hold the graph that holds it.
@@ -313,9 +327,13 @@ def saved(
     named: dict[str, torch.Tensor],
     constant: Iterable[torch.Tensor],
 ) -> Saved:
-    """Count what saved_tensors_hooks see and the graph still holds once function has returned: numel·itemsize once per data_ptr,
-    and no more of a storage than it has (views and expanded tensors count once). `constant` (parameters, buffers) is left out;
-    `named` tensors and the output ("y") are kept by reference.
+    """Return what the graph of function() keeps, as saved_tensors_hooks see it.
+
+    Counted is what the graph still holds once function has returned: numel·itemsize once per
+    data_ptr, and no more of a storage than it has (views and expanded tensors count once).
+
+    constant: parameters and buffers, which are left out.
+    named: tensors that are kept by reference, as the output "y" is.
     """
     packed: list[weakref.ref[_Kept]] = []
 
@@ -328,12 +346,12 @@ def saved(
         y = function()
     storages: dict[int, dict[int, torch.Tensor]] = {}
     for kept in filter(None, (reference() for reference in packed)):
-        views = storages.setdefault(kept.tensor.untyped_storage()._cdata, {})
+        views = storages.setdefault(torch_internals.storage_key(kept.tensor), {})
         largest = views.get(kept.tensor.data_ptr())
         if largest is None or largest.numel() < kept.tensor.numel():
             views[kept.tensor.data_ptr()] = kept.tensor
-    names = {t.untyped_storage()._cdata: name for name, t in (named | {"y": y}).items()}
-    left_out = {t.untyped_storage()._cdata for t in constant}
+    names = {torch_internals.storage_key(t): name for name, t in (named | {"y": y}).items()}
+    left_out = {torch_internals.storage_key(t) for t in constant}
     own = 0
     for storage, views in storages.items():
         if storage not in names and storage not in left_out:
@@ -343,15 +361,21 @@ def saved(
 
 
 class Allocated(NamedTuple):
-    """Bytes a function allocated: `held` are alive when it has returned, its result among them; `peak` is the most at once."""
+    """Bytes that a function allocated.
+
+    held: alive when it has returned, its result among them. peak: the most at one time.
+    """
 
     held: int
     peak: int
 
 
 def allocated(function: Callable[[], object]) -> Allocated:
-    """Count the events of torch's CPU allocator while function runs, so that workspaces inside ops and compiled code are seen too;
-    the largest one of our C++ kernels, which have none from torch, is added to the peak.
+    """Return the bytes that function() allocates on the CPU.
+
+    They are counted from the events of torch's allocator, so that workspaces inside ops and
+    compiled code are seen too. The largest workspace of lorafast's C++ kernels, which is not
+    torch's, is added to the peak.
     """
     env.silence_profiler()
     cpu.workspace()
@@ -359,17 +383,11 @@ def allocated(function: Callable[[], object]) -> Allocated:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         kept = function()
-    events: list[tuple[int, int, int]] = []
-    nodes = list(profile.profiler.kineto_results.experimental_event_tree())
-    while nodes:
-        node = nodes.pop()
-        nodes.extend(node.children)
-        if node.tag.name == "Allocation":
-            events.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
+    events = torch_internals.allocations(profile)
     del kept
     alive: dict[int, int] = {}
     now = peak = 0
-    for _, address, size in sorted(events):
+    for _, address, size in events:
         if size > 0:
             alive[address] = size
             now += size
@@ -382,7 +400,7 @@ def allocated(function: Callable[[], object]) -> Allocated:
 def leaf(
     name: str, value: torch.Tensor | None, wide: bool = False, trained: Iterable[str] = GRADIENTS
 ) -> torch.Tensor | None:
-    """The tensor as a leaf that requires grad if it is `trained`; in float64 if wide."""
+    """Return the tensor as a leaf that requires grad if it is `trained`; in float64 if wide."""
     if value is None or name == "seed":
         return value
     value = value.double() if wide else value

@@ -1,17 +1,15 @@
-"""list_methods: every method there is, how to ask for it, and the README's table of them."""
+"""list_methods: every method with its facts, and the code that uses it."""
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
 import lorafast
 from lorafast import registry
-from lorafast.bench import recipes, textbook
+from lorafast.bench.cases import expected_grads, recipes
 
 METHODS = {method.name: method for method in lorafast.list_methods()}
-README = Path(lorafast.__file__).resolve().parent.parent / "README.md"
 # What a method's code may speak of without having made it.
 GIVEN = {"torch", "model", "lr", "total_steps", "batches", "loss_fn"}
 
@@ -54,23 +52,14 @@ def test_how_to_ask_is_code_of_names_there_are(name):
 
 def test_the_bench_knows_how_each_trains():
     assert recipes.RECIPES.keys() == METHODS.keys()
-    assert textbook.TRAINS.keys() == {name for name, method in METHODS.items() if method.adapter}
+    with_adapter = {name for name, method in METHODS.items() if method.adapter}
+    assert expected_grads.TRAINED.keys() == with_adapter
     for name, method in METHODS.items():
         spec = recipes.spec(name, 4, 0.1, "both")
         assert type(spec) is (method.adapter or type(None))
-        if spec is not None and not recipes.RECIPES[name].sampled:
+        if spec is not None and not recipes.RECIPES[name].needs_gradients:
             held = lorafast.Linear(12, 10, adapter=spec)
             trained = {
                 part.removeprefix("lora_") for part, p in held.named_parameters() if p.requires_grad
             }
-            assert trained == {part.removeprefix("lora_") for part in textbook.TRAINS[name]}
-
-
-def test_the_readme_lists_them_all():
-    rows = [
-        f"| {m.name} | {m.paper} | {m.trains} | {m.keeps} | `{m.ask}` |" for m in METHODS.values()
-    ]
-    table = README.read_text().partition(
-        "| method | paper | trains | kept for backward | how to ask |\n"
-    )[2]
-    assert table.splitlines()[1 : 1 + len(rows)] == rows
+            assert trained == {part.removeprefix("lora_") for part in expected_grads.TRAINED[name]}

@@ -42,7 +42,7 @@ def main(venv: Path) -> None:
     # Not isolated: the build needs setuptools alone, and must never bring a torch of its own.
     subprocess.run([*pip, "setuptools>=77", "wheel"], check=True)
     subprocess.run(
-        [*pip, *chosen, "--no-build-isolation", "--editable", f"{ROOT}[bench,dev,triton]"],
+        [*pip, *chosen, "--no-build-isolation", "--editable", f"{ROOT}[bench,dev,docs,triton]"],
         check=True,
     )
 

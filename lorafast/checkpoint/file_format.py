@@ -42,7 +42,7 @@ _INITS: dict[str, type[WeightInit]] = {"PiSSA": PiSSA, "LoRAGA": LoRAGA}
 
 
 class AdapterFormat(NamedTuple):
-    """What a file says of a model's adapters.
+    """The description of a model's adapters in a file.
 
     config: PEFT's config. extras: what lorafast writes beside it, for load_adapter.
     """

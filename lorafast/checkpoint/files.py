@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# In bytes. A PEFT config may name every layer; this is room for a hundred thousand names.
+# In bytes. A PEFT config may name every layer; this is enough for a hundred thousand names.
 _MAX_CONFIG_SIZE = 1 << 24
 _DTYPES = {
     "F64": torch.float64,
@@ -44,7 +44,7 @@ _DTYPES = {
 }
 # Name of a config that a save has renamed; * is random.
 _OLD_CONFIG = f".{CONFIG}.*.old"
-# Attempts to read a folder while somebody saves into it.
+# Attempts to read a folder while another process saves into it.
 _MAX_READS = 20
 # Seconds after which the temporary file of a killed save is removed.
 _STALE_AGE = 3600

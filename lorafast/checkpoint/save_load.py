@@ -186,8 +186,9 @@ def _load_layers(layers: dict[str, AdapterLayer], tensors: CheckedTensors) -> No
     done: list[tuple[AdapterLayer, dict[str, torch.Tensor], dict[str, torch.Tensor] | None]] = []
     try:
         for name, layer in layers.items():
-            own = keys.own_tensors(layer)
-            old_values = {part: value.detach().clone() for part, value in own.items()}
+            old_values = {
+                part: value.detach().clone() for part, value in keys.own_tensors(layer).items()
+            }
             done.append((layer, old_values, residual_init(layer)))
             layer.take(*tensors.of_layer(name))
     except BaseException:

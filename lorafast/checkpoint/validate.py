@@ -256,8 +256,8 @@ def _separate_bases(groups: KeyGroups, extra: Tensors, model: nn.Module) -> KeyG
 
     PEFT also saves a model's embeddings and output head where they may have changed.
     """
-    own = {canonical_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    bases = {name: key for name, key in groups.extra.items() if name not in extra and name in own}
+    names = {canonical_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    bases = {name: key for name, key in groups.extra.items() if name not in extra and name in names}
     return groups._replace(
         extra={name: key for name, key in groups.extra.items() if name not in bases},
         bases={f"{name}.weight": key for name, key in groups.bases.items()} | bases,
@@ -281,19 +281,19 @@ def _check_bases(
     """
     if not groups.bases:
         return
-    own = {
+    parameters = {
         canonical_name(name): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     for name, key in groups.bases.items():
-        if name not in own:
+        if name not in parameters:
             raise ValueError(
-                f"the file has {key}, which the model has not{similar_names(name, own)}"
+                f"the file has {key}, which the model has not{similar_names(name, parameters)}"
             )
         adapter = adapters.get(name.removesuffix(".weight"))
         if adapter is not None and adapter.residual:
             continue
-        expected, given = own[name], tensors[key]
+        expected, given = parameters[name], tensors[key]
         if expected.shape != given.shape or not torch.equal(given.to(expected), expected):
             raise ValueError(
                 f"{key} {tuple(given.shape)} is another weight than the model's own "
@@ -328,11 +328,11 @@ def _layer_tensors(
     name: str, module: nn.Module, adapter: Adapter, groups: KeyGroups, tensors: Tensors
 ) -> Tensors:
     """Return a layer's tensors by Parameter name, its slices of shared ones included."""
-    own = {part: tensors[key] for part, key in groups.layers[name].items()}
-    own |= _shared_slices(module, adapter, groups, tensors)
+    values = {part: tensors[key] for part, key in groups.layers[name].items()}
+    values |= _shared_slices(module, adapter, groups, tensors)
     if isinstance(adapter, AdaLoRA):
-        own = {part: adalora_format.from_file(part, tensor) for part, tensor in own.items()}
-    return own
+        values = {part: adalora_format.from_file(part, tensor) for part, tensor in values.items()}
+    return values
 
 
 def _shared_slices(

@@ -197,7 +197,7 @@ def _fake_several_backward(dy, x, hs, weight, *rest):
 
 
 class _Several(torch.autograd.Function):
-    """Autograd looks at arguments one by one, so lists are flat: x, weight, bias, all A, all B, …"""
+    """Autograd looks at arguments one by one, so lists are flat: x, weight, bias, all A, all B…"""
 
     @staticmethod
     def forward(ctx, direct, count, x, weight, bias, *flat):

@@ -41,10 +41,11 @@ class LayerTensors(NamedTuple):
 class CallOptions(NamedTuple):
     """The numbers and words of one call.
 
-    scaling is s, or 1 beside LayerTensors.scale. In an op, keep is resolved (see resolve_keep).
+    scaling is s; inside an op it is a number, 1 beside LayerTensors.scale. In an op, keep is
+    resolved (see formula.resolve_keep).
     """
 
-    scaling: float = 1.0
+    scaling: Scaling = 1.0
     dropout: float = 0.0
     axis: str = "out"
     dropout_on: str = "adapter"

@@ -40,11 +40,8 @@ def linear(
 ) -> torch.Tensor:
     """Return the output of lorafast.linear by plain torch ops, on plain autograd.
 
-    Args:
-        x, weight, bias, lora_A, lora_B, core, magnitude, norm, axis, out_scale, lora_bias, scaling,
-            dropout, dropout_on, frozen_columns, seed, training: As in lorafast.linear, with the
-            same dropout bits for the same seed.
-        keep: Ignored: autograd keeps what it needs.
+    The arguments are those of lorafast.linear, and the same seed drops the same elements. keep is
+    ignored: autograd keeps what it needs.
 
     Returns:
         y [...,N] in the dtype of the call.
@@ -99,8 +96,7 @@ def row_norm(
 ) -> torch.Tensor:
     """Return ‖W + s·(out_scale⊙B)·core·A‖ along axis, on plain autograd.
 
-    Args:
-        weight, lora_A, lora_B, core, out_scale, scaling, axis: As in lorafast.functional.row_norm.
+    The arguments are those of lorafast.functional.row_norm.
 
     Returns:
         The norm, [N] or [K], in fp32, or in fp64 for an fp64 weight.

@@ -25,8 +25,8 @@ _UNUSED_IF_NONE = ("adapter_names", "alora_offsets")
 
 def active_adapters(layer: PeftLinear) -> list[str]:
     """Return the active adapters that this layer has."""
-    own = layer._modules["lora_A"]._modules
-    return [name for name in layer.active_adapters if name in own]
+    existing = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in existing]
 
 
 def adapter_modules(layer: PeftLinear, name: str) -> tuple[nn.Module, nn.Module, nn.Module]:

@@ -71,24 +71,21 @@ class AdapterCheckpoint(TrainerCallback):
         import tempfile, torch, transformers, lorafast
         from lorafast.integrations.trainer import AdapterCheckpoint
 
-        config = transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            vocab_size=32,
-        )
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 32}
+        config = transformers.LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
         model = lorafast.adapt(transformers.LlamaForCausalLM(config), lorafast.LoRA(r=2))
         ids = torch.arange(8)
         with tempfile.TemporaryDirectory() as folder:
-            arguments = transformers.TrainingArguments(
-                folder, max_steps=2, save_steps=1, report_to="none", disable_tqdm=True, use_cpu=True
-            )
             trainer = transformers.Trainer(
                 model=model,
-                args=arguments,
-                train_dataset=[{"input_ids": ids, "labels": ids}] * 8,
+                args=transformers.TrainingArguments(
+                    folder, max_steps=1, save_steps=1, report_to="none", use_cpu=True
+                ),
+                train_dataset=[{"input_ids": ids, "labels": ids}],
                 callbacks=[AdapterCheckpoint()],
             )
-            trainer.train()
-            trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-1")
+            trainer.train()  # later: trainer.train(resume_from_checkpoint=True)
+            lorafast.load_adapter(model, f"{folder}/checkpoint-1")
     """
 
     def __init__(self, schedule: Any = None) -> None:
@@ -279,27 +276,27 @@ def _before_loading(
         return
     description = json.loads(bytes(state_dict.pop(_DESCRIPTION).tolist()))
     _refuse_other(description, _describe_adapters(model))
-    given = {key: state_dict.pop(key) for key in list(state_dict)}
-    own, initial = _checkpoint_tensors(model), _init_tensors(model)
-    expected = {key: tensor for key, (tensor, _) in own.items()} | initial
-    _refuse_other(_describe_tensors(given), _describe_tensors(expected))
+    loaded = {key: state_dict.pop(key) for key in list(state_dict)}
+    tensors = _checkpoint_tensors(model)
+    expected = {key: tensor for key, (tensor, _) in tensors.items()} | _init_tensors(model)
+    _refuse_other(_describe_tensors(loaded), _describe_tensors(expected))
     for name, layer in adapter_layers(model).items():
-        _load_init(name, layer, given)
-    for key, (_, names) in own.items():
-        state_dict.update(dict.fromkeys(names, given[key]))
+        _load_init(name, layer, loaded)
+    for key, (_, names) in tensors.items():
+        state_dict.update(dict.fromkeys(names, loaded[key]))
     # For _after_loading: this is a checkpoint, and every base weight is missing from it.
     missing.append(_DESCRIPTION)
 
 
-def _load_init(name: str, layer: AdapterLayer, given: dict[str, torch.Tensor]) -> None:
+def _load_init(name: str, layer: AdapterLayer, loaded: dict[str, torch.Tensor]) -> None:
     """Give a layer the init of the checkpoint, unless its own is the same.
 
     If it is the same, the weight already is the run's, bit for bit.
     """
-    own = residual_init(layer) or {}
-    initial = {part: given[f"{_INIT_PREFIX}{name}.{part}"] for part in own}
-    if not all(torch.equal(initial[part], tensor) for part, tensor in own.items()):
-        layer.take({part: given[f"{name}.{part}"] for part in own_tensors(layer)}, initial)
+    present = residual_init(layer) or {}
+    initial = {part: loaded[f"{_INIT_PREFIX}{name}.{part}"] for part in present}
+    if not all(torch.equal(initial[part], tensor) for part, tensor in present.items()):
+        layer.take({part: loaded[f"{name}.{part}"] for part in own_tensors(layer)}, initial)
 
 
 def _after_loading(model: nn.Module, incompatible_keys: Any) -> None:
@@ -315,12 +312,17 @@ def _describe_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     }
 
 
-def _refuse_other(theirs: dict[str, str], ours: dict[str, str]) -> None:
+def _refuse_other(in_checkpoint: dict[str, str], in_model: dict[str, str]) -> None:
     """Raise ValueError naming the first difference between a checkpoint's and a model's adapter."""
-    differing = [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]
+    differing = [
+        name
+        for name in in_checkpoint.keys() | in_model.keys()
+        if in_checkpoint.get(name) != in_model.get(name)
+    ]
     if differing:
         name = min(differing)
         raise ValueError(
             f"the checkpoint is of another adapter than the model's: {name} is "
-            f"{theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} in the model"
+            f"{in_checkpoint.get(name, 'absent')} there and {in_model.get(name, 'absent')} in "
+            "the model"
         )

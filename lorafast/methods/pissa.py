@@ -20,7 +20,7 @@ class PiSSA(WeightInit):
     V_r, Σ_r and U_r are the r largest triplets. A [R, K] and B [N, R] train; the output is
     unchanged at the start, up to the rounding of W - s B A to the weight's dtype. Nothing more than
     LoRA's tensors is saved for backward. `lorafast.save_adapter` writes a LoRA of rank 2r for the
-    untouched weight: s (B A - B₀ A₀) = s [B, -B₀] [A; A₀].
+    untouched weight: `s (B A - B₀ A₀) = s [B, -B₀] [A; A₀]`.
 
     Args:
         svd_niter: None for an exact SVD up to min(N, K) = 1024 and 16 subspace iterations above it;

@@ -15,7 +15,7 @@ from lorafast.models import expressions
 KEY_NAMES = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_core": "lora_E"}
 # Attribute of a model: the options of its schedule.AdaLoRA under PEFT's names.
 SCHEDULE_ATTRIBUTE = "_lorafast_adalora"
-# What a file says if there was no schedule: PEFT's defaults, and the one step that PEFT requires.
+# The options in a file if there was no schedule: PEFT's defaults, and the one step PEFT requires.
 SCHEDULE_FIELDS = {
     "total_step": 1,
     "tinit": 0,

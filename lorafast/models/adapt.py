@@ -17,7 +17,6 @@ from lorafast.models.adapt_spec import (
     ALL_LINEAR,
     TASK_TYPE_ATTRIBUTE,
     AdaptSpec,
-    ModuleSelector,
 )
 from lorafast.models.module_names import (
     adapter_layers,
@@ -41,9 +40,9 @@ SetValues = Callable[[str, AdapterLayer], None]
 def adapt(
     model: nn.Module,
     adapter: Adapter,
-    target_modules: ModuleSelector = ALL_LINEAR,
+    target_modules: str | Collection[str] = "all-linear",
     *,
-    exclude_modules: ModuleSelector | None = None,
+    exclude_modules: str | Collection[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     adapter_pattern: Mapping[str, Adapter] | None = None,
@@ -170,7 +169,7 @@ def install(
     set_values: SetValues | None = None,
     finish: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replace the targets by adapted layers and let train what the spec says.
+    """Replace the targets by adapted layers, and set which parameters train as the spec says.
 
     If anything fails, set_values and finish included, the model is restored.
 

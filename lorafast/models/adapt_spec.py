@@ -27,7 +27,7 @@ ModuleSelector = str | Collection[str]
 class AdaptSpec:
     """The arguments of adapt, checked. Fields that PEFT's config has too mean what they mean there.
 
-    Args:
+    Attributes:
         ignore_unmatched: names and patterns that match nothing are ignored, as in PEFT, as long as
             some layer is adapted.
         match_any_ending: a name in modules_to_save also selects every module whose name ends in

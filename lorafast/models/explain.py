@@ -27,7 +27,7 @@ _HEADER = ("layer", "method", "N x K", "r", "saved B/token", "by reference", "ba
 class Row(NamedTuple):
     """One adapted layer of a model, in an Explanation.
 
-    Args:
+    Attributes:
         name: name of the layer in the model.
         method: the adapter's class, such as "DoRA"; for a PEFT layer, PEFT's adapter name too.
         shape: (N, K) of the weight.
@@ -54,7 +54,7 @@ class Row(NamedTuple):
 class Explanation(NamedTuple):
     """What lorafast.explain returns; str() gives a table, the refusals and the notes.
 
-    Args:
+    Attributes:
         rows: one Row for each adapted layer, in module order.
         missing: folders that this checkout of lorafast lacks, and how to restore each.
     """
@@ -98,7 +98,7 @@ def _table_line(row: Row) -> tuple[str, ...]:
 class LayerCall(NamedTuple):
     """The call of one adapter of a layer in a training step, as far as explain needs it.
 
-    Args:
+    Attributes:
         method: the text of Row.method.
         tensors: the layer's tensors; those that require a gradient get one, and so does x.
         options: the options of the call; its keep is ignored.

@@ -1,7 +1,7 @@
 """Regular expressions over module names. Those of a file are matched in a subprocess with a limit.
 
-An expression that somebody else wrote can be made to backtrack forever, and re cannot be stopped
-from inside the process.
+An expression of an unknown author may backtrack forever, and re cannot be stopped from inside the
+process.
 """
 
 from __future__ import annotations

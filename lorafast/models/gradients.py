@@ -6,7 +6,7 @@ LoRA-GA (arXiv:2407.05000) starts A and B from singular vectors of the gradient 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lorafast.engine import checks
 from lorafast.engine.precision import accumulator
 from lorafast.methods.lora import LoRA
 from lorafast.models.adapt import refuse_parallel
-from lorafast.models.adapt_spec import ALL_LINEAR, AdaptSpec, ModuleSelector
+from lorafast.models.adapt_spec import AdaptSpec, ModuleSelector
 from lorafast.models.module_names import canonical_name, format_names, require_module
 from lorafast.models.target_modules import find_targets, parameter_owners
 from lorafast.runtime.torch_internals import storage_key
@@ -29,9 +29,9 @@ def estimate_gradients(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], torch.Tensor],
-    target_modules: ModuleSelector = ALL_LINEAR,
+    target_modules: str | Collection[str] = "all-linear",
     *,
-    exclude_modules: ModuleSelector | None = None,
+    exclude_modules: str | Collection[str] | None = None,
     training: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Return dL/dW of every targeted weight, averaged over batches, for lorafast.LoRAGA.

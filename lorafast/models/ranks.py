@@ -20,7 +20,7 @@ from torch import nn
 from lorafast.engine import checks
 from lorafast.methods import svd
 from lorafast.methods.lora import LoRA
-from lorafast.models.adapt_spec import ALL_LINEAR, AdaptSpec, ModuleSelector, match_patterns
+from lorafast.models.adapt_spec import AdaptSpec, match_patterns
 from lorafast.models.module_names import canonical_name, require_module
 from lorafast.models.target_modules import find_targets
 
@@ -33,9 +33,9 @@ def spectral_ranks(
     budget: float | None = None,
     energy_rank: int | None = None,
     direction: str = "low_energy_more",
-    target_modules: ModuleSelector = ALL_LINEAR,
+    target_modules: str | Collection[str] = "all-linear",
     *,
-    exclude_modules: ModuleSelector | None = None,
+    exclude_modules: str | Collection[str] | None = None,
     svd_niter: int | None = None,
 ) -> dict[str, int]:
     """Return a rank for each targeted layer, for the rank_pattern of lorafast.adapt.

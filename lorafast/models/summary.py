@@ -15,7 +15,7 @@ from lorafast.nn.adapter_layer import NAMES, AdapterLayer
 class TrainableSummary(NamedTuple):
     """How many elements of a model's Parameters train. str() gives PEFT's line and a breakdown.
 
-    Args:
+    Attributes:
         trainable: elements of all Parameters that train.
         total: elements of all Parameters, each Parameter counted once.
         parts: elements that train by what they belong to: lora_A, lora_B, lora_core,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from lorafast.methods.adapter import Adapter, TensorSpec
 from lorafast.methods.lora import LoRA
 from lorafast.nn import merge_math
 from lorafast.nn.adapter_state import AdapterState
-from lorafast.nn.merge_mixin import DeltaFactors, MergeState, copy_factors, with_weight
+from lorafast.nn.merge_mixin import DeltaFactors, copy_factors, with_weight
 
 # The weights out of which some layer's start took a delta: a second layer that shares one would
 # take out its own as well.
@@ -36,6 +37,12 @@ class AdapterLayer(AdapterState):
     A subclass also derives from the base's class, and its _W gives the weight as a matrix [N,K].
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_core: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
+    lora_out_scale: nn.Parameter | None
+    _base: tuple[nn.Module]
     # The adapter tensors that a schedule has frozen: enabling the adapter leaves them frozen.
     frozen_parts: frozenset[str] = frozenset()
 
@@ -46,7 +53,7 @@ class AdapterLayer(AdapterState):
         adapter: Adapter | None,
         adapter_dtype: torch.dtype | None,
         start: bool = True,
-    ) -> AdapterLayer:
+    ) -> Self:
         """Return a layer on the base's own Parameters, frozen. plain() gives the base back.
 
         start=False leaves the adapter's values to take(), which must follow.
@@ -63,16 +70,12 @@ class AdapterLayer(AdapterState):
         layer._attach(adapter, adapter_dtype, start)
         return layer
 
-    def _adopt(self, base: nn.Module) -> None:
+    def _adopt(self, base: Any) -> None:
         """Take over the base's sizes and Parameters."""
         raise NotImplementedError
 
     def _new_base(self) -> nn.Module:
         """Return a base module, where the layer was made without one."""
-        raise NotImplementedError
-
-    def _W(self) -> torch.Tensor:
-        """Return the weight as [N,K]: itself, or a view of it."""
         raise NotImplementedError
 
     def _attach(
@@ -94,11 +97,11 @@ class AdapterLayer(AdapterState):
             raise TypeError(
                 f"{adapter}.tensor_specs(): {', '.join(unknown)} not among {', '.join(NAMES)}"
             )
-        self._merged: MergeState | None = None
+        self._merged = None
         # True if the weight lacks the delta the adapter started with; and the factors of that
         # delta, if this layer made it.
         self._residual = False
-        self._start: DeltaFactors | None = None
+        self._start = None
         self.disabled = False
         self._removed_delta: DeltaFactors | None = None
         # The number of columns of lora_B that no longer train; True if freezing all of them turned
@@ -357,12 +360,12 @@ class AdapterLayer(AdapterState):
             self._refuse_if_merged("reset_parameters()")
             # Refuses here what could not start afterwards.
             self.adapter.bind_layer("", self._W())
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # of the base's class
         if attached:
             self._set_residual(False)
             self.reset_adapter()
 
-    def train(self, mode: bool = True) -> AdapterLayer:
+    def train(self, mode: bool = True) -> Self:
         """Set training mode as torch does; a cached norm is dropped."""
         weight_norm.forget(self._parameters.get("lora_B"))
         return super().train(mode)

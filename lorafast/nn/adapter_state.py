@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from lorafast.nn.merge_mixin import MergeMixin
+from lorafast.methods.adapter import Adapter, TensorSpec
+from lorafast.nn.merge_mixin import DeltaFactors, MergeMixin
 
 
 class AdapterState(MergeMixin):
@@ -14,6 +17,28 @@ class AdapterState(MergeMixin):
     A state dict with weight and bias but no adapter keys starts the adapter anew; one with some of
     the adapter's keys is an error.
     """
+
+    adapter: Adapter
+    frozen_columns: int
+    frozen_B: torch.Tensor | None
+    _residual: bool
+    _start: DeltaFactors | None
+
+    def reset_adapter(self) -> None:
+        """Start the adapter anew from the base weight."""
+        raise NotImplementedError
+
+    def freeze_columns(self, count: int) -> None:
+        """Freeze the first columns of lora_B."""
+        raise NotImplementedError
+
+    def _tensor_specs(self) -> dict[str, TensorSpec]:
+        """Return the adapter's tensors by name."""
+        raise NotImplementedError
+
+    def _set_residual(self, residual: bool) -> None:
+        """Record whether the weight lacks the adapter's first delta."""
+        raise NotImplementedError
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self._merged is not None:
@@ -54,9 +79,9 @@ class AdapterState(MergeMixin):
                 f"{prefix}weight without adapter keys would start the adapter anew: {why}"
             )
         else:
-            absent: list[str] = []
-            super()._load_from_state_dict(*arguments, absent, unexpected, errors)
-            missing.extend(key for key in absent if key[len(prefix) :] not in names)
+            lacking: list[str] = []
+            super()._load_from_state_dict(*arguments, lacking, unexpected, errors)
+            missing.extend(key for key in lacking if key[len(prefix) :] not in names)
             if len(errors) == before:
                 assigned = metadata.get("assign_to_params_buffers", False)
                 self._start_from_loaded_weight(assigned)
@@ -65,7 +90,8 @@ class AdapterState(MergeMixin):
         """Load a whole adapter, or nothing of this layer."""
         before = len(errors)
         old = self.weight.detach().clone() if given and self._start is not None else None
-        super()._load_from_state_dict(*arguments, missing, unexpected, errors)
+        load: Any = super()._load_from_state_dict
+        load(*arguments, missing, unexpected, errors)
         if not given:
             return
         if has_weight and len(errors) == before:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -138,7 +140,7 @@ class Embedding(AdapterLayer, nn.Embedding):
             values["lora_B"] = torch.randn_like(values["lora_B"])
         return values
 
-    def _adopt(self, base: nn.Embedding) -> None:
+    def _adopt(self, base: Any) -> None:
         for name in ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq"):
             setattr(self, name, getattr(base, name))
         self.max_norm, self.norm_type, self.sparse = None, base.norm_type, False
@@ -161,7 +163,8 @@ def why_not_plain(embedding: nn.Module) -> str | None:
     if type(embedding).forward is not nn.Embedding.forward:
         return f"is a {kind}, an embedding with a forward of its own"
     if embedding.max_norm is not None:
-        return f"is an embedding with max_norm={embedding.max_norm}, which would rewrite the frozen table"
+        norm = embedding.max_norm
+        return f"is an embedding with max_norm={norm}, which would rewrite the frozen table"
     return (
         None
         if isinstance(embedding.weight, nn.Parameter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,12 +135,13 @@ class Linear(AdapterLinearBase, nn.Linear):
         if layer.adapter.residual:
             shape = tuple(layer.weight.shape)
             warnings.warn(
-                f"{layer.adapter}: the weight {shape} shared with the linear now holds the residual",
+                f"{layer.adapter}: the weight {shape} shared with the linear now holds the "
+                "residual",
                 stacklevel=2,
             )
         return layer
 
-    def _adopt(self, base: nn.Linear) -> None:
+    def _adopt(self, base: Any) -> None:
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
 
@@ -157,7 +159,7 @@ class Linear(AdapterLinearBase, nn.Linear):
 class Conv1D(AdapterLinearBase):
     """transformers' Conv1D (GPT-2's linear, its weight [K,N]) with an adapter, made by adapt."""
 
-    def _adopt(self, base: nn.Module) -> None:
+    def _adopt(self, base: Any) -> None:
         self.nx, self.nf = base.weight.shape
         self.weight, self.bias = base.weight, base.bias
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorafast import functional
-from lorafast.engine.problem import CallOptions, LayerTensors
+from lorafast.engine.problem import CallOptions, LayerTensors, Scaling
 from lorafast.nn import merge_math
 
 
@@ -42,7 +42,32 @@ class MergeResult(NamedTuple):
 class MergeMixin(nn.Module):
     """merge and unmerge for a layer with _W, _tensors and _options."""
 
+    weight: torch.Tensor
+    bias: nn.Parameter | None
+    lora_bias: nn.Parameter | None
+    scaling: Scaling
+    disabled: bool
     _merged: MergeState | None
+
+    def _W(self) -> torch.Tensor:
+        """Return the weight as [N,K]: itself, or a view of it."""
+        raise NotImplementedError
+
+    def _tensors(self) -> LayerTensors:
+        """Return the tensors of a call now."""
+        raise NotImplementedError
+
+    def _options(self) -> CallOptions:
+        """Return the options of a call outside training."""
+        raise NotImplementedError
+
+    def _norm(self) -> torch.Tensor:
+        """Return the norm of a call now."""
+        raise NotImplementedError
+
+    def _refuse_if_sharded(self, action: str) -> None:
+        """Raise NotImplementedError if the weight is sharded."""
+        raise NotImplementedError
 
     @property
     def merged(self) -> bool:

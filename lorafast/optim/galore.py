@@ -104,9 +104,9 @@ class GaLore(Optimizer):
         self._per_layer = per_layer
         groups: list[dict[str, Any]] = [{"params": projected, "rank": rank}]
         exclude = set(projected)
-        rest = [p for p in unwrap(model).parameters() if p.requires_grad and p not in exclude]
-        if rest:
-            groups.append({"params": rest})
+        others = [p for p in unwrap(model).parameters() if p.requires_grad and p not in exclude]
+        if others:
+            groups.append({"params": others})
         defaults = numbers | {
             "betas": tuple(betas),
             "rank": None,

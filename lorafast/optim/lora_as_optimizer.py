@@ -113,19 +113,21 @@ class LoRAAsOptimizer(Optimizer):
         if per_layer:
             weights.check_not_ddp(model)
         with temporary_seed(seed, model):
-            factored = [_FactoredWeight(target, adapter, compensate) for target in targets]
-        self._factored_weights = factored
+            factored_weights = [_FactoredWeight(target, adapter, compensate) for target in targets]
+        self._factored_weights = factored_weights
         self._scaling, self._per_layer = adapter.scaling, per_layer
-        trained = [one.weight for one in factored]
-        rest = _rest(model, trained) if train_rest else []
-        self._init_groups(optimizer_class, trained, rest, {"lr": lr} | settings)
-        kept = {*trained, *rest}
+        trained = [factored.weight for factored in factored_weights]
+        others = _other_parameters(model, trained) if train_rest else []
+        self._init_groups(optimizer_class, trained, others, {"lr": lr} | settings)
+        kept = {*trained, *others}
         for parameter in unwrap(model).parameters():
             parameter.requires_grad_(parameter in kept)
         # After that, because a hook needs a tensor that requires grad.
         self._hooks = [
-            weights.register_gradient_hook(self, one.weight, LoRAAsOptimizer._accumulate, one)
-            for one in factored
+            weights.register_gradient_hook(
+                self, factored.weight, LoRAAsOptimizer._accumulate, factored
+            )
+            for factored in factored_weights
             if per_layer
         ]
 
@@ -133,15 +135,15 @@ class LoRAAsOptimizer(Optimizer):
         self,
         optimizer_class: Callable[..., Optimizer],
         trained: list[nn.Parameter],
-        rest: list[nn.Parameter],
+        others: list[nn.Parameter],
         settings: dict[str, Any],
     ) -> None:
-        """Create the optimizer of the factors, and groups with the same settings for this one."""
+        """Create the optimizer of the factors, and this one's groups with the same settings."""
         inner_groups: list[dict[str, Any]] = [{"params": self.factors}]
         outer_parameters = [trained]
-        if rest:
-            inner_groups.append({"params": rest})
-            outer_parameters.append(rest)
+        if others:
+            inner_groups.append({"params": others})
+            outer_parameters.append(others)
         self._factor_optimizer = optimizer_class(inner_groups, **settings)
         groups = [
             {**group, "params": parameters}
@@ -156,8 +158,8 @@ class LoRAAsOptimizer(Optimizer):
         """Every A that trains and every B: the parameters to clip with per_layer=True."""
         return [
             factor
-            for one in self._factored_weights
-            for factor in (one.A, one.B)
+            for factored in self._factored_weights
+            for factor in (factored.A, factored.B)
             if factor.requires_grad
         ]
 
@@ -195,7 +197,7 @@ class LoRAAsOptimizer(Optimizer):
             closure: a function that evaluates the model and returns the loss.
 
         Returns:
-            The loss of the closure, None without one.
+            The loss of the closure, None without factored.
 
         Raises:
             ValueError: a gradient is sparse.
@@ -206,20 +208,20 @@ class LoRAAsOptimizer(Optimizer):
                 loss = closure()
         if not self._per_layer:
             self._clear_factor_gradients()
-            for one in self._factored_weights:
-                if one.weight.grad is not None:
-                    one.accumulate_gradients(self._scaling)
+            for factored in self._factored_weights:
+                if factored.weight.grad is not None:
+                    factored.accumulate_gradients(self._scaling)
         before = [
-            (one, one.A.clone(), one.B.clone())
-            for one in self._factored_weights
-            if one.B.grad is not None
+            (factored, factored.A.clone(), factored.B.clone())
+            for factored in self._factored_weights
+            if factored.B.grad is not None
         ]
         _copy_settings(self.param_groups, self._factor_optimizer.param_groups)
         self._factor_optimizer.step()
         # Some optimizers count their steps in the groups.
         _copy_settings(self._factor_optimizer.param_groups, self.param_groups)
-        for one, A, B in before:
-            one.update_weight(A, B, self._scaling)
+        for factored, A, B in before:
+            factored.update_weight(A, B, self._scaling)
         if not self._per_layer:
             self._clear_factor_gradients()
         return loss
@@ -232,8 +234,8 @@ class LoRAAsOptimizer(Optimizer):
             optimizer_class). The weights themselves are in the model's state dict.
         """
         factors = [
-            {name: tensor.detach() for name, tensor in one.state_tensors().items()}
-            for one in self._factored_weights
+            {name: tensor.detach() for name, tensor in factored.state_tensors().items()}
+            for factored in self._factored_weights
         ]
         inner = self._factor_optimizer.state_dict()
         return super().state_dict() | {"factors": factors, "inner": inner}
@@ -258,8 +260,8 @@ class LoRAAsOptimizer(Optimizer):
             {name: value for name, value in state_dict.items() if name not in ("factors", "inner")}
         )
         self._factor_optimizer.load_state_dict(state_dict["inner"])
-        for one, tensors in zip(self._factored_weights, saved, strict=True):
-            for name, tensor in one.state_tensors().items():
+        for factored, tensors in zip(self._factored_weights, saved, strict=True):
+            for name, tensor in factored.state_tensors().items():
                 tensor.copy_(tensors[name])
 
     def _check_shapes(self, saved: list[dict[str, torch.Tensor]]) -> None:
@@ -268,11 +270,11 @@ class LoRAAsOptimizer(Optimizer):
                 f"state has factors of {len(saved)} weights, "
                 f"this optimizer {len(self._factored_weights)}"
             )
-        for one, tensors in zip(self._factored_weights, saved, strict=True):
-            shapes, expected = _shapes(tensors), _shapes(one.state_tensors())
+        for factored, tensors in zip(self._factored_weights, saved, strict=True):
+            shapes, expected = _shapes(tensors), _shapes(factored.state_tensors())
             if shapes != expected:
                 raise ValueError(
-                    f"state has {shapes} for {one.target.name}, this optimizer {expected}"
+                    f"state has {shapes} for {factored.target.name}, this optimizer {expected}"
                 )
 
     def _accumulate(self, parameter: nn.Parameter, factored: _FactoredWeight) -> None:
@@ -354,7 +356,7 @@ def _check_targets(targets: list[weights.TargetWeight], seed: int | None) -> Non
         )
 
 
-def _rest(model: nn.Module, trained: list[nn.Parameter]) -> list[nn.Parameter]:
+def _other_parameters(model: nn.Module, trained: list[nn.Parameter]) -> list[nn.Parameter]:
     """Return the parameters that require grad and are not among the targeted weights."""
     targeted = set(trained)
     return [p for p in unwrap(model).parameters() if p.requires_grad and p not in targeted]

@@ -19,10 +19,11 @@ from lorafast.optim.factors import (
     inverse_squared_scaling,
     parameter_groups,
 )
+from lorafast.runtime.torch_internals import version_of
 
 
 class _CachedInverse(NamedTuple):
-    """(A Aᵀ)⁻¹, and what tells its A from another.
+    """(A Aᵀ)⁻¹, with the storage and the version of the A that it was computed from.
 
     While the weak reference lives, no other storage gets the same address.
     """
@@ -222,7 +223,7 @@ class LoRAFA(torch.optim.AdamW):
 
     def _inverse(self, A: nn.Parameter) -> torch.Tensor:
         storage = StorageWeakRef(A.untyped_storage())
-        version = (A._version, A.data_ptr(), A.dtype, A.shape, A.stride())
+        version = (version_of(A), A.data_ptr(), A.dtype, A.shape, A.stride())
         cached = self._inverses.get(A)
         if cached is None or (cached.storage, cached.version) != (storage, version):
             wide = A.detach().to(accumulator(A.dtype))
@@ -233,8 +234,8 @@ class LoRAFA(torch.optim.AdamW):
         return cached.value
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_adapter_parameters": self._adapter_parameters, "_ridge": self._ridge}
-        return super().__getstate__() | own
+        state = {"_adapter_parameters": self._adapter_parameters, "_ridge": self._ridge}
+        return super().__getstate__() | state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._inverses = {}

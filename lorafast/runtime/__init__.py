@@ -1,1 +1,1 @@
-"""Facts about the machine and the tools on it: environment variables, devices, compiler, torch's internals."""
+"""The machine and its tools: environment variables, devices, compiler, torch's internals."""

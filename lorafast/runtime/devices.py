@@ -1,4 +1,4 @@
-"""Facts about devices, asked only when a tensor on that device is at hand."""
+"""Facts about devices, looked up only for the device of a tensor that exists."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import torch
 
 _AVX2 = ("avx2", "fma", "f16c", "bmi2")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
-# What an instruction set needs of a processor, in the words of /proc/cpuinfo; fastest first.
+# The features that an instruction set needs, by their names in /proc/cpuinfo; fastest first.
 ISAS = {"avx512bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2, "scalar": ()}
 
 
 class Arch(NamedTuple):
-    """vendor: cpu, nvidia, amd or the device type; name: as the vendor's compilers spell it (sm_90, gfx942)."""
+    """An architecture.
+
+    vendor: cpu, nvidia, amd or the device type. name: as the vendor's compilers spell it, such as
+    sm_90 or gfx942.
+    """
 
     vendor: str
     name: str
@@ -33,24 +37,24 @@ def of(device: torch.device) -> Arch:
 
 
 def capturing(tensor: torch.Tensor) -> bool:
-    """Whether a CUDA graph is being captured on the tensor's current stream."""
+    """True if a CUDA graph is being captured on the tensor's current stream."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def has_mixed_gemm(device: torch.device) -> bool:
-    """Whether torch.mm takes half-precision operands and gives an fp32 result there."""
+    """True if torch.mm there multiplies half-precision operands into an fp32 result."""
     return device.type == "cuda" and torch.version.hip is None
 
 
 def has_fp64(device: torch.device) -> bool:
-    """Whether the device computes in float64 at all."""
+    """True if the device computes in float64."""
     return device.type not in ("mps", "xla")
 
 
 @functools.cache
 def isas(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
-    """Those of ISAS this machine runs, fastest first; `scalar` alone where it does not tell."""
-    features = frozenset()
+    """The names in ISAS that this machine runs, fastest first; `scalar` alone if it is unknown."""
+    features: frozenset[str] = frozenset()
     try:
         with cpuinfo.open() as lines:
             features = next(

@@ -17,8 +17,8 @@ class Variable(NamedTuple):
 BACKEND = Variable(
     "LORAFAST_BACKEND",
     "auto",
-    "`auto` walks the backends and may fall back; a name (`eager`, `cpu`, `triton`) forces that one, which raises with every "
-    "reason if it cannot",
+    "`auto` tries the backends in order and may fall back; a name (`eager`, `cpu`, `triton`) "
+    "forces that one, which raises with every reason if it cannot",
 )
 LOG = Variable(
     "LORAFAST_LOG",
@@ -28,13 +28,13 @@ LOG = Variable(
 CPU_ISA = Variable(
     "LORAFAST_CPU_ISA",
     "auto",
-    "the instruction set of the C++ kernels, read when they are first needed: `auto` takes the best the machine runs; a name "
-    "(`scalar`, `avx2`, `avx512`, `avx512bf16`) forces that one",
+    "the instruction set of the C++ kernels, read when they are first needed: `auto` takes the "
+    "best that the machine runs; a name (`scalar`, `avx2`, `avx512`, `avx512bf16`) forces that one",
 )
 CACHE = Variable(
     "LORAFAST_CACHE",
     "~/.cache/lorafast",
-    "the folder that keeps what was compiled; `XDG_CACHE_HOME` is honoured where this is not set",
+    "the folder for compiled kernels; `XDG_CACHE_HOME` is honoured where this is not set",
 )
 CXXFLAGS = Variable(
     "LORAFAST_CXXFLAGS",

@@ -1,7 +1,10 @@
-"""The C++ of csrc, built on first use and loaded: one module per instruction set. What goes wrong is a reason, never a traceback.
+"""The C++ of csrc, built on first use and loaded: one module per instruction set.
 
-A module is named after a hash of what it has to be: sources, flags, Python's ABI. What made it, compiler and pybind11, is no part
-of the name, so that a module built ahead (`make build`) serves where neither is left; the log beside it tells them.
+Every failure is a reason in words, never a traceback.
+
+A module is named after a hash of its sources, its flags and Python's ABI. The compiler and pybind11
+that made it are not part of the name, so that a module built ahead (`make build`) serves where
+neither is installed; the log beside it names them.
 """
 
 from __future__ import annotations
@@ -29,9 +32,12 @@ SOURCES = Path(__file__).parent.parent / "engine" / "csrc" / "cpu"
 
 
 def cpu(isa: str | None = None, sources: Path = SOURCES) -> ModuleType | str:
-    """The CPU kernels for one of ISAS or `auto`, the best this machine runs (None: what LORAFAST_CPU_ISA says), or why not.
+    """Return the module of the CPU kernels, or why there is none.
 
-    The first call may compile, and blocks meanwhile; every answer is kept for the life of the process.
+    The first call may compile, and blocks meanwhile; every answer is kept for the life of the
+    process.
+
+    isa: one of ISAS, or "auto" for the best that this machine runs; None reads LORAFAST_CPU_ISA.
     """
     return _cpu(isa or env.cpu_isa(), sources, env.cache(), env.cxx(), env.cxxflags())
 
@@ -46,7 +52,7 @@ def _cpu(isa: str, sources: Path, cache: str, cxx: str, extra: str) -> ModuleTyp
     reason = ""
     for one in here if isa == "auto" else (isa,):
         try:
-            return _loaded(Module.of(one, sources, cache, extra), cxx)
+            return _load(Module.of(one, sources, cache, extra), cxx)
         except UnknownFlags as unknown:
             # An old compiler still serves the instruction sets it knows.
             reason = str(unknown)
@@ -56,7 +62,7 @@ def _cpu(isa: str, sources: Path, cache: str, cxx: str, extra: str) -> ModuleTyp
 
 
 class Module(NamedTuple):
-    """One module to be had: the file at path, of these sources by these flags."""
+    """One module: the file at path, made of these sources by these flags."""
 
     isa: str
     sources: Path
@@ -66,7 +72,10 @@ class Module(NamedTuple):
 
     @classmethod
     def of(cls, isa: str, sources: Path, cache: str, extra: str) -> Module:
-        """The module's name and place, told without compiler, ninja or pybind11. A Failure if there can be none."""
+        """Return the module's name and place; needs no compiler, ninja or pybind11.
+
+        A Failure if it cannot be built here.
+        """
         if sys.platform != "linux":
             raise Failure(f"the C++ kernels are built on Linux only, not on {sys.platform}")
         if cache.startswith("~"):
@@ -93,25 +102,28 @@ class Module(NamedTuple):
             runtime and runtime.name,
         )
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-        # Unlike any other of this process, because pybind11 answers a name it has seen with the module it made then.
-        return cls(isa, sources, flags, Path(cache).absolute(), f"lorafast_cpu_{isa}_{digest}")
+        # The name differs from every other in this process, because pybind11 returns the module it
+        # made first for a name it has seen.
+        name = f"lorafast_cpu_{isa}_{digest}"
+        return cls(isa, sources, flags, Path(cache).absolute(), name)
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The file of the module."""
         return self.cache / f"{self.name}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def machine_flags(isa: str) -> tuple[str, ...]:
-    """The compiler's flags for an instruction set."""
+    """Return the compiler's flags for an instruction set."""
     return tuple(f"-m{feature.replace('_', '')}" for feature in devices.ISAS[isa])
 
 
-def _loaded(module: Module, cxx: str) -> ModuleType:
-    with _reasons_of(module.cache):
-        stale = whole(module.path)
+def _load(module: Module, cxx: str) -> ModuleType:
+    with _cache_errors(module.cache):
+        stale = is_complete(module.path)
         if stale:
-            # Whole and yet unusable: built where the C library is newer, say, in a home two machines share. Once more, here.
+            # Complete and yet unusable, such as one built for a newer C library in a home folder
+            # that two machines share: it is built again here.
             with contextlib.suppress(Failure):
                 return _import(module)
         _build(module, cxx, again=stale)
@@ -131,10 +143,10 @@ def _import(module: Module) -> ModuleType:
 
 
 def _build(module: Module, cxx: str, again: bool = False) -> None:
-    """Put the module in its place, unless another process just did."""
+    """Build the module, unless another process has just done so."""
     module.cache.mkdir(parents=True, exist_ok=True)
-    with _alone(module.cache / f"{module.name}.lock"):
-        if not again and whole(module.path):
+    with _locked(module.cache / f"{module.name}.lock"):
+        if not again and is_complete(module.path):
             return
         for left in module.cache.glob(f"{module.name}.build-*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -159,13 +171,16 @@ def _build(module: Module, cxx: str, again: bool = False) -> None:
 
 
 def seal(path: Path) -> None:
-    """Append the file's hash, which the loader of shared objects does not look at."""
+    """Append the file's hash, which the loader of shared objects ignores."""
     content = path.read_bytes()
     path.write_bytes(content + hashlib.sha256(content).digest())
 
 
-def whole(path: Path) -> bool:
-    """Whether the file is there and sealed. One that a full disk or a crash cut short would kill the process that loads it."""
+def is_complete(path: Path) -> bool:
+    """True if the file exists and ends with its hash.
+
+    A file that a full disk or a crash has cut short would kill the process that loads it.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -174,9 +189,9 @@ def whole(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One at a time: processes, and threads as well, since each opens the file for itself."""
-    # Not everywhere, and lorafast is imported everywhere.
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock among processes, and among threads too, since each opens the file itself."""
+    # Not on every system, while lorafast is imported on all.
     import fcntl
 
     with path.open("w") as file:
@@ -184,12 +199,12 @@ def _alone(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Closing would not do: a process forked meanwhile holds the file open too.
+            # Closing is not enough: a process forked meanwhile holds the file open too.
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager
-def _reasons_of(cache: Path) -> Iterator[None]:
+def _cache_errors(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -199,13 +214,16 @@ def _reasons_of(cache: Path) -> Iterator[None]:
 
 
 def main() -> int:
-    """Build every instruction set the compiler knows, other machines' too; one line each. 1 if one of them could not be built."""
+    """Build the module of every instruction set that the compiler knows; print one line each.
+
+    Returns 1 if one of them could not be built.
+    """
     failed = False
     for isa in ISAS:
         try:
             module = Module.of(isa, SOURCES, env.cache(), env.cxxflags())
-            with _reasons_of(module.cache):
-                if not whole(module.path):
+            with _cache_errors(module.cache):
+                if not is_complete(module.path):
                     _build(module, env.cxx())
             print(f"{isa}: {module.path}")
         except UnknownFlags as unknown:

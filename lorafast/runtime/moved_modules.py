@@ -1,4 +1,4 @@
-"""The dotted paths of version 0.1, which old pickles and imports name, found at their new places."""
+"""The old dotted paths that pickles and imports may name, and the modules they stand for now."""
 
 from __future__ import annotations
 

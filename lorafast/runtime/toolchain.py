@@ -1,4 +1,7 @@
-"""Compiles a folder of C++ into one shared object: compiler, ninja, pybind11 and Python's headers; what is missing is a Failure."""
+"""The compilation of a folder of C++ into one shared object.
+
+It needs a compiler, ninja, pybind11 and Python's headers; a missing one is a Failure.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-# Nobody reads errno or the floating-point flags after our loops; saying so lets sqrt and selects vectorise. Not -ffast-math: NaN,
-# infinity and the order of sums are promised.
+# No code reads errno or the floating-point flags after these loops; saying so lets sqrt and selects
+# vectorise. Not -ffast-math: NaN, infinity and the order of sums are promised.
 FLAGS = (
     "-O3",
     "-std=c++17",
@@ -29,16 +32,16 @@ FLAGS = (
 
 
 class Failure(Exception):
-    """There is no module, and the message says why in one line."""
+    """No module could be made; the message says why in one line."""
 
 
 class UnknownFlags(Failure):
-    """The compiler is too old, or for another processor."""
+    """The compiler does not know the flags: it is too old, or for another processor."""
 
 
 @functools.cache
 def mangled_openmp(packages: Path = Path(torch.__file__).parent.parent) -> Path | None:
-    """The libgomp that torch's wheel renamed, libgomp-a1b2c3.so.1, if it did."""
+    """The libgomp that torch's wheel has renamed (libgomp-a1b2c3.so.1), or None."""
     return next(
         (
             path
@@ -50,7 +53,10 @@ def mangled_openmp(packages: Path = Path(torch.__file__).parent.parent) -> Path 
 
 
 class Toolchain(NamedTuple):
-    """What a build needs. identity: the first line of the compiler's --version, and pybind11's version."""
+    """What a build needs.
+
+    identity: the first line of the compiler's --version, and pybind11's version.
+    """
 
     cxx: tuple[str, ...]
     ninja: str
@@ -59,7 +65,10 @@ class Toolchain(NamedTuple):
 
     @classmethod
     def find(cls, cxx: str) -> Toolchain:
-        """The tools of this machine; cxx is CXX's value. A Failure names the first that is missing."""
+        """Return the tools of this machine; a Failure names the first that is missing.
+
+        cxx: the value of CXX.
+        """
         command = _compiler(cxx)
         try:
             import pybind11
@@ -68,38 +77,46 @@ class Toolchain(NamedTuple):
         python = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
         if not any((Path(folder) / "Python.h").is_file() for folder in python):
             raise Failure(
-                f"there is no Python.h in {next(iter(python))}: install Python's headers (python3-dev)"
+                f"there is no Python.h in {next(iter(python))}: "
+                "install Python's headers (python3-dev)"
             )
         version = _run([*command, "--version"])
         if version.returncode:
             raise Failure(
-                f"the compiler {shlex.join(command)} does not run: {_first(version.stdout)}"
+                f"the compiler {shlex.join(command)} does not run: {_first_line(version.stdout)}"
             )
-        identity = f"{_first(version.stdout)}, pybind11 {pybind11.__version__}"
+        identity = f"{_first_line(version.stdout)}, pybind11 {pybind11.__version__}"
         return cls(command, _ninja(), (pybind11.get_include(), *python), identity)
 
     def check(self, flags: tuple[str, ...]) -> None:
-        """UnknownFlags if the compiler does not take them."""
+        """Raise UnknownFlags if the compiler does not take the flags."""
         done = _run([*self.cxx, *flags, "-x", "c++", "-E", os.devnull])
         if done.returncode:
             raise UnknownFlags(
-                f"the compiler {shlex.join(self.cxx)} does not take {shlex.join(flags)}: {_telling(done.stdout)}"
+                f"the compiler {shlex.join(self.cxx)} does not take {shlex.join(flags)}: "
+                f"{_error_line(done.stdout)}"
             )
 
     def compile(self, sources: Path, flags: tuple[str, ...], target: Path, log: Path) -> None:
-        """Every .cpp of sources by itself, then linked into target; the folder of target is used for what lies between."""
-        (target.parent / "build.ninja").write_text(self._plan(sources, flags, target))
+        """Compile every .cpp of sources by itself and link them into target.
+
+        Object files and build.ninja go to the folder of target.
+        """
+        (target.parent / "build.ninja").write_text(self._build_file(sources, flags, target))
         # Errors are looked for by their English name.
         done = _run(["env", "LC_ALL=C", self.ninja, "-C", str(target.parent)])
         log.write_text(f"{shlex.join(self.cxx)}: {self.identity}\n{done.stdout}")
         if done.returncode:
-            why = _telling(done.stdout)
+            why = _error_line(done.stdout)
             # The option, the header, the library or gcc's libgomp.spec, whichever is missed first.
             if re.search(r"fopenmp|\bomp\.h|gomp|-li?omp", why):
-                why = f"the compiler {shlex.join(self.cxx)} has no OpenMP (install libgomp, or libomp for clang): {why}"
+                why = (
+                    f"the compiler {shlex.join(self.cxx)} has no OpenMP "
+                    f"(install libgomp, or libomp for clang): {why}"
+                )
             raise Failure(f"{why} (all of it: {log})")
 
-    def _plan(self, sources: Path, flags: tuple[str, ...], target: Path) -> str:
+    def _build_file(self, sources: Path, flags: tuple[str, ...], target: Path) -> str:
         includes = [word for folder in self.includes for word in ("-isystem", folder)]
         compiling = shlex.join([*self.cxx, *flags, *includes]).replace("$", "$$")
         # The libraries last: many a linker drops one that nothing before it asked for.
@@ -122,11 +139,14 @@ class Toolchain(NamedTuple):
         )
 
     def _openmp(self) -> str:
-        """What links the OpenMP runtime torch runs on: two would each spin threads of their own on the same cores.
+        """Return the option that links the OpenMP runtime of torch.
 
-        A shared object names its libraries by soname, and torch is loaded first, so libgomp.so.1 is torch's where its wheel left
-        the name alone (or ships none and takes the system's). A renamed one has to be linked by its file, which still leaves only
-        its new soname behind. clang calls libomp, which no wheel of torch has: there the threads are not shared.
+        Two runtimes would each run threads of their own on the same cores.
+
+        A shared object names its libraries by soname, and torch is loaded first, so libgomp.so.1 is
+        torch's where its wheel has not renamed it (or ships none and takes the system's). A renamed
+        one has to be linked by its file, which still records its new soname alone. clang calls
+        libomp, which no wheel of torch has: there the threads are not shared.
         """
         renamed = None if "clang" in self.identity else mangled_openmp()
         return str(renamed or "-fopenmp")
@@ -176,12 +196,12 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         raise Failure(f"{command[0]} does not run: {error.strerror}") from error
 
 
-def _first(output: str) -> str:
+def _first_line(output: str) -> str:
     return output.strip().partition("\n")[0] or "it says nothing"
 
 
-def _telling(output: str) -> str:
-    """The line of a compiler's, linker's or ninja's output that says what is wrong."""
+def _error_line(output: str) -> str:
+    """Return the line of a compiler's, linker's or ninja's output that names the error."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it says nothing"]
     return next(
         (line for line in lines if re.search(r"\berror:|cannot find -l|undefined reference", line)),
@@ -190,5 +210,5 @@ def _telling(output: str) -> str:
 
 
 def _escaped(path: str) -> str:
-    """A path in ninja's build lines."""
+    """Return a path as ninja's build lines spell it."""
     return re.sub(r"([$ :])", r"$\1", path)

@@ -204,7 +204,8 @@ def dispatch_below_autograd() -> contextlib.AbstractContextManager:
 
 def function_apply(function: type[torch.autograd.Function]) -> Callable:
     """Return Function.apply, without its search for functorch transforms where there are none."""
-    return super(torch.autograd.Function, function).apply if enabled else function.apply
+    owner: Any = super(torch.autograd.Function, function) if enabled else function
+    return owner.apply
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -15,6 +15,7 @@ from lorafast.methods.adapter import is_finite_number
 from lorafast.models.adalora_format import SCHEDULE_ATTRIBUTE
 from lorafast.models.module_names import adapter_layers, format_names, unwrap
 from lorafast.nn.linear import AdapterLinearBase
+from lorafast.runtime.torch_internals import foreach
 
 _TENSORS = ("lora_A", "lora_core", "lora_B")
 _SETTINGS = ("total_steps", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
@@ -94,11 +95,11 @@ class AdaLoRA:
         orth_reg_weight: float = 0.5,
     ) -> None:
         self._model = unwrap(model)
-        found = _find_layers(self._model)
-        self.names = list(found)
-        self.layers = [layer for layer, _ in found.values()]
+        layers = _find_layers(self._model)
+        self.names = list(layers)
+        self.layers = [layer for layer, _ in layers.values()]
         self.init_budget = sum(layer.r for layer in self.layers)
-        self.target_budget = sum(adapter.target_r for _, adapter in found.values())
+        self.target_budget = sum(adapter.target_r for _, adapter in layers.values())
         if self.target_budget > self.init_budget:
             raise ValueError(
                 f"target_r of {len(self.layers)} layers makes {self.target_budget} triplets, "
@@ -315,17 +316,17 @@ class AdaLoRA:
         ]
         mean = _all_averages(self._sensitivity, values)
         spread = _all_averages(self._uncertainty, values)
-        current = list(torch._foreach_mul(values, grads))
-        torch._foreach_abs_(current)
-        norms = torch._foreach_norm(current, 1)
+        current = list(foreach("mul")(values, grads))
+        foreach("abs_")(current)
+        norms = foreach("norm")(current, 1)
         if not torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all():
             return
-        torch._foreach_mul_(mean, self.beta1)
-        torch._foreach_add_(mean, current, alpha=1 - self.beta1)
-        torch._foreach_sub_(current, mean)
-        torch._foreach_abs_(current)
-        torch._foreach_mul_(spread, self.beta2)
-        torch._foreach_add_(spread, current, alpha=1 - self.beta2)
+        foreach("mul_")(mean, self.beta1)
+        foreach("add_")(mean, current, alpha=1 - self.beta1)
+        foreach("sub_")(current, mean)
+        foreach("abs_")(current)
+        foreach("mul_")(spread, self.beta2)
+        foreach("add_")(spread, current, alpha=1 - self.beta2)
 
     def _scores(self, i: int) -> torch.Tensor:
         """Return the scores S [R] of layer i."""
@@ -349,14 +350,14 @@ class AdaLoRA:
 
 def _find_layers(model: nn.Module) -> dict[str, tuple[AdapterLinearBase, adalora.AdaLoRA]]:
     """Return the AdaLoRA layers of the model with their adapters. ValueError if there is none."""
-    found: dict[str, tuple[AdapterLinearBase, adalora.AdaLoRA]] = {}
+    layers: dict[str, tuple[AdapterLinearBase, adalora.AdaLoRA]] = {}
     for name, layer in adapter_layers(model, required=False).items():
         adapter = layer.adapter
         if isinstance(layer, AdapterLinearBase) and isinstance(adapter, adalora.AdaLoRA):
-            found[name] = (layer, adapter)
-    if not found:
+            layers[name] = (layer, adapter)
+    if not layers:
         raise ValueError(f"model {type(model).__name__} has no layer with an AdaLoRA adapter")
-    return found
+    return layers
 
 
 def _check_settings(

@@ -116,7 +116,7 @@ def test_dora_has_a_gain_of_exactly_one_at_the_start():
     norm = lorafast.functional.row_norm(
         layer.weight, layer.lora_A, layer.lora_B, scaling=layer.scaling
     )
-    assert torch.equal(lorafast.engine.weight_norm.gain(layer.magnitude, norm), torch.ones(21))
+    assert torch.equal(lorafast.engine.formula.gain_of(layer.magnitude, norm), torch.ones(21))
 
 
 @pytest.mark.parametrize("init", ["residual", "zero"])
@@ -165,13 +165,13 @@ def test_a_dropout_that_is_no_number():
 def test_a_randomised_svd_touches_no_gpu(monkeypatch):
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
-    svd.top(torch.randn(30, 40), 3, 2)
+    svd.truncated_svd(torch.randn(30, 40), 3, 2)
     assert not seeded
 
 
 def test_a_randomised_svd_repeats_itself_and_leaves_the_generator_alone():
     weight, state = torch.randn(30, 40), torch.get_rng_state()
-    first, second = svd.top(weight, 3, 2), svd.top(weight, 3, 2)
+    first, second = svd.truncated_svd(weight, 3, 2), svd.truncated_svd(weight, 3, 2)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
 

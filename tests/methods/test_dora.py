@@ -151,8 +151,8 @@ def test_what_speaks_of_factors_is_refused_without_them(fields):
     (name,) = fields
     with pytest.raises(ValueError, match=f"magnitude_only=True: there are no factors for {name}="):
         DoRA(magnitude_only=True, **fields)
-    assert DoRA(r=7, alpha=3, **fields).alone() == DoRA(magnitude_only=True)
-    assert DoRA(magnitude_only=True, dropout=0.1, dropout_on="both").alone().dropout == 0.1
+    assert DoRA(r=7, alpha=3, **fields).without_factors() == DoRA(magnitude_only=True)
+    assert DoRA(magnitude_only=True, dropout=0.1, dropout_on="both").without_factors().dropout == 0.1
 
 
 def test_rank_and_alpha_are_one():

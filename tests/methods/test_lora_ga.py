@@ -10,6 +10,7 @@ from torch import nn
 
 import lorafast
 from lorafast import DoRA, LoRA, LoRAGA, PiSSA
+from lorafast.methods import lora_ga
 from lorafast.methods.lora_ga import DIRECTIONS, SCALES
 
 
@@ -154,7 +155,7 @@ def test_a_layer_keeps_what_it_needs_and_starts_anew_alike(init):
     for name, layer in model.named_children():
         assert layer.adapter == asked
         assert layer.adapter.init.gradients is None
-        assert sum(tensor.numel() for tensor in layer.adapter.init.own) == R * (
+        assert sum(tensor.numel() for tensor in layer.adapter.init.layer_factors) == R * (
             sum(layer._W().shape) + 1
         )
         first, weight = copy.deepcopy(dict(layer.named_parameters())), layer.weight.detach().clone()
@@ -362,3 +363,13 @@ def test_a_tensor_is_for_a_layer_and_a_dict_for_a_model():
         ValueError, match=r"made for A \(2, 11\) and B \(13, 2\), not for r=2 and weight \(11, 13\)"
     ):
         spec.init_tensors(net().down.weight)
+
+
+def test_an_initialization_pickled_by_version_0_1_has_its_vectors():
+    init = LoRAGA(torch.randn(N, K)).bind_layer("", torch.randn(N, K), 2)
+    state = {"own" if name == "layer_factors" else name: v for name, v in vars(init).items()}
+    loaded = LoRAGA.__new__(LoRAGA)
+    loaded.__setstate__(state)
+    assert loaded == init
+    assert loaded.layer_factors is init.layer_factors
+    assert lora_ga.Own is type(init.layer_factors)

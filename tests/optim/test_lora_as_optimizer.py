@@ -1,7 +1,5 @@
 """LoRAAsOptimizer goes where LoRA layers go, and W where W₀ + sBA does."""
 
-import io
-
 import pytest
 import torch
 from helpers import tiny_transformers
@@ -67,7 +65,7 @@ def test_the_path_is_that_of_lora_layers(kind, per_layer):
     theirs = optimizer_class([p for p in layers.parameters() if p.requires_grad], **settings)
     plain = net()
     ours = made(plain, kind, per_layer=per_layer)
-    for mine, layer in zip(ours._held, (layers[0], layers[2], layers[3]), strict=True):
+    for mine, layer in zip(ours._factored_weights, (layers[0], layers[2], layers[3]), strict=True):
         assert torch.equal(mine.A, layer.lora_A)
     losses = train(plain, ours, shrinking(ours), 25)
     torch.testing.assert_close(
@@ -81,17 +79,10 @@ def test_the_path_is_that_of_lora_layers(kind, per_layer):
             assert torch.equal(plain[index].bias, layer.bias)
 
 
-def test_it_trains():
-    model = net()
-    optimizer = made(model)
-    losses = train(model, optimizer, shrinking(optimizer), 100)
-    assert losses[-10:].mean() < 0.6 * losses[:10].mean()
-
-
 def test_one_step_of_gradient_descent_written_out():
     model, eta = net(), 0.3
     optimizer = LoRAAsOptimizer(model, SGD, lr=eta, r=R, alpha=ALPHA, init=PiSSA())
-    held, s = optimizer._held[0], ALPHA / R
+    held, s = optimizer._factored_weights[0], ALPHA / R
     A, B, W = held.A.detach().clone(), held.B.detach().clone(), model[0].weight.detach().clone()
     loss_of(model, 0).backward()
     G = model[0].weight.grad.clone()
@@ -106,7 +97,7 @@ def test_one_step_of_gradient_descent_written_out():
 def test_with_a_frozen_A_it_is_projected_gradient_descent():
     model = net()
     optimizer = made(model, "sgd-fa")
-    A = optimizer._held[0].A.detach().clone()
+    A = optimizer._factored_weights[0].A.detach().clone()
     for step in range(3):
         optimizer.zero_grad()
         loss_of(model, step).backward()
@@ -118,7 +109,7 @@ def test_with_a_frozen_A_it_is_projected_gradient_descent():
             rtol=1e-12,
             atol=1e-13,
         )
-    assert torch.equal(optimizer._held[0].A, A)
+    assert torch.equal(optimizer._factored_weights[0].A, A)
     assert len(optimizer.factors) == 3
 
 
@@ -132,36 +123,15 @@ def test_per_layer_adds_batches_up_and_can_be_clipped():
         for rows in (slice(4), slice(4, 8)):
             loss_of(parts, step, rows).backward()
             assert all(parameter.grad is None for parameter in parts.parameters())
-        before = [one.B.detach().clone() for one in theirs._held]
+        before = [one.B.detach().clone() for one in theirs._factored_weights]
         assert nn.utils.clip_grad_norm_(theirs.factors, 1e9) > 0
         ours.step()
         theirs.step()
-        assert not any(torch.equal(one.B, B) for one, B in zip(theirs._held, before, strict=True))
+        assert not any(
+            torch.equal(one.B, B) for one, B in zip(theirs._factored_weights, before, strict=True)
+        )
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"per_layer": True, "train_rest": True}], ids=str)
-def test_resume_is_exact(dtype, options):
-    model = net(dtype)
-    optimizer = made(model, **options)
-    schedule = shrinking(optimizer)
-    train(model, optimizer, schedule, 4)
-    file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict(), schedule.state_dict()], file)
-    train(model, optimizer, schedule, 5, 4)
-    file.seek(0)
-    weights, state, scheduled = torch.load(file, weights_only=True)
-    again = net(dtype)
-    again.load_state_dict(weights)
-    optimizer = LoRAAsOptimizer(again, AdamW, lr=0.5, r=R, alpha=ALPHA, **options)
-    schedule = shrinking(optimizer)
-    optimizer.load_state_dict(state)
-    schedule.load_state_dict(scheduled)
-    train(again, optimizer, schedule, 5, 4)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("compensate", [True, False])
@@ -172,7 +142,7 @@ def test_what_roundings_lose_is_not_lost(compensate):
     optimizer = LoRAAsOptimizer(model, AdamW, lr=2e-4, r=R, alpha=ALPHA, compensate=compensate)
     train(model, optimizer, LambdaLR(optimizer, lambda step: 1.0), 150)
     ratios = []
-    for one, W in zip(optimizer._held, start, strict=True):
+    for one, W in zip(optimizer._factored_weights, start, strict=True):
         exact = W + ALPHA / R * one.B.detach().double() @ one.A.detach().double()
         ratios.append(
             (one.weight.detach().double() - exact).norm()
@@ -196,7 +166,15 @@ def test_what_trains(train_rest):
     assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])} == {
         "0.weight", "2.weight"
     } | rest  # fmt: skip
-    assert {group["lr"] for group in optimizer._inner.param_groups} == {0.02 / 1.1}
+    assert {group["lr"] for group in optimizer._factor_optimizer.param_groups} == {0.02 / 1.1}
+
+
+def test_per_layer_trains_weights_that_were_frozen():
+    model = net().requires_grad_(False)
+    before = model[0].weight.clone()
+    optimizer = made(model, per_layer=True)
+    train(model, optimizer, shrinking(optimizer), 2)
+    assert not torch.equal(model[0].weight, before)
 
 
 def test_conv1d_lies_transposed():
@@ -238,7 +216,7 @@ def test_refusals_leave_the_model_alone(arguments, error, message):
 def test_a_state_of_another_rank_and_further_groups_are_refused():
     model = net()
     optimizer = made(model)
-    before = optimizer._held[0].A.detach().clone()
+    before = optimizer._factored_weights[0].A.detach().clone()
     other = LoRAAsOptimizer(net(), AdamW, lr=0.1, r=2)
     with pytest.raises(ValueError, match=r"\(2, 6\).* for 0, this optimizer .*\(3, 6\)"):
         optimizer.load_state_dict(other.state_dict())
@@ -246,7 +224,7 @@ def test_a_state_of_another_rank_and_further_groups_are_refused():
         optimizer.load_state_dict(AdamW(net().parameters()).state_dict())
     with pytest.raises(NotImplementedError, match="train_rest=True"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
-    assert torch.equal(optimizer._held[0].A, before)
+    assert torch.equal(optimizer._factored_weights[0].A, before)
 
 
 def test_where_processes_train_together(monkeypatch):
@@ -261,7 +239,7 @@ def test_where_processes_train_together(monkeypatch):
             ValueError, match="per_layer=True: DistributedDataParallel needs every gradient"
         ):
             make()
-    assert all(held.target.name in ("0", "2", "3") for held in made(parallel)._held)
+    assert all(held.target.name in ("0", "2", "3") for held in made(parallel)._factored_weights)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(ValueError, match="seed=None: in a process group"):
         LoRAAsOptimizer(net(), AdamW, lr=0.1)

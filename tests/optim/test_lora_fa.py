@@ -7,10 +7,8 @@ import pytest
 import torch
 from helpers.optimizer_runs import (
     WIDE,
-    assert_resumes,
     dense_gradient,
     loss_of,
-    losses,
     model_of,
     train,
     values,
@@ -175,17 +173,6 @@ def test_all_else_is_torchs_adamw_and_gradients_stay():
     assert {"0.bias", "0.lora_magnitude", "3.weight"} < values(model).keys()
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"foreach": True}, {"fused": True}, {"amsgrad": True}], ids=str
-)
-def test_resume_is_exact(settings):
-    def make():
-        model = model_of(DoRA(r=3, freeze_A=True))
-        return model, LoRAFA(model, lr=1e-3, weight_decay=0.1, **settings)
-
-    assert_resumes(make)
-
-
 def test_every_form_steps_alike():
     found = []
     for settings in ({"foreach": False}, {"foreach": True}, {"fused": True}):
@@ -287,12 +274,6 @@ def test_half_precision_factors():
     train(model, LoRAFA(model, lr=1e-2), 2)
     assert model[0].lora_B.dtype == torch.bfloat16
     assert model[0].lora_B.isfinite().all()
-
-
-def test_loss_goes_down():
-    model = model_of(LoRA(r=3, freeze_A=True))
-    found = losses(model, LoRAFA(model, lr=1e-2))
-    assert found[-1] < 0.8 * found[0]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import types
 import peft
 import pytest
 import torch
-from helpers.optimizer_runs import assert_resumes, loss_of, losses, model_of
+from helpers.optimizer_runs import loss_of, model_of
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 import lorafast
-from lorafast import DoRA, LaMDA, LoRA, PiSSA, VeRA
+from lorafast import LaMDA, LoRA, VeRA
 from lorafast.optim import LoRAPlus
 
 
@@ -155,16 +155,6 @@ def test_norms_of_any_kind_and_biases_do_not_decay():
     assert decays == {"0.lora_A", "0.lora_B"}
 
 
-@pytest.mark.parametrize("adapter", [DoRA(r=3, init=PiSSA()), LaMDA(r=3)], ids=repr)
-@pytest.mark.parametrize("settings", [{"fused": True}, {"amsgrad": True}], ids=str)
-def test_resume_is_exact(adapter, settings):
-    def make():
-        model = model_of(adapter)
-        return model, LoRAPlus(model, torch.optim.AdamW, lr=1e-3, weight_decay=0.1, **settings)
-
-    assert_resumes(make)
-
-
 def test_schedulers_scalers_and_groups_of_ones_own():
     model = model_of(LoRA(r=3))
     optimizer = LoRAPlus(model, torch.optim.SGD, lr=1e-2)
@@ -179,12 +169,6 @@ def test_schedulers_scalers_and_groups_of_ones_own():
     schedule.step()
     torch.testing.assert_close(model[0].lora_B, before - 0.16 * grad)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-3, 0.08, 2.5e-3, 5e-5]
-
-
-def test_loss_goes_down():
-    model = model_of(DoRA(r=3))
-    found = losses(model, LoRAPlus(model, lr=2e-3))
-    assert found[-1] < 0.8 * found[0]
 
 
 def test_with_columns_that_freeze():

@@ -100,7 +100,7 @@ def test_it_builds_once_and_loads(sources, capfd, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     for gone in ("ninja", "pybind11"):
         monkeypatch.setitem(sys.modules, gone, None)
-    monkeypatch.setattr(extension, "_alone", None)
+    monkeypatch.setattr(extension, "_locked", None)
     assert scalar(sources).answer() == 42
     assert not lines_of(capfd)
 
@@ -213,7 +213,7 @@ def test_a_module_cut_short_is_built_again(sources, capfd):
     # Another file: a loaded one that shrinks takes its process with it.
     path.unlink()
     path.write_bytes(content[: len(content) // 2])
-    assert not extension.whole(path)
+    assert not extension.is_complete(path)
     assert scalar(sources).answer() == 42
     assert len(lines_of(capfd)) == 2
 

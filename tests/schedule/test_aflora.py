@@ -143,21 +143,21 @@ def test_the_ratio_falls_from_one_to_nothing():
 def test_the_threshold_leaves_its_share_above(keep):
     class Scored:
         def __init__(self, scores):
-            self.product = lambda: scores
+            self.scores = lambda: scores
 
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(100, generator=generator, dtype=torch.float64)
     live = [Scored(part) for part in scores.split(20)]
     k = int(100 * (1 - keep))
-    found = aflora._below(live, keep)
+    found = aflora._below_threshold(live, keep)
     if not k:
         assert found == []
         return
     threshold = sorted(scores.tolist())[k - 1]
     assert sum(score < threshold for score in scores.tolist()) == k - 1
-    assert found == [one for one in live if sum(one.product().tolist()) / 20 < threshold]
+    assert found == [one for one in live if sum(one.scores().tolist()) / 20 < threshold]
     # What lies on the threshold stays.
-    assert aflora._below([Scored(torch.ones(5)), Scored(torch.ones(7))], keep) == []
+    assert aflora._below_threshold([Scored(torch.ones(5)), Scored(torch.ones(7))], keep) == []
 
 
 class Plain:

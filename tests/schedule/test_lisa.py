@@ -142,16 +142,11 @@ def test_states_of_resting_blocks_are_kept_unless_the_optimizer_is_given(forget)
     assert all(optimizer.state[p] for p in (model.embed.weight, model.head.weight))
 
 
-@pytest.mark.parametrize("forget", [False, True])
-def test_resume_is_exact(forget):
+def test_a_run_that_forgets_states_of_resting_blocks_resumes_to_the_bit():
     def made():
         model = Net()
         optimizer = optimizer_of(model)
-        return (
-            model,
-            optimizer,
-            LISA(model, every=3, seed=4, optimizer=optimizer if forget else None),
-        )
+        return model, optimizer, LISA(model, every=3, seed=4, optimizer=optimizer)
 
     straight = made()
     train(*straight, 7)

@@ -2,14 +2,13 @@
 
 Each addition is one pass over its large operand. Results do not depend on the number of threads,
 which is torch's. Python is slow right after a GEMM that has emptied the caches, so the arguments of
-what follows one are made before it. The functions are described in lorafast.engine.backends.Backend.
+what follows one are made before it. lorafast.engine.backends.Backend describes the functions.
 """
 
 from __future__ import annotations
 
 import functools
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +42,11 @@ _SMALL = 1 << 22
 
 
 @functools.cache
-def library() -> ModuleType | str:
-    """The compiled kernels, or why there are none. The first call may compile them."""
+def library() -> Any:
+    """The module of compiled kernels, or a str that says why there is none.
+
+    The first call may compile them.
+    """
     return extension.cpu()
 
 
@@ -230,7 +232,7 @@ def _project(
     if factor.dtype not in _TYPES:
         factor = factor.float()
     h = h_core = x2.new_empty(M, R)
-    core_arguments = (0, 0, 0, 0, 0)
+    core_arguments: tuple[int, ...] = (0, 0, 0, 0, 0)
     if core is not None and core.dim() == 2:
         if core.dtype not in _TYPES:
             core = core.float()

@@ -2,7 +2,7 @@
 
 Every sum and product that could round twice runs in the accumulator's dtype or inside a GEMM.
 Elementwise work on an activation goes in blocks of rows, so that no mask and no fp32 temporary has
-the activation's size. The functions are described in lorafast.engine.backends.Backend.
+the activation's size. lorafast.engine.backends.Backend describes the functions.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 gemm_routing says that they are faster.
 
 On a GPU through a driver, on CPU tensors through Triton's interpreter. Nothing here has run on a
-GPU yet: therefore `auto` never picks it, and LORAFAST_BACKEND=triton asks for it. The functions
-are described in lorafast.engine.backends.Backend.
+GPU yet: therefore `auto` never picks it, and LORAFAST_BACKEND=triton asks for it.
+lorafast.engine.backends.Backend describes the functions.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def describe_route(primitive: str, problem: Problem) -> str | None:
     asked = gemm_routing.Asked(
         problem.M, columns, (length,), sum(problem.R), problem.dtype, problem.arch.name,
         by_row=problem.transposed == (primitive == "grad_input"),
-        masked=primitive == "grad_input" and problem.dropout > 0 and problem.dropout_on == "adapter",
+        masked=(
+            primitive == "grad_input" and problem.dropout > 0 and problem.dropout_on == "adapter"
+        ),
         ends=_ends(problem.gain == "out", problem.keep == "inner") if primitive == "linear" else 0,
         aligned=not any(size * e % 16 for size in (K, *problem.N)),
     )  # fmt: skip
