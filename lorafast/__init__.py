@@ -1,4 +1,4 @@
-"""lorafast: adapter layers (LoRA, DoRA, LaMDA) at the frozen layer's cost."""
+"""Adapter layers (LoRA, DoRA, LaMDA and their family) at the cost of the frozen layer."""
 
 from lorafast import optim as optim
 from lorafast import schedule as schedule
@@ -29,10 +29,11 @@ from lorafast.runtime import moved_modules
 __version__ = "0.1.0"
 
 __all__ = [
-    "AFLoRA", "AdaLoRA", "DoRA", "Embedding", "LaMDA", "Linear", "LoRA", "LoRAGA", "PiSSA", "VeRA", "accelerate", "adapt",
-    "adapter_parameters", "adapter_state_dict", "disable_adapter", "estimate_gradients", "explain", "linear", "list_methods",
-    "load_adapter", "merge", "merge_and_unload", "patch_peft", "restore", "save_adapter", "spectral_ranks", "trainable_summary",
-    "unload",
+    "AFLoRA", "AdaLoRA", "DoRA", "Embedding", "LaMDA", "Linear", "LoRA", "LoRAGA", "PiSSA",
+    "VeRA", "accelerate", "adapt", "adapter_parameters", "adapter_state_dict",
+    "disable_adapter", "estimate_gradients", "explain", "linear", "list_methods",
+    "load_adapter", "merge", "merge_and_unload", "patch_peft", "restore", "save_adapter",
+    "spectral_ranks", "trainable_summary", "unload",
 ]  # fmt: skip
 
 moved_modules.install()

@@ -1,4 +1,5 @@
 """The formula in plain, differentiable torch: see lorafast.engine.reference."""
 
-from lorafast.engine.reference import linear as linear
-from lorafast.engine.reference import row_norm as row_norm
+from lorafast.engine.reference import linear, row_norm
+
+__all__ = ["linear", "row_norm"]

@@ -1,7 +1,10 @@
-"""PEFT's own tests, plainly and with lorafast's class in place of PEFT's lora.Linear: `python tools/conformance.py`.
+"""Run PEFT's own tests twice, plainly and with lorafast's class in place of PEFT's lora.Linear.
 
-Downloads the source distribution of the PEFT that is installed, for its tests are in it and nowhere else; nothing of it is kept in
-this repository. Fails where a test fails with our class and passes without, or where too few calls ran on our ops to say anything.
+    python tools/conformance.py
+
+Downloads the source distribution of the installed PEFT, the only one that contains its tests;
+nothing of it is kept in this repository. Fails if a test fails with lorafast's class and passes
+without, or if too few calls ran on lorafast's ops for the comparison to mean anything.
 """
 
 import collections
@@ -16,90 +19,124 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "conformance"
-FILES = ("test_custom_models.py", "test_mixed.py", "test_lora_variants.py", "test_initialization.py")
-SELECTED = "lora or dora"
-LEAST_FAST_CALLS = 300
-# Expects a message with the name of PEFT's own class in it.
-ALLOWED = {"test_initialization.TestLoraInitialization.test_modules_to_save_targets_lora_layer_raises"}
+FILES = (
+    "test_custom_models.py",
+    "test_mixed.py",
+    "test_lora_variants.py",
+    "test_initialization.py",
+)
+SELECTION = "lora or dora"
+MIN_OP_CALLS = 300
+# The test expects a message that contains the name of PEFT's own class.
+ALLOWED_FAILURES = {
+    "test_initialization.TestLoraInitialization.test_modules_to_save_targets_lora_layer_raises"
+}
+# The key of calls on lorafast's ops among the plugin's counts; all others are reasons.
+OP_CALLS = "op"
 
+# "passed", "failed" or "skipped" by the name of a test.
 Outcomes = dict[str, str]
 
 
 def main() -> int:
-    """Both runs, the table, and the exit status."""
-    tests = _tests()
-    plain, _ = _run(tests, "plain")
-    ours, counts = _run(tests, "lorafast", "-p", "conformance_plugin")
-    new = sorted(name for name, outcome in ours.items() if outcome == "failed" and plain.get(name) != "failed")
-    lost = sorted(plain.keys() - ours.keys())
-    _print(plain, ours, counts)
-    unexpected = [name for name in new if name not in ALLOWED]
-    for name in new:
-        print(f"{'allowed to differ' if name in ALLOWED else 'NEW FAILURE'}: {name}")
-    for name in lost:
+    """Run both, print the table, and return the exit status."""
+    folder = _download_tests()
+    plain, _ = _run(folder, "plain")
+    lorafast, counts = _run(folder, "lorafast", "-p", "conformance_plugin")
+    new_failures = sorted(
+        name
+        for name, outcome in lorafast.items()
+        if outcome == "failed" and plain.get(name) != "failed"
+    )
+    not_run = sorted(plain.keys() - lorafast.keys())
+    _print_table(plain, lorafast, counts)
+    for name in new_failures:
+        print(f"{'allowed to differ' if name in ALLOWED_FAILURES else 'NEW FAILURE'}: {name}")
+    for name in not_run:
         print(f"NOT RUN: {name}")
-    fast = counts["fast"]
-    if fast < LEAST_FAST_CALLS:
-        print(f"TOO FEW: {fast} calls ran on lorafast's ops, at least {LEAST_FAST_CALLS} must")
-    return 1 if unexpected or lost or fast < LEAST_FAST_CALLS else 0
+    too_few = counts[OP_CALLS] < MIN_OP_CALLS
+    if too_few:
+        print(
+            f"TOO FEW: {counts[OP_CALLS]} calls ran on lorafast's ops, at least {MIN_OP_CALLS} must"
+        )
+    unexpected = set(new_failures) - ALLOWED_FAILURES
+    return 1 if unexpected or not_run or too_few else 0
 
 
-def _tests() -> Path:
-    """The folder that PEFT's tests are run from, downloaded if it is not there yet."""
+def _download_tests() -> Path:
+    """Return the folder to run PEFT's tests in, downloaded if it is not there yet."""
     version = importlib.metadata.version("peft")
     folder = WORK / f"peft-{version}"
     if not folder.exists():
         WORK.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*pip, "--no-binary", ":all:", "--no-build-isolation", "--dest", str(WORK), f"peft=={version}"], check=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        source_only = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+        requirement = ["--dest", str(WORK), f"peft=={version}"]
+        subprocess.run([*pip, *source_only, *requirement], check=True)
         with tarfile.open(WORK / f"peft-{version}.tar.gz") as archive:
             archive.extractall(WORK, filter="data")
-    # What the distribution leaves out: the tests import each other as a package.
+    # The distribution lacks this file, and the tests import each other as a package.
     (folder / "tests" / "__init__.py").touch()
     (folder / "pytest.ini").write_text("[pytest]\n")
     return folder
 
 
 def _run(folder: Path, name: str, *options: str) -> tuple[Outcomes, collections.Counter]:
-    """Every test's outcome, and what the plugin counted."""
-    told, counted = WORK / f"{name}.xml", WORK / "counts"
-    for file in [told, *counted.glob("*.json")]:
+    """Run PEFT's tests, and return their outcomes and what the plugin counted."""
+    report, counts_folder, log = WORK / f"{name}.xml", WORK / "counts", WORK / f"{name}.log"
+    for file in [report, *counts_folder.glob("*.json")]:
         file.unlink(missing_ok=True)
-    counted.mkdir(exist_ok=True)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "tools"), "CONFORMANCE_COUNTS": str(counted)}
+    counts_folder.mkdir(exist_ok=True)
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT / "tools"),
+        "CONFORMANCE_COUNTS": str(counts_folder),
+    }
+    pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider"]
     files = [f"tests/{file}" for file in FILES]
-    pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "--tb=short", "-k", SELECTED]
     print(f"{name}: {len(FILES)} files of PEFT's tests", flush=True)
-    with open(WORK / f"{name}.log", "w") as log:
-        subprocess.run([*pytest, f"--junitxml={told}", *options, *files], cwd=folder, env=environment, stdout=log, stderr=log)
-    if not told.exists():
-        sys.exit(f"{name}: PEFT's tests did not run; see {(WORK / f'{name}.log').relative_to(ROOT)}")
+    with open(log, "w") as output:
+        subprocess.run(
+            [*pytest, "--tb=short", "-k", SELECTION, f"--junitxml={report}", *options, *files],
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=output,
+        )
+    if not report.exists():
+        sys.exit(f"{name}: PEFT's tests did not run; see {log.relative_to(ROOT)}")
     counts = collections.Counter()
-    for file in counted.glob("*.json"):
+    for file in counts_folder.glob("*.json"):
         counts.update(json.loads(file.read_text()))
-    return _outcomes(told), counts
+    return _read_outcomes(report), counts
 
 
-def _outcomes(file: Path) -> Outcomes:
-    found = {}
-    for case in ElementTree.parse(file).iter("testcase"):
+def _read_outcomes(report: Path) -> Outcomes:
+    outcomes = {}
+    for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('classname').removeprefix('tests.')}.{case.get('name')}"
-        kinds = {child.tag for child in case}
-        found[name] = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-    return found
+        tags = {child.tag for child in case}
+        if tags & {"failure", "error"}:
+            outcomes[name] = "failed"
+        else:
+            outcomes[name] = "skipped" if "skipped" in tags else "passed"
+    return outcomes
 
 
-def _print(plain: Outcomes, ours: Outcomes, counts: collections.Counter) -> None:
+def _print_table(plain: Outcomes, lorafast: Outcomes, counts: collections.Counter) -> None:
     print(f"{'':28}{'plain':>24}{'lorafast':>24}   (passed, skipped, failed)")
     for file in FILES:
         cells = []
-        for outcomes in (plain, ours):
-            found = collections.Counter(outcome for name, outcome in outcomes.items() if name.startswith(file.removesuffix("py")))
-            cells.append(", ".join(str(found[kind]) for kind in ("passed", "skipped", "failed")))
+        for outcomes in (plain, lorafast):
+            prefix = file.removesuffix("py")
+            totals = collections.Counter(
+                outcome for name, outcome in outcomes.items() if name.startswith(prefix)
+            )
+            cells.append(", ".join(str(totals[kind]) for kind in ("passed", "skipped", "failed")))
         print(f"{file:28}{cells[0]:>24}{cells[1]:>24}")
-    print(f"calls on lorafast's ops: {counts['fast']}; on PEFT's own forward:")
+    print(f"calls on lorafast's ops: {counts[OP_CALLS]}; on PEFT's own forward:")
     for reason, count in counts.most_common():
-        if reason != "fast":
+        if reason != OP_CALLS:
             print(f"{count:8}  {reason}")
 
 

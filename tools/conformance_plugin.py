@@ -1,4 +1,4 @@
-"""For pytest, inside PEFT's tests: every lora.Linear that is built is lorafast's, and its calls are counted by their way."""
+"""A pytest plugin for PEFT's tests: replaces lora.Linear by lorafast's class and counts calls."""
 
 import collections
 import contextlib
@@ -6,36 +6,38 @@ import json
 import os
 from pathlib import Path
 
+from conformance import OP_CALLS
+
 import lorafast
-from lorafast.models import peft as ours
+from lorafast.integrations import peft_linear
 
 _counts = collections.Counter()
-_patched = contextlib.ExitStack()
+_patches = contextlib.ExitStack()
 
 
 def pytest_configure(config):
-    """Before any test is imported."""
-    _patched.enter_context(lorafast.patch_peft())
-    fast, fallback = ours.fast, ours.fallback
+    """Patch PEFT and count calls, before any test is imported."""
+    _patches.enter_context(lorafast.patch_peft())
+    op_forward, peft_forward = peft_linear.op_forward, peft_linear.peft_forward
 
-    def counted(layer, x):
-        y = fast(layer, x)
-        _counts["fast"] += 1
+    def count_op_call(layer, x):
+        y = op_forward(layer, x)
+        _counts[OP_CALLS] += 1
         return y
 
-    def told(layer, why, *args, **kwargs):
+    def count_peft_call(layer, why, *args, **kwargs):
         _counts[why] += 1
-        return fallback(layer, why, *args, **kwargs)
+        return peft_forward(layer, why, *args, **kwargs)
 
-    ours.fast, ours.fallback = counted, told
+    peft_linear.op_forward, peft_linear.peft_forward = count_op_call, count_peft_call
 
 
 def pytest_sessionfinish(session):
-    """Each worker for itself."""
+    """Write the counts of this worker."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
     Path(os.environ["CONFORMANCE_COUNTS"], f"{worker}.json").write_text(json.dumps(_counts))
 
 
 def pytest_unconfigure(config):
-    """As it was."""
-    _patched.close()
+    """Undo the patch of PEFT."""
+    _patches.close()

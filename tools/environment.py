@@ -1,6 +1,7 @@
-"""Make a virtual environment with lorafast in it, editable: `python tools/environment.py VENV`. Needs nothing installed.
+"""Make a virtual environment with lorafast in it, editable: `python tools/environment.py VENV`.
 
-An importable torch of at least 2.11 is reused, whatever build it is; otherwise constraints.txt says which one is installed.
+It needs nothing installed. An importable torch of at least 2.11 is reused, whatever build it is;
+otherwise constraints.txt says which one is installed.
 """
 
 import importlib.util
@@ -14,7 +15,10 @@ OLDEST_TORCH = (2, 11)
 ROOT = Path(__file__).resolve().parent.parent
 
 _PROBE = "import json, torch; print(json.dumps([torch.__version__, torch.__file__]))"
-_FACTS = "import json, sys, sysconfig; print(json.dumps([list(sys.version_info[:2]), sysconfig.get_path('purelib')]))"
+_FACTS = (
+    "import json, sys, sysconfig; "
+    "print(json.dumps([list(sys.version_info[:2]), sysconfig.get_path('purelib')]))"
+)
 
 
 def main(venv: Path) -> None:
@@ -29,11 +33,13 @@ def main(venv: Path) -> None:
     )
     if tuple(version) != sys.version_info[:2]:
         sys.exit(
-            f"{venv} is Python {version[0]}.{version[1]}, this is {sys.version.split()[0]}: make clean, or choose VENV="
+            f"{venv} is Python {version[0]}.{version[1]}, this is {sys.version.split()[0]}: "
+            "make clean, or choose VENV="
         )
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if shared:
-        # A path file rather than --system-site-packages, which an interpreter that is itself a virtual environment ignores.
+        # A path file rather than --system-site-packages, which an interpreter that is itself in a
+        # virtual environment ignores.
         (Path(packages) / "torch_of_the_base.pth").write_text(f"{shared}\n")
         chosen = []
     else:
@@ -64,7 +70,8 @@ def _site_with_torch(python: str) -> str | None:
 def _check() -> None:
     if importlib.util.find_spec("ensurepip") is None:
         sys.exit(
-            "this Python has no ensurepip, so it makes no environment; install python3-venv or make PYTHON=..."
+            "this Python has no ensurepip, so it makes no environment; "
+            "install python3-venv or make PYTHON=..."
         )
     spec = importlib.util.spec_from_file_location(
         "symlinks", ROOT / "lorafast" / "runtime" / "symlinks.py"

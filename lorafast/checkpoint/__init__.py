@@ -1,1 +1,1 @@
-"""Adapter files: what they hold, how they are checked, written and read."""
+"""Adapter files: their format, how they are checked, written and read."""

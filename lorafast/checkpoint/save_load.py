@@ -6,6 +6,7 @@ import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,8 @@ def save_adapter(
     export = None
     if as_lora:
         export = export_lora.as_lora(model, layers, rank)
-        tensors, config, extras = export.tensors, export.config, {}
+        tensors, config = export.tensors, export.config
+        extras: dict[str, Any] = {}
     else:
         config, extras = file_format.describe_adapters(unwrap(model), layers)
         tensors = _file_tensors(model, layers)

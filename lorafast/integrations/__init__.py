@@ -1,1 +1,1 @@
-"""PEFT's layers and transformers' Trainer, served by lorafast."""
+"""PEFT and transformers: accelerate, PEFT's layers on lorafast's ops, LaMDA in PEFT, Trainer."""

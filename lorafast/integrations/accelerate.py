@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -137,8 +139,7 @@ def patch_peft() -> Iterator[None]:
         print(lorafast.explain(model))
     """
     linear_class = _peft_linear().Linear
-    from peft.tuners.lora import layer
-
+    layer: Any = importlib.import_module("peft.tuners.lora.layer")
     before = layer.Linear
     layer.Linear = linear_class
     try:

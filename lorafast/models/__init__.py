@@ -1,1 +1,1 @@
-"""Whole models: adapters put into them, taken out of them, and described."""
+"""Functions on whole models: adapt, explain, disable_adapter, merge, unload and others."""

@@ -197,8 +197,9 @@ def install(
             parameter.requires_grad_(False)
         _share_tensors(layers.values())
         for module, names in targets.items():
-            if layers[module].lora_magnitude is not None:
-                layers[module].lora_magnitude.lorafast_name = names[0]
+            magnitude: Any = layers[module].lora_magnitude
+            if magnitude is not None:
+                magnitude.lorafast_name = names[0]
             replace_module(model, names, layers[module])
         extra_trainables.enable_training(extra, layers)
         finish()
@@ -222,7 +223,7 @@ def _bind_adapters(
     ValueError if an adapter would change a tied weight.
     """
     by_name = spec.adapters(canonical_name(names[0]) for names in targets.values())
-    shapes = [tuple(_weight_matrix(module).shape) for module in targets]
+    shapes: list[Any] = [tuple(_weight_matrix(module).shape) for module in targets]
     adapters = {
         module: by_name[canonical_name(names[0])].bind_model(shapes)
         for module, names in targets.items()
@@ -256,7 +257,7 @@ def replace_module(model: nn.Module, names: list[str], module: nn.Module) -> Non
         setattr(model.get_submodule(parent), child, module)
 
 
-def _weight_matrix(module: nn.Module) -> torch.Tensor:
+def _weight_matrix(module: Any) -> torch.Tensor:
     """Return the weight as [N,K]. nn.Linear stores it so; Conv1D and nn.Embedding transposed."""
     weight = module.weight.detach()
     return weight if isinstance(module, nn.Linear) else weight.t()
@@ -282,7 +283,8 @@ def _refuse_tied(model: nn.Module, targets: Targets, adapters: dict[nn.Module, A
     }
     owners = parameter_owners(model) if changed else {}
     for module, names in changed.items():
-        holders = owners[storage_key(module.weight)]
+        weight: Any = module.weight
+        holders = owners[storage_key(weight)]
         if len(holders) > 1:
             raise ValueError(
                 f"{adapters[module]} would change {' and '.join(holders.values())}, which are one "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from lorafast.engine import checks
 from lorafast.methods.adapter import Adapter
@@ -80,7 +81,7 @@ class AdaptSpec:
         end after a dot.
         """
         names = list(names)
-        numbers: dict[str, dict[str, float]] = collections.defaultdict(dict)
+        numbers: dict[str, dict[str, Any]] = collections.defaultdict(dict)
         keys = match_patterns(self.adapter_pattern, names, self.untrusted)
         for argument, pattern in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
             for name, key in match_patterns(pattern, names, self.untrusted).items():

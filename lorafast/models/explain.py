@@ -243,7 +243,7 @@ def _route(primitive: str, problem: Problem) -> tuple[str, dict[str, tuple[str, 
 
     The backend is "none" if a forced one refuses.
     """
-    refusals = {}
+    refusals: dict[str, tuple[str, ...]] = {}
     for backend in dispatch.candidates(env.backend()):
         reasons = dispatch.why_not(backend, primitive, problem)
         if not reasons:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 # The time that the expressions of a file may take together.
 TIMEOUT_SECONDS = 10
@@ -37,7 +38,8 @@ def check_expression(argument: str, expression: object, template: str = "%s") ->
         template: the format string that the expression is put into before it is used.
     """
     try:
-        re.compile(template % expression if isinstance(expression, str) else expression)
+        pattern: Any = template % expression if isinstance(expression, str) else expression
+        re.compile(pattern)
     except (re.error, TypeError, RecursionError, OverflowError) as error:
         raise ValueError(
             f"{argument}={str(expression)[:200]!r} is no regular expression: {error}"

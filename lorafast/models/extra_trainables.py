@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -47,7 +47,10 @@ def collect(model: nn.Module, spec: AdaptSpec, targets: Targets) -> ExtraTrainab
     """
     saved, biases = select(model, spec, targets)
     initial = {part: _copy_tensors(part) for module in saved.values() for part in module.modules()}
-    initial |= {module: {"bias": module.bias.detach().clone()} for module in biases.values()}
+    initial |= {
+        module: {"bias": cast(nn.Parameter, module.bias).detach().clone()}
+        for module in biases.values()
+    }
     tied = _tied_parameters(model, saved) if spec.untie else {}
     return ExtraTrainables(list(saved.values()), initial, tied)
 

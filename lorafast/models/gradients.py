@@ -19,7 +19,7 @@ from lorafast.models.adapt import refuse_parallel
 from lorafast.models.adapt_spec import AdaptSpec, ModuleSelector
 from lorafast.models.module_names import canonical_name, format_names, require_module
 from lorafast.models.target_modules import find_targets, parameter_owners
-from lorafast.runtime.torch_internals import storage_key
+from lorafast.runtime.torch_internals import has_gradient_hooks, storage_key
 
 # Sums of gradients on the CPU, as the weights are laid out.
 GradientSums = dict[nn.Parameter, torch.Tensor]
@@ -83,7 +83,7 @@ def estimate_gradients(
     _check_weights(model, layers)
     sums: GradientSums = {}
     count = 0
-    weights = {module.weight for module in layers}
+    weights: set[Any] = {module.weight for module in layers}
     with _summing_gradients(model, weights, sums, training), torch.enable_grad():
         for batch in batches:
             loss = loss_fn(model, batch)
@@ -104,7 +104,7 @@ def estimate_gradients(
 def _check_weights(model: nn.Module, layers: dict[nn.Module, str]) -> None:
     owners = parameter_owners(model)
     for module, name in layers.items():
-        weight = module.weight
+        weight: Any = module.weight
         checks.floating(f"{name}.weight", weight)
         shown = f"{name}.weight {tuple(weight.shape)}"
         if weight.is_meta:
@@ -119,7 +119,7 @@ def _check_weights(model: nn.Module, layers: dict[nn.Module, str]) -> None:
                 f"{' and '.join(holders.values())} are one tensor, with one gradient for both: "
                 f"leave {name} out"
             )
-        if weight._post_accumulate_grad_hooks or weight._backward_hooks:
+        if has_gradient_hooks(weight):
             raise ValueError(
                 f"{shown} has hooks that would take the estimate for a training step (an optimizer "
                 "in backward?)"
@@ -194,7 +194,7 @@ def _mean(module: nn.Module, sums: GradientSums, count: int) -> torch.Tensor:
 
     The sum is removed from sums, so that a transposed copy is the only second tensor of its size.
     """
-    weight = module.weight
+    weight: Any = module.weight
     total = sums.pop(weight, None)
     if total is None:
         total = torch.zeros(weight.shape, dtype=accumulator(weight.dtype), device="cpu")

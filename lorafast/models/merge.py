@@ -57,7 +57,7 @@ def merge(model: nn.Module, untie: bool = False) -> nn.Module:
     for layer in layers:
         if not layer.merged:
             layer.merge_result(keep=True)  # raises what merge would raise
-    done: list[tuple[AdapterLayer, nn.Parameter]] = []
+    done: list[tuple[AdapterLayer, torch.Tensor]] = []
     try:
         for layer in layers:
             if not layer.merged:

@@ -326,7 +326,7 @@ def config_from_adapter(adapter: Adapter) -> dict[str, Any]:
     return _config_from_lora(adapter)
 
 
-def _config_from_lora(adapter: LoRA | LaMDA) -> dict[str, Any]:
+def _config_from_lora(adapter: Any) -> dict[str, Any]:
     config = {
         "peft_type": "LORA",
         "r": adapter.r,

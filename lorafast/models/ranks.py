@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -81,7 +82,7 @@ def spectral_ranks(
     svd.check_niter(svd_niter)
     spec = AdaptSpec(LoRA(), target_modules, exclude_modules=exclude_modules)
     weights = {
-        canonical_name(names[0]): module.weight.detach()
+        canonical_name(names[0]): cast(nn.Parameter, module.weight).detach()
         for module, names in find_targets(model, spec).items()
     }
     _refuse_meta(weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -66,7 +66,8 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     for module in extra_trainables.saved_modules(model).values():
         kinds |= dict.fromkeys(module.parameters(), "modules_to_save")
     for module in extra_trainables.trained_biases(model).values():
-        kinds[module.bias] = "bias"
+        bias: Any = module.bias
+        kinds[bias] = "bias"
     counts = collections.Counter({kind: 0 for kind in (*NAMES, "bias", "modules_to_save", "other")})
     for parameter, kind in kinds.items():
         counts[kind] += parameter.numel() if parameter.requires_grad else 0

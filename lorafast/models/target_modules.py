@@ -131,12 +131,12 @@ def _linear_names(model: nn.Module, task_type: str | None) -> set[str]:
 def _match_targets(spec: AdaptSpec, names: list[str]) -> set[str]:
     targets = spec.target_modules
     if isinstance(targets, str):
-        matches = set(expressions.first_matches([targets], names, spec.untrusted, full=True))
-        if not matches:
+        full = set(expressions.first_matches([targets], names, spec.untrusted, full=True))
+        if not full:
             raise ValueError(
                 f"target_modules={targets!r} matches no module{similar_names(targets, names)}"
             )
-        return matches
+        return full
     matches: set[str] = set()
     unmatched = None
     for target in targets:

@@ -263,3 +263,9 @@ def allocations(profile: Any) -> list[tuple[int, int, int]]:
             fields = node.extra_fields
             events.append((node.start_time_ns, fields.ptr, fields.alloc_size))
     return sorted(events)
+
+
+def has_gradient_hooks(tensor: torch.Tensor) -> bool:
+    """Return True if something is to be called when the tensor gets its gradient."""
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return any(getattr(tensor, name, None) for name in names)

@@ -20,7 +20,7 @@ from lorafast.engine.kernels import grad_output as on_output
 from lorafast.engine.kernels import grad_project as on_A
 from lorafast.engine.kernels import project as down
 from lorafast.engine.kernels.gemm import Summand, gemm, is_many
-from lorafast.engine.kernels.masked_add import masked_add
+from lorafast.engine.kernels.low_rank_add import low_rank_add
 from lorafast.engine.kernels.row_norm import row_norm as norms
 from lorafast.engine.kernels.scale_cast import scale_cast
 from lorafast.engine.problem import (
@@ -91,13 +91,15 @@ def describe_route(primitive: str, problem: Problem) -> str | None:
     if primitive not in ("linear", "grad_input"):
         return None
     columns, length = (N, K) if primitive == "linear" else (K, N)
-    asked = gemm_routing.Asked(
+    asked = gemm_routing.RouteQuery(
         problem.M, columns, (length,), sum(problem.R), problem.dtype, problem.arch.name,
         by_row=problem.transposed == (primitive == "grad_input"),
         masked=(
             primitive == "grad_input" and problem.dropout > 0 and problem.dropout_on == "adapter"
         ),
-        ends=_ends(problem.gain == "out", problem.keep == "inner") if primitive == "linear" else 0,
+        epilogue_passes=(
+            _ends(problem.gain == "out", problem.keep == "inner") if primitive == "linear" else 0
+        ),
         aligned=not any(size * e % 16 for size in (K, *problem.N)),
     )  # fmt: skip
     return str(gemm_routing.pick(asked))
@@ -169,11 +171,11 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
     factors += [(product.a, product.b.t()) for product in products]
     if low_rank_first:
         for i, term in enumerate(dropped):
-            masked_add(dx2, term, started=i > 0)
+            low_rank_add(dx2, term, accumulate=i > 0)
     eager.add_products(dx2, factors, low_rank_first and bool(dropped), low_rank_first)
     if not low_rank_first:
         for term in dropped:
-            masked_add(dx2, term, started=True)
+            low_rank_add(dx2, term, accumulate=True)
     return dx
 
 
@@ -261,7 +263,7 @@ def _asked(
     dropped: int = 0,
     plain: bool = False,
     ends: int = 0,
-) -> gemm_routing.Asked:
+) -> gemm_routing.RouteQuery:
     """The key a route is chosen by.
 
     dropped: the number of low-rank summands with a mask. plain: True if one has none.
@@ -278,7 +280,7 @@ def _asked(
             for t, is_dense in zip((a, b), dense, strict=True)
         ]
     same_order = all(launch.dense(base.b, 1 if by_row else 0) for base in bases[1:])
-    return gemm_routing.Asked(
+    return gemm_routing.RouteQuery(
         M, N, tuple(base.a.shape[1] for base in bases), R, first.a.dtype,
         launch.arch_of(first.a), by_row, dropped > 0, is_many(len(bases) + plain, dropped > 0),
         ends, all(aligned),
