@@ -49,25 +49,25 @@ def linear(
     that requires a gradient runs on plain autograd.
 
     Args:
-        x: Activation [...,K], of any strides. fp64, fp32, bf16 or fp16; under autocast it is cast
+        x: activation [...,K], of any strides. fp64, fp32, bf16 or fp16; under autocast it is cast
             once to autocast's dtype.
-        weight: Frozen weight [N,K] in x's dtype, or a transposed view.
-        bias: Bias [N], or None.
-        lora_A: Down projection [R,K]. All factors may have any of the four dtypes; they are cast
+        weight: frozen weight [N,K] in x's dtype, or a transposed view.
+        bias: bias [N], or None.
+        lora_A: down projection [R,K]. All factors may have any of the four dtypes; they are cast
             to the activation's for the time of the call.
-        lora_B: Up projection [N,R].
-        core: Matrix [R,R] between the two (LaMDA), or its diagonal [R] (VeRA, AdaLoRA).
+        lora_B: up projection [N,R].
+        core: matrix [R,R] between the two (LaMDA), or its diagonal [R] (VeRA, AdaLoRA).
         magnitude: DoRA's length per output row [N], or per input column [K] for axis="in".
         norm: ‖W+sBA‖ of the same shape; None computes it, detached.
         axis: "out" or "in", the side of the weight that the magnitude scales.
-        out_scale: Factor [N] on each output of the adapter.
-        lora_bias: Bias [N] of the up projection.
+        out_scale: factor [N] on each output of the adapter.
+        lora_bias: bias [N] of the up projection.
         scaling: s, a number or a tensor of one element.
-        dropout: Probability in [0, 1) of dropping an element of the adapter's input.
+        dropout: probability in [0, 1) of dropping an element of the adapter's input.
         dropout_on: "adapter", or "both": DoRA's correction of the base term reads the dropped
             input too, as in PEFT.
-        keep: Activation kept for d_magnitude: "output", "inner", "recompute" or "auto".
-        frozen_columns: Number of leading columns of lora_B that get no gradient.
+        keep: activation kept for d_magnitude: "output", "inner", "recompute" or "auto".
+        frozen_columns: number of leading columns of lora_B that get no gradient.
         seed: int64 [1] in [0, 2⁶³), which decides the dropped elements; None draws one from
             torch's generator.
         training: False turns dropout off.
@@ -76,8 +76,8 @@ def linear(
         y [...,N] in the dtype of the call: a fresh tensor, never a view.
 
     Raises:
-        ValueError: A shape, a word or a number does not fit; the message names the argument.
-        TypeError: A dtype or a type does not fit; the message names the argument.
+        ValueError: a shape, a word or a number does not fit; the message names the argument.
+        TypeError: a dtype or a type does not fit; the message names the argument.
 
     Example:
         x, weight = torch.randn(8, 64), torch.randn(32, 64)
@@ -152,10 +152,10 @@ def several(
     For backward it keeps x by reference if an A trains, and h [M,Rᵢ] for every B that trains.
 
     Args:
-        x: Activation [...,K], as in linear.
-        weight: Frozen weight [N,K].
-        bias: Bias [N], or None.
-        adapters: At least one Factors, each with a rank, scaling and dropout of its own. One that
+        x: activation [...,K], as in linear.
+        weight: frozen weight [N,K].
+        bias: bias [N], or None.
+        adapters: at least one Factors, each with a rank, scaling and dropout of its own. One that
             drops without a seed gets one, in their order.
         training: False turns dropout off.
 
@@ -163,7 +163,7 @@ def several(
         y [...,N] in the dtype of the call: a fresh tensor.
 
     Raises:
-        ValueError, TypeError: As linear; and where the weight or a tensor scaling trains.
+        ValueError, TypeError: as linear; and where the weight or a tensor scaling trains.
 
     Example:
         from lorafast.engine.multi_adapter import Factors
@@ -207,11 +207,11 @@ def row_norm(
     """Return ‖W + s·(out_scale⊙B)·core·A‖ per row or per column: DoRA's norm.
 
     Args:
-        weight: Weight [N,K].
-        lora_A: Down projection [R,K].
-        lora_B: Up projection [N,R].
-        core: Matrix [R,R] or diagonal [R] between them, or None.
-        out_scale: Factor [N] on each output of the adapter, or None.
+        weight: weight [N,K].
+        lora_A: down projection [R,K].
+        lora_B: up projection [N,R].
+        core: matrix [R,R] or diagonal [R] between them, or None.
+        out_scale: factor [N] on each output of the adapter, or None.
         scaling: s, a number or a tensor of one element.
         axis: "out" for rows, "in" for columns.
         detach: True gives no gradient (arXiv:2402.09353 §4.3), False the exact one.
@@ -223,7 +223,7 @@ def row_norm(
         The norm, [N] or [K], in fp32, or in fp64 for an fp64 weight: a fresh tensor.
 
     Raises:
-        ValueError, TypeError: As linear.
+        ValueError, TypeError: as linear.
 
     Example:
         weight, A, B = torch.randn(5, 6), torch.randn(2, 6), torch.zeros(5, 2)

@@ -163,7 +163,7 @@ class AdapterLayer(AdapterState):
         W, whatever training has made of the adapter. On the meta device nothing happens.
 
         Raises:
-            RuntimeError: The layer is merged, a factor is parametrized, or the layer got its
+            RuntimeError: the layer is merged, a factor is parametrized, or the layer got its
                 residual weight from a state dict and does not know the delta.
         """
         self._refuse_if_merged("reset_adapter()")
@@ -323,7 +323,7 @@ class AdapterLayer(AdapterState):
         was built with it waits for it.
 
         Args:
-            count: Number of columns, from 0 to r.
+            count: number of columns, from 0 to r.
 
         Raises:
             ValueError: count is out of range.

@@ -27,15 +27,15 @@ class Embedding(AdapterLayer, nn.Embedding):
     Args:
         num_embeddings: K.
         embedding_dim: N.
-        padding_idx: As in torch.nn.Embedding.
-        adapter: The adapter, such as lorafast.LoRA(r=16); None is lorafast.LoRA().
-        device: Device of all tensors.
-        dtype: Dtype of the table.
-        adapter_dtype: Dtype of the adapter's tensors, as in lorafast.Linear.
+        padding_idx: as in torch.nn.Embedding.
+        adapter: the adapter, such as lorafast.LoRA(r=16); None is lorafast.LoRA().
+        device: device of all tensors.
+        dtype: dtype of the table.
+        adapter_dtype: dtype of the adapter's tensors, as in lorafast.Linear.
 
     Raises:
         TypeError: adapter is none, or is made for linears only.
-        ValueError: The adapter has a lora_bias.
+        ValueError: the adapter has a lora_bias.
 
     Example:
         table = lorafast.Embedding(100, 16, adapter=lorafast.LoRA(r=4))
@@ -72,9 +72,9 @@ class Embedding(AdapterLayer, nn.Embedding):
         """Return a layer on the embedding's own weight Parameter, frozen, with an adapter.
 
         Args:
-            embedding: A plain torch.nn.Embedding.
-            adapter: The adapter; None is lorafast.LoRA().
-            adapter_dtype: Dtype of the adapter's tensors.
+            embedding: a plain torch.nn.Embedding.
+            adapter: the adapter; None is lorafast.LoRA().
+            adapter_dtype: dtype of the adapter's tensors.
 
         Returns:
             The layer.

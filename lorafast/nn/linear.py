@@ -70,15 +70,15 @@ class Linear(AdapterLinearBase, nn.Linear):
         in_features: K.
         out_features: N.
         bias: True for a bias [N].
-        adapter: The adapter, such as lorafast.DoRA(r=16); None is lorafast.LoRA().
-        device: Device of all tensors.
-        dtype: Dtype of weight and bias: fp64, fp32, bf16 or fp16.
-        adapter_dtype: Dtype of the adapter's tensors; None is fp32 on a bf16 or fp16 base, else
+        adapter: the adapter, such as lorafast.DoRA(r=16); None is lorafast.LoRA().
+        device: device of all tensors.
+        dtype: dtype of weight and bias: fp64, fp32, bf16 or fp16.
+        adapter_dtype: dtype of the adapter's tensors; None is fp32 on a bf16 or fp16 base, else
             the base's dtype.
 
     Raises:
         TypeError: adapter is no adapter, or a dtype is not supported.
-        ValueError: The adapter does not fit the weight.
+        ValueError: the adapter does not fit the weight.
 
     Example:
         layer = lorafast.Linear(64, 32, adapter=lorafast.DoRA(r=8, alpha=16, dropout=0.05))
@@ -112,9 +112,9 @@ class Linear(AdapterLinearBase, nn.Linear):
         """Return a layer on the linear's own weight and bias Parameters, frozen, with an adapter.
 
         Args:
-            linear: A plain torch.nn.Linear. An init that changes the weight warns: it is shared.
-            adapter: The adapter; None is lorafast.LoRA().
-            adapter_dtype: Dtype of the adapter's tensors, as in the constructor.
+            linear: a plain torch.nn.Linear. An init that changes the weight warns: it is shared.
+            adapter: the adapter; None is lorafast.LoRA().
+            adapter_dtype: dtype of the adapter's tensors, as in the constructor.
 
         Returns:
             The layer; linear itself is not changed, but its Parameters are frozen.

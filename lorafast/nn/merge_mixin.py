@@ -84,7 +84,7 @@ class MergeMixin(nn.Module):
                 more, and refuses a gain of 0.
 
         Raises:
-            RuntimeError: The adapter is disabled, or the weight is on the meta device.
+            RuntimeError: the adapter is disabled, or the weight is on the meta device.
             ValueError: W' would not be finite, could not be unmerged, or a lora_bias has no bias
                 to be added to. Nothing has changed then.
 
