@@ -1,1 +1,1 @@
-"""lorafast-bench: what an adapted layer costs beside the frozen one and the peers, and whether it is right."""
+"""lorafast-bench: the cost of an adapted layer next to the frozen layer and PEFT, and its error."""

@@ -1,4 +1,4 @@
-"""python -m lorafast.bench: the same as lorafast-bench."""
+"""Entry point of python -m lorafast.bench, which is the same as lorafast-bench."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""lorafast-bench: the way in, which says what to install where something is missing."""
+"""The console script lorafast-bench. It names the package to install if an import fails."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit status, as commands.main gives it."""
+    """Run one command and return its exit status, as commands.main does."""
     try:
         from lorafast.bench import commands
 

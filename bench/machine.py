@@ -1,4 +1,4 @@
-"""The machine a run happens on, the facts of it that go beside every figure, and a GPU that torch does not see."""
+"""The device to measure, and the facts of the machine that are stored with every result."""
 
 from __future__ import annotations
 
@@ -13,59 +13,67 @@ import psutil
 import torch
 
 import lorafast
-from lorafast.bench.refusal import Refused
+from lorafast.bench.errors import BenchError
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 
 
 def device(asked: str | None) -> torch.device:
-    """The device to measure: the one asked for, else the GPU, else the CPU. Refused with the reason if that cannot be."""
+    """Return the device that --device names; without one the GPU, or else the CPU.
+
+    Raises BenchError, with the reason, if it cannot be used.
+    """
     if asked is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        if why := unseen_gpu():
-            raise Refused(f"{why}. --device cpu measures the CPU all the same")
-        return torch.device("cpu")
+        return _default_device()
     try:
         wanted = torch.device(asked)
     except RuntimeError as error:
-        raise Refused(f"--device {asked}: must be cpu, cuda or cuda:INDEX") from error
+        raise BenchError(f"--device {asked}: must be cpu, cuda or cuda:INDEX") from error
     if wanted.type not in ("cpu", "cuda"):
-        raise Refused(f"--device {asked}: the bench measures cpu and cuda devices")
-    if wanted.type == "cuda":
-        if not torch.cuda.is_available():
-            raise Refused(
-                f"--device {asked}: {unseen_gpu() or 'torch sees no GPU, and neither does nvidia-smi'}"
-            )
-        index = torch.cuda.current_device() if wanted.index is None else wanted.index
-        if index >= torch.cuda.device_count():
-            raise Refused(f"--device {asked}: torch sees {torch.cuda.device_count()} GPUs")
-        wanted = torch.device("cuda", index)
-    return wanted
+        raise BenchError(f"--device {asked}: the bench measures cpu and cuda devices")
+    if wanted.type == "cpu":
+        return wanted
+    if not torch.cuda.is_available():
+        why = unseen_gpu() or "torch sees no GPU, and neither does nvidia-smi"
+        raise BenchError(f"--device {asked}: {why}")
+    index = torch.cuda.current_device() if wanted.index is None else wanted.index
+    if index >= torch.cuda.device_count():
+        raise BenchError(f"--device {asked}: torch sees {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", index)
+
+
+def _default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if why := unseen_gpu():
+        raise BenchError(f"{why}. --device cpu measures the CPU all the same")
+    return torch.device("cpu")
 
 
 def unseen_gpu() -> str | None:
-    """Why torch does not see a GPU that nvidia-smi sees, or None if it sees none either."""
+    """Return why torch does not see a GPU that nvidia-smi sees; None if that sees none either."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
-    asked = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    command = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=30)
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = [line.strip() for line in said.stdout.splitlines() if line.strip()]
     if said.returncode or not lines:
         return None
     name, _, driver = lines[0].partition(", ")
+    built = f"torch {torch.__version__} is"
     if torch.version.cuda is None and torch.version.hip is None:
-        why = f"torch {torch.__version__} is a build without CUDA; install one with it"
+        why = f"{built} a build without CUDA; install one with it"
     else:
-        why = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, the driver is {driver}: {_complaint()}"
+        cuda = torch.version.cuda
+        why = f"{built} built for CUDA {cuda}, the driver is {driver}: {_cuda_error()}"
     return f"nvidia-smi sees {name}, torch does not: {why}"
 
 
-def _complaint() -> str:
+def _cuda_error() -> str:
     try:
         torch.cuda.init()
     except Exception as error:
@@ -74,7 +82,7 @@ def _complaint() -> str:
 
 
 def environment(where: torch.device, command: str) -> dict:
-    """What a reader needs to judge the figures: versions, device, processor, memory, settings. Names no path and no host."""
+    """Return versions, device, processor, memory and settings. No path and no host name."""
     facts = {
         "lorafast": lorafast.__version__,
         "commit": _commit(),
@@ -95,10 +103,11 @@ def environment(where: torch.device, command: str) -> dict:
 
 
 def device_name(where: torch.device) -> str:
-    """As a table's head calls it."""
+    """Return the device's name in titles; a CPU's has its number of threads."""
     if where.type == "cuda":
         return torch.cuda.get_device_name(where)
-    return f"{_cpu()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
+    threads = torch.get_num_threads()
+    return f"{_cpu()}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _cpu() -> str:
@@ -118,16 +127,17 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a + if it has changes; None outside one."""
+    """Return the checkout's commit, with a + if files are changed; None outside a checkout."""
     root = Path(lorafast.__file__).resolve().parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
-    git = ["git", "-C", str(root)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-    )
-    return None if head.returncode else head.stdout.strip() + "+" * bool(changed.stdout.strip())
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "-uno").stdout.strip()
+    return None if head.returncode else head.stdout.strip() + ("+" if changed else "")
 
 
 def _gpu(where: torch.device) -> dict:
@@ -143,12 +153,14 @@ def _gpu(where: torch.device) -> dict:
         import pynvml
 
         pynvml.nvmlInit()
-        # NVML counts every GPU of the machine, torch only those it may see: the uuid is what both know.
+        # NVML counts every GPU of the machine, and torch only the visible ones. The uuid is the
+        # same in both.
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{facts.uuid}")
+        limit = pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000
         known |= {
             "driver": pynvml.nvmlSystemGetDriverVersion(),
             "sm_clock_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "power_limit_w": pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000,
+            "power_limit_w": limit,
         }
     except Exception as error:
         known["nvml"] = f"{type(error).__name__}: {error}"

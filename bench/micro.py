@@ -1,8 +1,8 @@
-"""Every primitive of every backend, and a call of the layer where there is next to nothing to compute, each on its own.
+"""Micro-benchmarks: every primitive of every backend, and a call of every kind of layer.
 
-Timed by pytest-benchmark and held to nothing: pytest bench/micro.py, or make micro.
-
-No name of a test file, so that the suite neither collects it nor needs pytest-benchmark.
+pytest-benchmark times them, and nothing is asserted: run pytest bench/micro.py, or make micro. The
+file has no name of a test file, so that the test suite neither collects it nor needs
+pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from lorafast.testing import SHORT, Case, Form
 M, R = 2048, 16
 SHAPES = ((1024, 4096), (2048, 2048))  # K in, N out
 BACKENDS = ("eager", "cpu")
-# What meets a dropout mask; to the others p is nothing.
+# The primitives that draw a dropout mask.
 DROPS = ("project", "grad_input", "grad_project")
 CPU = torch.device("cpu")
 
 
 class Operands:
-    """One LoRA layer's tensors; factors fp32, as they are trained."""
+    """The tensors of a LoRA layer; A and B are fp32, as in training."""
 
     def __init__(self, K: int, N: int, dtype: torch.dtype) -> None:
         made = testing.make(Case(Form("lora"), M, N, K, R, dtype), sliced=False)
@@ -51,18 +51,41 @@ class Operands:
         self.h, self.v = torch.randn(M, R).to(dtype), torch.randn(M, R).to(dtype)
 
 
-Call = Callable[[ModuleType, Operands, float], object]
-CALLS: dict[str, Call] = {
-    "project": lambda on, o, p: on.project(o.x, [DownProj(o.A, None, o.seed, p)]),
-    "linear": lambda on, o, p: on.linear(o.x, o.weight, [UpProj(o.h, o.B, 2.0)]),
-    "grad_output": lambda on, o, p: on.grad_output(
-        o.dy, [UpProjGradSpec(o.B, 2.0, h=o.h, want_B=True)]
-    ),
-    "grad_input": lambda on, o, p: on.grad_input(
-        [BaseTerm(o.dy, o.weight)], [LowRankTerm(o.v, o.A, o.seed, p)]
-    ),
-    "grad_project": lambda on, o, p: on.grad_project(o.x, [LowRankTerm(o.v, o.A, o.seed, p)]),
-    "row_norm": lambda on, o, p: on.row_norm(o.weight, o.A, o.B, 2.0),
+def project(backend: ModuleType, o: Operands, p: float) -> object:
+    """Call project with dropout p."""
+    return backend.project(o.x, [DownProj(o.A, None, o.seed, p)])
+
+
+def linear(backend: ModuleType, o: Operands, p: float) -> object:
+    """Call linear."""
+    return backend.linear(o.x, o.weight, [UpProj(o.h, o.B, 2.0)])
+
+
+def grad_output(backend: ModuleType, o: Operands, p: float) -> object:
+    """Call grad_output with the gradient of B."""
+    return backend.grad_output(o.dy, [UpProjGradSpec(o.B, 2.0, h=o.h, want_B=True)])
+
+
+def grad_input(backend: ModuleType, o: Operands, p: float) -> object:
+    """Call grad_input with dropout p."""
+    terms = [BaseTerm(o.dy, o.weight)]
+    return backend.grad_input(terms, [LowRankTerm(o.v, o.A, o.seed, p)])
+
+
+def grad_project(backend: ModuleType, o: Operands, p: float) -> object:
+    """Call grad_project with dropout p."""
+    return backend.grad_project(o.x, [LowRankTerm(o.v, o.A, o.seed, p)])
+
+
+def row_norm(backend: ModuleType, o: Operands, p: float) -> object:
+    """Call row_norm by row."""
+    return backend.row_norm(o.weight, o.A, o.B, 2.0)
+
+
+# The call of each primitive, with a backend, the operands and the dropout.
+CALLS: dict[str, Callable[[ModuleType, Operands, float], object]] = {
+    call.__name__: call
+    for call in (project, linear, grad_output, grad_input, grad_project, row_norm)
 }
 
 CASES = [
@@ -78,7 +101,7 @@ CASES = [
 
 @functools.lru_cache(maxsize=1)
 def operands(K: int, N: int, dtype: torch.dtype) -> Operands:
-    """Kept while the next benchmark asks for the same."""
+    """Return the operands, cached because consecutive benchmarks use the same."""
     torch.manual_seed(0)
     return Operands(K, N, dtype)
 
@@ -94,10 +117,13 @@ def test_primitive(
     benchmark,
     request: pytest.FixtureRequest,
 ) -> None:
-    """Backends of one case stand together; its flops and least bytes are kept beside the times."""
+    """Time one primitive of one backend, grouped by case.
+
+    Its flops and least bytes are stored with the times.
+    """
     K, N = shape
     problem = Problem(devices.of(CPU), dtype, M, K, (N,), (R,), dtype, torch.float32, dropout=p)
-    # row_norm sees no activation, nor a mask.
+    # row_norm reads no activation and no mask.
     asked = replace(problem, M=0, gain="out") if primitive == "row_norm" else problem
     if why := dispatch.why_not(backend, primitive, asked):
         pytest.skip(f"{backend}: {'; '.join(why)}")
@@ -117,12 +143,15 @@ LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_call(layer: str, benchmark) -> None:
-    """Forward, training, of 4 tokens 16 wide: what is left is Python, torch's and ours."""
+    """Time a forward call in training mode on 4 tokens of 16 features.
+
+    The arithmetic takes next to no time: what is measured is Python, torch's and lorafast's.
+    """
     torch.manual_seed(0)
     called, x = LAYERS[layer](), torch.randn(4, 16, requires_grad=True)
     if hasattr(called, "lora_B"):
-        # At its start an adapter may be spared work.
+        # With B = 0, as at the start of training, an adapter may skip work.
         torch.nn.init.normal_(called.lora_B)
     benchmark.group = "call 4x16x16"
-    # Many calls a round: one alone is as short as the clock's own ticks.
+    # Many calls per round, because one is as short as the clock's resolution.
     benchmark.pedantic(called, (x,), iterations=200, rounds=100, warmup_rounds=5)

@@ -1,4 +1,4 @@
-"""The options of lorafast-bench and the words they take."""
+"""The command line of lorafast-bench: options, and the values they accept."""
 
 from __future__ import annotations
 
@@ -10,202 +10,196 @@ from pathlib import Path
 import torch
 
 import lorafast
-from lorafast.bench import impl as impls
-from lorafast.bench import recipes, shapes
-from lorafast.bench.encoder import MODELS
+from lorafast.bench.cases import implementations, recipes, shapes
+from lorafast.bench.cases.encoder import MODELS
 from lorafast.engine import checks
 from lorafast.testing import SHORT
 
 DTYPES = {name: dtype for dtype, name in SHORT.items() if dtype != torch.float64}
 _LONG = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_DEVICE = "cpu, cuda or cuda:INDEX (default: the GPU if there is one)"
+
+Command = argparse.ArgumentParser
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Return the parser of the whole command line."""
     main = argparse.ArgumentParser(
-        "lorafast-bench", description="What an adapted layer costs, and whether it is right."
+        "lorafast-bench", description="Measure the cost of an adapted layer, and check its results."
     )
     main.add_argument("--version", action="version", version=f"lorafast {lorafast.__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, does: str) -> argparse.ArgumentParser:
-        # No abbreviations: what was run is kept beside the figures, less the names of files.
+    def command(name: str, does: str) -> Command:
+        # No abbreviations: the command is stored with the results, without the names of files.
         return commands.add_parser(
             name, help=does, description=does, formatter_class=_Help, allow_abbrev=False
         )
 
-    linear = command(
-        "linear", "Measure one layer, by tokens, rank and dropout. Lists are separated by commas."
+    _linear(
+        command(
+            "linear",
+            "Measure one layer, by tokens, rank and dropout. Lists are separated by commas.",
+        )
     )
-    add = linear.add_argument
-    add(
-        "--shape",
-        type=_each(shapes.parse),
-        default="1024x4096",
-        metavar="INxOUT,…",
-        help=f"or the linears of {', '.join(shapes.MODELS)}",
+    _model(
+        command(
+            "model",
+            "Train a whole pretrained model, then step it by batch size. "
+            "Lists are separated by commas.",
+        )
     )
-    add("--rank", type=_each(_count), default="16", metavar="R,…", help="ranks; alpha is 2R")
-    add(
-        "--tokens",
-        type=_each(_count),
-        metavar="M,…",
-        help="tokens per batch (default: 64,256,1024, on a GPU 512,2048,8192)",
+    _tune(
+        command(
+            "tune",
+            "Check every Triton kernel, time every route of a product, and print rows for the "
+            "table of routes.",
+        )
     )
-    add(
-        "--dropout",
-        type=_each(_probability),
-        default="0,0.05",
-        metavar="P,…",
-        help="on the adapter's input",
+    _report(command("report", "Print the tables of JSON files measured before, and draw them."))
+    env = command(
+        "env", "Print the facts of this machine that are stored with every result, as JSON."
     )
-    add("--bias", action="store_true", help="a layer with a bias")
-    _common(
-        linear,
-        recipes.LAYERS,
-        15,
-        "frozen,full,lorafast,eager,peft; in half precision peft-bf16 too, on a GPU peft+compile",
-    )
-    model = command(
-        "model",
-        "Train a whole pretrained model, then step it by batch size. Lists are separated by commas.",
-    )
-    add = model.add_argument
-    add("--model", choices=MODELS, default="minilm", help="its weights come with a package")
-    add(
-        "--batch-sizes",
-        type=_each(_count),
-        default="1,4,16",
-        metavar="B,…",
-        help="batch sizes to step at",
-    )
-    add("--seq", type=_count, default=16, metavar="TOKENS", help="tokens per text")
-    add("--rank", type=_count, default=16, metavar="R", help="one rank; alpha is 2R")
-    add(
-        "--dropout", type=_probability, default=0.0, metavar="P", help="one, on the adapters' input"
-    )
-    add("--steps", type=_whole, default=200, help="training steps; 0 trains nothing")
-    add("--train-batch", type=_count, default=8, metavar="B", help="batch size of training")
-    add(
-        "--lr",
-        type=_positive,
-        help="learning rate of the adapters, or of the encoder under full (default: by method); the head's is 1e-3",
-    )
-    _common(model, tuple(recipes.RECIPES), 7, "frozen,lorafast,peft")
-    tune = command(
-        "tune",
-        "Check every Triton kernel, time every route of a product, and print rows for the table of routes.",
-    )
-    add = tune.add_argument
-    told = f"or the linears of {', '.join(shapes.MODELS)}"
-    add("--shape", type=_each(shapes.parse), default="4096x4096", metavar="INxOUT,…", help=told)
-    add("--rank", type=_each(_count), default="16", metavar="R,…", help="ranks")
-    add(
-        "--tokens",
-        type=_each(_count),
-        default="16,512,8192",
-        metavar="M,…",
-        help="tokens per batch",
-    )
-    add(
-        "--dropout",
-        type=_each(_probability),
-        default="0,0.05",
-        metavar="P,…",
-        help="on the adapter's input",
-    )
-    _measured(tune, 15)
-    report = command("report", "Print the tables of JSON files measured before, and draw them.")
-    report.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON files")
-    report.add_argument(
-        "--html", type=Path, metavar="FILE", help="write one page with figures and tables"
-    )
-    report.add_argument("--plots", type=Path, metavar="FOLDER", help="write every figure, as SVG")
-    env = command("env", "Print the facts of this machine that stand beside every figure, as JSON.")
     env.add_argument("--device", help=_DEVICE)
     return main
 
 
-_DEVICE = "cpu, cuda or cuda:INDEX (default: the GPU if there is one)"
+def _linear(command: Command) -> None:
+    _shapes(command, "1024x4096")
+    add = command.add_argument
+    add("--rank", type=_each(_count), default="16", metavar="R,…", help="ranks; alpha is 2R")
+    help_text = "tokens per batch (default: 64,256,1024, on a GPU 512,2048,8192)"
+    add("--tokens", type=_each(_count), metavar="M,…", help=help_text)
+    _dropouts(command)
+    add("--bias", action="store_true", help="a layer with a bias")
+    default = "frozen,full,lorafast,eager,peft; in half precision peft-bf16 too, on a GPU "
+    default += "peft+compile"
+    _common(command, recipes.LAYERS, 15, default)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults are told, except those that are none."""
+def _model(command: Command) -> None:
+    add = command.add_argument
+    add("--model", choices=MODELS, default="minilm", help="its weights come with a package")
+    help_text = "batch sizes to step at"
+    add("--batch-sizes", type=_each(_count), default="1,4,16", metavar="B,…", help=help_text)
+    add("--seq", type=_count, default=16, metavar="TOKENS", help="tokens per text")
+    add("--rank", type=_count, default=16, metavar="R", help="one rank; alpha is 2R")
+    help_text = "one, on the adapters' input"
+    add("--dropout", type=_probability, default=0.0, metavar="P", help=help_text)
+    add("--steps", type=_whole, default=200, help="training steps; 0 trains nothing")
+    add("--train-batch", type=_count, default=8, metavar="B", help="batch size of training")
+    help_text = "learning rate of the adapters, or of the encoder under full (default: by method); "
+    add("--lr", type=_positive, help=help_text + "the head's is 1e-3")
+    _common(command, tuple(recipes.RECIPES), 7, "frozen,lorafast,peft")
 
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return (
-            action.help
-            if action.default is None or action.default is False
-            else super()._get_help_string(action)
-        )
+
+def _tune(command: Command) -> None:
+    _shapes(command, "4096x4096")
+    add = command.add_argument
+    add("--rank", type=_each(_count), default="16", metavar="R,…", help="ranks")
+    help_text = "tokens per batch"
+    add("--tokens", type=_each(_count), default="16,512,8192", metavar="M,…", help=help_text)
+    _dropouts(command)
+    _measured(command, 15)
+
+
+def _report(command: Command) -> None:
+    add = command.add_argument
+    add("files", nargs="+", type=Path, metavar="FILE", help="JSON files")
+    _page(command)
+    add("--plots", type=Path, metavar="FOLDER", help="write every figure, as SVG")
+
+
+def _shapes(command: Command, default: str) -> None:
+    help_text = f"or the linears of {', '.join(shapes.MODELS)}"
+    command.add_argument(
+        "--shape", type=_each(shapes.parse), default=default, metavar="INxOUT,…", help=help_text
+    )
+
+
+def _dropouts(command: Command) -> None:
+    command.add_argument(
+        "--dropout",
+        type=_each(_probability),
+        default="0,0.05",
+        metavar="P,…",
+        help="on the adapter's input",
+    )
+
+
+def _page(command: Command) -> None:
+    help_text = "write one page with figures and tables"
+    command.add_argument("--html", type=Path, metavar="FILE", help=help_text)
 
 
 def _common(
-    command: argparse.ArgumentParser, methods: tuple[str, ...], rounds: int, implementations: str
+    command: Command, methods: tuple[str, ...], rounds: int, default_implementations: str
 ) -> None:
+    """Add the options that linear and model share."""
     add = command.add_argument
-    told = f"all, or some of {', '.join(methods)}"
-    add(
-        "--methods",
-        type=_each(_among(methods)),
-        default="lora,dora,lamda",
-        metavar="NAME,…",
-        help=told,
-    )
-    told = f"some of {', '.join(impls.BASES)}, each also as NAME+compile; frozen always runs (default: {implementations})"
-    add("--impl", type=_each(impls.parse), metavar="NAME,…", help=told)
-    add(
-        "--dropout-on",
-        choices=checks.DROPOUT_ON,
-        default="adapter",
-        help="what lorafast's DoRA drops; PEFT's is always both",
-    )
+    help_text = f"all, or some of {', '.join(methods)}"
+    each = _each(_among(methods))
+    add("--methods", type=each, default="lora,dora,lamda", metavar="NAME,…", help=help_text)
+    help_text = f"some of {', '.join(implementations.BASES)}, each also as NAME+compile; "
+    help_text += f"frozen always runs (default: {default_implementations})"
+    add("--impl", type=_each(implementations.parse), metavar="NAME,…", help=help_text)
+    help_text = "what lorafast's DoRA drops; PEFT's is always both"
+    add("--dropout-on", choices=checks.DROPOUT_ON, default="adapter", help=help_text)
     _measured(command, rounds)
-    add("--html", type=Path, metavar="FILE", help="write one page with figures and tables")
+    _page(command)
 
 
-def _measured(command: argparse.ArgumentParser, rounds: int) -> None:
+def _measured(command: Command, rounds: int) -> None:
+    """Add the options of every command that measures."""
     add = command.add_argument
     add("--dtype", type=_dtype, help=f"{', '.join(DTYPES)} (default: fp32, on a GPU bf16)")
     add("--device", help=_DEVICE)
     add("--threads", type=_count, help="torch's threads on the CPU")
     add("--rounds", type=_count, default=rounds, help="timed rounds")
-    add(
-        "--seconds",
-        type=_positive,
-        help="begin no more rounds of one problem after so long, but not before 6",
-    )
+    help_text = "begin no more rounds of one problem after this time, but not before 6"
+    add("--seconds", type=_positive, help=help_text)
     add("--warmup", type=_count, default=2, help="runs before the rounds")
     add("--seed", type=_whole, default=0, help="of weights, inputs, masks and the order of texts")
     add("--json", type=Path, metavar="FILE", help="write the rows here, after every problem")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """A formatter that shows defaults, except None and False."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def _each(parse: Callable[[str], object]) -> Callable[[str], tuple]:
-    """A comma-separated list; what one word stands for several things is laid flat; nothing twice."""
+    """Return a parser of a comma-separated list without duplicates.
+
+    Where `parse` returns a plain tuple, its elements join the list.
+    """
 
     def parsed(text: str) -> tuple:
         found = []
         for word in text.split(","):
             value = parse(word.strip())
-            found += (
-                value if isinstance(value, tuple) and not hasattr(value, "_fields") else [value]
-            )
+            is_list = isinstance(value, tuple) and not hasattr(value, "_fields")
+            found += value if is_list else [value]
         return tuple(dict.fromkeys(found))
 
     parsed.__name__ = "list"
-    return _told(parsed)
+    return _with_message(parsed)
 
 
-def _told(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """argparse keeps the words of its own errors alone."""
+def _with_message(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """Return the parser with ArgumentTypeError for ValueError, whose message argparse drops."""
 
-    def told(text: str) -> object:
+    def parsed(text: str) -> object:
         try:
             return parse(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
-    return told
+    return parsed
 
 
 def _number(text: str, kind: type, least: float, what: str) -> float:
@@ -233,7 +227,7 @@ def _positive(text: str) -> float:
     return value
 
 
-@_told
+@_with_message
 def _probability(text: str) -> float:
     try:
         value = float(text)
@@ -243,7 +237,7 @@ def _probability(text: str) -> float:
     return value
 
 
-@_told
+@_with_message
 def _dtype(text: str) -> torch.dtype:
     found = DTYPES.get(text) or _LONG.get(text)
     if found is None:

@@ -1,6 +1,7 @@
-"""lorafast-bench tune: every Triton kernel checked, then timed, and every route of a product beside the frozen product.
+"""lorafast-bench tune: every Triton kernel checked and timed, on every route of a product.
 
-What it prints last are rows for the table in kernels/routes.py. A route that errs, or whose two runs differ, shows no speed.
+It prints rows for the table in kernels/gemm_routing.py. A route that errs, or whose two runs
+differ, shows no speed.
 """
 
 from __future__ import annotations
@@ -15,32 +16,39 @@ from typing import NamedTuple
 import torch
 
 from lorafast import testing
-from lorafast.bench.clock import Clock, Mark, Step, interleave, quantiles
-from lorafast.bench.jobs import JOBS, Job, Sizes, jobs
-from lorafast.bench.progress import Progress
-from lorafast.bench.record import SCHEMA_VERSION
-from lorafast.bench.refusal import Refused
-from lorafast.bench.row import MAX_ERROR_RATIO
-from lorafast.bench.tables import Table
+from lorafast.bench.cases.kernel_cases import CASES_PER_LAYER, KernelCase, Sizes, kernel_cases
+from lorafast.bench.errors import BenchError
+from lorafast.bench.measure.correctness import MAX_ERROR_RATIO
+from lorafast.bench.measure.timing import Mark, Step, Timer, interleave, quantiles
+from lorafast.bench.report.progress import Progress
+from lorafast.bench.report.record import SCHEMA_VERSION
+from lorafast.bench.report.tables import NOTHING, Table, number
 from lorafast.engine.kernels import gemm_routing
 from lorafast.engine.kernels.gemm_routing import Route, Row
 from lorafast.runtime import env
 from lorafast.testing import SHORT
 
+# What is timed besides routes: the base product alone, and a kernel without routes.
 FROZEN = "frozen"
 STREAM = "kernel"
 LEGEND = (
-    "err ratio: RMS error against float64 ÷ stock torch's in the same dtype; above 2 a route is wrong and shows no speed.",
-    "repeats: two runs agree bit for bit. modelled ms: what the roofline that chooses without a table expects.",
-    "GB/s: the bytes a streaming kernel must at least move, by its time.",
+    "err ratio: RMS error against float64 ÷ stock torch's in the same dtype; above 2 a route is "
+    "wrong and shows no speed.",
+    "repeats: two runs agree bit for bit. modelled ms: the time by the roofline that chooses a "
+    "route without a table.",
+    "GB/s: the least bytes a streaming kernel must move, divided by its time.",
 )
+_HEADS = ("route", "err ratio", "repeats", "ms", "p20–p80", "× frozen", "modelled ms", "GB/s")
 
 
 @dataclass
 class Timing:
-    """One way of doing one primitive. ms: the median with its percentiles; modelled_ms: what the roofline expected.
+    """The time and the error of one route of one primitive.
 
-    repeats: whether two runs agreed bit for bit. gb_per_s: the bytes it must move at least, by the time it took.
+    ms: the median over rounds, with its percentiles.
+    modelled_ms: the time by the roofline.
+    gb_per_s: the least bytes the primitive must move, divided by its time.
+    repeats: True if two runs agree bit for bit.
     """
 
     primitive: str
@@ -65,24 +73,28 @@ class Timing:
     rounds: int = 0
 
     def fail(self, status: str, reason: str) -> None:
-        """Without a speed."""
+        """Set status and reason of a route that shows no speed."""
         self.status, self.reason = status, reason
 
 
-def check_able(device: torch.device) -> None:
-    """Refused where no Triton kernel can run."""
-    if device.type != "cuda" and not env.interprets():
-        raise Refused(
-            "tune times Triton kernels, which need a GPU (or LORAFAST_BACKEND=triton TRITON_INTERPRET=1, to try the way)"
-        )
-
-
 class Pace(NamedTuple):
-    """How often each way is timed. `seconds` bounds the rounds of one primitive."""
+    """How often each route is timed.
+
+    seconds: the limit of the rounds of one primitive.
+    """
 
     rounds: int
     warmup: int
     seconds: float
+
+
+def check_device(device: torch.device) -> None:
+    """Raise BenchError if no Triton kernel can run on the device."""
+    if device.type != "cuda" and not env.interprets():
+        raise BenchError(
+            "tune times Triton kernels, which need a GPU (or LORAFAST_BACKEND=triton "
+            "TRITON_INTERPRET=1, to try the command)"
+        )
 
 
 def run(
@@ -93,101 +105,100 @@ def run(
     seed: int,
     progress: Progress,
 ) -> Iterator[tuple[list[Timing], dict[gemm_routing.Key, Row]]]:
-    """The timings of one primitive after another, and what the table should say of it."""
-    clock = Clock(device)
+    """Yield the timings of one primitive after another, and its rows for the table of routes."""
+    timer = Timer(device)
     for one in sizes:
-        for job in jobs(one, dtype, device, seed):
-            progress.begin(
-                f"{job.primitive} {job.variant} {one.M}x{one.K}->{one.N} R={one.R} p={one.p:g} {SHORT[dtype]}"
-            )
-            timings = _measure(job, dtype, clock, pace)
-            yield list(timings.values()), _chosen(job, timings)
+        for case in kernel_cases(one, dtype, device, seed):
+            shape = f"{one.M}x{one.K}->{one.N} R={one.R} p={one.p:g} {SHORT[dtype]}"
+            progress.begin(f"{case.primitive} {case.variant} {shape}")
+            timings = _measure(case, dtype, timer, pace)
+            yield list(timings.values()), _chosen(case, timings)
 
 
 def progress_total(sizes: list[Sizes]) -> int:
-    """How often a run calls progress.begin."""
-    return JOBS * len(sizes)
+    """Return how often a run calls progress.begin."""
+    return CASES_PER_LAYER * len(sizes)
 
 
-def _measure(job: Job, dtype: torch.dtype, clock: Clock, pace: Pace) -> dict[Route | str, Timing]:
-    ways: list[Route | str] = (
-        [STREAM] if job.asked is None else list(gemm_routing.candidates(job.asked))
-    )
-    timings = {
-        way: Timing(job.primitive, job.variant, *job.sizes, SHORT[dtype], str(way)) for way in ways
-    }
-    truth, chain = job.chain(torch.float64), job.chain(dtype)
+def _measure(
+    case: KernelCase, dtype: torch.dtype, timer: Timer, pace: Pace
+) -> dict[Route | str, Timing]:
+    """Check and time every route of a case, next to its frozen product."""
+    routes: list[Route | str] = [STREAM]
+    if case.query is not None:
+        routes = list(gemm_routing.candidates(case.query))
+    timings = {route: _timing(case, dtype, route) for route in routes}
+    truth, chain = case.chain(torch.float64), case.chain(dtype)
     steps: dict[Route | str, Step] = {}
-    for way, timing in timings.items():
+    for route, timing in timings.items():
         try:
-            _check(job, way, timing, truth, chain, dtype)
+            _check(case, route, timing, truth, chain, dtype)
         except Exception as error:
-            timing.fail(
-                "oom" if isinstance(error, torch.cuda.OutOfMemoryError) else "wrong",
-                f"{type(error).__name__}: {error}",
-            )
+            out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
+            status = "oom" if out_of_memory else "wrong"
+            timing.fail(status, f"{type(error).__name__}: {error}")
         if timing.status == "ok":
-            steps[way] = _step(job, way)
+            steps[route] = _step(case, route)
     del truth, chain
-    if job.frozen:
-        steps[FROZEN] = _marked(job.frozen)
-        timings[FROZEN] = Timing(job.primitive, job.variant, *job.sizes, SHORT[dtype], FROZEN)
+    if case.frozen:
+        steps[FROZEN] = _marked(case.frozen)
+        timings[FROZEN] = _timing(case, dtype, FROZEN)
 
-    def failed(way: Route | str, error: Exception) -> None:
-        timings[way].fail("wrong", f"{type(error).__name__}: {error}")
+    def failed(route: Route | str, error: Exception) -> None:
+        timings[route].fail("wrong", f"{type(error).__name__}: {error}")
 
-    samples = interleave(steps, clock, pace.rounds, pace.warmup, failed, pace.seconds)
-    for way, phases in samples.items():
-        _enter(
-            timings[way],
-            job,
-            way,
-            [sample[0] for sample in phases],
-            [sample[0] for sample in samples.get(FROZEN, ())],
-        )
+    samples = interleave(steps, timer, pace.rounds, pace.warmup, failed, pace.seconds)
+    times = {route: [phases[0] for phases in found] for route, found in samples.items()}
+    for route, found in times.items():
+        _set_times(timings[route], case, route, found, times.get(FROZEN, []))
     return timings
 
 
+def _timing(case: KernelCase, dtype: torch.dtype, route: Route | str) -> Timing:
+    return Timing(case.primitive, case.variant, *case.sizes, SHORT[dtype], str(route))
+
+
 def _check(
-    job: Job,
-    way: Route | str,
+    case: KernelCase,
+    route: Route | str,
     timing: Timing,
     truth: list[torch.Tensor],
     chain: list[torch.Tensor],
     dtype: torch.dtype,
 ) -> None:
-    """The error rule over all the primitive gives, and whether a second run is the same."""
-    first, second = _run(job, way), _run(job, way)
+    """Apply the error rule to all outputs, and compare two runs bit for bit."""
+    first, second = _run(case, route), _run(case, route)
     timing.repeats = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    floor = torch.finfo(dtype).eps / 8
     timing.error_ratio = max(
-        testing.ratio(_rms(found - t), _rms(usual - t), _rms(t), torch.finfo(dtype).eps / 8)
-        for found, usual, t in zip(first, chain, truth, strict=True)
+        testing.ratio(_rms(found - t), _rms(eager - t), _rms(t), floor)
+        for found, eager, t in zip(first, chain, truth, strict=True)
     )
     if not timing.repeats:
         timing.fail("wrong", "two runs differ")
     if not timing.error_ratio <= MAX_ERROR_RATIO:
-        timing.fail(
-            "wrong",
-            f"errs {timing.error_ratio:.3g} times what eager errs; at most {MAX_ERROR_RATIO:g} is right",
-        )
+        reason = f"errs {timing.error_ratio:.3g} times what eager errs"
+        timing.fail("wrong", f"{reason}; at most {MAX_ERROR_RATIO:g} is right")
 
 
 def _rms(t: torch.Tensor) -> float:
     return float(t.square().mean().sqrt())
 
 
-def _run(job: Job, way: Route | str) -> list[torch.Tensor]:
-    if isinstance(way, Route):
-        with gemm_routing.taking(way):
-            return job.run()
-    return job.run()
+def _run(case: KernelCase, route: Route | str) -> list[torch.Tensor]:
+    if isinstance(route, Route):
+        with gemm_routing.forcing(route):
+            return case.run()
+    return case.run()
 
 
-def _step(job: Job, way: Route | str) -> Step:
-    return _marked(lambda: _run(job, way))
+def _step(case: KernelCase, route: Route | str) -> Step:
+    return _marked(lambda: _run(case, route))
 
 
 def _marked(function: Callable[[], object]) -> Step:
+    """Return a step of one phase."""
+
     def step(mark: Mark) -> None:
         mark()
         function()
@@ -196,70 +207,62 @@ def _marked(function: Callable[[], object]) -> Step:
     return step
 
 
-def _enter(
-    timing: Timing, job: Job, way: Route | str, found: list[float], frozen: list[float]
+def _set_times(
+    timing: Timing, case: KernelCase, route: Route | str, found: list[float], frozen: list[float]
 ) -> None:
     times = quantiles(found)
     timing.ms, timing.ms_p20, timing.ms_p80, timing.rounds = *times, len(found)
     if len(frozen) == len(found):
-        timing.ratio_to_frozen = quantiles([a / b for a, b in zip(found, frozen, strict=True)]).p50
-    if isinstance(way, Route):
-        timing.modelled_ms = 1e3 * gemm_routing.seconds(job.asked, way)
-    elif way == STREAM:
-        timing.gb_per_s = job.cost.bytes / times.p50 / 1e6
+        ratios = [a / b for a, b in zip(found, frozen, strict=True)]
+        timing.ratio_to_frozen = quantiles(ratios).p50
+    if isinstance(route, Route):
+        timing.modelled_ms = 1e3 * gemm_routing.modelled_seconds(case.query, route)
+    elif route == STREAM:
+        timing.gb_per_s = case.cost.bytes / times.p50 / 1e6
 
 
-def _chosen(job: Job, timings: dict[Route | str, Timing]) -> dict[gemm_routing.Key, Row]:
-    """The fastest route that is right."""
-    able = {
-        way: timing.ms
-        for way, timing in timings.items()
-        if isinstance(way, Route) and timing.ms is not None
+def _chosen(case: KernelCase, timings: dict[Route | str, Timing]) -> dict[gemm_routing.Key, Row]:
+    """Return the fastest correct route as a row of the table of routes."""
+    times = {
+        route: timing.ms
+        for route, timing in timings.items()
+        if isinstance(route, Route) and timing.ms is not None
     }
-    return {gemm_routing.key(job.asked): min(able, key=able.get).row} if able else {}
+    return {gemm_routing.key(case.query): min(times, key=times.get).row} if times else {}
 
 
 def table(timings: list[Timing]) -> Table:
-    """The timings of one primitive, the fastest first."""
+    """Return the table of one primitive, the fastest route first."""
     first = timings[0]
     named = f"{first.primitive} ({first.variant})" if first.variant else first.primitive
-    title = f"{named}, {first.M} tokens, {first.K} → {first.N}, R = {first.R}, p = {first.dropout:g}, {first.dtype}"
-    heads = (
-        "route",
-        "err ratio",
-        "repeats",
-        "ms",
-        "its p20–p80",
-        "× frozen",
-        "modelled ms",
-        "GB/s",
-    )
+    title = f"{named}, {first.M} tokens, {first.K} → {first.N}, R = {first.R}"
+    title += f", p = {first.dropout:g}, {first.dtype}"
     ordered = sorted(timings, key=lambda one: math.inf if one.ms is None else one.ms)
-    rows = tuple(
-        (
-            one.route, _told(one.error_ratio, ".2f"), {True: "yes", False: "NO", None: "–"}[one.repeats],
-            _told(one.ms, ".4f") if one.status == "ok" else f"{one.status}: {one.reason}",
-            "–" if one.ms is None else f"{one.ms_p20:.4f}–{one.ms_p80:.4f}", _told(one.ratio_to_frozen, ".3f"),
-            _told(one.modelled_ms, ".4f"), _told(one.gb_per_s, ".0f"),
-        )
-        for one in ordered
-    )  # fmt: skip
-    return Table(title, heads, rows, frozenset(), ())
+    return Table(title, _HEADS, tuple(map(_cells, ordered)), frozenset(), ())
 
 
-def _told(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+def _cells(one: Timing) -> tuple[str, ...]:
+    return (
+        one.route,
+        number(one.error_ratio, ".2f"),
+        {True: "yes", False: "NO", None: NOTHING}[one.repeats],
+        number(one.ms, ".4f") if one.status == "ok" else f"{one.status}: {one.reason}",
+        NOTHING if one.ms is None else f"{one.ms_p20:.4f}–{one.ms_p80:.4f}",
+        number(one.ratio_to_frozen, ".3f"),
+        number(one.modelled_ms, ".4f"),
+        number(one.gb_per_s, ".0f"),
+    )
 
 
 def lines(chosen: dict[gemm_routing.Key, Row]) -> list[str]:
-    """The rows as kernels/routes.py spells them."""
+    """Return the rows as lines of kernels/gemm_routing.py."""
     return [f"    {key}: {row}," for key, row in chosen.items()]
 
 
 def write(
     path: Path, facts: dict, timings: list[Timing], chosen: dict[gemm_routing.Key, Row]
 ) -> None:
-    """Everything as JSON."""
+    """Write everything as JSON."""
     content = {
         "schema_version": SCHEMA_VERSION,
         "env": facts,

@@ -1,7 +1,9 @@
-"""Tiles of the Triton kernels: which rows there are, and a pure choice among them. Imports no triton.
+"""The tiles of the Triton kernels, and the choice among them. Imports no triton.
 
-Rows are written down, never searched at call time, so every rank of a job makes the same choice. None has been measured yet: the
-choices follow from how many programs fill a GPU, and from what compiles without spills (tests/test_compiles.py).
+A choice is a pure function of shapes, dtype and architecture; nothing is searched or timed at call
+time, so every rank of a job makes the same choice. No tile has been measured on a GPU yet: the
+choices follow from the number of programs that fill a GPU and from which tiles compile without
+spills (tests/kernels/test_compiled_kernels.py).
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ import torch
 
 from lorafast.engine.kernels.gpu_specs import device
 
-# Ranks a kernel's tile may hold; R is padded to the next.
+# The ranks that a kernel's tile may hold; R is padded to the next of them.
 BLOCKS_R = (16, 64, 128, 256)
 MAX_RANK = BLOCKS_R[-1]
 
 
 class Tile(NamedTuple):
-    """One compiled form of a kernel: its block sizes (0 where it has none), warps and pipeline stages."""
+    """The block sizes of a kernel (0 for those it does not have), its warps and pipeline stages."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -28,16 +30,12 @@ class Tile(NamedTuple):
     stages: int
 
     def blocks(self, *names: str) -> dict[str, int]:
-        """The block sizes a streaming kernel takes, by name, that of the ranks among them."""
-        return self.edges(*names, "BLOCK_R")
-
-    def edges(self, *names: str) -> dict[str, int]:
-        """Block sizes by name."""
+        """Return the named block sizes, as arguments of a kernel."""
         return {name: getattr(self, name) for name in names}
 
 
-class Share(NamedTuple):
-    """A tile, and how the axis that is summed over is shared: `splits` programs of `steps` blocks each."""
+class SplitTile(NamedTuple):
+    """A tile, and the split of the summed axis: `splits` programs of `steps` blocks each."""
 
     tile: Tile
     splits: int
@@ -45,77 +43,83 @@ class Share(NamedTuple):
 
 
 def ceil_div(length: int, block: int) -> int:
-    """How many blocks cover a length. (triton.cdiv does too, in five microseconds.)"""
+    """Return the number of blocks that cover a length, in less time than triton.cdiv."""
     return -(-length // block)
 
 
 def block_r(R: int) -> int:
-    """R padded to a tile. ValueError beyond MAX_RANK."""
+    """Return the smallest of BLOCKS_R that holds R. Raises ValueError beyond MAX_RANK."""
     for block in BLOCKS_R:
         if block >= R:
             return block
     raise ValueError(f"R={R} exceeds {MAX_RANK}, the largest rank a kernel's tile holds")
 
 
-def mixes(R: int, dtype: torch.dtype) -> bool:
-    """Whether an R×R core is multiplied from registers, where project's parts are added; a wider one is torch's product."""
+def core_in_registers(R: int, dtype: torch.dtype) -> bool:
+    """True if project_finish multiplies an R×R core in registers; torch multiplies a wider one."""
     widest = 16 if dtype == torch.float32 else 64
     return widest >= R
 
 
-def project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> Share:
-    """Rows of x on the grid; K is split where they are too few to fill the GPU."""
+def project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> SplitTile:
+    """Return project's tile. The grid covers rows of x; K is split if they do not fill the GPU."""
     few, many = _PROJECT[dtype == torch.float32][block_r(R)]
-    # Few rows are split into parts, which then fill the GPU.
+    # With few rows the tile is small and K is split, so that enough programs fill the GPU.
     tile = many if 32 * device(arch).multiprocessors <= M else few
-    return _shared(tile, ceil_div(M, tile.BLOCK_M), ceil_div(K, tile.BLOCK_K), arch)
+    return _split(tile, ceil_div(M, tile.BLOCK_M), ceil_div(K, tile.BLOCK_K), arch)
 
 
-def grad_project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> Share:
-    """Columns of x on the grid; the rows are split until they fill the GPU."""
+def grad_project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> SplitTile:
+    """Return grad_project's tile. The grid covers columns of x; rows are split to fill the GPU."""
     tile = _GRAD_PROJECT[dtype == torch.float32][block_r(R)]
-    return _shared(tile, ceil_div(K, tile.BLOCK_K), ceil_div(M, tile.BLOCK_M), arch)
+    return _split(tile, ceil_div(K, tile.BLOCK_K), ceil_div(M, tile.BLOCK_M), arch)
 
 
-def grad_output(M: int, N: int, R: int, dtype: torch.dtype, arch: str) -> Share:
-    """Columns of dy on the grid, wide ones, because every block of columns writes parts of u; the rows are split."""
+def grad_output(M: int, N: int, R: int, dtype: torch.dtype, arch: str) -> SplitTile:
+    """Return grad_output's tile. The grid covers columns of dy; rows are split to fill the GPU.
+
+    Blocks of columns are wide, because each of them writes its own part of u.
+    """
     tile = _GRAD_OUTPUT[dtype == torch.float32][block_r(R)]
-    return _shared(tile, ceil_div(N, tile.BLOCK_N), ceil_div(M, tile.BLOCK_M), arch)
+    return _split(tile, ceil_div(N, tile.BLOCK_N), ceil_div(M, tile.BLOCK_M), arch)
 
 
 def one_pass(R: int, ranks: int, dtype: torch.dtype) -> bool:
-    """Whether grad_output finds R columns of u in its pass over dy, beside `ranks` of P: while the fp32 parts that every block of
-    columns writes, and that are read again, are less than a second reading of dy.
+    """True if grad_output computes R columns of u in the pass over dy that computes `ranks` of P.
+
+    That holds while the fp32 parts of u, which every block of columns writes and a second kernel
+    reads, are fewer bytes than a second pass over dy.
     """
     tile = _GRAD_OUTPUT[dtype == torch.float32][block_r(max(R, ranks))]
     return dtype.itemsize * tile.BLOCK_N // 8 > R
 
 
 def row_norm(R: int, dtype: torch.dtype) -> Tile:
-    """Rows (or columns) of W on the grid."""
+    """Return row_norm's tile. The grid covers rows (or columns) of W."""
     return _ROW_NORM[dtype == torch.float32][block_r(R)]
 
 
-def finish(R: int) -> Tile:
-    """Few rows a program: the parts to add are many, the work on each is small."""
+def project_finish(R: int) -> Tile:
+    """Return project_finish's tile: few rows a program, since many parts are added per row."""
     return Tile(16, 0, 0, block_r(R), 4, 1)
 
 
-def finish_P(R: int) -> Tile:
-    """Rows of dB, and all its ranks."""
+def grad_output_finish(R: int) -> Tile:
+    """Return grad_output_finish's tile: rows of dB and all its ranks."""
     return Tile(0, 16, 0, block_r(R), 4, 1)
 
 
-def masked_add(dtype: torch.dtype) -> Tile:
-    """A tile of dx; the ranks in steps of 16."""
+def low_rank_add(dtype: torch.dtype) -> Tile:
+    """Return low_rank_add's tile: a block of dx, and 16 ranks a step."""
     return Tile(64, 0, 64 if dtype == torch.float32 else 128, 16, 4, 1)
 
 
-# A square of a factor.
-FACTOR = Tile(0, 32, 32, 0, 4, 1)
+# scale_cast's tile: a square of a factor.
+SCALE_CAST = Tile(0, 32, 32, 0, 4, 1)
 
-# By whether x is fp32, which in full precision has no tensor cores and wants registers, and by tile of ranks. Each of these
-# compiles without a spill on every architecture and in every form; many a neighbour does not.
+# By "x is fp32", which in full precision uses no tensor cores but many registers, and by BLOCK_R.
+# Each tile compiles without a spill on every architecture and in every form; many similar tiles do
+# not.
 _PROJECT = {  # few rows, many rows
     False: {
         16: (Tile(16, 0, 128, 16, 4, 3), Tile(64, 0, 128, 16, 4, 3)),
@@ -173,7 +177,8 @@ _ROW_NORM = {
     },
 }
 
-# The GEMMs' tiles, largest first; under a mask the largest has a stage less, and room for one base summand only.
+# The GEMM's tiles, largest first. With a masked summand the largest one has one stage less, and its
+# shared memory suffices for one base summand only.
 _TMA = (Tile(128, 256, 64, 0, 8, 4), Tile(128, 128, 64, 0, 8, 4))
 _TMA_MASKED = (Tile(128, 256, 64, 0, 8, 3), Tile(128, 128, 64, 0, 8, 4))
 _HALF = (
@@ -184,40 +189,45 @@ _HALF = (
 )
 _FULL = (Tile(64, 128, 16, 0, 8, 3), Tile(16, 64, 64, 0, 4, 3))
 GEMM_FINISH = Tile(16, 128, 0, 0, 4, 1)
-# The tallest tile whose sum may be split among programs: taller ones are asked for where there are enough of them.
+# The largest BLOCK_M whose sum may be split among programs. Larger tiles are for problems that have
+# enough tiles.
 SPLIT_ROWS = 64
-# What a library's GEMM is taken to choose among, by a roofline.
+# The tiles that the roofline assumes torch's GEMM to choose among.
 LIBRARY_TILES = (*_TMA, *_HALF)
 
 
-def gemm(form: str, dtype: torch.dtype, masked: bool, many: bool) -> tuple[Tile, ...]:
-    """Tiles by form (tma, pointers), whether a low-rank summand is masked, and whether there are more than it and one base."""
+def gemm(form: str, dtype: torch.dtype, masked: bool, many_summands: bool) -> tuple[Tile, ...]:
+    """Return the GEMM's tiles for one form, "tma" or "pointers".
+
+    masked: a low-rank summand is masked. many_summands: there are more than a base and a low-rank
+    one.
+    """
     if form == "tma":
-        return (_TMA_MASKED[many:] if masked else _TMA) if dtype != torch.float32 else ()
-    able = _FULL if dtype == torch.float32 else _HALF
-    # Sixteen rows are for decoding, which neither drops nor differentiates.
-    return tuple(tile for tile in able if tile.BLOCK_M > 16) if masked or many else able
+        return (_TMA_MASKED[many_summands:] if masked else _TMA) if dtype != torch.float32 else ()
+    tiles = _FULL if dtype == torch.float32 else _HALF
+    # Tiles of 16 rows serve decoding, which has no dropout and no backward pass.
+    return tuple(tile for tile in tiles if tile.BLOCK_M > 16) if masked or many_summands else tiles
 
 
 def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """Every tile a streaming kernel can be asked for in a dtype, whatever the problem."""
-    wide = dtype == torch.float32
-    found = {
-        "project": [tile for pair in _PROJECT[wide].values() for tile in pair],
-        "finish": [finish(R) for R in BLOCKS_R],
-        "grad_project": _GRAD_PROJECT[wide].values(),
-        "grad_output": _GRAD_OUTPUT[wide].values(),
-        "finish_P": [finish_P(R) for R in BLOCKS_R],
-        "factor": [FACTOR],
-        "masked_add": [masked_add(dtype)],
-        "row_norm": _ROW_NORM[wide].values(),
+    """Return every tile that a streaming kernel can be launched with in a dtype."""
+    full = dtype == torch.float32
+    by_kernel = {
+        "project": [tile for pair in _PROJECT[full].values() for tile in pair],
+        "project_finish": [project_finish(R) for R in BLOCKS_R],
+        "grad_project": _GRAD_PROJECT[full].values(),
+        "grad_output": _GRAD_OUTPUT[full].values(),
+        "grad_output_finish": [grad_output_finish(R) for R in BLOCKS_R],
+        "scale_cast": [SCALE_CAST],
+        "low_rank_add": [low_rank_add(dtype)],
+        "row_norm": _ROW_NORM[full].values(),
     }
-    return tuple(dict.fromkeys(found[kernel]))
+    return tuple(dict.fromkeys(by_kernel[kernel]))
 
 
-def _shared(tile: Tile, programs: int, blocks: int, arch: str) -> Share:
-    """Split `blocks` steps so that two programs sit on every multiprocessor, each with at least four steps."""
+def _split(tile: Tile, programs: int, blocks: int, arch: str) -> SplitTile:
+    """Split `blocks` steps: two programs a multiprocessor, but at least four steps a program."""
     wanted = max(1, 2 * device(arch).multiprocessors // max(1, programs))
     splits = max(1, min(wanted, blocks // 4))
     steps = ceil_div(blocks, splits)
-    return Share(tile, max(1, ceil_div(blocks, steps)) if steps else 1, steps)
+    return SplitTile(tile, max(1, ceil_div(blocks, steps)) if steps else 1, steps)

@@ -1,6 +1,7 @@
-"""What each primitive must at least compute and move: flops and bytes of main memory. Imports no triton.
+"""The least flops and bytes of main memory that each primitive needs. Imports no triton.
 
-The models are those of kernels that read each large operand once; a bench sets them beside what it measures.
+The models assume kernels that read each large operand once. The bench compares its measurements
+with them.
 """
 
 from __future__ import annotations
@@ -11,25 +12,25 @@ from lorafast.engine.problem import Problem
 
 
 class Cost(NamedTuple):
-    """flops (a multiply-add is 2), and bytes read and written."""
+    """The flops of a primitive (a multiply-add counts 2), and the bytes it reads and writes."""
 
     flops: int
     bytes: int
 
 
 def project(p: Problem) -> Cost:
-    """h = drop(x) Aᵀ and h' = core(h): x once, the factors, h and h' out."""
+    """Return the cost of h = drop(x) Aᵀ and h_core: x read once, the factors, h and h_core."""
     e, R = p.dtype.itemsize, sum(p.R)
-    mixed = 0 if p.core == "none" else p.M * R
-    mixing = {"none": 0, "diagonal": p.M * R, "full": 2 * p.M * sum(r * r for r in p.R)}[p.core]
+    h_core = 0 if p.core == "none" else p.M * R
+    core_flops = {"none": 0, "diagonal": p.M * R, "full": 2 * p.M * sum(r * r for r in p.R)}[p.core]
     return Cost(
-        2 * p.M * p.K * R + mixing,
-        e * (p.M * p.K + p.M * R + mixed) + p.factor_dtype.itemsize * R * p.K,
+        2 * p.M * p.K * R + core_flops,
+        e * (p.M * p.K + p.M * R + h_core) + p.factor_dtype.itemsize * R * p.K,
     )
 
 
 def linear(p: Problem) -> Cost:
-    """y = gain⊙(x Wᵀ + h' Bᵀ) + bias: the base GEMM's operands and result, h' and B."""
+    """Return the cost of y = gain⊙(x Wᵀ + h_core Bᵀ) + bias: x, W, y, h_core and B."""
     e, N, R = p.dtype.itemsize, sum(p.N), sum(p.R)
     inner = e * p.M * N if p.keep == "inner" else 0
     return Cost(
@@ -42,18 +43,23 @@ def linear(p: Problem) -> Cost:
 
 
 def grad_output(p: Problem) -> Cost:
-    """u, v, dB, d_core and the sums over tokens: dy once, the kept y or z once where a gain trains; h' is made anew."""
+    """Return the cost of u, v, dB, d_core and the sums over tokens.
+
+    dy is read once, and so is the kept y or z if a gain is trained; h_core is recomputed from h.
+    """
     e, N, R = p.dtype.itemsize, sum(p.N), sum(p.R)
     kept = p.M * N if p.gain == "out" and p.keep != "none" else 0
-    mixing = {"none": 0, "diagonal": 4 * p.M * R, "full": 6 * p.M * sum(r * r for r in p.R)}[p.core]
+    core_flops = {"none": 0, "diagonal": 4 * p.M * R, "full": 6 * p.M * sum(r * r for r in p.R)}[
+        p.core
+    ]
     return Cost(
-        4 * p.M * N * R + mixing + 2 * kept,
+        4 * p.M * N * R + core_flops + 2 * kept,
         e * (p.M * N + kept + 2 * p.M * R) + 2 * p.factor_dtype.itemsize * N * R,
     )
 
 
 def grad_input(p: Problem) -> Cost:
-    """dx = (gain⊙dy) W + mask⊙(v A): the base GEMM transposed."""
+    """Return the cost of dx = (gain⊙dy) W + mask⊙(v A): dy, W, dx, v and A."""
     e, N, R = p.dtype.itemsize, sum(p.N), sum(p.R)
     factors = p.factor_dtype.itemsize * R * p.K
     return Cost(
@@ -63,13 +69,13 @@ def grad_input(p: Problem) -> Cost:
 
 
 def grad_project(p: Problem) -> Cost:
-    """dA = vᵀ drop(x): x once."""
+    """Return the cost of dA = vᵀ drop(x): x read once."""
     e, R = p.dtype.itemsize, sum(p.R)
     return Cost(2 * p.M * p.K * R, e * p.M * (p.K + R) + p.factor_dtype.itemsize * R * p.K)
 
 
 def row_norm(p: Problem) -> Cost:
-    """‖W + sBA‖: W once."""
+    """Return the cost of ‖W + sBA‖: W read once."""
     N, R = sum(p.N), sum(p.R)
     norms = 4 * (p.K if p.gain == "in" else N)
     return Cost(

@@ -1,11 +1,14 @@
-"""The GEMM behind linear and grad_input: y = gain⊙(Σᵢ aᵢ bᵢᵀ) + bias, every segment i in one accumulator.
+"""The GEMM of linear and grad_input: y = gain⊙(Σᵢ aᵢ bᵢᵀ) + bias, with every summand in one sum.
 
-An adapted layer's base and low-rank products are segments of one sum, so the low-rank part costs its own steps and nothing else.
-The sum is walked in steps; which segment a step reads is a choice of addresses alone, and the loads stand outside that choice:
-inside it they would not be pipelined. Two forms: gemm_tma_kernel, persistent, reads by TMA descriptors; gemm_kernel by pointers,
-one tile a program, may split the sum among programs, and gemm_finish_kernel adds what these found. No atomics.
+The base and the low-rank products of an adapted layer are segments of one sum, in steps of BLOCK_K,
+so the low-rank part adds its own steps and nothing else. The segment of a step decides only which
+addresses are loaded; the loads stand outside that choice, because inside it they would not be
+pipelined. There are two forms. gemm_tma_kernel is persistent and loads by TMA descriptors.
+gemm_kernel loads by pointers, one tile a program; it may split the sum among programs, whose sums
+gemm_finish_kernel adds in order. No atomics.
 
-Under dropout dx = mask⊙(v A) + dy W: MASKED walks the last segment first and masks its sum before the others follow.
+Under dropout dx = mask⊙(v A) + dy W: with MASKED the last segment comes first, and its sum is
+masked before the other segments are added.
 """
 
 from typing import NamedTuple
@@ -20,30 +23,31 @@ from lorafast.engine.kernels.gemm_routing import Route
 from lorafast.engine.kernels.philox import keep_tile
 
 
-@triton.jit(do_not_specialize=["M", "gains", "biased", "inner"])
+@triton.jit(do_not_specialize=["M", "has_gain", "has_bias", "has_inner"])
 def gemm_tma_kernel(
     a0, b0, a1, b1, a2, b2, a3, b3, y, z, gain_ptr, bias_ptr, seed_ptr, M, N, K0, K1, K2, K3,
-    gains, biased, inner, groups, threshold, scale,
+    has_gain, has_bias, has_inner, groups, threshold, scale,
     SEGMENTS: tl.constexpr, MASKED: tl.constexpr, BY_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,): each takes every programs-th tile. aᵢ [M,Kᵢ], bᵢ [N,Kᵢ] (BY_ROW) or [Kᵢ,N], y and z [M,N]: descriptors.
+    """y = gain⊙(Σ aᵢ bᵢᵀ) + bias and z = Σ aᵢ bᵢᵀ.  Grid (programs,), each every programs-th tile.
 
-    MASKED: a3 and b3 are the masked pair, and SEGMENTS counts the others. Beyond its ends a descriptor reads zeros.
+    Descriptors: aᵢ [M,Kᵢ], bᵢ [N,Kᵢ] (BY_ROW) or [Kᵢ,N], y and z [M,N]. They read zeros outside
+    their tensor. MASKED: a3 and b3 are the masked pair, and SEGMENTS counts the others.
     """
-    end0, end1, end2, steps = _ends(K0, K1, K2, K3, SEGMENTS, BLOCK_K)
+    end0, end1, end2, steps = _segment_ends(K0, K1, K2, K3, SEGMENTS, BLOCK_K)
     for tile in tl.range(
         tl.program_id(0),
         tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N),
         tl.num_programs(0),
         flatten=not MASKED,
     ):
-        first_row, first_col = _place(tile, M, N, BLOCK_M, BLOCK_N)
+        first_row, first_col = _tile_origin(tile, M, N, BLOCK_M, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if MASKED:
             for step in range(tl.cdiv(K3, BLOCK_K)):
-                acc = _step(a3, b3, acc, first_row, first_col, step * BLOCK_K, BY_ROW)
-            acc = _masked(
+                acc = _tma_step(a3, b3, acc, first_row, first_col, step * BLOCK_K, BY_ROW)
+            acc = _mask_tile(
                 acc, seed_ptr, first_row, first_col, groups, threshold, scale, BLOCK_M, BLOCK_N
             )
         for step in range(steps):
@@ -65,42 +69,23 @@ def gemm_tma_kernel(
                     a = a3
                     b = b3
                     local = step - end2
-            acc = _step(a, b, acc, first_row, first_col, local * BLOCK_K, BY_ROW)
-        # In halves, so that what a store stages in shared memory leaves room for the next tile's loads.
+            acc = _tma_step(a, b, acc, first_row, first_col, local * BLOCK_K, BY_ROW)
+        # Stored in halves: a store stages its data in shared memory, which must leave room for the
+        # loads of the next tile.
         low, high = _halves(acc, BLOCK_M, BLOCK_N)
-        _store_tma(
-            low,
-            y,
-            z,
-            gain_ptr,
-            bias_ptr,
-            first_row,
-            first_col,
-            N,
-            gains,
-            biased,
-            inner,
-            BLOCK_N // 2,
-        )
-        _store_tma(
-            high,
-            y,
-            z,
-            gain_ptr,
-            bias_ptr,
-            first_row,
-            first_col + BLOCK_N // 2,
-            N,
-            gains,
-            biased,
-            inner,
-            BLOCK_N // 2,
-        )
+        _tma_store(
+            low, y, z, gain_ptr, bias_ptr, first_row, first_col, N,
+            has_gain, has_bias, has_inner, BLOCK_N // 2,
+        )  # fmt: skip
+        _tma_store(
+            high, y, z, gain_ptr, bias_ptr, first_row, first_col + BLOCK_N // 2, N,
+            has_gain, has_bias, has_inner, BLOCK_N // 2,
+        )  # fmt: skip
 
 
 @triton.jit
-def _ends(K0, K1, K2, K3, SEGMENTS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The step behind the first, the second and the third segment, and behind the last that is walked."""
+def _segment_ends(K0, K1, K2, K3, SEGMENTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return the steps at which the first three segments end, and the number of steps."""
     end0 = tl.cdiv(K0, BLOCK_K)
     end1 = end0 + tl.cdiv(K1, BLOCK_K)
     end2 = end1 + tl.cdiv(K2, BLOCK_K)
@@ -115,23 +100,28 @@ def _ends(K0, K1, K2, K3, SEGMENTS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr = 8):
-    """A tile's first row and column. GROUP rows of tiles walk along the columns together: what they share stays in the L2 cache."""
-    down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    first = tile // (GROUP * across) * GROUP
-    tall = min(down - first, GROUP)
-    within = tile % (GROUP * across)
-    return (first + within % tall) * BLOCK_M, within // tall * BLOCK_N
+def _tile_origin(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr = 8):
+    """Return a tile's first row and column.
+
+    Consecutive tiles go down GROUP rows of tiles before the next column, so that the operands they
+    share stay in the L2 cache.
+    """
+    tile_rows, tile_cols = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first = tile // (GROUP * tile_cols) * GROUP
+    group_rows = min(tile_rows - first, GROUP)
+    within = tile % (GROUP * tile_cols)
+    return (first + within % group_rows) * BLOCK_M, within // group_rows * BLOCK_N
 
 
 @triton.jit
 def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of a tile's columns."""
+    """Return the left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def _step(a, b, acc, first_row, first_col, start, BY_ROW: tl.constexpr):
+def _tma_step(a, b, acc, first_row, first_col, start, BY_ROW: tl.constexpr):
+    """Return acc plus one step of a bᵀ, loaded by descriptors."""
     left = a.load([first_row, start])
     if BY_ROW:
         right = b.load([first_col, start]).T
@@ -141,111 +131,91 @@ def _step(a, b, acc, first_row, first_col, start, BY_ROW: tl.constexpr):
 
 
 @triton.jit
-def _masked(
-    acc,
-    seed_ptr,
-    first_row,
-    first_col,
-    groups,
-    threshold,
-    scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """mask⊙acc·scale, in halves: the bits of a whole tile would not fit beside its sums."""
+def _mask_tile(
+    acc, seed_ptr, first_row, first_col, groups, threshold, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return mask⊙acc·scale, in halves: the bits of a whole tile would take too many registers."""
     seed = tl.load(seed_ptr)
     rows = first_row + tl.arange(0, BLOCK_M).to(tl.int64)
     low, high = _halves(acc, BLOCK_M, BLOCK_N)
-    low = _kept(low, seed, rows, first_col, groups, threshold, scale, BLOCK_N // 2)
-    high = _kept(high, seed, rows, first_col + BLOCK_N // 2, groups, threshold, scale, BLOCK_N // 2)
+    low = _mask_columns(low, seed, rows, first_col, groups, threshold, scale, BLOCK_N // 2)
+    high = _mask_columns(
+        high, seed, rows, first_col + BLOCK_N // 2, groups, threshold, scale, BLOCK_N // 2
+    )
     return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (BLOCK_M, BLOCK_N))
 
 
 @triton.jit
-def _kept(acc, seed, rows, first_col, groups, threshold, scale, WIDTH: tl.constexpr):
+def _mask_columns(acc, seed, rows, first_col, groups, threshold, scale, WIDTH: tl.constexpr):
     return tl.where(
         keep_tile(seed, rows, first_col // 8, groups, threshold, WIDTH // 8), acc * scale, 0.0
     )
 
 
 @triton.jit
-def _store_tma(
-    acc,
-    y,
-    z,
-    gain_ptr,
-    bias_ptr,
-    first_row,
-    first_col,
-    N,
-    gains,
-    biased,
-    inner,
+def _tma_store(
+    acc, y, z, gain_ptr, bias_ptr, first_row, first_col, N, has_gain, has_bias, has_inner,
     WIDTH: tl.constexpr,
-):
-    if inner:
+):  # fmt: skip
+    if has_inner:
         z.store([first_row, first_col], acc.to(z.dtype))
     cols = first_col + tl.arange(0, WIDTH)
     y.store(
         [first_row, first_col],
-        _finished(acc, gain_ptr, bias_ptr, cols, N, gains, biased).to(y.dtype),
+        _epilogue(acc, gain_ptr, bias_ptr, cols, N, has_gain, has_bias).to(y.dtype),
     )
 
 
 @triton.jit
-def _finished(acc, gain_ptr, bias_ptr, cols, N, gains, biased):
-    """gain⊙acc + bias in fp32. Whether there is a gain or a bias is asked at run time: it costs an epilogue nothing.
+def _epilogue(acc, gain_ptr, bias_ptr, cols, N, has_gain, has_bias):
+    """Return gain⊙acc + bias in fp32.
 
-    In some versions of Triton's interpreter a flag is a plain number, and so is a mask with it: "!= 0" makes it a mask again.
+    The flags are run-time arguments, which cost an epilogue next to nothing. In some versions of
+    Triton's interpreter a flag is a plain number, and so is a mask that contains it; the outer
+    "!= 0" makes it a mask again.
     """
-    gain = tl.load(gain_ptr + cols, mask=((cols < N) & (gains != 0)) != 0, other=1.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=((cols < N) & (biased != 0)) != 0, other=0.0).to(
+    gain = tl.load(gain_ptr + cols, mask=((cols < N) & (has_gain != 0)) != 0, other=1.0).to(
+        tl.float32
+    )
+    bias = tl.load(bias_ptr + cols, mask=((cols < N) & (has_bias != 0)) != 0, other=0.0).to(
         tl.float32
     )
     return acc * gain[None, :] + bias[None, :]
 
 
-@triton.jit(do_not_specialize=["M", "gains", "biased", "inner", "share"])
+@triton.jit(do_not_specialize=["M", "has_gain", "has_bias", "has_inner", "steps_per_split"])
 def gemm_kernel(
-    a0_ptr, b0_ptr, a1_ptr, b1_ptr, a2_ptr, b2_ptr, a3_ptr, b3_ptr, gain_ptr, bias_ptr, seed_ptr, y_ptr, z_ptr,
-    M, N, K0, K1, K2, K3, stride_a0, stride_b0, stride_a1, stride_b1, stride_a2, stride_b2, stride_a3, stride_b3,
-    gains, biased, inner, groups, threshold, scale, share,
-    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, BY_ROW: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    a0_ptr, b0_ptr, a1_ptr, b1_ptr, a2_ptr, b2_ptr, a3_ptr, b3_ptr,
+    gain_ptr, bias_ptr, seed_ptr, y_ptr, z_ptr, M, N, K0, K1, K2, K3,
+    stride_a0, stride_b0, stride_a1, stride_b1, stride_a2, stride_b2, stride_a3, stride_b3,
+    has_gain, has_bias, has_inner, groups, threshold, scale, steps_per_split,
+    SEGMENTS: tl.constexpr, MASKED: tl.constexpr, BY_ROW: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, splits): a program does `share` steps of one tile. aᵢ, bᵢ, y and z are dense along their rows, y and z all over.
+    """y = gain⊙(Σ aᵢ bᵢᵀ) + bias and z = Σ aᵢ bᵢᵀ.  Grid (tiles, splits).
 
-    bᵢ [N,Kᵢ] (BY_ROW) or [Kᵢ,N]; a stride is that from one row to the next. SPLIT, never with MASKED: y_ptr takes fp32
-    sums [splits,M,N].
+    A program does steps_per_split steps of one tile. aᵢ [M,Kᵢ] and bᵢ [N,Kᵢ] (BY_ROW) or [Kᵢ,N] are
+    dense along their rows, and stride_aᵢ and stride_bᵢ are those between rows; y and z [M,N] are
+    contiguous. SPLIT, never with MASKED: y_ptr receives fp32 sums [splits,M,N].
     """
-    first_row, first_col = _place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    first_row, first_col = _tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     split = tl.program_id(1)
     rows = first_row + tl.arange(0, BLOCK_M).to(tl.int64)
     cols = first_col + tl.arange(0, BLOCK_N).to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if MASKED:
         for step in range(tl.cdiv(K3, BLOCK_K)):
-            acc = _step_at(
-                a3_ptr,
-                b3_ptr,
-                stride_a3,
-                stride_b3,
-                K3,
-                acc,
-                rows,
-                cols,
-                step,
-                M,
-                N,
-                BY_ROW,
-                PRECISION,
-                BLOCK_K,
-            )
-        acc = _masked(
+            acc = _pointer_step(
+                a3_ptr, b3_ptr, stride_a3, stride_b3, K3, acc, rows, cols, step, M, N,
+                BY_ROW, PRECISION, BLOCK_K,
+            )  # fmt: skip
+        acc = _mask_tile(
             acc, seed_ptr, first_row, first_col, groups, threshold, scale, BLOCK_M, BLOCK_N
         )
-    end0, end1, end2, steps = _ends(K0, K1, K2, K3, SEGMENTS, BLOCK_K)
-    for step in range(split * share, min(steps, (split + 1) * share)):
+    end0, end1, end2, steps = _segment_ends(K0, K1, K2, K3, SEGMENTS, BLOCK_K)
+    first_step = split * steps_per_split
+    for step in range(first_step, min(steps, (split + 1) * steps_per_split)):
         a_ptr, b_ptr, stride_a, stride_b, K = a0_ptr, b0_ptr, stride_a0, stride_b0, K0
         local = step
         if SEGMENTS > 1:
@@ -260,75 +230,70 @@ def gemm_kernel(
             if step >= end2:
                 a_ptr, b_ptr, stride_a, stride_b, K = a3_ptr, b3_ptr, stride_a3, stride_b3, K3
                 local = step - end2
-        acc = _step_at(
-            a_ptr,
-            b_ptr,
-            stride_a,
-            stride_b,
-            K,
-            acc,
-            rows,
-            cols,
-            local,
-            M,
-            N,
-            BY_ROW,
-            PRECISION,
-            BLOCK_K,
-        )
+        acc = _pointer_step(
+            a_ptr, b_ptr, stride_a, stride_b, K, acc, rows, cols, local, M, N,
+            BY_ROW, PRECISION, BLOCK_K,
+        )  # fmt: skip
     inside = (rows[:, None] < M) & (cols[None, :] < N)
     if SPLIT:
         tl.store(
             y_ptr + (split.to(tl.int64) * M + rows[:, None]) * N + cols[None, :], acc, mask=inside
         )
     else:
-        _store(acc, y_ptr, z_ptr, gain_ptr, bias_ptr, rows, cols, M, N, gains, biased, inner)
+        _store(
+            acc, y_ptr, z_ptr, gain_ptr, bias_ptr, rows, cols, M, N, has_gain, has_bias, has_inner
+        )
 
 
 @triton.jit
-def _step_at(
+def _pointer_step(
     a_ptr, b_ptr, stride_a, stride_b, K, acc, rows, cols, step, M, N,
     BY_ROW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    along = (step * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    """Return acc plus one step of a bᵀ, loaded by pointers."""
+    ks = (step * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
     a = tl.load(
-        a_ptr + rows[:, None] * stride_a + along[None, :],
-        mask=(rows[:, None] < M) & (along[None, :] < K),
+        a_ptr + rows[:, None] * stride_a + ks[None, :],
+        mask=(rows[:, None] < M) & (ks[None, :] < K),
         other=0.0,
     )
     if BY_ROW:
         b = tl.load(
-            b_ptr + cols[:, None] * stride_b + along[None, :],
-            mask=(cols[:, None] < N) & (along[None, :] < K),
+            b_ptr + cols[:, None] * stride_b + ks[None, :],
+            mask=(cols[:, None] < N) & (ks[None, :] < K),
             other=0.0,
         )
         b = tl.trans(b)
     else:
         b = tl.load(
-            b_ptr + along[:, None] * stride_b + cols[None, :],
-            mask=(along[:, None] < K) & (cols[None, :] < N),
+            b_ptr + ks[:, None] * stride_b + cols[None, :],
+            mask=(ks[:, None] < K) & (cols[None, :] < N),
             other=0.0,
         )
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def _store(acc, y_ptr, z_ptr, gain_ptr, bias_ptr, rows, cols, M, N, gains, biased, inner):
+def _store(acc, y_ptr, z_ptr, gain_ptr, bias_ptr, rows, cols, M, N, has_gain, has_bias, has_inner):
     where = rows[:, None] * N + cols[None, :]
     inside = (rows[:, None] < M) & (cols[None, :] < N)
-    tl.store(z_ptr + where, acc.to(z_ptr.dtype.element_ty), mask=(inside & (inner != 0)) != 0)
+    tl.store(z_ptr + where, acc.to(z_ptr.dtype.element_ty), mask=(inside & (has_inner != 0)) != 0)
     tl.store(
         y_ptr + where,
-        _finished(acc, gain_ptr, bias_ptr, cols, N, gains, biased).to(y_ptr.dtype.element_ty),
+        _epilogue(acc, gain_ptr, bias_ptr, cols, N, has_gain, has_bias).to(y_ptr.dtype.element_ty),
         mask=inside,
     )
 
 
-@triton.jit(do_not_specialize=["M", "splits", "gains", "biased", "inner"])
+@triton.jit(do_not_specialize=["M", "splits", "has_gain", "has_bias", "has_inner"])
 def gemm_finish_kernel(
-    sums_ptr, gain_ptr, bias_ptr, y_ptr, z_ptr, M, N, splits, gains, biased, inner, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    sums_ptr, gain_ptr, bias_ptr, y_ptr, z_ptr, M, N, splits, has_gain, has_bias, has_inner,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈M/BLOCK_M⌉, ⌈N/BLOCK_N⌉): the splits' sums added in order, then what gemm_kernel does with its own."""
+    """y = gain⊙z + bias and z = the sums [splits,M,N], added in order.
+
+    Grid (⌈M/BLOCK_M⌉, ⌈N/BLOCK_N⌉).
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows[:, None] < M) & (cols[None, :] < N)
@@ -337,16 +302,33 @@ def gemm_finish_kernel(
         acc += tl.load(
             sums_ptr + (split * M + rows[:, None]) * N + cols[None, :], mask=inside, other=0.0
         )
-    _store(acc, y_ptr, z_ptr, gain_ptr, bias_ptr, rows, cols, M, N, gains, biased, inner)
+    _store(acc, y_ptr, z_ptr, gain_ptr, bias_ptr, rows, cols, M, N, has_gain, has_bias, has_inner)
 
 
 class Summand(NamedTuple):
-    """a bᵀ, one segment of the sum.  a [M,K], b [N,K]; of a masked one seed and p say which of the product's elements are kept."""
+    """One segment a bᵀ of the sum.  a [M,K], b [N,K]
+
+    seed and p: the dropout mask of the product's elements, for a masked summand.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     seed: torch.Tensor | None = None
     p: float = 0.0
+
+
+class _Call(NamedTuple):
+    """The arguments of one call that both forms launch with."""
+
+    out: torch.Tensor
+    inner: torch.Tensor | None
+    slots: list[Summand | None]
+    lengths: list[int]
+    vectors: tuple[torch.Tensor, torch.Tensor]
+    seed: torch.Tensor
+    has: tuple[int, int, int]
+    dropout: tuple[int, int, float]
+    flags: dict[str, int]
 
 
 def gemm(
@@ -358,86 +340,84 @@ def gemm(
     bias: torch.Tensor | None = None,
     inner: torch.Tensor | None = None,
 ) -> None:
-    """out = gain⊙(Σ a bᵀ + mask⊙(a' b'ᵀ)) + bias, and inner the same without gain and bias.  out, inner [M,N] contiguous.
+    """Compute inner = Σ a bᵀ + mask⊙(a' b'ᵀ) and out = gain⊙inner + bias; inner may be None.
 
-    Every b lies like the first: dense along its rows, or along its columns. At most four summands, the masked one among them.
+    a' and b' are the masked pair. out, inner [M,N] contiguous. Every b is dense along the same axis
+    as the first. There are at most four summands, the masked one included.
     """
-    by_row = launch.dense(summands[0].b, 1)
-    # The masked one last, empty places between: those are walked in no steps.
-    slots = [
-        *summands,
-        *[None] * (4 - len(summands) - (masked is not None)),
-        *([masked] if masked else []),
-    ]
-    # Kernels exist for a base with one low-rank summand, and for as many as there can be.
-    places = 4 if is_many(len(summands), masked is not None) else 2
-    flags = {
-        "SEGMENTS": places - 1 if masked else places,
-        "MASKED": masked is not None,
-        "BY_ROW": by_row,
-    }
+    # The masked summand comes last. The empty slots before it have no steps.
+    empty = [None] * (4 - len(summands) - (masked is not None))
+    slots = [*summands, *empty, *([masked] if masked else [])]
+    # The kernels exist for a base with one low-rank summand, and for four summands.
+    segments = 4 if is_many(len(summands), masked is not None) else 2
     drop = masked or summands[0]
-    ends = gain is not None, bias is not None, inner is not None
-    drops = launch.groups(out.shape[1]), philox.threshold(drop.p), philox.scale(drop.p)
-    vectors = out if gain is None else gain.contiguous(), out if bias is None else bias.contiguous()
-    lengths = [0 if one is None else one.a.shape[1] for one in slots]
+    call = _Call(
+        out,
+        inner,
+        slots,
+        lengths=[0 if slot is None else slot.a.shape[1] for slot in slots],
+        vectors=tuple(out if vector is None else vector.contiguous() for vector in (gain, bias)),
+        seed=launch.seed_of(drop.seed, out),
+        has=(int(gain is not None), int(bias is not None), int(inner is not None)),
+        dropout=(launch.groups(out.shape[1]), philox.threshold(drop.p), philox.scale(drop.p)),
+        flags={
+            "SEGMENTS": segments - 1 if masked else segments,
+            "MASKED": masked is not None,
+            "BY_ROW": launch.dense(summands[0].b, 1),
+        },
+    )
     with launch.on(out):
         if route.form == "tma":
-            _by_descriptors(out, inner, slots, lengths, vectors, drop, ends, drops, flags, route)
+            _launch_tma(call, route)
         else:
-            _by_pointers(out, inner, slots, lengths, vectors, drop, ends, drops, flags, route)
+            _launch_pointers(call, route)
 
 
 def is_many(unmasked: int, masked: bool) -> bool:
-    """Whether summands need more places than a base with one that is low-rank."""
+    """True if the summands need more slots than a base and one low-rank summand."""
     return unmasked > (1 if masked else 2)
 
 
-def _by_descriptors(out, inner, slots, lengths, vectors, drop, ends, drops, flags, route) -> None:
-    (M, N), tile = out.shape, route.tile
+def _launch_tma(call: _Call, route: Route) -> None:
+    (M, N), tile, flags = call.out.shape, route.tile, call.flags
     left, stored = (tile.BLOCK_M, tile.BLOCK_K), (tile.BLOCK_M, tile.BLOCK_N // 2)
     right = (tile.BLOCK_N, tile.BLOCK_K) if flags["BY_ROW"] else (tile.BLOCK_K, tile.BLOCK_N)
-    places = []
-    for one in slots:
-        a, b = (None, None) if one is None else (one.a, one.b if flags["BY_ROW"] else one.b.t())
-        places += (
-            [None, None]
-            if one is None
-            else [launch.descriptor(a, left), launch.descriptor(b, right)]
-        )
-    # An empty place within those that are walked still needs a descriptor, of anything.
-    places = [
-        places[i % 2] if place is None and i < 2 * flags["SEGMENTS"] else place
-        for i, place in enumerate(places)
-    ]
-    y = launch.descriptor(out, stored)
-    z = y if inner is None else launch.descriptor(inner, stored)
+    operands = []
+    for i, slot in enumerate(call.slots):
+        if slot is not None:
+            b = slot.b if flags["BY_ROW"] else slot.b.t()
+            operands += [launch.descriptor(slot.a, left), launch.descriptor(b, right)]
+        else:
+            # An empty slot needs a descriptor if the kernel is compiled for it: that of the first.
+            operands += operands[:2] if i < flags["SEGMENTS"] else [None, None]
+    y = launch.descriptor(call.out, stored)
+    z = y if call.inner is None else launch.descriptor(call.inner, stored)
     gemm_tma_kernel[(route.programs,)](
-        *places, y, z, *vectors, launch.seed_of(drop.seed, out), M, N, *lengths, *map(int, ends), *drops,
-        **flags, **tile.edges("BLOCK_M", "BLOCK_N", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
+        *operands, y, z, *call.vectors, call.seed, M, N, *call.lengths, *call.has, *call.dropout,
+        **flags, **tile.blocks("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def _by_pointers(out, inner, slots, lengths, vectors, drop, ends, drops, flags, route) -> None:
-    (M, N), tile, first = out.shape, route.tile, slots[0]
-    pairs = [(first if one is None else one)[:2] for one in slots]
-    strides = [
-        t.stride(0 if place == 0 or flags["BY_ROW"] else 1)
-        for pair in pairs
-        for place, t in enumerate(pair)
-    ]
+def _launch_pointers(call: _Call, route: Route) -> None:
+    (M, N), tile, out = call.out.shape, route.tile, call.out
+    pairs = [(call.slots[0] if slot is None else slot)[:2] for slot in call.slots]
+    row_axis_of_b = 0 if call.flags["BY_ROW"] else 1
+    strides = [stride for a, b in pairs for stride in (a.stride(0), b.stride(row_axis_of_b))]
     split = route.splits > 1
     sums = out.new_empty(route.splits, M, N, dtype=torch.float32) if split else out
-    z = out if inner is None else inner
+    z = out if call.inner is None else call.inner
     tiles = configs.ceil_div(M, tile.BLOCK_M) * configs.ceil_div(N, tile.BLOCK_N)
     gemm_kernel[tiles, route.splits](
-        *(t for pair in pairs for t in pair), *vectors, launch.seed_of(drop.seed, out), sums, z, M, N, *lengths, *strides,
-        *map(int, ends), *drops, route.share, **flags, SPLIT=split, PRECISION=launch.precision(out),
-        **tile.edges("BLOCK_M", "BLOCK_N", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
+        *(t for pair in pairs for t in pair), *call.vectors, call.seed, sums, z, M, N,
+        *call.lengths, *strides, *call.has, *call.dropout, route.steps_per_split,
+        **call.flags, SPLIT=split, PRECISION=launch.precision(out),
+        **tile.blocks("BLOCK_M", "BLOCK_N", "BLOCK_K"),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if split:
         block = configs.GEMM_FINISH
         gemm_finish_kernel[configs.ceil_div(M, block.BLOCK_M), configs.ceil_div(N, block.BLOCK_N)](
-            sums, *vectors, out, z, M, N, route.splits, *map(int, ends), **block.edges("BLOCK_M", "BLOCK_N"),
-            num_warps=block.warps, num_stages=block.stages,
+            sums, *call.vectors, out, z, M, N, route.splits, *call.has,
+            **block.blocks("BLOCK_M", "BLOCK_N"), num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip

@@ -1,8 +1,12 @@
-"""Which way a base product with its low-rank part goes: a GEMM of ours with both in one sum, or torch's with the rest beside it.
+"""The route of a base product with its low-rank part: a fused GEMM of ours, or torch's products.
 
-Pure: a choice follows from shapes, dtypes and the architecture's name alone, never from a clock, so every rank of a job chooses
-alike. A measured row of TABLE decides where there is one (`lorafast-bench tune` prints them); elsewhere a roofline does, with
-published figures of the devices and an assumed efficiency of our GEMMs. Imports no triton.
+A fused GEMM adds both parts in one sum. Otherwise torch multiplies the base, and the low-rank part
+is added before or after it.
+
+A choice is a pure function of shapes, dtypes and architecture, never of a clock, so every rank of a
+job makes the same choice. A measured row of TABLE decides if there is one (`lorafast-bench tune`
+prints them). Otherwise a roofline model decides, with published figures of the devices and an
+assumed efficiency of our GEMMs. Imports no triton.
 """
 
 from __future__ import annotations
@@ -20,19 +24,23 @@ from lorafast.engine.kernels import configs
 from lorafast.engine.kernels.configs import Tile
 from lorafast.engine.kernels.gpu_specs import device
 
-# Of what torch's GEMM reaches. Assumed: no GEMM of ours has been timed yet.
+# The speed of our GEMMs by that of torch's. Assumed: none of ours has run on a GPU yet.
 EFFICIENCY = {"tma": 0.93, "pointers": 0.85}
+# Seconds per launch.
 LAUNCH = 3e-6
-# What a multiprocessor gets from the L2 cache, in its share of memory's bandwidth: small tiles ask for the same operands often.
+# The bandwidth of the L2 cache by that of memory. Small tiles load the same operands often.
 CACHE = 2.4
 
 
-class Asked(NamedTuple):
-    """One product: rows, columns, the lengths of its base summands, R of all that is low-rank together (0 for none).
+class RouteQuery(NamedTuple):
+    """The facts about one product that decide its route.
 
-    by_row: the weight's rows are dense along the sum; masked: some of the low-rank part is dropped from; many: there are more
-    summands than a base and its low-rank part; ends: passes over the result that an epilogue saves, for a gain or a second output;
-    aligned: TMA descriptors can hold every operand; fusable: a GEMM of ours can hold the summands at all.
+    M, N: rows and columns of the result. K: the lengths of the base summands. R: the sum of the
+    low-rank parts' ranks, 0 if there is none. by_row: the weight's rows are dense along the sum.
+    masked: dropout masks a low-rank part. many_summands: there are more than a base and a low-rank
+    summand. epilogue_passes: passes over the result that an epilogue saves, for a gain or a second
+    output. aligned: TMA descriptors can describe every operand. fusable: our GEMM can take all
+    summands.
     """
 
     M: int
@@ -43,14 +51,17 @@ class Asked(NamedTuple):
     arch: str
     by_row: bool = True
     masked: bool = False
-    many: bool = False
-    ends: int = 0
+    many_summands: bool = False
+    epilogue_passes: int = 0
     aligned: bool = True
     fusable: bool = True
 
 
 class Row(NamedTuple):
-    """A measured choice: the form, and for ours its tile and whether programs share a sum, as many as the rows then ask for."""
+    """A measured choice: the form, and for our GEMM the tile and whether the sum is split.
+
+    The number of splits is not part of it; it follows from the exact number of rows.
+    """
 
     form: str
     tile: Tile | None = None
@@ -58,36 +69,39 @@ class Row(NamedTuple):
 
 
 class Route(NamedTuple):
-    """form: tma or pointers (ours); low first or base first (torch's, in that order).
+    """One way to compute a product.
 
-    programs: as many as walk over the tiles (tma); splits: programs that share a tile's sum, `share` steps each (pointers).
+    form: "tma" or "pointers" (our GEMM), "low first" or "base first" (torch's products, in that
+    order). programs: how many loop over the tiles (tma). splits: the programs that share the sum of
+    a tile, with steps_per_split steps each (pointers).
     """
 
     form: str
     tile: Tile | None = None
     programs: int = 0
     splits: int = 1
-    share: int = 0
+    steps_per_split: int = 0
 
     @property
     def fused(self) -> bool:
-        """Whether the low-rank part enters the base product's own sum."""
+        """True if the low-rank part is added in the base product's own sum."""
         return self.form in EFFICIENCY
 
     @property
     def row(self) -> Row:
-        """What the table would say of it."""
+        """The row of TABLE that chooses this route."""
         return Row(self.form, self.tile, self.splits > 1)
 
     def __str__(self) -> str:
         if self.tile is None:
             return f"torch's, {self.form}"
         tile = self.tile
-        return f"{self.form} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}{f' in {self.splits}' if self.splits > 1 else ''}"
+        split = f" in {self.splits}" if self.splits > 1 else ""
+        return f"{self.form} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}{split}"
 
 
 class Key(NamedTuple):
-    """What a measured row is found by. M is rounded up to a power of two, R to a tile."""
+    """The key of a row of TABLE. M is rounded up to a power of two, R to a multiple of 16."""
 
     arch: str
     dtype: str
@@ -97,17 +111,20 @@ class Key(NamedTuple):
     R: int
     by_row: bool
     masked: bool
-    ends: int
+    epilogue_passes: int
 
 
-# None yet.
+# Empty: nothing has been measured yet.
 TABLE: dict[Key, Row] = {}
 _forced: ContextVar[Route | None] = ContextVar("forced", default=None)
 
 
 @contextlib.contextmanager
-def taking(route: Route) -> Iterator[None]:
-    """Inside, and in this thread, every product goes this way, which must be able to: for measuring and for tests."""
+def forcing(route: Route) -> Iterator[None]:
+    """Return a context in which every product of this thread takes a route.
+
+    It serves measurements and tests; the products must be able to take the route.
+    """
     token = _forced.set(route)
     try:
         yield
@@ -115,134 +132,138 @@ def taking(route: Route) -> Iterator[None]:
         _forced.reset(token)
 
 
-def key(asked: Asked) -> Key:
-    """The row that would decide this."""
-    rounded = 1 << max(0, asked.M - 1).bit_length()
-    rank = -(-asked.R // 16) * 16
+def key(query: RouteQuery) -> Key:
+    """Return the key of the row that decides a query."""
     return Key(
-        asked.arch,
-        str(asked.dtype).removeprefix("torch."),
-        rounded,
-        asked.N,
-        asked.K,
-        rank,
-        asked.by_row,
-        asked.masked,
-        asked.ends,
+        query.arch,
+        str(query.dtype).removeprefix("torch."),
+        1 << max(0, query.M - 1).bit_length(),
+        query.N,
+        query.K,
+        -(-query.R // 16) * 16,
+        query.by_row,
+        query.masked,
+        query.epilogue_passes,
     )
 
 
-def pick(asked: Asked) -> Route:
-    """The measured route if there is one, else the one the roofline holds for the fastest; ours in Triton's interpreter."""
-    return _forced.get() or _picked(asked)
+def pick(query: RouteQuery) -> Route:
+    """Return the measured route if there is one, else the one with the least modelled time.
+
+    In Triton's interpreter it is a fused GEMM if one is possible.
+    """
+    return _forced.get() or _picked(query)
 
 
 @functools.lru_cache(maxsize=4096)
-def _picked(asked: Asked) -> Route:
-    able = candidates(asked)
-    for route in able:
-        if TABLE.get(key(asked)) == route.row:
+def _picked(query: RouteQuery) -> Route:
+    routes = candidates(query)
+    for route in routes:
+        if TABLE.get(key(query)) == route.row:
             return route
-    if asked.arch == "cpu" and able[0].fused:
-        return able[0]
-    return min(able, key=lambda route: (seconds(asked, route), _padded(asked, route)))
+    if query.arch == "cpu" and routes[0].fused:
+        return routes[0]
+    return min(
+        routes, key=lambda route: (modelled_seconds(query, route), _tile_elements(query, route))
+    )
 
 
-def candidates(asked: Asked) -> list[Route]:
-    """Every route that can do it, torch's last."""
-    able = []
-    if asked.fusable:
-        able = [
+def candidates(query: RouteQuery) -> list[Route]:
+    """Return every route that a query can take, torch's products last."""
+    fused = []
+    if query.fusable:
+        fused = [
             route
             for form in EFFICIENCY
-            for tile in _tiles(asked, form)
-            for route in _sized(asked, form, tile)
+            for tile in _tiles(query, form)
+            for route in _routes_of_tile(query, form, tile)
         ]
     orders = (
-        ("low first", "base first") if asked.R and asked.dtype != torch.float32 else ("base first",)
+        ("low first", "base first") if query.R and query.dtype != torch.float32 else ("base first",)
     )
-    return [*able, *map(Route, orders)]
+    return [*fused, *map(Route, orders)]
 
 
-def _tiles(asked: Asked, form: str) -> tuple[Tile, ...]:
+def _tiles(query: RouteQuery, form: str) -> tuple[Tile, ...]:
     if form == "tma" and not (
-        asked.aligned and asked.dtype != torch.float32 and device(asked.arch).tma
+        query.aligned and query.dtype != torch.float32 and device(query.arch).tma
     ):
         return ()
-    return configs.gemm(form, asked.dtype, asked.masked, asked.many)
+    return configs.gemm(form, query.dtype, query.masked, query.many_summands)
 
 
-def _sized(asked: Asked, form: str, tile: Tile) -> list[Route]:
-    """A tile's routes: a program a tile, or as many as run at once; and where those are few, with the sum split among more."""
-    tiles, steps = _count(asked, tile), _steps(asked, tile.BLOCK_K)
-    slots = device(asked.arch).multiprocessors
+def _routes_of_tile(query: RouteQuery, form: str, tile: Tile) -> list[Route]:
+    """Return a tile's routes: one, and a second with the sum split if the tiles are few."""
+    tiles, steps = _tile_count(query, tile), _steps(query, tile.BLOCK_K)
+    slots = device(query.arch).multiprocessors
     if form == "tma":
         return [Route(form, tile, min(tiles, slots), 1, steps)]
-    splittable = not asked.masked and tile.BLOCK_M <= configs.SPLIT_ROWS
+    splittable = not query.masked and tile.BLOCK_M <= configs.SPLIT_ROWS
     wanted = max(1, min(slots // max(1, tiles), steps // 4)) if splittable else 1
     shares = dict.fromkeys((max(1, steps), max(1, -(-steps // wanted))))
     return [Route(form, tile, 0, max(1, -(-steps // share)), share) for share in shares]
 
 
-def seconds(asked: Asked, route: Route) -> float:
-    """What the roofline expects of a route: its busiest multiprocessor or its memory traffic, and its launches."""
-    e, facts = asked.dtype.itemsize, device(asked.arch)
-    depth = sum(asked.K)
-    moved = e * (asked.M * depth + depth * asked.N + asked.M * asked.N)
-    result = e * asked.M * asked.N / facts.memory
+def modelled_seconds(query: RouteQuery, route: Route) -> float:
+    """Return the modelled time of a route.
+
+    It is the larger of the time of the busiest multiprocessor and that of the memory traffic, and
+    the launches.
+    """
+    e, specs = query.dtype.itemsize, device(query.arch)
+    depth = sum(query.K)
+    moved = e * (query.M * depth + depth * query.N + query.M * query.N)
+    result = e * query.M * query.N / specs.bandwidth
     if route.fused:
-        compute = (
-            _compute(asked, route.tile, _steps(asked, route.tile.BLOCK_K), route.splits)
-            / EFFICIENCY[route.form]
-        )
-        parts = 8 * route.splits * asked.M * asked.N / facts.memory if route.splits > 1 else 0
-        return max(compute, moved / facts.memory) + parts + LAUNCH * (2 if route.splits > 1 else 1)
+        steps = _steps(query, route.tile.BLOCK_K)
+        compute = _compute(query, route.tile, steps, route.splits) / EFFICIENCY[route.form]
+        split = route.splits > 1
+        parts = 8 * route.splits * query.M * query.N / specs.bandwidth if split else 0
+        return max(compute, moved / specs.bandwidth) + parts + LAUNCH * (2 if split else 1)
     base = max(
-        min(_library(asked, depth, tile) for tile in configs.LIBRARY_TILES), moved / facts.memory
+        min(_library(query, depth, tile) for tile in configs.LIBRARY_TILES), moved / specs.bandwidth
     )
-    # A library splits a sum whose tiles are few, too.
-    base += LAUNCH * (_count(asked, configs.LIBRARY_TILES[-1]) < facts.multiprocessors)
-    # The sum so far is read and written again; where it comes first, reading it hides behind the base product.
-    beside = 0 if not asked.R else result * (1.5 if route.form == "low first" else 2) + LAUNCH
-    return (
-        base
-        + beside
-        + (len(asked.K) - 1) * 2 * result
-        + asked.ends * (2 * result + LAUNCH)
-        + LAUNCH
-    )
+    # torch's library splits a sum, too, if its tiles are few.
+    base += LAUNCH * (_tile_count(query, configs.LIBRARY_TILES[-1]) < specs.multiprocessors)
+    # The second product reads and writes the first one's result. If the low-rank part comes first,
+    # the read overlaps with the base product.
+    low_rank = 0 if not query.R else result * (1.5 if route.form == "low first" else 2) + LAUNCH
+    more_bases = (len(query.K) - 1) * 2 * result
+    return base + low_rank + more_bases + query.epilogue_passes * (2 * result + LAUNCH) + LAUNCH
 
 
-def _padded(asked: Asked, route: Route) -> int:
-    """Elements of the tiles together: where memory bounds several routes alike, the one with the least to multiply is taken."""
-    return (
-        0
-        if route.tile is None
-        else _count(asked, route.tile) * route.tile.BLOCK_M * route.tile.BLOCK_N
-    )
+def _tile_elements(query: RouteQuery, route: Route) -> int:
+    """Return the elements of all tiles: of routes equally bound by memory the least is taken."""
+    if route.tile is None:
+        return 0
+    return _tile_count(query, route.tile) * route.tile.BLOCK_M * route.tile.BLOCK_N
 
 
-def _count(asked: Asked, tile: Tile) -> int:
-    return math.ceil(asked.M / tile.BLOCK_M) * math.ceil(asked.N / tile.BLOCK_N)
+def _tile_count(query: RouteQuery, tile: Tile) -> int:
+    return math.ceil(query.M / tile.BLOCK_M) * math.ceil(query.N / tile.BLOCK_N)
 
 
-def _steps(asked: Asked, depth: int) -> int:
-    """All steps of a tile's sum."""
-    return sum(math.ceil(length / depth) for length in (*asked.K, asked.R))
+def _steps(query: RouteQuery, depth: int) -> int:
+    """Return the number of steps of a tile's sum."""
+    return sum(math.ceil(length / depth) for length in (*query.K, query.R))
 
 
-def _library(asked: Asked, depth: int, tile: Tile) -> float:
-    splits = max(1, device(asked.arch).multiprocessors // max(1, _count(asked, tile)))
-    return _compute(asked, tile, math.ceil(depth / tile.BLOCK_K), splits)
+def _library(query: RouteQuery, depth: int, tile: Tile) -> float:
+    """Return the seconds of torch's GEMM with a tile."""
+    splits = max(1, device(query.arch).multiprocessors // max(1, _tile_count(query, tile)))
+    return _compute(query, tile, math.ceil(depth / tile.BLOCK_K), splits)
 
 
-def _compute(asked: Asked, tile: Tile, steps: int, splits: int) -> float:
-    """Seconds the busiest multiprocessor multiplies, or waits for its operands."""
-    facts = device(asked.arch)
-    flops = facts.full if asked.dtype == torch.float32 else facts.half
+def _compute(query: RouteQuery, tile: Tile, steps: int, splits: int) -> float:
+    """Return the seconds that the busiest multiprocessor multiplies or loads its operands."""
+    specs = device(query.arch)
+    flops = specs.full_flops if query.dtype == torch.float32 else specs.half_flops
     multiplied = 2 * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K / flops
     read = (
-        asked.dtype.itemsize * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K / (CACHE * facts.memory)
+        query.dtype.itemsize
+        * (tile.BLOCK_M + tile.BLOCK_N)
+        * tile.BLOCK_K
+        / (CACHE * specs.bandwidth)
     )
-    waves = math.ceil(_count(asked, tile) * splits / facts.multiprocessors)
-    return waves * math.ceil(steps / splits) * max(multiplied, read) * facts.multiprocessors
+    waves = math.ceil(_tile_count(query, tile) * splits / specs.multiprocessors)
+    return waves * math.ceil(steps / splits) * max(multiplied, read) * specs.multiprocessors

@@ -1,4 +1,4 @@
-"""What is known of GPUs by their architecture's name: how many multiprocessors, how fast, and who has descriptors for TMA."""
+"""Specifications of GPUs by architecture: multiprocessors, peak rates, and support of TMA."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from typing import NamedTuple
 
 
 class Device(NamedTuple):
-    """Multiprocessors, flop/s of half- and full-precision products, bytes/s of memory. tma: in the way our kernels use it."""
+    """The specification of one architecture.
+
+    multiprocessors: their number. half_flops, full_flops: flop/s of half- and full-precision
+    products. bandwidth: bytes/s of memory. tma: True if the TMA form of the GEMM runs on it.
+    """
 
     multiprocessors: int
-    half: float
-    full: float
-    memory: float
+    half_flops: float
+    full_flops: float
+    bandwidth: float
     tma: bool = False
 
 
-# Published peaks, taken down to what large products and copies reach. sm_120 has TMA, but not the shared memory our tiles want.
+# Published peaks, reduced to what large products and copies reach. sm_120 has TMA, but less shared
+# memory than the tiles of the TMA form need.
 DEVICES = {
     "sm_80": Device(108, 260e12, 17e12, 1.7e12),
     "sm_86": Device(82, 130e12, 30e12, 0.80e12),
@@ -28,5 +33,5 @@ DEVICES = {
 
 
 def device(arch: str) -> Device:
-    """The facts about an architecture; one that is not listed, Triton's interpreter among them, is taken for sm_80."""
+    """Return the specification of an architecture, or sm_80's if it is unknown (as "cpu" is)."""
     return DEVICES.get(arch, DEVICES["sm_80"])

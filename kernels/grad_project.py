@@ -1,7 +1,8 @@
-"""grad_project: dA = vᵀ drop(x), x read once.
+"""grad_project: dA = vᵀ drop(x), reading x once.
 
-A program owns BLOCK_K columns of x, which lie on the tensor cores' long axis (R is short), and walks its share of the rows. Every
-split of the rows writes its own [R,K]; they are added in order afterwards. No atomics.
+A program computes BLOCK_K columns of dA over one split of the rows. The columns are the tensor
+cores' long axis, because R is short. Every split writes its own [R,K], and a second pass adds them
+in order: no atomics.
 """
 
 import torch
@@ -16,10 +17,11 @@ from lorafast.engine.problem import LowRankTerm
 
 @triton.jit(do_not_specialize=["M", "steps"])
 def grad_project_kernel(
-    x_ptr, v_ptr, seed_ptr, out_ptr, M, K, R, stride_xm, stride_xk, stride_vm, stride_vr, groups, threshold, scale, steps,
-    DROPS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    x_ptr, v_ptr, seed_ptr, out_ptr, M, K, R, stride_xm, stride_xk, stride_vm, stride_vr,
+    groups, threshold, scale, steps, DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈K/BLOCK_K⌉, splits) -> out fp32 [splits,R,K]."""
+    """out fp32 [splits,R,K] = vᵀ drop(x), per split of the rows.  Grid (⌈K/BLOCK_K⌉, splits)."""
     first_col = tl.program_id(0) * BLOCK_K
     cols = (first_col + tl.arange(0, BLOCK_K)).to(tl.int64)
     ranks = tl.arange(0, BLOCK_R)
@@ -47,22 +49,24 @@ def grad_project_kernel(
     )
 
 
-def grad_project(x2: torch.Tensor, low: LowRankTerm) -> torch.Tensor:
-    """dA = vᵀ drop(x), in fp32.  x [M,K], v [M,R] -> [R,K]"""
-    return sum_over_rows(x2, low.v, low.seed, low.p)
+def grad_project(x2: torch.Tensor, term: LowRankTerm) -> torch.Tensor:
+    """Return dA = vᵀ drop(x) in fp32.  x [M,K], v [M,R] -> [R,K]"""
+    return sum_over_rows(x2, term.v, term.seed, term.p)
 
 
 def sum_over_rows(
     x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0
 ) -> torch.Tensor:
-    """vᵀ drop(x), in fp32.  x [M,K], v [M,R] -> [R,K]"""
+    """Return vᵀ drop(x) in fp32.  x [M,K], v [M,R] -> [R,K]"""
     (M, K), R = x2.shape, v.shape[1]
     tile, splits, steps = configs.grad_project(M, K, R, x2.dtype, launch.arch_of(x2))
     out = x2.new_empty(splits, R, K, dtype=torch.float32)
     with launch.on(x2):
         grad_project_kernel[configs.ceil_div(K, tile.BLOCK_K), splits](
-            x2, v, launch.seed_of(seed, x2), out, M, K, R, *x2.stride(), *v.stride(), launch.groups(K), philox.threshold(p),
-            philox.scale(p), steps, DROPS=p > 0, PRECISION=launch.precision(x2),
-            **tile.blocks("BLOCK_M", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
+            x2, v, launch.seed_of(seed, x2), out, M, K, R, *x2.stride(), *v.stride(),
+            launch.groups(K), philox.threshold(p), philox.scale(p), steps,
+            DROPS=p > 0, PRECISION=launch.precision(x2),
+            **tile.blocks("BLOCK_M", "BLOCK_K", "BLOCK_R"),
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)

@@ -1,4 +1,4 @@
-"""What every launch asks of its tensors: where to run, how precisely, how they lie, and descriptors of them."""
+"""What a launch needs from its tensors: device, precision, strides and TMA descriptors."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lorafast.runtime import devices
 
 
 def on(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Kernels launch on the current device, which need not be x's."""
+    """Return a context in which x's device is the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def arch_of(x: torch.Tensor) -> str:
-    """sm_90 and its like; cpu under Triton's interpreter."""
+    """Return the architecture of x's device, such as "sm_90"; "cpu" for Triton's interpreter."""
     return devices.of(x.device).name
 
 
 def precision(x: torch.Tensor) -> str:
-    """tf32 only where torch's own matrix products use it."""
-    # allow_tf32, the older name of the same setting, raises once anybody has used the newer one.
+    """Return the input precision of tl.dot: "tf32" only if torch's own products use it."""
+    # allow_tf32, the older name of this setting, raises once the newer name has been used.
     return (
         "tf32"
         if x.dtype == torch.float32
@@ -36,42 +36,49 @@ def precision(x: torch.Tensor) -> str:
 
 
 def seed_of(seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """The seed's pointer, or any other where nothing is dropped and none is read."""
+    """Return the seed; x as a placeholder, which is not read, if there is no dropout."""
     return x if seed is None else seed
 
 
 def groups(K: int) -> int:
-    """How many Philox calls a row of K elements takes."""
+    """Return the number of Philox calls for a row of K elements."""
     return configs.ceil_div(K, philox.GROUP)
 
 
 def dense(t: torch.Tensor, dim: int) -> bool:
-    """Whether neighbours along dim lie side by side."""
+    """True if neighbours along dim are adjacent in memory."""
     return t.stride(dim) == 1 or t.shape[dim] == 1
 
 
 def aligned(t: torch.Tensor) -> bool:
-    """Whether a TMA descriptor can hold it: one dim dense, the rows 16 bytes apart or a multiple, none of them empty or shared."""
+    """True if a TMA descriptor can describe the matrix.
+
+    One dim is dense, the other has a stride of a multiple of 16 bytes, and rows neither overlap nor
+    are empty.
+    """
     dim = 1 if dense(t, 1) else 0
-    apart = t.stride(1 - dim)
+    stride = t.stride(1 - dim)
     return (
         dense(t, dim)
         and t.numel() > 0
-        and apart >= t.shape[dim]
-        and apart * t.itemsize % 16 == 0
+        and stride >= t.shape[dim]
+        and stride * t.itemsize % 16 == 0
         and t.data_ptr() % 16 == 0
     )
 
 
 def descriptor(t: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """A TMA descriptor of t's rows. Remembered by address and shape: a weight's is the same in every call."""
+    """Return a TMA descriptor of t, dense along its rows, for loads and stores of one block.
+
+    On a GPU it is cached by address, shape and block: that of a weight is the same in every call.
+    """
     if not t.is_cuda:
         return TensorDescriptor(t, list(t.shape), [t.stride(0), 1], list(block))
-    return _remembered(t.data_ptr(), t.dtype, tuple(t.shape), t.stride(0), block)
+    return _cached_descriptor(t.data_ptr(), t.dtype, tuple(t.shape), t.stride(0), block)
 
 
 class Address:
-    """Stands for a tensor in a remembered descriptor, which must not keep its memory alive."""
+    """A tensor's stand-in in a cached descriptor; it does not keep the tensor's memory alive."""
 
     __slots__ = ("dtype", "pointer")
 
@@ -79,13 +86,13 @@ class Address:
         self.pointer, self.dtype = pointer, dtype
 
     def data_ptr(self) -> int:
-        """Where the tensor's first element lies."""
+        """Return the address of the tensor's first element."""
         return self.pointer
 
 
 @functools.lru_cache(maxsize=8192)
-def _remembered(
-    pointer: int, dtype: torch.dtype, shape: tuple[int, int], apart: int, block: tuple[int, int]
+def _cached_descriptor(
+    pointer: int, dtype: torch.dtype, shape: tuple[int, int], stride: int, block: tuple[int, int]
 ) -> TensorDescriptor:
-    # Made anew a descriptor costs three times as much Python as looking it up, and a call has six.
-    return TensorDescriptor(Address(pointer, dtype), list(shape), [apart, 1], list(block))
+    # Making a descriptor takes longer than looking it up, and a call needs up to six of them.
+    return TensorDescriptor(Address(pointer, dtype), list(shape), [stride, 1], list(block))

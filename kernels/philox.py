@@ -1,4 +1,4 @@
-"""The dropout bits inside a Triton kernel: the device twin of lorafast/philox.py, and equal to it bit for bit."""
+"""The dropout bits inside a Triton kernel, equal to lorafast/engine/philox.py bit for bit."""
 
 import triton
 import triton.language as tl
@@ -9,9 +9,10 @@ ROUNDS = tl.constexpr(7)
 
 @triton.jit
 def keep_tile(seed, rows, first_group, groups, threshold, GROUPS: tl.constexpr):
-    """The keep mask of GROUPS·8 columns from column 8·first_group on.  rows int64 [BLOCK_M] -> bool [BLOCK_M, GROUPS·8].
+    """Return the keep mask of GROUPS·8 columns from column 8·first_group on.
 
-    groups is ceil(K/8) of the whole row, so the counter is that of the flattened activation whatever the tiling.
+    rows int64 [BLOCK_M] -> bool [BLOCK_M, GROUPS·8]. groups is ceil(K/8) of the whole row, so that
+    the counter is that of the flattened activation, whatever the tiling.
     """
     counter = rows[:, None] * groups + (first_group + tl.arange(0, GROUPS))[None, :]
     w0, w1, w2, w3 = tl.randint4x(seed, counter.to(tl.int64), ROUNDS)

@@ -1,10 +1,11 @@
-"""project: h = drop(x) Aᵀ and h' = core(h), x read once.
+"""project: h = drop(x) Aᵀ and h_core = h coreᵀ, reading x once.
 
-A program owns BLOCK_M rows and all R ranks, and walks its share of K; the mask is remade in registers. Few rows leave most of a
-GPU idle, so K may be split: then every split writes its fp32 sums, and finish_kernel adds them in order. No atomics. It is also
-where a core multiplies, from registers.
+A program computes BLOCK_M rows of h and all R ranks over one split of K; it recomputes the mask in
+registers. Few rows would leave most of a GPU idle, so K may be split: every split then writes fp32
+sums, and project_finish_kernel adds them in order, without atomics, and multiplies by the core.
 
-Several ways down that drop alike, as siblings and adapters without dropout do, are one stack of A: x is read once for all of them.
+Down-projections with the same mask (sibling layers, or adapters without dropout) stack their A, so
+that x is read once for all of them.
 """
 
 import itertools
@@ -16,28 +17,30 @@ import triton.language as tl
 from lorafast.engine import philox
 from lorafast.engine.kernels import configs, launch
 from lorafast.engine.kernels.philox import keep_tile
+from lorafast.engine.precision import apply_core
 from lorafast.engine.problem import DownProj
-from lorafast.engine.reference import mix
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
 def project_kernel(
-    x_ptr, A_ptr, seed_ptr, h_ptr, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, groups, threshold, scale, steps,
+    x_ptr, A_ptr, seed_ptr, h_ptr, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak,
+    groups, threshold, scale, steps,
     DROPS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈M/BLOCK_M⌉, splits) -> h [M,R]. PARTS: h_ptr takes fp32 sums [splits,M,R], unscaled, for finish_kernel.
+    """h [M,R] = scale·drop(x) Aᵀ.  Grid (⌈M/BLOCK_M⌉, splits).
 
-    How many splits there are changes with M and is no part of what is compiled: every length of a batch would compile anew.
+    PARTS: h_ptr receives fp32 sums [splits,M,R], unscaled, for project_finish_kernel. The number of
+    splits is no constexpr: it changes with M, and every batch size would compile anew.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
-    first = tl.program_id(1) * steps * BLOCK_K
+    first_col = tl.program_id(1) * steps * BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if DROPS:
         seed = tl.load(seed_ptr)
     for step in range(steps):
-        start = first + step * BLOCK_K
+        start = first_col + step * BLOCK_K
         cols = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
         inside = (rows[:, None] < M) & (cols[None, :] < K)
         x = tl.load(
@@ -67,13 +70,13 @@ def project_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
-def finish_kernel(
-    parts_ptr, core_ptr, h_ptr, mixed_ptr, M, R, width, stride_ci, stride_cj, scale, splits,
+def project_finish_kernel(
+    parts_ptr, core_ptr, h_ptr, h_core_ptr, M, R, width, stride_ci, stride_cj, scale, splits,
     CORE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈M/BLOCK_M⌉,): parts [splits,M,width] added in order; h their first R columns, scaled, and h' from the rounded h.
+    """h [M,R] = scale·Σ parts, added in order, and h_core from the rounded h.  Grid (⌈M/BLOCK_M⌉,).
 
-    CORE: the number of the core's dimensions, 0 for none.
+    The parts are the first R columns of [splits,M,width]. CORE: the core's dimensions, 0 for none.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
@@ -88,9 +91,9 @@ def finish_kernel(
     tl.store(h_ptr + where, h, mask=inside)
     if CORE == 1:
         core = tl.load(core_ptr + ranks * stride_ci, mask=ranks < R, other=0.0).to(h.dtype)
-        tl.store(mixed_ptr + where, h * core[None, :], mask=inside)
+        tl.store(h_core_ptr + where, h * core[None, :], mask=inside)
     if CORE == 2:
-        # The core as [j, i], so that h' = h coreᵀ is a plain product.
+        # The core is loaded as [j, i], so that h coreᵀ is a plain product.
         square = (ranks[:, None] < R) & (ranks[None, :] < R)
         core = tl.load(
             core_ptr + ranks[None, :] * stride_ci + ranks[:, None] * stride_cj,
@@ -98,31 +101,33 @@ def finish_kernel(
             other=0.0,
         ).to(h.dtype)
         tl.store(
-            mixed_ptr + where, tl.dot(h, core, input_precision=PRECISION).to(h.dtype), mask=inside
+            h_core_ptr + where, tl.dot(h, core, input_precision=PRECISION).to(h.dtype), mask=inside
         )
 
 
-def project(x2: torch.Tensor, downs: list[DownProj]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """h = drop(x) Aᵀ rounded to x's dtype, and h' = core(h).  x [M,K] -> h, h' [M,R] for each way down."""
-    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for together in _stacks(downs):
-        chosen = [downs[i] for i in together]
-        found |= zip(
-            together,
-            [_alone(x2, *chosen)] if len(chosen) == 1 else _stacked(x2, chosen),
-            strict=True,
-        )
-    return [found[i] for i in range(len(downs))]
+def project(
+    x2: torch.Tensor, down_projs: list[DownProj]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return h = drop(x) Aᵀ, rounded to x's dtype, and h_core = core(h) of every down-projection.
+
+    x [M,K] -> h, h_core [M,R] each.
+    """
+    results: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for indices in _stacks(down_projs):
+        stack = [down_projs[i] for i in indices]
+        pairs = [_project_one(x2, *stack)] if len(stack) == 1 else _project_stack(x2, stack)
+        results |= zip(indices, pairs, strict=True)
+    return [results[i] for i in range(len(down_projs))]
 
 
-def _stacks(downs: list[DownProj]) -> list[list[int]]:
-    """Which ways down drop the same elements, and fit into one tile together."""
+def _stacks(down_projs: list[DownProj]) -> list[list[int]]:
+    """Return the indices of down-projections that share a mask and fit in one tile, by stack."""
     stacks: list[list[int]] = []
-    for i, down in enumerate(downs):
+    for i, down in enumerate(down_projs):
         for stack in stacks:
-            first, ranks = downs[stack[0]], sum(downs[j].A.shape[0] for j in stack)
-            alike = down.p == first.p and (not down.p or down.seed is first.seed)
-            if alike and ranks + down.A.shape[0] <= configs.MAX_RANK:
+            first, ranks = down_projs[stack[0]], sum(down_projs[j].A.shape[0] for j in stack)
+            same_mask = down.p == first.p and (not down.p or down.seed is first.seed)
+            if same_mask and ranks + down.A.shape[0] <= configs.MAX_RANK:
                 stack.append(i)
                 break
         else:
@@ -130,50 +135,55 @@ def _stacks(downs: list[DownProj]) -> list[list[int]]:
     return stacks
 
 
-def _alone(x2: torch.Tensor, down: DownProj) -> tuple[torch.Tensor, torch.Tensor]:
+def _project_one(x2: torch.Tensor, down: DownProj) -> tuple[torch.Tensor, torch.Tensor]:
     (M, K), R = x2.shape, down.A.shape[0]
-    share = configs.project(M, K, R, x2.dtype, launch.arch_of(x2))
-    if share.splits > 1 or (down.core is not None and configs.mixes(R, x2.dtype)):
-        return finished(_parts(x2, down, share), 0, R, down.core, philox.scale(down.p), x2.dtype)
+    split = configs.project(M, K, R, x2.dtype, launch.arch_of(x2))
+    in_registers = down.core is not None and configs.core_in_registers(R, x2.dtype)
+    if split.splits > 1 or in_registers:
+        parts = _partial_sums(x2, down, split)
+        return finish(parts, 0, R, down.core, philox.scale(down.p), x2.dtype)
     h = x2.new_empty(M, R)
-    _launch(x2, down, share, h)
-    return h, mix(h, down.core)
+    _launch(x2, down, split, h)
+    return h, apply_core(h, down.core)
 
 
-def _stacked(x2: torch.Tensor, downs: list[DownProj]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    stack = downs[0]._replace(A=torch.cat([down.A for down in downs]))
-    parts = _parts(
-        x2, stack, configs.project(*x2.shape, stack.A.shape[0], x2.dtype, launch.arch_of(x2))
-    )
-    firsts = itertools.accumulate((down.A.shape[0] for down in downs), initial=0)
+def _project_stack(
+    x2: torch.Tensor, down_projs: list[DownProj]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    stack = down_projs[0]._replace(A=torch.cat([down.A for down in down_projs]))
+    split = configs.project(*x2.shape, stack.A.shape[0], x2.dtype, launch.arch_of(x2))
+    parts = _partial_sums(x2, stack, split)
+    firsts = itertools.accumulate((down.A.shape[0] for down in down_projs), initial=0)
     scale = philox.scale(stack.p)
     return [
-        finished(parts, i, down.A.shape[0], down.core, scale, x2.dtype)
-        for i, down in zip(firsts, downs, strict=False)
+        finish(parts, first, down.A.shape[0], down.core, scale, x2.dtype)
+        for first, down in zip(firsts, down_projs, strict=False)
     ]
 
 
-def _parts(x2: torch.Tensor, down: DownProj, share: configs.Share) -> torch.Tensor:
-    """drop(x) Aᵀ before its scale, in fp32 parts to be added.  [splits,M,R]"""
-    parts = x2.new_empty(share.splits, x2.shape[0], down.A.shape[0], dtype=torch.float32)
-    _launch(x2, down, share, parts)
+def _partial_sums(x2: torch.Tensor, down: DownProj, split: configs.SplitTile) -> torch.Tensor:
+    """Return drop(x) Aᵀ, unscaled, as fp32 parts that remain to be added: [splits,M,R]."""
+    parts = x2.new_empty(split.splits, x2.shape[0], down.A.shape[0], dtype=torch.float32)
+    _launch(x2, down, split, parts)
     return parts
 
 
-def _launch(x2: torch.Tensor, down: DownProj, share: configs.Share, h: torch.Tensor) -> None:
-    """Into h [M,R], or into parts [splits,M,R]."""
-    (M, K), R, tile = x2.shape, down.A.shape[0], share.tile
-    if M:
-        with launch.on(x2):
-            project_kernel[configs.ceil_div(M, tile.BLOCK_M), share.splits](
-                x2, down.A, launch.seed_of(down.seed, x2), h, M, K, R, *x2.stride(), *down.A.stride(), launch.groups(K),
-                philox.threshold(down.p), philox.scale(down.p), share.steps,
-                DROPS=down.p > 0, PARTS=h.dim() == 3, PRECISION=launch.precision(x2),
-                **tile.blocks("BLOCK_M", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
+def _launch(x2: torch.Tensor, down: DownProj, split: configs.SplitTile, h: torch.Tensor) -> None:
+    """Write drop(x) Aᵀ to h [M,R], or its parts to h [splits,M,R]."""
+    (M, K), R, tile = x2.shape, down.A.shape[0], split.tile
+    if not M:
+        return
+    with launch.on(x2):
+        project_kernel[configs.ceil_div(M, tile.BLOCK_M), split.splits](
+            x2, down.A, launch.seed_of(down.seed, x2), h, M, K, R, *x2.stride(), *down.A.stride(),
+            launch.groups(K), philox.threshold(down.p), philox.scale(down.p), split.steps,
+            DROPS=down.p > 0, PARTS=h.dim() == 3, PRECISION=launch.precision(x2),
+            **tile.blocks("BLOCK_M", "BLOCK_K", "BLOCK_R"),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
 
 
-def finished(
+def finish(
     parts: torch.Tensor,
     first: int,
     R: int,
@@ -181,18 +191,23 @@ def finished(
     scale: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """scale·Σ parts, R columns from `first` on, rounded to dtype, and its product with the core.  [splits,M,·] -> [M,R] twice"""
+    """Return h = scale·Σ parts in dtype, and h_core = core(h).
+
+    parts [splits,M,·] -> h, h_core [M,R]. h takes R columns of the parts from column `first` on.
+    """
     splits, M, width = parts.shape
     h = parts.new_empty(M, R, dtype=dtype)
-    # A core too wide for registers is a product of its own.
-    inside = core is not None and configs.mixes(R, dtype)
-    mixed = torch.empty_like(h) if inside else h
-    tile, strides = configs.finish(R), (core.stride(0), core.stride(-1)) if inside else (0, 0)
+    # A core that is too wide for registers is multiplied by torch.
+    in_registers = core is not None and configs.core_in_registers(R, dtype)
+    h_core = torch.empty_like(h) if in_registers else h
+    strides = (core.stride(0), core.stride(-1)) if in_registers else (0, 0)
+    tile = configs.project_finish(R)
     if M:
         with launch.on(parts):
-            finish_kernel[(configs.ceil_div(M, tile.BLOCK_M),)](
-                parts[..., first:], core if inside else h, h, mixed, M, R, width, *strides, scale, splits,
-                CORE=core.dim() if inside else 0, PRECISION=launch.precision(h),
-                **tile.blocks("BLOCK_M"), num_warps=tile.warps, num_stages=tile.stages,
+            project_finish_kernel[(configs.ceil_div(M, tile.BLOCK_M),)](
+                parts[..., first:], core if in_registers else h, h, h_core, M, R, width, *strides,
+                scale, splits, CORE=core.dim() if in_registers else 0,
+                PRECISION=launch.precision(h), **tile.blocks("BLOCK_M", "BLOCK_R"),
+                num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
-    return h, mixed if inside else mix(h, core)
+    return h, h_core if in_registers else apply_core(h, core)

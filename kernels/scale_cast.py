@@ -1,6 +1,6 @@
-"""A factor as a product wants it: s·row_scale⊙F in the activation's dtype, each element rounded once, padded with zeros.
+"""scale_cast: s·row_scale⊙F in the activation's dtype, rounded once, padded with zeros.
 
-It lives for one call only, so nothing cast or folded is ever saved.
+The result is an operand of one call; nothing that is cast or scaled is saved for backward.
 """
 
 import torch
@@ -11,22 +11,26 @@ from lorafast.engine.kernels import configs, launch
 from lorafast.engine.problem import Scaling
 
 
-@triton.jit(do_not_specialize=["scaled_rows", "scaled"])
-def factor_kernel(
-    factor_ptr, row_ptr, scale_ptr, out_ptr, rows, cols, width, stride_fi, stride_fj, stride_oi, stride_oj,
-    scaled_rows, scaled, scaling, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit(do_not_specialize=["has_row_scale", "has_scale"])
+def scale_cast_kernel(
+    factor_ptr, row_scale_ptr, scale_ptr, out_ptr, rows, cols, width,
+    stride_fi, stride_fj, stride_oi, stride_oj, has_row_scale, has_scale, scaling,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (⌈rows/BLOCK_N⌉, ⌈width/BLOCK_K⌉). scaled: s is at scale_ptr, and scaling is 1."""
+    """out [rows,width] = s·row_scale⊙F [rows,cols].  Grid (⌈rows/BLOCK_N⌉, ⌈width/BLOCK_K⌉).
+
+    has_scale: s is read from scale_ptr, and scaling is 1.
+    """
     i = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     j = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
     inside = (i[:, None] < rows) & (j[None, :] < cols)
     value = tl.load(
         factor_ptr + i[:, None] * stride_fi + j[None, :] * stride_fj, mask=inside, other=0.0
     ).to(tl.float32)
-    value *= scaling * tl.load(scale_ptr, mask=scaled != 0, other=1.0).to(tl.float32)
-    value *= tl.load(row_ptr + i, mask=((i < rows) & (scaled_rows != 0)) != 0, other=1.0).to(
-        tl.float32
-    )[:, None]
+    value *= scaling * tl.load(scale_ptr, mask=has_scale != 0, other=1.0).to(tl.float32)
+    value *= tl.load(
+        row_scale_ptr + i, mask=((i < rows) & (has_row_scale != 0)) != 0, other=1.0
+    ).to(tl.float32)[:, None]
     where = out_ptr + i[:, None] * stride_oi + j[None, :] * stride_oj
     tl.store(
         where, value.to(out_ptr.dtype.element_ty), mask=(i[:, None] < rows) & (j[None, :] < width)
@@ -41,20 +45,28 @@ def scale_cast(
     by_row: bool = True,
     multiple: int = 1,
 ) -> torch.Tensor:
-    """s·row_scale⊙F in dtype, dense along its rows (by_row) or columns.  F [I,J], row_scale [I] -> [I, J up to a multiple]."""
+    """Return s·row_scale⊙F in dtype, dense along its rows (by_row) or its columns.
+
+    F [I,J], row_scale [I] -> [I, J rounded up to `multiple`]. Returns F itself if there is nothing
+    to change.
+    """
     I, J = F.shape  # noqa: E741
     width = configs.ceil_div(J, multiple) * multiple
-    scaled = isinstance(scaling, torch.Tensor)
-    unscaled = row_scale is None and not scaled and scaling == 1
+    has_scale = isinstance(scaling, torch.Tensor)
+    unscaled = row_scale is None and not has_scale and scaling == 1
     if unscaled and F.dtype == dtype and width == J and launch.dense(F, 1 if by_row else 0):
         return F
     out = F.new_empty(I, width, dtype=dtype) if by_row else F.new_empty(width, I, dtype=dtype).t()
-    if out.numel():
-        tile = configs.FACTOR
-        with launch.on(F):
-            factor_kernel[configs.ceil_div(I, tile.BLOCK_N), configs.ceil_div(width, tile.BLOCK_K)](
-                F, F if row_scale is None else row_scale.contiguous(), scaling if scaled else F, out, I, J, width,
-                *F.stride(), *out.stride(), int(row_scale is not None), int(scaled), 1.0 if scaled else float(scaling),
-                **tile.edges("BLOCK_N", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
+    if not out.numel():
+        return out
+    tile = configs.SCALE_CAST
+    grid = configs.ceil_div(I, tile.BLOCK_N), configs.ceil_div(width, tile.BLOCK_K)
+    # A kernel argument that is not read still needs a pointer.
+    rows = F if row_scale is None else row_scale.contiguous()
+    with launch.on(F):
+        scale_cast_kernel[grid](
+            F, rows, scaling if has_scale else F, out, I, J, width, *F.stride(), *out.stride(),
+            int(row_scale is not None), int(has_scale), 1.0 if has_scale else float(scaling),
+            **tile.blocks("BLOCK_N", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return out

@@ -1,4 +1,7 @@
-"""Every test runs with poisoned allocations: what lorafast forgets to write is NaN. Triton kernels run in its interpreter."""
+"""Every test runs with poisoned allocations: what lorafast forgets to write is NaN.
+
+Triton kernels run in Triton's interpreter.
+"""
 
 import os
 
@@ -24,27 +27,37 @@ def poisoned_and_seeded():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often PEFT's layers ran on our ops, and why they did not."""
+    """How many calls of PEFT's layers ran on lorafast's ops, and why the others did not."""
     from lorafast.integrations import peft_linear as ours
 
     found = {"fast": 0, "why": []}
-    fast, fallback = ours.fast, ours.fallback
+    op_forward, peft_forward = ours.op_forward, ours.peft_forward
 
     def counted(layer, x):
         found["fast"] += 1
-        return fast(layer, x)
+        return op_forward(layer, x)
 
     def told(layer, why, *args, **kwargs):
         found["why"].append(why)
-        return fallback(layer, why, *args, **kwargs)
+        return peft_forward(layer, why, *args, **kwargs)
 
-    monkeypatch.setattr(ours, "fast", counted)
-    monkeypatch.setattr(ours, "fallback", told)
+    monkeypatch.setattr(ours, "op_forward", counted)
+    monkeypatch.setattr(ours, "peft_forward", told)
     return found
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Leave out modules of which every test needs PEFT, if none of them is to run.
+
+    Importing PEFT takes seconds in every worker.
+    """
+    if "not peft" not in config.option.markexpr or collection_path.suffix != ".py":
+        return None
+    return True if "\npytestmark = pytest.mark.peft\n" in collection_path.read_text() else None
+
+
 def pytest_terminal_summary(terminalreporter):
-    """One table of what the compiled kernels take: forms, registers, stack, shared memory."""
+    """Print a table of what the compiled kernels take: registers, stack and shared memory."""
     reports = [
         report
         for outcome in ("passed", "failed")
@@ -61,14 +74,16 @@ def pytest_terminal_summary(terminalreporter):
         return
     terminalreporter.section("Triton kernels compiled ahead of time")
     terminalreporter.line(
-        f"{'kernel':16}{'dtype':7}{'arch':9}{'forms':>5}{'registers':>11}{'stack':>7}{'shared, KiB':>13}"
+        f"{'kernel':16}{'dtype':7}{'arch':9}{'forms':>5}{'registers':>11}{'stack':>7}"
+        f"{'shared, KiB':>13}"
     )
     for dtype, capability, kernel in dict.fromkeys(tuple(row[:3]) for row in rows):
         registers, stack, shared = zip(
             *(row[3:] for row in rows if tuple(row[:3]) == (dtype, capability, kernel)), strict=True
         )
+        used = f"{min(registers)}-{max(registers)}"
+        memory = f"{min(shared) / 1024:.0f}-{max(shared) / 1024:.0f}"
         terminalreporter.line(
-            f"{kernel:16}{dtype:7}{f'sm_{capability}':9}{len(registers):5}{f'{min(registers)}-{max(registers)}':>11}{max(stack):7}"
-            f"{f'{min(shared) / 1024:.0f}-{max(shared) / 1024:.0f}':>13}"
+            f"{kernel:16}{dtype:7}{f'sm_{capability}':9}{len(registers):5}{used:>11}{max(stack):7}"
+            f"{memory:>13}"
         )
-    terminalreporter.line("Exempt from any rule: none.")

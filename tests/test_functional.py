@@ -1,4 +1,4 @@
-"""lorafast.linear as a user calls it: any shape and stride of x, any subset of gradients, fresh outputs, seeds, NaN."""
+"""lorafast.linear as a user calls it: shapes, strides, subsets of gradients, seeds, NaN."""
 
 import itertools
 from dataclasses import replace
@@ -273,15 +273,15 @@ def test_no_dropout_and_no_draw_outside_training():
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_dropped_nan_stays_dropped_and_a_kept_one_passes(poison):
     x, A, v, seed = torch.randn(64, K), torch.randn(R, K), torch.randn(64, R), torch.tensor([5])
-    kept = philox.kept(seed, 0.5, slice(0, 64), K)
+    kept = philox.keep_mask(seed, 0.5, slice(0, 64), K)
     low = LowRankTerm(v, A, seed, 0.5)
 
     def everything(x):
         ((h, _),) = eager.project(x, [DownProj(A, None, seed, 0.5)])
         return (
             h,
+            philox.differentiable_drop(x, seed, 0.5),
             philox.drop(x, seed, 0.5),
-            philox.dropped(x, seed, 0.5),
             eager.grad_project(x, [low])[0],
         )
 

@@ -5,11 +5,12 @@
 
 namespace lorafast::entries {
 
-void drop(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride, Address seed, uint32_t t, int64_t m0, Address out,
-          int threads) {
-  of_type(type, [&](auto one) {
-    using T = decltype(one);
-    lorafast::drop<T>({at<const T>(x), rows, columns, x_stride}, dropout(seed, t), m0, at<T>(out), threads);
+void drop(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride, Address seed,
+          uint32_t threshold, int64_t m0, Address out, int threads) {
+  with_activation_type(type, [&](auto element) {
+    using T = decltype(element);
+    lorafast::drop<T>({pointer<const T>(x), rows, columns, x_stride}, dropout(seed, threshold), m0,
+                      pointer<T>(out), threads);
   });
 }
 

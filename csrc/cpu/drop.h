@@ -1,4 +1,4 @@
-// drop(x), each number multiplied in fp32 and rounded once.
+// drop: drop(x), each number multiplied in fp32 and rounded once.
 #pragma once
 
 #include "philox.h"
@@ -9,21 +9,24 @@ namespace lorafast {
 
 constexpr int64_t DROP_ROWS = 16, DROP_COLUMNS = 1024;
 
-// x's rows are rows m0, m0 + 1, … of the activation the bits belong to. out [rows, columns], dense.
+// x holds rows m0, m0 + 1, … of an activation, which give the counters of the dropout bits.
+// out [rows, columns], contiguous.
 template <class T>
 void drop(const Matrix<const T>& x, const Dropout& dropout, int64_t m0, T* out, int threads) {
-  const Vector scale = splat(dropout.scale);
-  team(threads, [&] {
-    each(ceil_div(x.rows, DROP_ROWS), [&](int64_t task) {
+  const Vector scale = broadcast(dropout.scale);
+  parallel(threads, [&] {
+    parallel_for(ceil_div(x.rows, DROP_ROWS), [&](int64_t task) {
       uint8_t bits[DROP_COLUMNS / 8 + PHILOX_SLACK];
-      for (int64_t m = task * DROP_ROWS; m < at_most((task + 1) * DROP_ROWS, x.rows); ++m)
+      for (int64_t m = task * DROP_ROWS; m < min((task + 1) * DROP_ROWS, x.rows); ++m)
         for (int64_t k0 = 0; k0 < x.columns; k0 += DROP_COLUMNS) {
-          const int64_t columns = at_most(DROP_COLUMNS, x.columns - k0);
+          const int64_t columns = min(DROP_COLUMNS, x.columns - k0);
           const T* from = x.row(m) + k0;
           T* to = out + m * x.columns + k0;
           keep_tile(dropout, x.columns, m0 + m, 1, k0, columns, bits, 0);
           for (int64_t k = 0; k < columns; k += W)
-            store_some(to + k, mul(keep(load_some(from + k, columns - k), bits + k / 8), scale), columns - k);
+            store_partial(to + k,
+                          mul(keep(load_partial(from + k, columns - k), bits + k / 8), scale),
+                          columns - k);
         }
     });
   });

@@ -1,4 +1,5 @@
-// What the entries share: numbers from Python, made into what the kernels read.
+// Conversions from the numbers that Python passes to what the kernels take; the entry points share
+// them.
 #pragma once
 
 #include "pack.h"
@@ -7,13 +8,13 @@
 namespace lorafast {
 
 template <class T>
-T* at(Address a) {
+T* pointer(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
-// Calls body(T{}) with the activation's type.
+// Calls body(T{}) with the activation's element type T.
 template <class Body>
-auto of_type(int type, Body&& body) {
+auto with_activation_type(int type, Body&& body) {
   switch (static_cast<Type>(type)) {
     case Type::bf16:
       return body(bf16{});
@@ -24,14 +25,16 @@ auto of_type(int type, Body&& body) {
   }
 }
 
-inline Factor factor(Address data, int type, int64_t R, int64_t length, int64_t stride_R, int64_t stride_length) {
-  return {at<void>(data), static_cast<Type>(type), R, length, stride_R, stride_length};
+inline Factor factor(Address data, int type, int64_t R, int64_t length, int64_t stride_R,
+                     int64_t stride_length) {
+  return {pointer<void>(data), static_cast<Type>(type), R, length, stride_R, stride_length};
 }
 
-// seed: one int64; t: the 16-bit halves below it are dropped.
-inline Dropout dropout(Address seed, uint32_t t) {
-  if (!t) return {};
-  return {static_cast<uint64_t>(*at<int64_t>(seed)), t, 65536.0f / (65536.0f - t)};
+// seed is the address of one int64. The scale is 1/(1 - p) for p = threshold / 2¹⁶.
+inline Dropout dropout(Address seed, uint32_t threshold) {
+  if (!threshold) return {};
+  return {static_cast<uint64_t>(*pointer<int64_t>(seed)), threshold,
+          65536.0f / (65536.0f - threshold)};
 }
 
 }  // namespace lorafast

@@ -1,38 +1,54 @@
-// What Python calls: addresses, sizes and strides (in elements) in, nothing out.
+// The entry points that Python calls. Arguments are addresses, sizes, and strides in elements;
+// results are written to the output addresses.
 //
-// type and F_type: Type's numbers. F: a factor [R, length] of any strides, F_R and F_l apart. An address of 0 is what is not asked
-// for, or not there. t = 0: nothing drops. The arguments have been checked by lorafast/engine/backends/cpu.py.
+// type and F_type are values of Type. F is a factor [R, length] of any strides: F_R elements
+// between ranks, F_l along the length. An address of 0 stands for an absent operand or an output
+// that is not requested. threshold = 0 means no dropout. lorafast/engine/backends/cpu.py checks the
+// arguments.
 #pragma once
 
 #include "types.h"
 
 namespace lorafast::entries {
 
-// mixed: h by a core [R,R], whose strides along mixed's and h's ranks are core_R and core_l.
-void project(int type, Address x, int64_t M, int64_t K, int64_t x_stride, int64_t R, Address F, int F_type, int64_t F_R, int64_t F_l,
-          Address seed, uint32_t t, Address h, Address core, int core_type, int64_t core_R, int64_t core_l, Address mixed,
-          int threads);
+// h = drop(x) Fᵀ, and h_core = h coreᵀ if h_core is given. core is [R,R], with strides core_R
+// between its rows (ranks of h_core) and core_l along them (ranks of h).
+void project(int type, Address x, int64_t M, int64_t K, int64_t x_stride, int64_t R, Address F,
+             int F_type, int64_t F_R, int64_t F_l, Address seed, uint32_t threshold, Address h,
+             Address core, int core_type, int64_t core_R, int64_t core_l, Address h_core,
+             int threads);
 
-// out comes last: the product that makes it may run when all the rest has been made.
-void low_rank_add(int type, Address h, int64_t M, int64_t h_stride, int64_t N, int64_t R, Address F, int F_type, int64_t F_R, int64_t F_l,
-        float s, Address scale, Address seed, uint32_t t, Address gain, Address bias, Address inner, int threads, Address out);
+// out = gain⊙(out + mask⊙(h (s·scale⊙F))) + bias, in place; inner receives the sum before the gain.
+// out comes last so that a caller can prepare the other arguments before it makes out by a product.
+void low_rank_add(int type, Address h, int64_t M, int64_t h_stride, int64_t N, int64_t R, Address F,
+                  int F_type, int64_t F_R, int64_t F_l, float s, Address scale, Address seed,
+                  uint32_t threshold, Address gain, Address bias, Address inner, int threads,
+                  Address out);
 
-void grad_project(int type, Address x, int64_t M, int64_t K, int64_t x_stride, Address v, int64_t R, int64_t v_stride, Address seed,
-           uint32_t t, Address out, int threads);
+// out = vᵀ drop(x), in fp32.
+void grad_project(int type, Address x, int64_t M, int64_t K, int64_t x_stride, Address v, int64_t R,
+                  int64_t v_stride, Address seed, uint32_t threshold, Address out, int threads);
 
-// live: how many of mixed's and P's R columns, the last ones, are asked for.
-void grad_output(int type, Address dy, int64_t M, int64_t N, int64_t dy_stride, int64_t R, Address F, int F_type, int64_t F_R,
-                 int64_t F_l, float s, Address gain, Address scale, Address u, Address mixed, int64_t mixed_stride, int64_t live,
-                 Address P, Address d_bias, Address kept, int64_t kept_stride, Address dot, int threads);
+// u = dy (s·gain⊙scale⊙F)ᵀ, P = s·gain⊙(dyᵀ h_core), d_bias = Σ dy, dot = Σ dy⊙kept. Only the last
+// `live` of the R columns of h_core and P are computed.
+void grad_output(int type, Address dy, int64_t M, int64_t N, int64_t dy_stride, int64_t R,
+                 Address F, int F_type, int64_t F_R, int64_t F_l, float s, Address gain,
+                 Address scale, Address u, Address h_core, int64_t h_core_stride, int64_t live,
+                 Address P, Address d_bias, Address kept, int64_t kept_stride, Address dot,
+                 int threads);
 
-// Whether out was written: not where a factor is all zeros.
-bool row_norm(int type, Address weight, int64_t N, int64_t K, int64_t weight_stride, int64_t R, Address A, int A_type, int64_t A_R,
-              int64_t A_l, Address B, int B_type, int64_t B_R, int64_t B_l, float s, bool by_row, Address out, int threads);
+// out = ‖weight + s·BA‖ along rows or columns. Returns false, with out not written, if a factor is
+// all zeros.
+bool row_norm(int type, Address weight, int64_t N, int64_t K, int64_t weight_stride, int64_t R,
+              Address A, int A_type, int64_t A_R, int64_t A_l, Address B, int B_type, int64_t B_R,
+              int64_t B_l, float s, bool by_row, Address out, int threads);
 
-void scale(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride, Address gain, bool by_row, Address out,
-           int threads);
+// out = gain⊙x, with one gain per row (by_row) or per column.
+void scale(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride, Address gain,
+           bool by_row, Address out, int threads);
 
-void drop(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride, Address seed, uint32_t t, int64_t m0, Address out,
-          int threads);
+// out = drop(x), where x holds rows m0, m0 + 1, … of an activation.
+void drop(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride, Address seed,
+          uint32_t threshold, int64_t m0, Address out, int threads);
 
 }  // namespace lorafast::entries

@@ -1,4 +1,4 @@
-// ‖W + sBA‖ along rows or columns: one pass over W, its sum with the low-rank part never leaving registers.
+// row_norm: ‖W + sBA‖ along rows or columns, in one pass over W. W + sBA exists in registers only.
 #pragma once
 
 #include <cmath>
@@ -7,26 +7,32 @@
 
 namespace lorafast {
 
-// v² of a tile of I rows and J vectors of V = W + B A, gathered into squares: per row, or per column.
+// The squares of V = W + BA, computed in tiles and passed on for a sum per row or per column.
 template <class T>
 class SquareTile {
  public:
-  SquareTile(const Matrix<const T>& weight, const float* A, int64_t cells_of_R) : weight(weight), A(A), Rc(cells_of_R) {}
+  SquareTile(const Matrix<const T>& weight, const float* A, int64_t R_cells)
+      : weight(weight), A(A), R_cells(R_cells) {}
 
-  // B's rows n0 .. n0+rows as cells [rows][B_row]; gather(row, k, v²) takes W of them.
+  // Calls gather(i, k, squares of V[n0 + i, k : k+W]) for i < rows and k0 <= k < k1. B: rows n0 ..
+  // n0+rows of the factor, as cells [rows][B_row].
   template <class Gather>
-  void operator()(const float* B, int64_t B_row, int64_t n0, int64_t rows, int64_t k0, int64_t k1, Gather&& gather) const {
-    by_rows<UP_ROWS>(rows, [&](auto rows_of, int64_t i) {
+  void operator()(const float* B, int64_t B_row, int64_t n0, int64_t rows, int64_t k0, int64_t k1,
+                  Gather&& gather) const {
+    for_row_tiles<LOW_RANK_ADD_ROWS>(rows, [&](auto rows_of, int64_t i) {
       constexpr int I = decltype(rows_of)::value;
-      for (int64_t k = k0; k < k1; k += WIDE) {
-        Vector sums[I][UP_VECTORS];
+      for (int64_t k = k0; k < k1; k += LOW_RANK_ADD_COLUMNS) {
+        Vector sums[I][LOW_RANK_ADD_VECTORS];
         clear(sums);
-        multiply<paired<T>>(B + i * B_row, B_row, 1, A + k * Rc, WIDE, Rc, sums);
-        for (int j = 0; j < UP_VECTORS && k + j * W < k1; ++j)
+        multiply_broadcast<paired<T>>(B + i * B_row, B_row, 1, A + k * R_cells,
+                                      LOW_RANK_ADD_COLUMNS, R_cells, sums);
+        for (int j = 0; j < LOW_RANK_ADD_VECTORS && k + j * W < k1; ++j)
           for (int ii = 0; ii < I; ++ii) {
-            const int64_t at = k + j * W;
-            const Vector v = add(load_some(weight.row(n0 + i + ii) + at, weight.columns - at), sums[ii][j]);
-            gather(i + ii, at, mul(v, v));
+            const int64_t column = k + j * W;
+            const Vector v =
+                add(load_partial(weight.row(n0 + i + ii) + column, weight.columns - column),
+                    sums[ii][j]);
+            gather(i + ii, column, mul(v, v));
           }
       }
     });
@@ -35,73 +41,82 @@ class SquareTile {
  private:
   const Matrix<const T>& weight;
   const float* A;
-  int64_t Rc;
+  int64_t R_cells;
 };
 
-// `rows` rows of s·B, multiplied in fp32 and rounded to T, as cells along R.
+// Rows n0 .. n0+rows of s·B as cells along R, multiplied in fp32 and rounded to T.
 template <class T>
-inline void stage_factor(const Factor& B, float s, int64_t n0, int64_t rows, float* to, int64_t stride) {
-  typed(B, [&](auto* data) {
+inline void stage_factor(const Factor& B, float s, int64_t n0, int64_t rows, float* to,
+                         int64_t stride) {
+  with_factor_data(B, [&](auto* data) {
     for (int64_t i = 0; i < rows; ++i) {
       const auto* from = data + (n0 + i) * B.stride_length;
-      T narrow[MAX_RANK];
-      for (int64_t r = 0; r < B.R; r += W) store(narrow + r, mul(gather(from + r * B.stride_R, B.stride_R, B.R - r), splat(s)));
-      stage_rows<T>({narrow, 1, B.R, 0}, 0, 1, B.R, to + i * stride, 0);
+      T numbers[MAX_RANK];
+      for (int64_t r = 0; r < B.R; r += W)
+        store(numbers + r, mul(gather(from + r * B.stride_R, B.stride_R, B.R - r), broadcast(s)));
+      stage_rows<T>({numbers, 1, B.R, 0}, 0, 1, B.R, to + i * stride, 0);
     }
   });
 }
 
-// Whether there is anything but zeros: the first numbers tell, except of a factor that has not been trained yet. One so small that
-// its square vanishes may pass for zero; whoever asks has another way then.
-inline bool any(const Factor& f) {
+// True if the factor holds a number other than 0. The search stops at the first one, so it is short
+// except for a factor that has not been trained yet. A number whose square underflows may count as
+// 0; the caller then takes another route, which is correct too.
+inline bool has_nonzero(const Factor& f) {
   bool found = false;
-  typed(f, [&](auto* data) {
+  with_factor_data(f, [&](auto* data) {
     for (int64_t r = 0; r < f.R && !found; ++r)
       for (int64_t l = 0; l < f.length && !found; l += W) {
-        const Vector v = gather(data + r * f.stride_R + l * f.stride_length, f.stride_length, f.length - l);
-        found = total(mul(v, v)) != 0;
+        const Vector v =
+            gather(data + r * f.stride_R + l * f.stride_length, f.stride_length, f.length - l);
+        found = sum_lanes(mul(v, v)) != 0;
       }
   });
   return found;
 }
 
-// weight [N,K], A [R,K], B [R,N] as a Factor, out [N] or [K].
+// weight [N,K], A [R,K], B a Factor [R,N], out [N] (by_row) or [K].
 template <class T>
-void row_norm(const Matrix<const T>& weight, const Factor& A, const Factor& B, float s, bool by_row, float* out, int threads) {
+void row_norm(const Matrix<const T>& weight, const Factor& A, const Factor& B, float s, bool by_row,
+              float* out, int threads) {
   const int64_t N = weight.rows, K = weight.columns, Kp = padded(K), Rp = padded(A.R);
-  const Cut cut(N, K, GROUP);
-  const Workspace work(packed_wide(K, A.R) + (by_row ? 0 : cut.shares * Kp));
+  const Partition partition(N, K, STAGED_COLUMNS);
+  const Workspace work(low_rank_add_pack_size(K, A.R) + (by_row ? 0 : partition.splits * Kp));
   const SquareTile<T> tile(weight, work, cells<T>(A.R));
-  float* sums = work + packed_wide(K, A.R);
-  team(threads, [&] {
-    pack_wide<T>(A, {}, work);
+  float* sums = work + low_rank_add_pack_size(K, A.R);
+  parallel(threads, [&] {
+    pack_for_low_rank_add<T>(A, {}, work);
     if (by_row)
-      each(ceil_div(N, UP_ROWS), [&](int64_t task) {
-        const int64_t n0 = task * UP_ROWS, rows = at_most(UP_ROWS, N - n0);
-        alignas(64) float b[UP_ROWS * MAX_RANK];
-        Vector squares[UP_ROWS];
-        for (auto& one : squares) one = zero();
-        stage_factor<T>(B, s, n0, rows, b, Rp);
-        tile(b, Rp, n0, rows, 0, K, [&](int64_t i, int64_t, Vector square) { squares[i] = add(squares[i], square); });
-        for (int64_t i = 0; i < rows; ++i) out[n0 + i] = std::sqrt(total(squares[i]));
+      parallel_for(ceil_div(N, LOW_RANK_ADD_ROWS), [&](int64_t task) {
+        const int64_t n0 = task * LOW_RANK_ADD_ROWS, rows = min(LOW_RANK_ADD_ROWS, N - n0);
+        alignas(64) float B_cells[LOW_RANK_ADD_ROWS * MAX_RANK];
+        Vector squares[LOW_RANK_ADD_ROWS];
+        for (auto& square : squares) square = zero();
+        stage_factor<T>(B, s, n0, rows, B_cells, Rp);
+        tile(B_cells, Rp, n0, rows, 0, K,
+             [&](int64_t i, int64_t, Vector square) { squares[i] = add(squares[i], square); });
+        for (int64_t i = 0; i < rows; ++i) out[n0 + i] = std::sqrt(sum_lanes(squares[i]));
       });
     else {
-      each(cut.shares * cut.groups, [&](int64_t task) {
-        const int64_t share = task / cut.groups, end = at_most((share + 1) * cut.rows, N);
-        const int64_t k0 = task % cut.groups * cut.columns, k1 = at_most(k0 + cut.columns, K);
-        alignas(64) float b[UP_ROWS * MAX_RANK];
-        float* to = sums + share * Kp;
+      parallel_for(partition.splits * partition.groups, [&](int64_t task) {
+        const int64_t split = task / partition.groups, end = min((split + 1) * partition.rows, N);
+        const int64_t k0 = task % partition.groups * partition.columns,
+                      k1 = min(k0 + partition.columns, K);
+        alignas(64) float B_cells[LOW_RANK_ADD_ROWS * MAX_RANK];
+        float* to = sums + split * Kp;
         std::memset(to + k0, 0, sizeof(float) * (padded(k1) - k0));
-        for (int64_t n0 = share * cut.rows; n0 < end; n0 += UP_ROWS) {
-          const int64_t rows = at_most(UP_ROWS, end - n0);
-          stage_factor<T>(B, s, n0, rows, b, Rp);
-          tile(b, Rp, n0, rows, k0, k1, [&](int64_t, int64_t k, Vector square) { store(to + k, add(load(to + k), square)); });
+        for (int64_t n0 = split * partition.rows; n0 < end; n0 += LOW_RANK_ADD_ROWS) {
+          const int64_t rows = min(LOW_RANK_ADD_ROWS, end - n0);
+          stage_factor<T>(B, s, n0, rows, B_cells, Rp);
+          tile(B_cells, Rp, n0, rows, k0, k1, [&](int64_t, int64_t k, Vector square) {
+            store(to + k, add(load(to + k), square));
+          });
         }
       });
-      each(ceil_div(K, W), [&](int64_t task) {
-        for (int64_t k = task * W; k < at_most((task + 1) * W, K); ++k) {
+      parallel_for(ceil_div(K, W), [&](int64_t task) {
+        for (int64_t k = task * W; k < min((task + 1) * W, K); ++k) {
           float sum = 0;
-          for (int64_t share = 0; share < cut.shares; ++share) sum += sums[share * Kp + k];
+          for (int64_t split = 0; split < partition.splits; ++split) sum += sums[split * Kp + k];
           out[k] = std::sqrt(sum);
         }
       });

@@ -1,4 +1,4 @@
-// Tasks on torch's own number of threads. What a task computes never depends on how many there are.
+// Parallel loops on OpenMP threads. The result of a task never depends on the number of threads.
 #pragma once
 
 #include <omp.h>
@@ -7,19 +7,20 @@
 
 namespace lorafast {
 
-// Runs body() on every thread of a team.
+// Runs body() on every thread of a team of `threads` threads.
 template <class Body>
-inline void team(int threads, Body&& body) {
-  // One alone needs no team, and in a forked child must not ask for one: its parent's threads are not there.
+inline void parallel(int threads, Body&& body) {
+  // One thread needs no team. In a forked child a team must not be requested: the threads that
+  // OpenMP started in the parent do not exist there.
   if (threads == 1) return body();
 #pragma omp parallel num_threads(threads)
   body();
 }
 
-// Inside a team: task(i) for every i; all are done when it returns. Each thread has a run of them, so that no two work on the same
-// rows: those that do fetch each other's lines.
+// Called by every thread of a team: runs task(i) for every i < count, and returns when all are
+// done. Each thread takes one contiguous run of tasks, so that threads share few cache lines.
 template <class Task>
-inline void each(int64_t count, Task&& task) {
+inline void parallel_for(int64_t count, Task&& task) {
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < count; ++i) task(i);
 }

@@ -1,4 +1,4 @@
-// The element types a tensor may have, and where a matrix lies.
+// Element types, and descriptions of matrices, factors and dropout that all kernels share.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,7 @@
 
 namespace lorafast {
 
-// An address as Python gives it.
+// An address as Python passes it.
 using Address = uintptr_t;
 
 struct bf16 {
@@ -17,10 +17,10 @@ struct fp16 {
   uint16_t bits;
 };
 
-// As lorafast/backends/cpu.py numbers them.
+// The numbers are those of lorafast/engine/backends/cpu.py.
 enum class Type : int { fp32 = 0, bf16 = 1, fp16 = 2 };
 
-// rows × columns with unit stride along a row; stride counts elements.
+// A rows × columns matrix with unit stride along a row. stride counts elements.
 template <class T>
 struct Matrix {
   T* data;
@@ -29,28 +29,29 @@ struct Matrix {
   T* row(int64_t m) const { return data + m * stride; }
 };
 
-// R × length of any strides, in elements: a factor as it lies, never copied whole.
+// A factor [R, length] of any element type and any strides, in elements. It is read in place.
 struct Factor {
   const void* data;
   Type type;
   int64_t R, length, stride_R, stride_length;
 };
 
-// Which elements of an activation are kept. t = 0 keeps all; scale multiplies what is kept.
+// The dropout of an activation: a 16-bit draw below threshold drops its element, and scale
+// multiplies the elements that are kept. A threshold of 0 means no dropout.
 struct Dropout {
   uint64_t seed = 0;
-  uint32_t t = 0;
+  uint32_t threshold = 0;
   float scale = 1;
 
-  explicit operator bool() const { return t != 0; }
+  explicit operator bool() const { return threshold != 0; }
 };
 
-// The largest R of one call: what a thread lays out of a factor stays on its stack.
+// The largest R of one call. It bounds the buffers on a thread's stack that hold parts of a factor.
 constexpr int64_t MAX_RANK = 256;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace lorafast

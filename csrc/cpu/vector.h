@@ -1,7 +1,8 @@
-// A vector of W fp32 lanes for the instruction set this file is compiled for, and all the kernels ask of one.
+// A vector of W fp32 lanes for the instruction set this file is compiled for, and its operations.
 //
-// A cell is 32 bits of an operand: one fp32 number, or, where the processor multiplies bf16 in pairs, two bf16 numbers that
-// lie next to each other along the sum. mac<paired> then adds one or two products per lane, in fp32.
+// A cell is 32 bits of an operand: one fp32 number, or, where the processor multiplies bf16 in
+// pairs, two bf16 numbers that are adjacent along the summed axis. mac<paired> adds one or two
+// products per lane, in fp32.
 #pragma once
 
 #include "types.h"
@@ -21,7 +22,7 @@ constexpr bool HAS_PAIRS = true;
 #else
 constexpr bool HAS_PAIRS = false;
 
-// Named in branches that are never compiled.
+// Declared for branches that are discarded at compile time; never defined.
 Vector load_pairs(const bf16*, int64_t, const uint8_t*);
 Vector load_pairs(const bf16*, const uint8_t*);
 Vector pair(Vector, Vector);
@@ -29,16 +30,17 @@ void interleave(Vector, Vector, float*);
 Vector mac_pairs(Vector, Vector, Vector);
 #endif
 
-// Whether an operand of this type is read as pairs.
+// True if a cell of this type holds a pair.
 template <class T>
 constexpr bool paired = false;
 template <>
 inline constexpr bool paired<bf16> = HAS_PAIRS;
 
-// Numbers in a cell.
+// The numbers in a cell.
 template <class T>
 constexpr int per_cell = paired<T> ? 2 : 1;
 
+// sum + a·b per lane; with pairs, the two products of each lane.
 template <bool pairs>
 inline Vector mac(Vector sum, Vector a, Vector b) {
   if constexpr (pairs)
@@ -47,34 +49,36 @@ inline Vector mac(Vector sum, Vector a, Vector b) {
     return fma(a, b, sum);
 }
 
-// Cells along a row of `columns` numbers.
+// The number of cells that `columns` numbers take.
 template <class T>
 constexpr int64_t cells(int64_t columns) {
   return (columns + per_cell<T> - 1) / per_cell<T>;
 }
 
-// The first n of W numbers; what is beyond is not touched, and reads as 0.
+// The first min(n, W) numbers; the other lanes are 0 and their memory is not read.
 template <class T>
-inline Vector load_some(const T* from, int64_t n) {
+inline Vector load_partial(const T* from, int64_t n) {
   return n >= W ? load(from) : load_first(from, static_cast<int>(n));
 }
+// Stores the first min(n, W) lanes.
 template <class T>
-inline void store_some(T* to, Vector v, int64_t n) {
+inline void store_partial(T* to, Vector v, int64_t n) {
   if (n >= W)
     store(to, v);
   else
     store_first(to, v, static_cast<int>(n));
 }
 
-// How cells are read: all W of them, all but those whose bit is 0, or as many as the row has left, bits or not.
-enum class Read { whole, masked, ending };
+// How a vector of cells is read: all W cells, only the numbers whose bit is 1, or at most as many
+// numbers as the row has left (with or without bits).
+enum class Read { full, masked, partial };
 
-// W cells of a row that has n numbers more; what is not there is 0.
-template <class T, Read how = Read::whole>
+// W cells of a row that has n numbers left; numbers that are masked or beyond its end are 0.
+template <class T, Read how = Read::full>
 inline Vector load_cells(const T* from, int64_t n = 0, const uint8_t* bits = nullptr) {
-  if constexpr (how == Read::ending) {
+  if constexpr (how == Read::partial) {
     if constexpr (paired<T>) return load_pairs(from, n, bits);
-    const Vector v = load_some(from, n);
+    const Vector v = load_partial(from, n);
     return bits ? keep(v, bits) : v;
   } else if constexpr (how == Read::masked) {
     if constexpr (paired<T>) return load_pairs(from, bits);

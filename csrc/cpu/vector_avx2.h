@@ -1,4 +1,4 @@
-// AVX2 with FMA and F16C.
+// Vectors of 8 lanes in AVX2, with FMA and F16C.
 #pragma once
 
 #include <immintrin.h>
@@ -11,45 +11,56 @@ namespace lorafast {
 
 using Vector = __m256;
 constexpr int W = 8;
-// What a tile may accumulate in 16 registers, less those that are being multiplied.
-constexpr int DOWN_ROWS = 3, DOWN_RANKS = 4, UP_ROWS = 6, UP_VECTORS = 2, OUTER_ROWS = 4, OUTER_VECTORS = 2;
+// Tile sizes: the sums of a tile and the operands being multiplied fit in 16 registers.
+constexpr int PROJECT_ROWS = 3, PROJECT_RANKS = 4, LOW_RANK_ADD_ROWS = 6, LOW_RANK_ADD_VECTORS = 2,
+              GRAD_PROJECT_ROWS = 4, GRAD_PROJECT_VECTORS = 2;
 
 inline Vector zero() { return _mm256_setzero_ps(); }
-inline Vector splat(float a) { return _mm256_set1_ps(a); }
+inline Vector broadcast(float a) { return _mm256_set1_ps(a); }
 inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 inline Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
-inline float total(Vector a) {
+inline float sum_lanes(Vector a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-// to[0..3] += the totals of four vectors.
-inline void add_totals(Vector a, Vector b, Vector c, Vector d, float* to) {
+// to[0..3] += the sums of the lanes of four vectors.
+inline void add_lane_sums(Vector a, Vector b, Vector c, Vector d, float* to) {
   const Vector all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
   _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), four));
 }
 
-inline Vector widen(__m128i bf) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf), 16)); }
+inline Vector widen(__m128i bf) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf), 16));
+}
 
 inline Vector load(const float* p) { return _mm256_loadu_ps(p); }
-inline Vector load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-inline Vector load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vector load(const bf16* p) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Vector load(const fp16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 
-// Rounded to the nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline __m128i narrow(Vector v) {
-  const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+  const __m256i bits = _mm256_castps_si256(v),
+                odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_srli_epi32(
+      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
   return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
 }
-inline __m128i halved(Vector v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+inline __m128i to_fp16(Vector v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
 inline void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
 inline void store(bf16* p, Vector v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
-inline void store(fp16* p, Vector v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halved(v)); }
+inline void store(fp16* p, Vector v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_fp16(v));
+}
 
 template <class T>
 inline Vector load_first(const T* p, int n) {
@@ -64,7 +75,7 @@ inline void store_first(T* p, Vector v, int n) {
   std::memcpy(p, whole, n * sizeof(T));
 }
 
-// Lanes whose bit is 0 become 0, whatever they hold.
+// v with every lane whose bit is 0 set to 0, even if it holds NaN or an infinity.
 inline Vector keep(Vector v, const uint8_t* bits) {
   const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(*bits), lane), lane);

@@ -1,4 +1,4 @@
-// Plain C++, for any processor. Eight lanes, one at a time or as the compiler likes.
+// Vectors of 8 lanes in plain C++, for any processor. The compiler may vectorise the loops.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,8 @@ struct Vector {
   float lane[8];
 };
 constexpr int W = 8;
-constexpr int DOWN_ROWS = 2, DOWN_RANKS = 4, UP_ROWS = 2, UP_VECTORS = 1, OUTER_ROWS = 4, OUTER_VECTORS = 1;
+constexpr int PROJECT_ROWS = 2, PROJECT_RANKS = 4, LOW_RANK_ADD_ROWS = 2, LOW_RANK_ADD_VECTORS = 1,
+              GRAD_PROJECT_ROWS = 4, GRAD_PROJECT_VECTORS = 1;
 
 inline float widen(bf16 a) {
   const uint32_t bits = static_cast<uint32_t>(a.bits) << 16;
@@ -21,16 +22,18 @@ inline float widen(bf16 a) {
   return out;
 }
 inline float widen(fp16 a) {
-  const uint32_t sign = (a.bits & 0x8000u) << 16, exponent = (a.bits >> 10) & 31, fraction = a.bits & 1023;
+  const uint32_t sign = (a.bits & 0x8000u) << 16, exponent = (a.bits >> 10) & 31,
+                 fraction = a.bits & 1023;
   if (exponent == 0) return (sign ? -1 : 1) * std::ldexp(static_cast<float>(fraction), -24);
-  const uint32_t bits = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | fraction << 13;
+  const uint32_t bits =
+      sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) | fraction << 13;
   float out;
   std::memcpy(&out, &bits, sizeof out);
   return out;
 }
 inline float widen(float a) { return a; }
 
-// Rounded to the nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline void narrow(float a, bf16* out) {
   uint32_t bits;
   std::memcpy(&bits, &a, sizeof bits);
@@ -49,13 +52,14 @@ inline void narrow(float a, fp16* out) {
     out->bits = sign | static_cast<uint16_t>(std::nearbyint(size * 0x1p24f));
   } else {
     bits &= 0x7FFFFFFF;
-    out->bits = sign | static_cast<uint16_t>((bits - (112u << 23) + 0xFFF + ((bits >> 13) & 1)) >> 13);
+    out->bits =
+        sign | static_cast<uint16_t>((bits - (112u << 23) + 0xFFF + ((bits >> 13) & 1)) >> 13);
   }
 }
 inline void narrow(float a, float* out) { *out = a; }
 
-inline Vector splat(float a) { return {{a, a, a, a, a, a, a, a}}; }
-inline Vector zero() { return splat(0); }
+inline Vector broadcast(float a) { return {{a, a, a, a, a, a, a, a}}; }
+inline Vector zero() { return broadcast(0); }
 inline Vector add(Vector a, Vector b) {
   for (int i = 0; i < W; ++i) a.lane[i] += b.lane[i];
   return a;
@@ -68,17 +72,17 @@ inline Vector fma(Vector a, Vector b, Vector sum) {
   for (int i = 0; i < W; ++i) sum.lane[i] += a.lane[i] * b.lane[i];
   return sum;
 }
-inline float total(Vector a) {
+inline float sum_lanes(Vector a) {
   for (int step = W / 2; step; step /= 2)
     for (int i = 0; i < step; ++i) a.lane[i] += a.lane[i + step];
   return a.lane[0];
 }
-// to[0..3] += the totals of four vectors.
-inline void add_totals(Vector a, Vector b, Vector c, Vector d, float* to) {
-  to[0] += total(a);
-  to[1] += total(b);
-  to[2] += total(c);
-  to[3] += total(d);
+// to[0..3] += the sums of the lanes of four vectors.
+inline void add_lane_sums(Vector a, Vector b, Vector c, Vector d, float* to) {
+  to[0] += sum_lanes(a);
+  to[1] += sum_lanes(b);
+  to[2] += sum_lanes(c);
+  to[3] += sum_lanes(d);
 }
 
 template <class T>
@@ -100,7 +104,7 @@ inline void store(T* p, Vector v) {
   store_first(p, v, W);
 }
 
-// Lanes whose bit is 0 become 0, whatever they hold.
+// v with every lane whose bit is 0 set to 0, even if it holds NaN or an infinity.
 inline Vector keep(Vector v, const uint8_t* bits) {
   for (int i = 0; i < W; ++i) v.lane[i] = *bits >> i & 1 ? v.lane[i] : 0.0f;
   return v;

@@ -1,4 +1,4 @@
-// What a kernel needs beyond its stack, for as long as it runs.
+// The memory that a kernel needs beyond its stack, freed when the kernel returns.
 #pragma once
 
 #include <atomic>
@@ -12,11 +12,11 @@ namespace lorafast {
 class Workspace {
  public:
   explicit Workspace(int64_t floats) {
-    const int64_t bytes = round_up(at_least(floats, 1) * sizeof(float), 64);
+    const int64_t bytes = round_up(max(floats, 1) * sizeof(float), 64);
     data = static_cast<float*>(std::aligned_alloc(64, bytes));
     if (!data) throw std::bad_alloc();
-    int64_t seen = most.load(std::memory_order_relaxed);
-    while (seen < bytes && !most.compare_exchange_weak(seen, bytes, std::memory_order_relaxed)) {
+    int64_t seen = peak.load(std::memory_order_relaxed);
+    while (seen < bytes && !peak.compare_exchange_weak(seen, bytes, std::memory_order_relaxed)) {
     }
   }
   ~Workspace() { std::free(data); }
@@ -25,11 +25,12 @@ class Workspace {
 
   operator float*() const { return data; }
 
-  // The largest one, in bytes, since this was last asked: torch's allocator does not see them.
-  static int64_t largest() { return most.exchange(0); }
+  // The size in bytes of the largest workspace since the last call. torch's allocator does not
+  // count workspaces.
+  static int64_t largest() { return peak.exchange(0); }
 
  private:
-  inline static std::atomic<int64_t> most{0};
+  inline static std::atomic<int64_t> peak{0};
   float* data;
 };
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from helpers.adapter_folders import X, moved, net
+from helpers.adapter_folders import X, adapted_net, net
 from safetensors.torch import load_file, save_file
 
 import lorafast
@@ -21,20 +21,21 @@ from lorafast.checkpoint import files
 
 
 def test_the_folder_holds_two_files_and_nothing_else(tmp_path):
-    lorafast.save_adapter(moved(LoRA(r=2)), tmp_path / "a" / "b")
+    lorafast.save_adapter(adapted_net(LoRA(r=2)), tmp_path / "a" / "b")
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [files.CONFIG, files.WEIGHTS]
     plain = tmp_path / "plain"
     plain.write_text("")
     assert {p.stat().st_mode for p in (tmp_path / "a" / "b").iterdir()} == {plain.stat().st_mode}
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize("second", [LoRA(r=2, alpha=99), DoRA(r=2), LoRA(r=2)], ids=repr)
 @pytest.mark.parametrize("theirs", [False, True])
 def test_a_save_stopped_anywhere_leaves_the_old_adapter_or_the_new(
     second, theirs, tmp_path, monkeypatch
 ):
     """At every call that touches the disk the process ends, without any clean-up of ours."""
-    old, new = moved(LoRA(r=2)), moved(second, seed=4)
+    old, new = adapted_net(LoRA(r=2)), adapted_net(second, seed=4)
     lorafast.save_adapter(old, tmp_path / "old")
     if theirs:  # a folder PEFT wrote knows nothing of our metadata
         weights = tmp_path / "old" / files.WEIGHTS
@@ -75,7 +76,7 @@ TOUCHES = (
 
 
 class _Died(BaseException):
-    """What a kill is to the code: nothing after it runs. Once dead, everything that touches the disk dies too."""
+    """A kill as the code sees it: nothing after it runs, and nothing touches the disk any more."""
 
 
 def _dying(function, calls, stop):
@@ -99,7 +100,7 @@ def _refused_or_whole_in_peft(folder, outcomes):
 
 
 def test_a_save_that_fails_cleans_up(tmp_path, monkeypatch):
-    old, new = moved(LoRA(r=2)), moved(DoRA(r=2))
+    old, new = adapted_net(LoRA(r=2)), adapted_net(DoRA(r=2))
     lorafast.save_adapter(old, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -122,23 +123,23 @@ def test_a_real_kill_leaves_a_whole_adapter(tmp_path):
     """A process that saves two adapters in turns is killed at random moments."""
     outcomes = []
     for i, adapter in enumerate((LoRA(r=2), DoRA(r=3))):
-        lorafast.save_adapter(moved(adapter), tmp_path / str(i))
+        lorafast.save_adapter(adapted_net(adapter), tmp_path / str(i))
         outcomes.append(lorafast.load_adapter(net(), tmp_path / str(i))(X))
     program = (
         "import sys, torch, lorafast; sys.path.insert(0, sys.argv[1])\n"
-        "from folders import moved\n"
+        "from helpers.adapter_folders import adapted_net\n"
         "from lorafast import LoRA, DoRA\n"
-        "both = [moved(LoRA(r=2)), moved(DoRA(r=3))]\n"
+        "both = [adapted_net(LoRA(r=2)), adapted_net(DoRA(r=3))]\n"
         "lorafast.save_adapter(both[0], sys.argv[2]); print('ready', flush=True)\n"
         "while True:\n"
         "    for one in both: lorafast.save_adapter(one, sys.argv[2])\n"
     )
-    here = os.path.dirname(__file__)
+    tests = pathlib.Path(__file__).parents[1]
     randomly = random.Random(7)
     for _ in range(2):
         folder = tmp_path / "out"
         with subprocess.Popen(
-            [sys.executable, "-c", program, here, folder], stdout=subprocess.PIPE
+            [sys.executable, "-c", program, tests, folder], stdout=subprocess.PIPE
         ) as process:
             assert process.stdout.readline() == b"ready\n"
             time.sleep(randomly.uniform(0, 0.05))
@@ -152,5 +153,5 @@ def test_old_leavings_are_swept_and_young_ones_stay(tmp_path):
         path = tmp_path / f".{files.WEIGHTS}.{name}.tmp"
         path.write_bytes(b"x")
         os.utime(path, (time.time() - age,) * 2)
-    lorafast.save_adapter(moved(LoRA(r=2)), tmp_path)
+    lorafast.save_adapter(adapted_net(LoRA(r=2)), tmp_path)
     assert [path.name for path in tmp_path.glob(".*")] == [f".{files.WEIGHTS}.young.tmp"]

@@ -10,7 +10,7 @@ import traceback
 
 import pytest
 import torch
-from helpers.adapter_folders import K, N, X, moved, net
+from helpers.adapter_folders import K, N, X, adapted_net, net
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,7 +29,7 @@ def untouched(model, before, modules):
 
 
 def meant(error):
-    """Whether an error was raised on purpose, and not by an operation that met what it did not expect."""
+    """True if an error was raised on purpose, not by an operation that met the unexpected."""
     return traceback.extract_tb(error.__traceback__)[-1].line.startswith("raise ")
 
 
@@ -47,7 +47,7 @@ def refused(folder, match, model=None, **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    lorafast.save_adapter(moved(LoRA(r=2)), tmp_path / "out")
+    lorafast.save_adapter(adapted_net(LoRA(r=2)), tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -255,7 +255,7 @@ def test_an_id_on_the_hub_without_a_network(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    lorafast.save_adapter(moved(LoRA(r=2)), tmp_path)
+    lorafast.save_adapter(adapted_net(LoRA(r=2)), tmp_path)
     lorafast.load_adapter(net(), "someone/adapter", revision="v1")
     assert asked == [
         ("someone/adapter", {"revision": "v1", "allow_patterns": [files.CONFIG, files.WEIGHTS]})
@@ -266,20 +266,35 @@ def test_an_id_on_the_hub_without_a_network(monkeypatch, tmp_path):
     refused("someone/adapter", r"pip install 'lorafast\[hub\]'")
 
 
-GA = '"kind": "LoRAGA", "direction": "ArB2r", "scale": "gd", "gamma": 16, "svd_niter": null, "compat": null'
+GA = (
+    '"kind": "LoRAGA", "direction": "ArB2r", "scale": "gd", "gamma": 16, "svd_niter": null, '
+    '"compat": null'
+)
+STACKED = '"stacked": true, "alpha": 4, "alpha_pattern": {}'
 
 
 @pytest.mark.parametrize(
     "metadata",
-    ["{", "[]", '{"adapter": 3}', '{"adapter": {"method": "LoRA", "keep": "all"}}', '{"adapter": {"method": "DoRA"}}',
-     '{"adapter": {"method": "LoRA", "init": {"svd_niter": -1}}}', '{"stacked": true}', '{"adapter": {"method": ["LoRA"]}}',
-     '{"stacked": true, "alpha": "x", "alpha_pattern": {}}', '{"stacked": 1, "alpha": 8, "alpha_pattern": {"(": 1}}',
-     '{"adapter": {"method": "LoRA", "freeze_A": 1}}', '{"adapter": {"method": "LoRA", "init": {"path": "/"}}}',
-     '{"adapter": {"method": "LoRA", "init": {"kind": ["LoRAGA"], "svd_niter": 0}}}', '{"adapter": {"init": {"kind": "LoRA"}}}',
-     f'{{"adapter": {{"method": "LoRA", "init": {{{GA}, "norm_clip": false}}}}}}',
-     f'{{"adapter": {{"method": "LoRA", "init": {{{GA}}}}}, "stacked": true, "alpha": 4, "alpha_pattern": {{}}}}',
-     f'{{"adapter": {{"method": "LoRA", "init": {{{GA}, "norm_clip": 1}}}}, "stacked": true, "alpha": 4, "alpha_pattern": {{}}}}'],
-)  # fmt: skip
+    [
+        "{",
+        "[]",
+        '{"adapter": 3}',
+        '{"adapter": {"method": "LoRA", "keep": "all"}}',
+        '{"adapter": {"method": "DoRA"}}',
+        '{"adapter": {"method": "LoRA", "init": {"svd_niter": -1}}}',
+        '{"stacked": true}',
+        '{"adapter": {"method": ["LoRA"]}}',
+        '{"stacked": true, "alpha": "x", "alpha_pattern": {}}',
+        '{"stacked": 1, "alpha": 8, "alpha_pattern": {"(": 1}}',
+        '{"adapter": {"method": "LoRA", "freeze_A": 1}}',
+        '{"adapter": {"method": "LoRA", "init": {"path": "/"}}}',
+        '{"adapter": {"method": "LoRA", "init": {"kind": ["LoRAGA"], "svd_niter": 0}}}',
+        '{"adapter": {"init": {"kind": "LoRA"}}}',
+        f'{{"adapter": {{"method": "LoRA", "init": {{{GA}, "norm_clip": false}}}}}}',
+        f'{{"adapter": {{"method": "LoRA", "init": {{{GA}}}}}, {STACKED}}}',
+        f'{{"adapter": {{"method": "LoRA", "init": {{{GA}, "norm_clip": 1}}}}, {STACKED}}}',
+    ],
+)
 def test_forged_metadata(metadata, folder):
     save_file(
         load_file(folder / files.WEIGHTS), folder / files.WEIGHTS, metadata={"lorafast": metadata}
@@ -297,7 +312,7 @@ def test_expressions_that_run_forever_are_stopped(expression, field, tmp_path, m
     model = lorafast.adapt(nn.ModuleDict({name: nn.Linear(2, 2)}), LoRA(r=2))
     lorafast.save_adapter(model, tmp_path)
     config_of(tmp_path, **{field: {expression: 3} if "pattern" in field else expression})
-    monkeypatch.setattr(expressions, "LIMIT", 0.5)
+    monkeypatch.setattr(expressions, "TIMEOUT_SECONDS", 0.5)
     refused(
         tmp_path,
         r"could not be matched in 0\.5 s|matches no module|is no regular expression",
@@ -306,8 +321,13 @@ def test_expressions_that_run_forever_are_stopped(expression, field, tmp_path, m
 
 
 def test_projections_of_an_enormous_rank_are_not_drawn(tmp_path):
-    save_file({"base_model.model.0.vera_lambda_d": torch.zeros(1 << 22), "base_model.model.0.vera_lambda_b": torch.zeros(64)},
-              tmp_path / files.WEIGHTS)  # fmt: skip
+    save_file(
+        {
+            "base_model.model.0.vera_lambda_d": torch.zeros(1 << 22),
+            "base_model.model.0.vera_lambda_b": torch.zeros(64),
+        },
+        tmp_path / files.WEIGHTS,
+    )
     (tmp_path / files.CONFIG).write_text(
         json.dumps({"peft_type": "VERA", "r": 1 << 22, "target_modules": ["0"]})
     )
@@ -317,7 +337,7 @@ def test_projections_of_an_enormous_rank_are_not_drawn(tmp_path):
 
 
 def test_a_thousand_mutated_folders(tmp_path):
-    """Bytes, tensors and configs are changed at random: a folder is refused whole, or loaded whole."""
+    """Change bytes, tensors and configs at random: a folder is refused or loaded as a whole."""
     randomly = random.Random(0)
     sources = []
     for i, (adapter, options) in enumerate(
@@ -331,7 +351,7 @@ def test_a_thousand_mutated_folders(tmp_path):
             (AFLoRA(r=2), {}),
         ]
     ):
-        lorafast.save_adapter(moved(adapter, **options), tmp_path / str(i))
+        lorafast.save_adapter(adapted_net(adapter, **options), tmp_path / str(i))
         sources.append(tmp_path / str(i))
     count = {"refused": 0, "loaded": 0}
     for trial in range(1000):

@@ -1,11 +1,11 @@
-"""What LoRA-GA and PiSSA leave on disk: twice the rank beside the untouched weight, PEFT's files, and what no file holds."""
+"""Files of LoRA-GA and PiSSA: twice the rank for the untouched weight, PEFT's, and refusals."""
 
 import copy
 import json
 
 import pytest
 import torch
-from helpers.gradient_nets import X, gradients_of, loss_of, matrices, net, shaken
+from helpers.gradient_nets import X, gradients_of, loss_of, matrices, net, perturbed
 from safetensors.torch import load_file
 
 import lorafast
@@ -20,7 +20,7 @@ def test_a_file_of_twice_the_rank_says_the_same_to_the_untouched_weight(start, t
         matrices(model),
         PiSSA() if start == "pissa" else LoRAGA(gradients_of(model), "ArBr", "gd", 7),
     )
-    shaken(
+    perturbed(
         lorafast.adapt(
             model,
             LoRA(r=2, alpha=3, rslora=True, init=init),
@@ -56,10 +56,11 @@ def test_a_file_of_twice_the_rank_says_the_same_to_the_untouched_weight(start, t
     torch.testing.assert_close(merged(X), want, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.peft
 def test_a_loaded_layer_works_and_says_that_its_gradients_are_gone(tmp_path):
     peft = pytest.importorskip("peft")
     model = net(torch.float32)
-    shaken(lorafast.adapt(model, DoRA(r=2, init=LoRAGA(gradients_of(model)))))
+    perturbed(lorafast.adapt(model, DoRA(r=2, init=LoRAGA(gradients_of(model)))))
     want, x = model(X.float()), X.float()
     lorafast.save_adapter(model, tmp_path)
     torch.testing.assert_close(
@@ -84,7 +85,7 @@ def test_a_loaded_layer_works_and_says_that_its_gradients_are_gone(tmp_path):
         torch.testing.assert_close(loaded(x), net(torch.float32)(x), rtol=1e-5, atol=1e-6)
     # The model it was saved from takes the file too, and keeps its weights to the bit.
     weights = matrices(model)
-    lorafast.load_adapter(shaken(model), tmp_path)
+    lorafast.load_adapter(perturbed(model), tmp_path)
     assert all(torch.equal(weight, weights[name]) for name, weight in matrices(model).items())
     torch.testing.assert_close(
         lorafast.unload(loaded)(x), net(torch.float32)(x), rtol=1e-5, atol=1e-6
@@ -97,13 +98,14 @@ def test_a_loaded_layer_works_and_says_that_its_gradients_are_gone(tmp_path):
     ids=str,
 )
 def test_a_start_is_described_in_full_and_without_its_tensors(init):
-    said = json.loads(json.dumps({"adapter": file_format._extras(DoRA(init=init))}))
-    assert file_format.overlaid(DoRA(), said | {"stacked": True}) == DoRA(init=init)
+    said = json.loads(json.dumps({"adapter": file_format._extra_fields(DoRA(init=init))}))
+    assert file_format.apply_extras(DoRA(), said | {"stacked": True}) == DoRA(init=init)
     if isinstance(init, LoRAGA):
         with pytest.raises(ValueError, match=r"the file is of LoRAGA\(.*, and holds no start"):
-            file_format.overlaid(DoRA(), said)
+            file_format.apply_extras(DoRA(), said)
 
 
+@pytest.mark.peft
 def test_pefts_own_files_are_refused_in_words_or_read(tmp_path):
     peft = pytest.importorskip("peft")
     loraga = pytest.importorskip("peft.tuners.lora.loraga")
@@ -123,7 +125,7 @@ def test_pefts_own_files_are_refused_in_words_or_read(tmp_path):
     loraga.preprocess_loraga(base, config, lambda: loss_of(base, x).backward())
     theirs = peft.get_peft_model(base, config)
     theirs.save_pretrained(tmp_path / "start")
-    theirs = shaken(theirs)
+    theirs = perturbed(theirs)
     theirs.save_pretrained(tmp_path / "now")
     with pytest.raises(ValueError, match="save it with path_initial_model_for_weight_conversion"):
         lorafast.load_adapter(net(torch.float32), tmp_path / "now")

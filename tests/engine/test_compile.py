@@ -1,10 +1,12 @@
-"""torch.compile: one graph, no recompile when M changes, the same numbers, and in-place ops and dropout inside."""
+"""torch.compile: one graph, no recompilation for another M, and the same numbers."""
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lorafast
+
+pytestmark = pytest.mark.compile
 
 ADAPTERS = {
     "lora": lorafast.LoRA(r=4),
@@ -40,7 +42,8 @@ def assert_equal_steps(layer, compiled, rows):
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
     torch._dynamo.reset()
-    # Inductor asserts on NaN-filled buffers of its own under deterministic mode; the ops are poisoned in every other test.
+    # Inductor asserts on NaN-filled buffers of its own under deterministic mode; the ops are
+    # poisoned in every other test.
     torch.use_deterministic_algorithms(False)
 
 

@@ -5,7 +5,16 @@ import itertools
 import pytest
 import torch
 from helpers.cpp_compiler import needs_compiler
-from helpers.integer_problems import CHECKS, DTYPES, LAYOUTS, cores, powers, returned, same, whole
+from helpers.integer_problems import (
+    CHECKS,
+    DTYPES,
+    LAYOUTS,
+    assert_rounded_once,
+    assert_up_proj_grads,
+    cores,
+    exact_gains,
+    whole_numbers,
+)
 
 from lorafast.engine.backends import cpu
 from lorafast.engine.problem import DownProj, UpProj, UpProjGradSpec
@@ -15,9 +24,20 @@ pytestmark = needs_compiler
 # be; last, so many tokens that the sums over them are cut, and columns of which each task takes
 # several blocks.
 SHAPES = [
-    (1, 1, 1, 1), (5, 17, 33, 3), (6, 255, 72, 4), (7, 130, 257, 12), (24, 31, 513, 17), (25, 512, 16, 2), (48, 1023, 8, 9),
-    (49, 64, 1025, 33), (65, 1030, 130, 5), (128, 3, 256, 64), (129, 47, 65, 100), (3, 48, 20, 256), (900, 9, 1100, 6),
-]  # fmt: skip
+    (1, 1, 1, 1),
+    (5, 17, 33, 3),
+    (6, 255, 72, 4),
+    (7, 130, 257, 12),
+    (24, 31, 513, 17),
+    (25, 512, 16, 2),
+    (48, 1023, 8, 9),
+    (49, 64, 1025, 33),
+    (65, 1030, 130, 5),
+    (128, 3, 256, 64),
+    (129, 47, 65, 100),
+    (3, 48, 20, 256),
+    (900, 9, 1100, 6),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "M{}-N{}-K{}-R{}".format(*shape))
@@ -34,38 +54,44 @@ def test_whole_numbers_to_the_bit(primitive, dtype, shape):
 @pytest.mark.parametrize("want_bias", [False, True])
 def test_whatever_is_asked_of_dy_and_nothing_else(want_bias, kept, dtype):
     M, N, R = 13, 37, 5
-    dy, h, B = (whole(*shape, DTYPES[dtype], "sliced", 7) for shape in ((M, N), (M, R), (N, R)))
-    gain = powers(N) if want_bias else None
+    dy, h, B = (
+        whole_numbers(*shape, DTYPES[dtype], "sliced", 7) for shape in ((M, N), (M, R), (N, R))
+    )
+    gain = exact_gains(N) if want_bias else None
     for wants, core in itertools.product(
         itertools.product((False, True), repeat=4), cores(R, torch.float32)
     ):
-        back = UpProjGradSpec(B, 0.5, powers(N), core, h, 2, *wants)
+        back = UpProjGradSpec(B, 0.5, exact_gains(N), core, h, 2, *wants)
         back = back._replace(want_core=back.want_core and core is not None)
         sums = cpu.grad_output(dy, [back], gain, dy if kept else None, want_bias)
-        returned(sums.adapters[0], dy, back, gain)
+        assert_up_proj_grads(sums.adapters[0], dy, back, gain)
         assert (sums.d_bias is not None, sums.dot is not None) == (want_bias, kept)
 
 
 def test_sums_without_an_adapter():
-    dy = whole(13, 37, torch.bfloat16)
+    dy = whole_numbers(13, 37, torch.bfloat16)
     sums = cpu.grad_output(dy, [], None, dy, want_bias=True)
     assert sums.adapters == []
-    same(sums.d_bias, dy.double().sum(0), torch.float32)
-    same(sums.dot, dy.double().square().sum(0), torch.float32)
+    assert_rounded_once(sums.d_bias, dy.double().sum(0), torch.float32)
+    assert_rounded_once(sums.dot, dy.double().square().sum(0), torch.float32)
 
 
 def test_a_factor_in_float64_beside_one_that_is_not():
     """A problem tells the dtype of lora_A alone."""
     x, A, B, core = (
-        whole(6, 20, torch.float32),
-        whole(3, 20, torch.float32),
-        whole(9, 3, torch.float64),
-        whole(3, 3, torch.float64),
+        whole_numbers(6, 20, torch.float32),
+        whole_numbers(3, 20, torch.float32),
+        whole_numbers(9, 3, torch.float64),
+        whole_numbers(3, 3, torch.float64),
     )
     ((h, mixed),) = cpu.project(x, [DownProj(A, core)])
-    same(mixed, h.double() @ core.t())
-    W = whole(9, 20, torch.float32)
-    same(cpu.linear(x, W, [UpProj(h, B)])[0], x.double() @ W.double().t() + h.double() @ B.t())
-    back = UpProjGradSpec(B, core=core, h=whole(20, 3, torch.float32), want_B=True, want_core=True)
-    returned(cpu.grad_output(W.t(), [back]).adapters[0], W.t(), back, None)
-    same(cpu.row_norm(W, A, B), (W.double() + B @ A.double()).norm(dim=1))
+    assert_rounded_once(mixed, h.double() @ core.t())
+    W = whole_numbers(9, 20, torch.float32)
+    assert_rounded_once(
+        cpu.linear(x, W, [UpProj(h, B)])[0], x.double() @ W.double().t() + h.double() @ B.t()
+    )
+    back = UpProjGradSpec(
+        B, core=core, h=whole_numbers(20, 3, torch.float32), want_B=True, want_core=True
+    )
+    assert_up_proj_grads(cpu.grad_output(W.t(), [back]).adapters[0], W.t(), back, None)
+    assert_rounded_once(cpu.row_norm(W, A, B), (W.double() + B @ A.double()).norm(dim=1))

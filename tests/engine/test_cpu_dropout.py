@@ -1,4 +1,4 @@
-"""The C++ kernels drop what lorafast.engine.philox drops, to the bit, wherever in a tensor or beyond one."""
+"""The C++ kernels drop what lorafast.engine.philox drops, for any row of an activation."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from helpers.integer_problems import DTYPES
 from lorafast.engine.backends import cpu
 
 pytestmark = needs_compiler
-# Groups of 8 that end anywhere in a vector, and more columns than any kernel draws bits for at once.
+# Groups of 8 that end anywhere in a vector, and more columns than any kernel draws bits for at
+# once.
 SHAPES = [(1, 1), (9, 7), (129, 65), (3, 1000), (50, 2056), (131, 519)]
 
 

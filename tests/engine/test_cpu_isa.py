@@ -1,4 +1,4 @@
-"""The C++ kernels in every instruction set this machine has: the same bits where sums are exact, the same masks, the same edges."""
+"""The C++ kernels in every instruction set of this machine: bits, masks and edges."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.cpp_compiler import needs_compiler
 from helpers.dropout_masks import ROWS, SEEDS, assert_dropped, assert_masks
-from helpers.integer_problems import CHECKS, DTYPES, LAYOUTS, Guarded
+from helpers.integer_problems import CHECKS, DTYPES, LAYOUTS, GuardedAllocations
 from helpers.nan_spread import assert_spreads
 
 from lorafast.engine.backends import cpu
@@ -42,7 +42,7 @@ def test_whole_numbers_to_the_bit(compiled, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_written_or_read_beside(compiled, dtype):
-    with Guarded() as guarded:
+    with GuardedAllocations() as guarded:
         for check in CHECKS.values():
             check(cpu, DTYPES[dtype], torch.bfloat16, 27, 139, 301, 11, "sliced")
     guarded.assert_whole()
@@ -64,7 +64,8 @@ def test_every_primitive_drops_what_philox_drops(compiled, dtype):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_every_number_there_is_is_rounded_as_torch_rounds_it(compiled, dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(DTYPES[dtype]).view(256, 256)
-    # As it is; into halves between two numbers, beyond the largest, below the least; and a NaN that rounding must not carry over.
+    # As it is; into halves between two numbers, beyond the largest, below the least; and a NaN that
+    # rounding must not carry over.
     gains = [
         torch.full((256,), gain)
         for gain in (1.0, 1.5, 0.7, 1 + 2**-8, 300.0, 2.0**-12, -(2.0**-15))
@@ -72,7 +73,8 @@ def test_every_number_there_is_is_rounded_as_torch_rounds_it(compiled, dtype):
     for gain in (*gains, torch.full((256,), 2**31 - 1, dtype=torch.int32).view(torch.float32)):
         wide = x.float() * gain[:, None]
         exact, found = wide.to(x.dtype), cpu._scaled(x, gain, by_row=True)
-        # Below 1e-38, where fp32 has but subnormal numbers, the processor's own instructions for bf16 give 0.
+        # Below 1e-38, where fp32 has but subnormal numbers, the processor's own instructions for
+        # bf16 give 0.
         same = (found == exact) | (found.isnan() & exact.isnan())
         if dtype == "bf16":
             same |= (wide.abs() < torch.finfo(torch.float32).tiny) & (found == 0)
@@ -83,7 +85,8 @@ def test_every_number_there_is_is_rounded_as_torch_rounds_it(compiled, dtype):
 def test_the_environment_forces_it(isa):
     probe = (
         "import lorafast; from lorafast.engine.backends import cpu; library = cpu.library()\n"
-        "print(getattr(library, 'ISA', library)); print(lorafast.explain(lorafast.Linear(24, 32, adapter=lorafast.LoRA(r=4))))"
+        "print(getattr(library, 'ISA', library))\n"
+        "print(lorafast.explain(lorafast.Linear(24, 32, adapter=lorafast.LoRA(r=4))))"
     )
     told = subprocess.run(
         [sys.executable, "-c", probe],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.cpp_compiler import needs_compiler
-from helpers.integer_problems import CHECKS, DTYPES, Guarded
+from helpers.integer_problems import CHECKS, DTYPES, GuardedAllocations
 from helpers.nan_spread import assert_spreads
 
 from lorafast.engine.backends import cpu
@@ -17,7 +17,7 @@ pytestmark = needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("primitive", CHECKS)
 def test_nothing_is_written_beside_outputs_and_workspaces(primitive, dtype, shape):
-    with Guarded() as guarded:
+    with GuardedAllocations() as guarded:
         CHECKS[primitive](cpu, DTYPES[dtype], torch.float32, *shape, "sliced")
     guarded.assert_whole()
 

@@ -1,4 +1,4 @@
-"""The C++ backend's refusals, in words; what happens when it is forced or cannot be built; and methods that train through it."""
+"""The C++ backend refused, forced and not built; and methods that train on it."""
 
 import pytest
 import torch
@@ -59,7 +59,8 @@ def problem(**fields):
         ({"arch": Arch("mps", "mps")}, "runs on CPU tensors; this is mps mps"),
         (
             {"dtype": torch.float64},
-            "x is torch.float64; the kernels compute in torch.float32, torch.bfloat16, torch.float16",
+            "x is torch.float64; the kernels compute in torch.float32, torch.bfloat16, "
+            "torch.float16",
         ),
         ({"weight_dtype": torch.int8}, "weight is torch.int8"),
         ({"factor_dtype": torch.float64}, "a factor is torch.float64"),
@@ -95,7 +96,8 @@ def test_forcing_it_on_what_it_cannot_raises_with_every_reason(anew):
     )
     with pytest.raises(
         RuntimeError,
-        match=r"LORAFAST_BACKEND=cpu cannot project: x is torch.float64.*; weight is .*; R=300 exceeds 256",
+        match=r"LORAFAST_BACKEND=cpu cannot project: "
+        r"x is torch.float64.*; weight is .*; R=300 exceeds 256",
     ):
         lorafast.linear(x, W, None, A, B)
 

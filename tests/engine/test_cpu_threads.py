@@ -1,4 +1,4 @@
-"""The C++ kernels on any number of threads, called by several at once, and in a process forked from one that has them."""
+"""The C++ kernels on several threads, called by several, and in a forked process."""
 
 import multiprocessing
 import threading
@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from helpers.cpp_compiler import needs_compiler
-from helpers.integer_problems import DTYPES, powers, whole
+from helpers.integer_problems import DTYPES, exact_gains, whole_numbers
 from helpers.triton_interpreter import SEED
 
 from lorafast.engine.backends import cpu
@@ -26,7 +26,10 @@ def threads():
 
 
 def tensors(dtype):
-    """Normal numbers, so that the order of a sum shows; whole ones for torch's own product, which promises no order."""
+    """Normal numbers, so that the order of a sum shows.
+
+    Whole ones for torch's own product, which promises no order.
+    """
     normal = {
         "h": (M, R),
         "A": (R, K),
@@ -41,10 +44,10 @@ def tensors(dtype):
         for name, shape in normal.items()
     }
     return made | {
-        "x": whole(M, K, dtype, most=1),
-        "W": whole(N, K, dtype, most=1),
-        "dy": whole(M, N, dtype, most=1),
-        "gain": powers(N),
+        "x": whole_numbers(M, K, dtype, most=1),
+        "W": whole_numbers(N, K, dtype, most=1),
+        "dy": whole_numbers(M, N, dtype, most=1),
+        "gain": exact_gains(N),
     }
 
 
@@ -96,7 +99,8 @@ def test_calls_from_several_threads_at_once(threads):
 
 
 def _in_child(given, answer):
-    # As torch's own DataLoader does: neither its products nor ours have their parent's threads here, and wait for them forever.
+    # As torch's own DataLoader does: neither its products nor ours have their parent's threads
+    # here, and wait for them forever.
     torch.set_num_threads(1)
     answer.put([one.float().sum().item() for one in outcome(**given)])
 

@@ -18,7 +18,7 @@ X86 = Problem(
 
 @pytest.fixture
 def clean(monkeypatch):
-    """Two backends before eager, whatever else this version has: one that is not there, one for a test to fill."""
+    """Two backends before eager: one that does not exist, and one for a test to fill."""
     monkeypatch.setattr(dispatch, "ORDER", ("absent", "partial", "eager"))
     dispatch._routes.cache_clear()
     yield monkeypatch
@@ -48,7 +48,9 @@ def test_the_weights_layout_is_part_of_the_problem(shape, transposed):
     t = LayerTensors(torch.empty(N, K), lora_A=torch.empty(2, K), lora_B=torch.empty(N, 2))
     assert dispatch.problem_of(torch.empty(3, K), t, CallOptions()).transposed is transposed
     lying = t._replace(weight=torch.empty(K, N).t())
-    assert dispatch.problem_of(torch.empty(3, K), lying, CallOptions()).transposed is (N > 1 and K > 1)
+    assert dispatch.problem_of(torch.empty(3, K), lying, CallOptions()).transposed is (
+        N > 1 and K > 1
+    )
 
 
 @pytest.mark.parametrize("primitive", PRIMITIVES)
@@ -98,7 +100,8 @@ def test_the_choice_is_printed_once_per_problem(clean, capsys):
     said = capsys.readouterr().err
     assert (
         said.count(
-            "lorafast: linear -> eager; not absent (not part of this version of lorafast), partial (not part"
+            "lorafast: linear -> eager; "
+            "not absent (not part of this version of lorafast), partial (not part"
         )
         == 1
     )

@@ -1,4 +1,4 @@
-"""The six primitives of the eager backend one by one: lists, strides, empty batches, against float64 written out here."""
+"""The six primitives of the eager backend, lists and strides, against float64 written out here."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The error rule: every output and gradient errs at most twice what the textbook eager chain errs against float64."""
+"""The error rule: no output or gradient errs more than twice what the eager chain errs."""
 
 import itertools
 from dataclasses import replace
@@ -30,7 +30,8 @@ def cases(dtypes=DTYPES, shapes=(MIDDLE,), count=1, step=1):
 
 
 def seeds(case):
-    # A ratio of two random errors says little about a handful of elements, so small problems are drawn more often.
+    # A ratio of two random errors says little about a handful of elements, so small problems are
+    # drawn more often.
     return range(4 if case.M * case.R > 100 else 64)
 
 
@@ -53,8 +54,9 @@ def test_error_ratio_with_factors_in_the_base_dtype(case):
 
 
 def dwarfed():
-    """A small and a large scaling for every form and dtype, one with few numbers, one with dropout."""
-    # In each pair of (scaling, shape, dropout) every value occurs; four pairs have all combinations.
+    """A small and a large scaling for every form and dtype; shapes and dropout take turns."""
+    # In each pair of (scaling, shape, dropout) every value occurs; four pairs have all
+    # combinations.
     few, many = (1, 130, 257, 8), MIDDLE
     pairs = (
         ((0.02, few, 0.0), (60.0, many, 0.3)),

@@ -1,4 +1,4 @@
-"""The ops as torch sees them: opcheck, gradcheck, and clear refusals of what they do not differentiate."""
+"""The ops as torch sees them: opcheck, gradcheck, and what they refuse to differentiate."""
 
 import pytest
 import torch
@@ -41,9 +41,15 @@ def settings_of(case, keep):
 
 
 OPCHECKED = [
-    ("lora", "none", 0.0), ("lamda", "none", 0.3), ("vera", "none", 0.3), ("dora", "output", 0.3),
-    ("dora", "inner", 0.3), ("dora", "recompute", 0.0), ("dora-both", "inner", 0.3), ("dora-in", "none", 0.3),
-]  # fmt: skip
+    ("lora", "none", 0.0),
+    ("lamda", "none", 0.3),
+    ("vera", "none", 0.3),
+    ("dora", "output", 0.3),
+    ("dora", "inner", 0.3),
+    ("dora", "recompute", 0.0),
+    ("dora-both", "inner", 0.3),
+    ("dora-in", "none", 0.3),
+]
 
 
 @pytest.mark.parametrize(("form", "keep", "p"), OPCHECKED)
@@ -109,7 +115,8 @@ def test_gradcheck(form, p):
     names = [name for name in GRADIENTS if t[name] is not None]
     norm = None
     if case.form.magnitude and case.form.detach_norm:
-        # The norm is a constant of the detached gradient, so it has to be one of the finite differences too.
+        # The norm is a constant of the detached gradient, so it has to be one of the finite
+        # differences too.
         norm = functional.row_norm(
             t["weight"],
             t["lora_A"],

@@ -176,6 +176,7 @@ def test_the_transient_peak_of_dropout_has_no_mask_of_x(form):
         peak = testing.allocated(lambda: testing.ours(case, t)).peak
         chain = testing.allocated(lambda: testing.chain(case, t)).peak
     x_bytes = 4096 * 1024 * 4
-    # One or two GEMM operands of x's size where the method has them, and one panel's words; the mask's words alone are 8 times x.
+    # One or two GEMM operands of x's size where the method has them, and one panel's words; the
+    # mask's words alone are 8 times x.
     operands = 2 * (case.form.dropout_on == "both" or case.form.axis == "in")
     assert peak < (operands + 1) * x_bytes < chain

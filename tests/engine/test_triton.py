@@ -1,4 +1,4 @@
-"""The Triton backend in Triton's interpreter: every kernel against float64 under the error rule, and what it refuses."""
+"""The Triton backend in Triton's interpreter: errors against float64, and refusals."""
 
 import itertools
 

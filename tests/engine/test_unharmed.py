@@ -1,4 +1,4 @@
-"""Whatever fails in adapt, load, merge or save, and wherever: the model and the folder are as they were."""
+"""A failure anywhere in adapt, load, merge or save leaves model and folder as they were."""
 
 import copy
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import tiny_transformers
-from helpers.adapter_folders import X, moved, net
+from helpers.adapter_folders import X, adapted_net, net
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,7 +39,7 @@ def assert_as_it_was(model, before, modules, flags):
     assert list(model.modules()) == modules
     assert [p.requires_grad for p in model.parameters()] == flags
     assert not any("_lorafast" in key for m in modules for key in vars(m))
-    for name, value in tiny_transformers.tensors(model).items():
+    for name, value in tiny_transformers.copied_tensors(model).items():
         torch.testing.assert_close(value, before[name], rtol=1e-6, atol=1e-7)
 
 
@@ -56,7 +56,7 @@ STEPS = [
 def test_adapt_stopped_anywhere(owner, name, at, monkeypatch):
     model = tiny_transformers.llama()
     before, modules, flags = (
-        tiny_transformers.tensors(model),
+        tiny_transformers.copied_tensors(model),
         list(model.modules()),
         [p.requires_grad for p in model.parameters()],
     )
@@ -77,7 +77,7 @@ def test_load_stopped_anywhere(owner, name, at, tmp_path, monkeypatch):
     )
     model = tiny_transformers.llama()
     before, modules, flags = (
-        tiny_transformers.tensors(model),
+        tiny_transformers.copied_tensors(model),
         list(model.modules()),
         [p.requires_grad for p in model.parameters()],
     )
@@ -91,17 +91,20 @@ def test_load_stopped_anywhere(owner, name, at, tmp_path, monkeypatch):
 @pytest.mark.parametrize("at", [1, 5, 20])
 def test_a_merge_stopped_anywhere_can_be_had_again(adapter, at, monkeypatch):
     model = tiny_transformers.adapted(tiny_transformers.llama(), adapter)
-    want, base = tiny_transformers.out(model), tiny_transformers.out(tiny_transformers.llama())
+    want, base = (
+        tiny_transformers.outputs(model),
+        tiny_transformers.outputs(tiny_transformers.llama()),
+    )
     with monkeypatch.context() as patch:
         stops(patch, lorafast.Linear, "merge_result", at)
         with pytest.raises(Stopped):
             lorafast.merge(model)
-    torch.testing.assert_close(tiny_transformers.out(model), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tiny_transformers.outputs(model), want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
-        tiny_transformers.out(lorafast.unload(copy.deepcopy(model))), base, rtol=1e-5, atol=1e-6
+        tiny_transformers.outputs(lorafast.unload(copy.deepcopy(model))), base, rtol=1e-5, atol=1e-6
     )
     torch.testing.assert_close(
-        tiny_transformers.out(lorafast.merge(model)), want, rtol=1e-5, atol=1e-6
+        tiny_transformers.outputs(lorafast.merge(model)), want, rtol=1e-5, atol=1e-6
     )
 
 
@@ -116,7 +119,7 @@ def test_untying_clones_the_tied_weight_alone():
 
 
 def test_nothing_is_saved_or_loaded_while_disabled(tmp_path):
-    model = moved(LoRA(r=2), modules_to_save=["3"])
+    model = adapted_net(LoRA(r=2), modules_to_save=["3"])
     lorafast.save_adapter(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with lorafast.disable_adapter(model):
@@ -137,19 +140,19 @@ def test_a_resumed_state_dict_keeps_the_start_it_shares(tmp_path):
     resumed.load_state_dict(copy.deepcopy(trained.state_dict()))
     lorafast.save_adapter(resumed, tmp_path)
     torch.testing.assert_close(
-        tiny_transformers.out(lorafast.load_adapter(tiny_transformers.llama(), tmp_path)),
-        tiny_transformers.out(trained),
+        tiny_transformers.outputs(lorafast.load_adapter(tiny_transformers.llama(), tmp_path)),
+        tiny_transformers.outputs(trained),
     )
     torch.testing.assert_close(
-        tiny_transformers.out(lorafast.unload(resumed)),
-        tiny_transformers.out(tiny_transformers.llama()),
+        tiny_transformers.outputs(lorafast.unload(resumed)),
+        tiny_transformers.outputs(tiny_transformers.llama()),
         rtol=1e-5,
         atol=1e-6,
     )
 
 
 def test_a_scaling_that_rounds_is_its_own_still(tmp_path):
-    model = moved(LoRA(r=3))
+    model = adapted_net(LoRA(r=3))
     for layer in (model[0], model[2], model[3]):
         layer.scaling = 0.1
     lorafast.save_adapter(model, tmp_path)
@@ -160,7 +163,7 @@ def test_a_scaling_that_rounds_is_its_own_still(tmp_path):
 def test_a_reader_keeps_the_file_it_opened_and_begins_again_when_a_save_comes_between(
     tmp_path, monkeypatch
 ):
-    first, second = moved(LoRA(r=2)), moved(DoRA(r=4))
+    first, second = adapted_net(LoRA(r=2)), adapted_net(DoRA(r=4))
     for name, model in (("first", first), ("second", second)):
         lorafast.save_adapter(model, tmp_path / name)
     outcomes = [lorafast.load_adapter(net(), tmp_path / name)(X) for name in ("first", "second")]
@@ -191,7 +194,7 @@ def test_a_reader_keeps_the_file_it_opened_and_begins_again_when_a_save_comes_be
 
 
 def test_ddp_first_is_refused(tmp_path):
-    lorafast.save_adapter(moved(LoRA(r=2)), tmp_path)
+    lorafast.save_adapter(adapted_net(LoRA(r=2)), tmp_path)
     wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
     nn.Module.__init__(wrapped)
     wrapped.module = net()
@@ -205,7 +208,7 @@ def test_ddp_first_is_refused(tmp_path):
 
 @pytest.mark.parametrize("wrong", [None, "model", 3])
 def test_what_is_no_model(wrong, tmp_path):
-    lorafast.save_adapter(moved(LoRA(r=2)), tmp_path)
+    lorafast.save_adapter(adapted_net(LoRA(r=2)), tmp_path)
     for call in (
         lambda m: lorafast.adapt(m, LoRA()),
         lambda m: lorafast.load_adapter(m, tmp_path),

@@ -83,9 +83,15 @@ def test_the_cache_is_never_stale(change):
     CHANGES[change](layer)
     y = layer(X.to(layer.weight.dtype))
     want = lorafast.linear(
-        X.to(layer.weight.dtype), layer.weight, layer.bias, layer.lora_A, layer.lora_B,
-        magnitude=layer.magnitude, norm=fresh(layer), scaling=layer.scaling,
-    )  # fmt: skip
+        X.to(layer.weight.dtype),
+        layer.weight,
+        layer.bias,
+        layer.lora_A,
+        layer.lora_B,
+        magnitude=layer.magnitude,
+        norm=fresh(layer),
+        scaling=layer.scaling,
+    )
     assert torch.equal(y, want)
 
 
@@ -173,9 +179,14 @@ def test_a_capture_is_not_cached(computed, monkeypatch):
 def test_every_part_of_the_formula_is_part_of_the_key(computed):
     W, A, B = torch.randn(8, 8), torch.randn(3, 8), torch.randn(8, 3)
     calls = [
-        {}, {"axis": "in"}, {"scaling": 2.0}, {"scaling": torch.tensor(2.0)}, {"core": torch.randn(3, 3)}, {"core": torch.randn(3)},
+        {},
+        {"axis": "in"},
+        {"scaling": 2.0},
+        {"scaling": torch.tensor(2.0)},
+        {"core": torch.randn(3, 3)},
+        {"core": torch.randn(3)},
         {"out_scale": torch.randn(8)},
-    ]  # fmt: skip
+    ]
     computed.clear()
     for weight in (W, W.t()):
         for given in calls:
@@ -238,6 +249,7 @@ def test_a_norm_of_inference_mode_is_not_used_outside_it():
     layer(X).sum().backward()
 
 
+@pytest.mark.compile
 @torch.no_grad()
 def test_compiled_code_does_not_cache(computed):
     layer = layer_of().eval()
@@ -278,9 +290,7 @@ def test_the_effective_B_is_the_one_of_the_same_delta(form):
     }[form]
     delta = lorafast.linear(x, torch.zeros_like(W), None, A, B, scaling=0.7, **extra)
     folded = (
-        formula.effective_B(
-            lorafast.engine.problem.LayerTensors(W, lora_A=A, lora_B=B, **extra)
-        )
+        formula.effective_B(lorafast.engine.problem.LayerTensors(W, lora_A=A, lora_B=B, **extra))
         @ A
         * 0.7
     )

@@ -9,11 +9,13 @@ K, N = 6, 5
 
 
 def net():
+    """Return a small net of three linears, always the same."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(K, N), nn.Tanh(), nn.Linear(N, K, bias=False), nn.Linear(K, K))
 
 
-def moved(adapter, seed=3, **options):
+def adapted_net(adapter, seed=3, **options):
+    """Return the net with an adapter away from its start."""
     model = lorafast.adapt(net(), adapter, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -31,8 +31,8 @@ ADAPTERS = [
 each_adapter = pytest.mark.parametrize("adapter", ADAPTERS, ids=repr)
 
 
-def trained(adapter, **settings):
-    """A layer whose adapter has moved away from its start, in eval."""
+def trained_layer(adapter, **settings):
+    """Return a layer whose adapter has moved away from its start, in eval."""
     layer = lorafast.Linear(K, N, adapter=adapter, **settings)
     with torch.no_grad():
         for name, part in layer.named_parameters():
@@ -41,6 +41,6 @@ def trained(adapter, **settings):
     return layer.eval()
 
 
-def x_of(dtype=torch.float32):
-    """Five tokens."""
+def inputs(dtype=torch.float32):
+    """Return five tokens."""
     return torch.randn(5, K).to(dtype)

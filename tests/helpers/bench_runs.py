@@ -1,28 +1,61 @@
-"""A run of lorafast-bench linear that takes no time to speak of."""
+"""Short runs of lorafast-bench linear and lorafast-bench model."""
+
+import functools
+from unittest import mock
+
+import torch
 
 from lorafast.bench import commands
-from lorafast.bench.record import Results
+from lorafast.bench.cases import encoder, model
+from lorafast.bench.measure import timing
+from lorafast.bench.report.record import Results
 
 K, N, R = 24, 40, 4
-SMALL = [
-    "linear",
-    "--shape",
-    f"{K}x{N}",
-    "--rank",
-    str(R),
-    "--tokens",
-    "8,3",
-    "--rounds",
-    "2",
-    "--warmup",
-    "1",
-    "--device",
-    "cpu",
-]
+LINEAR = ["linear", "--shape", f"{K}x{N}", "--rank", str(R), "--tokens", "8,3"]
+LINEAR += ["--rounds", "2", "--warmup", "1", "--device", "cpu"]
+MODEL = ["model", "--device", "cpu", "--seq", "8", "--rounds", "1", "--warmup", "1"]
 
 
-def run(tmp_path, *more):
-    """The exit status, the rows and the file of a small run."""
+def run(tmp_path, options):
+    """Run `linear` with these options, in one string, or with a list of words.
+
+    Returns the exit status, the rows and the file.
+    """
+    return _run(tmp_path, LINEAR, options)
+
+
+def run_model(tmp_path, options):
+    """Run `model` with these options. Returns the exit status and the rows."""
+    return _run(tmp_path, MODEL, options)[:2]
+
+
+def _run(tmp_path, command, options):
     out = tmp_path / "out.json"
-    status = commands.main([*SMALL, "--json", str(out), *more])
+    words = options.split() if isinstance(options, str) else options
+    # Without repeats within a sample: these times are not read.
+    with mock.patch.object(timing, "MIN_SAMPLE_MS", 0.0):
+        status = commands.main([*command, "--json", str(out), *words])
     return status, (Results.read(out).records if out.exists() else []), out
+
+
+def by_label(rows, **fields):
+    """Return the rows with these fields, by label."""
+    return {
+        r.label: r for r in rows if all(getattr(r, name) == value for name, value in fields.items())
+    }
+
+
+@functools.cache
+def _encoder(name, dtype, device, layers):
+    loaded = encoder.Encoder(name, dtype, device)
+    loaded.model.encoder.layer = loaded.model.encoder.layer[:layers]
+    return loaded
+
+
+def shorten_encoder(monkeypatch, layers=1):
+    """Let `model` measure the first layers of the encoder alone, loaded once per process."""
+
+    def load(name, dtype, device):
+        return _encoder(name, dtype, torch.device(device), layers)
+
+    monkeypatch.setattr(model, "Encoder", load)

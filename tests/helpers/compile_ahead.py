@@ -1,7 +1,8 @@
-"""Compiles Triton kernels ahead of time, without a GPU, in its own process: `compile_ahead.py DTYPE CAPABILITY KERNEL...`.
+"""Compiles Triton kernels ahead of time, without a GPU.
 
-Prints one JSON line a form: its tile and flags, registers, stack, shared memory, and what its PTX and SASS contain. (pytest's own
-process interprets kernels; there they cannot be compiled.)
+`compile_ahead.py DTYPE CAPABILITY KERNEL...` prints one JSON line a form: its tile and flags,
+registers, stack, shared memory, and counts of instructions in its PTX and SASS. It runs in a
+process of its own, because pytest's process interprets kernels and then cannot compile them.
 """
 
 import itertools
@@ -22,13 +23,13 @@ from lorafast.engine.kernels import (
     gemm,
     grad_output,
     grad_project,
-    masked_add,
+    low_rank_add,
     project,
     row_norm,
     scale_cast,
 )
 
-# tf32 is what fp32 becomes where torch.backends allows it.
+# tf32 is fp32 with products in tf32, for which torch.backends asks.
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -36,37 +37,22 @@ DTYPES = {
     "tf32": torch.float32,
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Arguments that are fp32 whatever the activation is; A and B are fp32 factors except where they have been cast.
+# The arguments that are fp32 for any activation. A and B are fp32 factors unless they have been
+# cast.
 WIDE = {
-    "A_ptr",
-    "core_ptr",
-    "scale_ptr",
-    "parts_ptr",
-    "sums_ptr",
-    "u_ptr",
-    "P_ptr",
-    "dB_ptr",
-    "d_out_scale_ptr",
-    "gain_ptr",
-}
-WIDE |= {"bias_ptr", "out_scale_ptr", "row_ptr", "factor_ptr"}
-# The strides that are 1 where tensors are contiguous.
+    "A_ptr", "core_ptr", "factor_ptr", "gain_ptr", "bias_ptr", "scale_ptr", "row_scale_ptr",
+    "out_scale_ptr", "parts_ptr", "sums_ptr", "u_ptr", "P_ptr", "dB_ptr", "d_out_scale_ptr",
+}  # fmt: skip
+# The strides that are 1 for contiguous tensors.
 UNIT = {
-    "stride_xk",
-    "stride_ak",
-    "stride_vr",
-    "stride_br",
-    "stride_cj",
-    "stride_wk",
-    "stride_dn",
-    "stride_kn",
-    "stride_hr",
-}
-UNIT |= {"stride_fj", "stride_oj"}
+    "stride_xk", "stride_ak", "stride_vr", "stride_br", "stride_cj", "stride_wk", "stride_dn",
+    "stride_kn", "stride_hr", "stride_fj", "stride_oj",
+}  # fmt: skip
+SIZES = {"M", "N", "K", "R", "K0", "K1", "K2", "K3", "rows", "cols", "width", "live", "groups"}
 
 
 def forms(kernel, dtype, capability):
-    """Every form of a kernel in a dtype: the function, its tile, and the flags it is compiled with."""
+    """Yield every form of a kernel in a dtype: the function, its tile and its flags."""
     precise = {"PRECISION": "tf32" if dtype == "tf32" else "ieee"}
     both = (False, True)
     if kernel.startswith("gemm"):
@@ -76,9 +62,10 @@ def forms(kernel, dtype, capability):
         if kernel == "project":
             for drops, parts in itertools.product(both, both):
                 yield project.project_kernel, tile, {"DROPS": drops, "PARTS": parts} | precise
-        elif kernel == "finish":
-            for core in (0, 1, 2) if configs.mixes(tile.BLOCK_R, DTYPES[dtype]) else (0,):
-                yield project.finish_kernel, tile, {"CORE": core} | precise
+        elif kernel == "project_finish":
+            in_registers = configs.core_in_registers(tile.BLOCK_R, DTYPES[dtype])
+            for core in (0, 1, 2) if in_registers else (0,):
+                yield project.project_finish_kernel, tile, {"CORE": core} | precise
         elif kernel == "grad_project":
             for drops in both:
                 yield grad_project.grad_project_kernel, tile, {"DROPS": drops} | precise
@@ -86,15 +73,15 @@ def forms(kernel, dtype, capability):
             least = max([1, *(rank + 1 for rank in configs.BLOCKS_R if rank < tile.BLOCK_R)])
             for u in both if configs.one_pass(least, least, DTYPES[dtype]) else (False,):
                 yield grad_output.grad_output_kernel, tile, {"U": u, "P": True} | precise
-            # Where nothing is asked of the ranks the narrowest tile serves.
+            # Without u and P only the smallest tile of ranks is used.
             if configs.BLOCKS_R.index(tile.BLOCK_R) == 0:
                 yield grad_output.grad_output_kernel, tile, {"U": False, "P": False} | precise
-        elif kernel == "finish_P":
-            yield grad_output.finish_P_kernel, tile, {}
-        elif kernel == "masked_add":
-            yield masked_add.masked_add_kernel, tile, precise
-        elif kernel == "factor":
-            yield scale_cast.factor_kernel, tile, {}
+        elif kernel == "grad_output_finish":
+            yield grad_output.grad_output_finish_kernel, tile, {}
+        elif kernel == "low_rank_add":
+            yield low_rank_add.low_rank_add_kernel, tile, precise
+        elif kernel == "scale_cast":
+            yield scale_cast.scale_cast_kernel, tile, {}
         elif kernel == "row_norm":
             for by_row in both:
                 yield (
@@ -124,7 +111,10 @@ def _gemm_forms(kernel, dtype, capability, precise):
 
 
 def compiled(function, tile, flags, dtype, capability, ones=False):
-    """As a launch on contiguous, aligned tensors with fp32 factors would compile it; ones: where every size and stride is 1."""
+    """Return a form as a launch on contiguous, aligned tensors with fp32 factors compiles it.
+
+    ones: as for tensors whose sizes and strides are all 1.
+    """
     dtype = dtype.replace("tf", "fp")
     constants = flags | {
         name: getattr(tile, name) for name in function.arg_names if name.startswith("BLOCK_")
@@ -137,10 +127,10 @@ def compiled(function, tile, flags, dtype, capability, ones=False):
         }
     signature, attributes = {}, {}
     for place, name in enumerate(function.arg_names):
-        described = _described(function, name, tile, flags, dtype)
-        if described is not None:
-            signature[name] = described
-            constants |= {name: None} if described == "constexpr" else {}
+        descriptor = _descriptor_type(function, name, tile, flags, dtype)
+        if descriptor is not None:
+            signature[name] = descriptor
+            constants |= {name: None} if descriptor == "constexpr" else {}
         elif name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
@@ -166,34 +156,21 @@ def compiled(function, tile, flags, dtype, capability, ones=False):
 
 
 def _is_size(name):
-    return name in (
-        "M",
-        "N",
-        "K",
-        "R",
-        "K0",
-        "K1",
-        "K2",
-        "K3",
-        "I",
-        "J",
-        "rows",
-        "cols",
-        "width",
-        "live",
-        "groups",
-    ) or name.startswith("stride_")
+    return name in SIZES or name.startswith("stride_")
 
 
-def _described(function, name, tile, flags, dtype):
-    """The type of an argument that is a descriptor: a block of a, of b, or half a block of the result."""
+def _descriptor_type(function, name, tile, flags, dtype):
+    """Return the type of an argument that is a descriptor, None for any other argument.
+
+    It describes a block of a, of b, or half a block of the result.
+    """
     if function is not gemm.gemm_tma_kernel or name not in {
         "y",
         "z",
         *(f"{side}{i}" for side in "ab" for i in range(4)),
     }:
         return None
-    # Places behind those that are walked are None.
+    # The slots of segments that the form does not have are None.
     if (
         name[1:]
         and int(name[1:]) >= flags["SEGMENTS"]
@@ -220,25 +197,25 @@ def _wide(function, name, flags):
 
 
 def usage(built, sass):
-    """Registers, stack and local memory by the assembler's own account, and what the code is made of."""
+    """Return registers, stack and local memory by cuobjdump's report, and instruction counts."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        asked = ["--dump-resource-usage", *(["-sass"] if sass else [])]
-        told = subprocess.run(
-            [TOOLS / "cuobjdump", *asked, file.name], capture_output=True, text=True, check=True
+        options = ["--dump-resource-usage", *(["-sass"] if sass else [])]
+        dump = subprocess.run(
+            [TOOLS / "cuobjdump", *options, file.name], capture_output=True, text=True, check=True
         ).stdout
     ptx = built.asm["ptx"]
     return {
-        name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)
+        name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)
     } | {
         "shared": built.metadata.shared,
         "atomics": len(re.findall(r"\b(atom|red)\.\S*f(16|32|64)", ptx)),
         "tensor": len(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx)),
         "wgmma": len(re.findall(r"\bwgmma\.mma_async\b", ptx)),
-        # How many products may still be under way where one is waited for: more than none, or nothing overlaps.
+        # The most products that may still run at a wait for one: at 0 no product overlaps anything.
         "in_flight": max(
-            (int(n, 16) for n in re.findall(r"WARPGROUP\.DEPBAR\S*\s.*?(0x\w+)", told)), default=0
+            (int(n, 16) for n in re.findall(r"WARPGROUP\.DEPBAR\S*\s.*?(0x\w+)", dump)), default=0
         ),
         "tma_loads": len(re.findall(r"\bcp\.async\.bulk\.tensor\S*shared\S*global\b", ptx)),
         "async_loads": len(re.findall(r"\bcp\.async\.c[ag]\b", ptx)),
@@ -247,7 +224,8 @@ def usage(built, sass):
 
 if __name__ == "__main__":
     dtype, capability, kernels = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-    # Triton compiles a size of 1 as a constant, which is another program: the first form of each kernel so, too.
+    # Triton compiles a size of 1 as a constant, which gives another program: the first form of each
+    # kernel is compiled that way, too.
     first = {name: next(iter(forms(name, dtype, capability)), None) for name in kernels}
     for function, tile, flags in filter(None, first.values()):
         compiled(function, tile, flags, dtype, capability, ones=True)

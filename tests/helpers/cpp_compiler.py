@@ -1,4 +1,4 @@
-"""Whether this machine compiles the C++ kernels at all."""
+"""A mark for tests that need a C++ compiler."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""A small net of odd shapes, its gradients, and its weights as matrices, for the tests of starts that follow a gradient."""
+"""A small net of odd shapes, its gradients and its weights, for starts that follow a gradient."""
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ class Net(nn.Module):
 
 
 def net(dtype=torch.float64):
+    """Return the net, always the same."""
     torch.manual_seed(0)
     model = Net()
     nn.init.normal_(model.mixed.weight)
@@ -29,22 +30,25 @@ def net(dtype=torch.float64):
 
 
 def loss_of(model, x):
+    """Return the net's loss for x."""
     return (model(x) - 1).square().mean()
 
 
 def gradients_of(model, **options):
+    """Return the gradients that lorafast.estimate_gradients finds."""
     return lorafast.estimate_gradients(model, [X.to(model.up.weight.dtype)], loss_of, **options)
 
 
 def matrices(model):
-    """Every layer's weight as [N,K], by name."""
+    """Return every layer's weight as [N,K], by name."""
     return {
         name: (one.weight.t() if isinstance(one, Conv1D) else one.weight).detach().clone()
         for name, one in model.named_children()
     }
 
 
-def shaken(model):
+def perturbed(model):
+    """Return the model with everything that trains moved."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

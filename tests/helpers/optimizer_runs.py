@@ -1,6 +1,4 @@
-"""What tests of optimizers share: a small adapted model, a run, a run cut in two, and the gradient of a dense weight."""
-
-import io
+"""A small adapted model, its training loop, and the gradient of its dense weight."""
 
 import torch
 from torch import nn
@@ -11,7 +9,7 @@ WIDE, INNER, NARROW = 7, 11, 5
 
 
 def model_of(adapter, dtype=torch.float32, bias="none", **options):
-    """Two adapted linears and a head that trains, away from their start."""
+    """Return two adapted linears and a head that trains, away from their start."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(WIDE, INNER),
@@ -27,7 +25,7 @@ def model_of(adapter, dtype=torch.float32, bias="none", **options):
 
 
 def loss_of(model, step=0):
-    """A loss of 16 rows drawn for the step."""
+    """Return the loss of 16 rows drawn for the step."""
     generator = torch.Generator().manual_seed(100 + step)
     dtype = next(model.parameters()).dtype
     x, target = (
@@ -38,7 +36,7 @@ def loss_of(model, step=0):
 
 
 def train(model, optimizer, steps, first=0):
-    """Steps of an ordinary loop."""
+    """Make steps of an ordinary loop."""
     for step in range(first, first + steps):
         loss_of(model, step).backward()
         optimizer.step()
@@ -47,7 +45,7 @@ def train(model, optimizer, steps, first=0):
 
 
 def losses(model, optimizer, steps=30):
-    """The loss before each step, always of the same rows."""
+    """Return the loss before each step, always of the same rows."""
     found = []
     for _ in range(steps):
         loss = loss_of(model)
@@ -58,29 +56,13 @@ def losses(model, optimizer, steps=30):
     return found
 
 
-def assert_resumes(make):
-    """A run saved midway and loaded into a fresh model and optimizer is, to the bit, the run that went on."""
-    model, optimizer = make()
-    train(model, optimizer, 3)
-    file = io.BytesIO()
-    torch.save((model.state_dict(), optimizer.state_dict()), file)
-    train(model, optimizer, 3, 3)
-    again, other = make()
-    file.seek(0)
-    for part, state in zip((again, other), torch.load(file), strict=True):
-        part.load_state_dict(state)
-    train(again, other, 3, 3)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
-
-
-def values(model):
-    """What trains, by name, copied."""
+def trained_values(model):
+    """Return copies of what trains, by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def dense(layer):
-    """W + sBA of a layer, and DoRA's gain, as leaves of a new graph: (V [N,K], gain [N,1])."""
+    """Return W + sBA [N,K] of a layer, and DoRA's gain [N,1], as leaves of a new graph."""
     with torch.no_grad():
         V = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
         gain = (
@@ -92,7 +74,7 @@ def dense(layer):
 
 
 def dense_gradient(layer, x, target):
-    """dL/d(W + sBA) of Σ(y - target)², with the gain held."""
+    """Return dL/d(W + sBA) of L = Σ(y - target)², with the gain held."""
     V, gain = dense(layer)
     (x @ (gain * V).t() - target).square().sum().backward()
     return V.grad

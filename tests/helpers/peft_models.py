@@ -11,6 +11,8 @@ K, N = 24, 40
 
 
 class Net(nn.Module):
+    """Two linears and a Conv1D."""
+
     def __init__(self):
         super().__init__()
         self.up, self.down, self.mixed = nn.Linear(K, N), nn.Linear(N, K, bias=False), Conv1D(K, K)
@@ -24,28 +26,32 @@ ALL = [*TARGETS, "mixed"]
 
 
 def config(targets=TARGETS, **fields):
+    """Return a LoraConfig for these layers."""
     return peft.LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": list(targets)} | fields))
 
 
-def cored(targets=TARGETS, **fields):
+def lamda_config(targets=TARGETS, **fields):
+    """Return a LamdaConfig for these layers."""
     return LamdaConfig(**({"r": 4, "lora_alpha": 8, "target_modules": list(targets)} | fields))
 
 
-def wrapped(dtype=torch.float32, autocast_adapter_dtype=True, config=config, **fields):
-    """A PeftModel whose adapters are not at their start."""
+def peft_model(dtype=torch.float32, autocast_adapter_dtype=True, config=config, **fields):
+    """Return a PeftModel whose adapters are away from their start."""
     torch.manual_seed(0)
     model = peft.get_peft_model(
         Net().to(dtype), config(**fields), autocast_adapter_dtype=autocast_adapter_dtype
     )
-    shake(model)
+    perturb(model)
     return model
 
 
-def lamda(*args, **fields):
-    return wrapped(*args, config=cored, **fields)
+def lamda_model(*args, **fields):
+    """Return a PeftModel with LaMDA adapters away from their start."""
+    return peft_model(*args, config=lamda_config, **fields)
 
 
-def shake(model):
+def perturb(model):
+    """Move every adapter tensor."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -53,8 +59,8 @@ def shake(model):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def outcome(model, x, seed=3):
-    """y and all gradients by parameter."""
+def output_and_gradients(model, x, seed=3):
+    """Return y, and all gradients by parameter."""
     model.zero_grad()
     x = x.detach().requires_grad_()
     torch.manual_seed(seed)
@@ -66,6 +72,7 @@ def outcome(model, x, seed=3):
 
 
 def assert_same(found, want, rtol=1e-4, atol=1e-5):
+    """Assert that two dicts hold the same tensors, to a tolerance."""
     assert found.keys() == want.keys()
     for name in want:
         torch.testing.assert_close(found[name], want[name], rtol=rtol, atol=atol)
@@ -74,16 +81,17 @@ def assert_same(found, want, rtol=1e-4, atol=1e-5):
 X = torch.randn(3, 5, K, generator=torch.Generator().manual_seed(7))
 
 
-def added(model):
+def add_second_adapter(model):
+    """Add an adapter "other" away from its start."""
     torch.manual_seed(2)
     model.add_adapter("other", config(r=2, use_rslora=True))
-    shake(model)
+    perturb(model)
 
 
-def two(**fields):
-    """A LaMDA beside a LoRA, or whatever the fields make of it."""
-    model = lamda(targets=ALL, lamda_init="zero")
+def lamda_with_another(**fields):
+    """Return a model with a LaMDA adapter and another that the fields describe, in eval."""
+    model = lamda_model(targets=ALL, lamda_init="zero")
     torch.manual_seed(2)
     model.add_adapter("other", config(**({"r": 2} | fields)))
-    shake(model)
+    perturb(model)
     return model.eval()

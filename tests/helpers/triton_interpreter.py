@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: operands that lie every way, dropout by torch, and the error rule over draws."""
+"""Operands in several layouts, dropout by torch, and the error rule, for the Triton tests."""
 
 import torch
 
@@ -10,18 +10,21 @@ DTYPES = [torch.float32, torch.float16]
 
 
 def strided(M, K, dtype, layout):
-    """[M,K] of normal numbers: contiguous, a slice of something wider, or the transpose of [K,M]."""
+    """Return normal numbers [M,K]: contiguous, a slice of a wider matrix, or a transposed [K,M]."""
     if layout == "transposed":
         return torch.randn(K, M, dtype=torch.float64).to(dtype).t()
     wide = torch.randn(M, K + 3, dtype=torch.float64).to(dtype)
     return wide[:, 1 : K + 1] if layout == "sliced" else wide[:, :K].contiguous()
 
 
-def within_twice(found, eager, truth, dtype):
-    """The error rule over several draws: lists of results, and what stock torch and float64 give."""
+def within_twice(ours, eager, truth, dtype):
+    """Assert the error rule over several draws: our error is at most twice that of stock torch.
+
+    ours, eager, truth: lists of results, ours, stock torch's and those in float64.
+    """
     errors = [
-        sum((a.double() - t).square().sum() for a, t in zip(some, truth, strict=True)) ** 0.5
-        for some in (found, eager)
+        sum((a.double() - t).square().sum() for a, t in zip(results, truth, strict=True)) ** 0.5
+        for results in (ours, eager)
     ]
     scale = sum(t.square().sum() for t in truth) ** 0.5
     ratio = testing.ratio(*(float(e) for e in errors), float(scale), torch.finfo(dtype).eps / 8)
@@ -29,14 +32,20 @@ def within_twice(found, eager, truth, dtype):
 
 
 def draws(numbers):
-    """How many problems an error is taken over: where a result is a number or two, the rounding of one says nothing."""
+    """Return the draws over which an error is measured.
+
+    There are more of them for a result of few numbers, because the rounding of one says nothing.
+    """
     return range(2 if numbers >= 64 else 32)
 
 
 def far_apart(folder, rows, width):
-    """The same fp16 numbers twice [rows,width]: with rows 2²⁷ elements apart, the last beyond the 2³¹-st, and close together."""
+    """Return fp16 numbers [rows,width] twice: with rows 2²⁷ elements apart, and contiguous.
+
+    The last rows of the first lie beyond element 2³¹.
+    """
     apart = 1 << 27
-    # A file with holes: only what is touched takes room.
+    # The file is sparse: only pages that are written take space.
     whole = torch.from_file(
         str(folder / "sparse"), shared=True, size=rows * apart, dtype=torch.float16
     )
@@ -46,5 +55,7 @@ def far_apart(folder, rows, width):
 
 
 def dropped(x, p):
-    """drop(x) by torch, with the seed of these tests."""
-    return x * philox.kept(SEED, p, slice(0, x.shape[0]), x.shape[1]) * philox.scale(p) if p else x
+    """Return drop(x) by torch, with the seed of these tests."""
+    if not p:
+        return x
+    return x * philox.keep_mask(SEED, p, slice(0, x.shape[0]), x.shape[1]) * philox.scale(p)

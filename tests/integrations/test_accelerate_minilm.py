@@ -1,4 +1,4 @@
-"""MiniLM with PEFT's adapters trains on our ops as it trained on PEFT's, and is saved byte for byte the same."""
+"""MiniLM with PEFT's adapters trains and is saved after accelerate as before it."""
 
 import copy
 
@@ -8,9 +8,11 @@ import torch
 from safetensors import safe_open
 
 import lorafast
-from lorafast.bench.corpus import corpus
-from lorafast.bench.encoder import Classifier, Encoder
+from lorafast.bench.cases.corpus import corpus
+from lorafast.bench.cases.encoder import Classifier, Encoder
 from lorafast.integrations import peft_linear as ours
+
+pytestmark = pytest.mark.peft
 
 STEPS, BATCH, SEQ = 50, 4, 16
 CONFIGS = {
@@ -27,7 +29,7 @@ def encoder():
 
 
 def fresh(encoder, fields):
-    """A classifier on a copy of the encoder with PEFT's adapters at their start, always the same."""
+    """Return a classifier on a copy of the encoder, with PEFT's adapters at their start."""
     torch.manual_seed(0)
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **fields)
     adapted = peft.get_peft_model(copy.deepcopy(encoder.model), config)

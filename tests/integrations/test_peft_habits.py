@@ -1,4 +1,4 @@
-"""What PEFT's files and configs hold beside the plain case: ties, copies of biases, embeddings, odd names."""
+"""Special cases of PEFT's files and configs: ties, copied biases, embeddings, odd names."""
 
 import pytest
 import torch
@@ -7,6 +7,8 @@ from torch import nn
 
 import lorafast
 from lorafast import LoRA
+
+pytestmark = pytest.mark.peft
 
 peft = pytest.importorskip("peft")
 
@@ -24,7 +26,7 @@ def assert_read(make, theirs, folder, **options):
     theirs.save_pretrained(folder, **options)
     found = lorafast.load_adapter(make(), folder)
     torch.testing.assert_close(
-        tiny_transformers.out(found), tiny_transformers.out(theirs), rtol=1e-4, atol=2e-6
+        tiny_transformers.outputs(found), tiny_transformers.outputs(theirs), rtol=1e-4, atol=2e-6
     )
     return found
 
@@ -32,20 +34,24 @@ def assert_read(make, theirs, folder, **options):
 @pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["lm_head"], ["embed_tokens"]])
 def test_modules_to_save_of_a_tied_model_are_untied_as_in_peft(saved, tmp_path):
     found = assert_read(
-        tied, tiny_transformers.pefted(tied(), config(modules_to_save=saved)), tmp_path / "theirs"
+        tied,
+        tiny_transformers.peft_adapted(tied(), config(modules_to_save=saved)),
+        tmp_path / "theirs",
     )
     assert found.lm_head.weight is not found.model.embed_tokens.weight
-    ours = tiny_transformers.shake(lorafast.adapt(tied(), config(modules_to_save=saved)))
+    ours = tiny_transformers.perturb(lorafast.adapt(tied(), config(modules_to_save=saved)))
     lorafast.save_adapter(ours, tmp_path / "ours")
     for loaded in (
         lorafast.load_adapter(tied(), tmp_path / "ours"),
-        tiny_transformers.from_peft(tied(), tmp_path / "ours"),
+        tiny_transformers.loaded_by_peft(tied(), tmp_path / "ours"),
     ):
         torch.testing.assert_close(
-            tiny_transformers.out(loaded), tiny_transformers.out(ours), rtol=1e-4, atol=2e-6
+            tiny_transformers.outputs(loaded), tiny_transformers.outputs(ours), rtol=1e-4, atol=2e-6
         )
     with lorafast.disable_adapter(ours):
-        torch.testing.assert_close(tiny_transformers.out(ours), tiny_transformers.out(tied()))
+        torch.testing.assert_close(
+            tiny_transformers.outputs(ours), tiny_transformers.outputs(tied())
+        )
 
 
 def test_what_stays_tied_is_loaded_tied(tmp_path):
@@ -55,16 +61,19 @@ def test_what_stays_tied_is_loaded_tied(tmp_path):
     lorafast.save_adapter(ours, tmp_path / "tied")
     again = lorafast.load_adapter(tied(), tmp_path / "tied")
     assert again.lm_head.weight is again.model.embed_tokens.weight
-    torch.testing.assert_close(tiny_transformers.out(again), tiny_transformers.out(ours))
-    theirs = tiny_transformers.pefted(tied(), config(modules_to_save=["embed_tokens", "lm_head"]))
+    torch.testing.assert_close(tiny_transformers.outputs(again), tiny_transformers.outputs(ours))
+    theirs = tiny_transformers.peft_adapted(
+        tied(), config(modules_to_save=["embed_tokens", "lm_head"])
+    )
     theirs.save_pretrained(tmp_path / "apart")
-    before = tiny_transformers.tensors(again)
+    before = tiny_transformers.copied_tensors(again)
     with pytest.raises(
         ValueError, match=r"are one tensor \(99, 32\) in the model, and two in the file"
     ):
         lorafast.load_adapter(again, tmp_path / "apart")
     assert all(
-        torch.equal(value, before[name]) for name, value in tiny_transformers.tensors(again).items()
+        torch.equal(value, before[name])
+        for name, value in tiny_transformers.copied_tensors(again).items()
     )
 
 
@@ -88,12 +97,12 @@ class Net(nn.Module):
 
 
 def test_a_head_of_many_parts_with_biases_and_counters(tmp_path):
-    theirs = tiny_transformers.pefted(
+    theirs = tiny_transformers.peft_adapted(
         Net(),
         peft.LoraConfig(r=4, target_modules=["base"], bias="all", modules_to_save=["classifier"]),
     )
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = tiny_transformers.shake(
+    ours = tiny_transformers.perturb(
         lorafast.adapt(Net(), LoRA(r=4), ["base"], bias="all", modules_to_save=["classifier"])
     )
     ours.train()(torch.randn(16, 8))
@@ -110,7 +119,7 @@ def test_a_head_of_many_parts_with_biases_and_counters(tmp_path):
 def test_embeddings_saved_for_safety(tmp_path):
     assert_read(
         tiny_transformers.llama,
-        tiny_transformers.pefted(tiny_transformers.llama(), config()),
+        tiny_transformers.peft_adapted(tiny_transformers.llama(), config()),
         tmp_path,
         save_embedding_layers=True,
     )
@@ -125,7 +134,7 @@ def test_embeddings_saved_for_safety(tmp_path):
 def test_pissa_on_the_head_comes_with_its_residual(tmp_path):
     assert_read(
         tiny_transformers.llama,
-        tiny_transformers.pefted(
+        tiny_transformers.peft_adapted(
             tiny_transformers.llama(), config(target_modules=["lm_head"], init_lora_weights="pissa")
         ),
         tmp_path,
@@ -136,7 +145,7 @@ def test_patterns_of_groups_and_full_names(tmp_path):
     pattern = {r"layers\.(0|1)\.(self_attn\.)?q_proj": 3, r".*\.(up|down)_proj": 2}
     assert_read(
         tiny_transformers.llama,
-        tiny_transformers.pefted(
+        tiny_transformers.peft_adapted(
             tiny_transformers.llama(), config(target_modules="all-linear", rank_pattern=pattern)
         ),
         tmp_path / "a",
@@ -145,7 +154,7 @@ def test_patterns_of_groups_and_full_names(tmp_path):
     fields = {"target_modules": names, "layers_to_transform": [1]}
     found = assert_read(
         tiny_transformers.llama,
-        tiny_transformers.pefted(tiny_transformers.llama(), config(**fields)),
+        tiny_transformers.peft_adapted(tiny_transformers.llama(), config(**fields)),
         tmp_path / "b",
     )
     adapted = [
@@ -167,7 +176,7 @@ def test_a_config_for_inference_trains_nothing():
 
 
 def test_what_cannot_be_adapted_twice_or_at_once():
-    theirs = tiny_transformers.pefted(tiny_transformers.llama(), config())
+    theirs = tiny_transformers.peft_adapted(tiny_transformers.llama(), config())
     lorafast.accelerate(theirs)
     modules = list(theirs.modules())
     with pytest.raises(ValueError, match="carries PEFT adapters already"):
@@ -178,6 +187,7 @@ def test_what_cannot_be_adapted_twice_or_at_once():
         lorafast.adapt(tiny_transformers.llama(), both)
 
 
+@pytest.mark.compile
 def test_expressions_mean_names_without_wrappers():
     model = tiny_transformers.llama()
     model.model.layers[0].self_attn = torch.compile(

@@ -1,4 +1,4 @@
-"""LaMDA as one of PEFT's adapters: against lorafast.Linear and float64, beside others, and through what PEFT does with it."""
+"""LaMDA as one of PEFT's adapters: against lorafast.Linear, beside others, in PEFT's hands."""
 
 import copy
 import io
@@ -15,12 +15,12 @@ from helpers.peft_models import (
     X,
     assert_same,
     config,
-    cored,
-    lamda,
-    outcome,
-    shake,
-    two,
-    wrapped,
+    lamda_config,
+    lamda_model,
+    lamda_with_another,
+    output_and_gradients,
+    peft_model,
+    perturb,
 )
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
@@ -31,11 +31,13 @@ import lorafast
 from lorafast import testing
 from lorafast.integrations import peft_linear as ours
 
+pytestmark = pytest.mark.peft
+
 
 def one_layer(base, **fields):
     """A layer of PEFT's around the base, its adapter away from its start."""
-    model = peft.get_peft_model(nn.Sequential(base), cored(targets=["0"], **fields))
-    shake(model)
+    model = peft.get_peft_model(nn.Sequential(base), lamda_config(targets=["0"], **fields))
+    perturb(model)
     return model.base_model.model[0]
 
 
@@ -89,7 +91,7 @@ def twin(layer, dropout):
     ],
 )
 def test_a_layer_is_lorafasts_own(base, dtype, fields, dropout, calls):
-    """The same op on the same tensors and the same seed: every bit of y and of every gradient, and A has none."""
+    """The same op on the same tensors and seed: the same bits of y and of every gradient."""
     layer = one_layer(base().to(dtype), lora_dropout=dropout, **fields)
     same = twin(layer, dropout)
     wide = torch.randn(3, 5, same.in_features + 4).to(dtype)
@@ -113,7 +115,7 @@ def test_a_layer_is_lorafasts_own(base, dtype, fields, dropout, calls):
 def test_it_errs_no_more_than_the_chain(fast, monkeypatch):
     """On the op and in plain torch alike."""
     if not fast:
-        monkeypatch.setattr(ours.aside, "why_not_call", lambda *args: "asked by the test")
+        monkeypatch.setattr(ours.peft_support, "why_not_call", lambda *args: "asked by the test")
     case = testing.Case(testing.Form("lamda", core="full"), 63, N, K, 4, torch.float32, scaling=2.0)
     layer = one_layer(nn.Linear(K, N))
     held = {name: part for name, part in parts(layer).items() if name != "lora_A"}
@@ -147,7 +149,7 @@ def test_it_starts_as_the_base_model(fields, dtype):
     net = Net().to(dtype)
     before = {name: copy.deepcopy(module) for name, module in net.named_children()}
     model = peft.get_peft_model(
-        net, cored(ALL, rank_pattern={"down": 2}, alpha_pattern={"up": 3}, **fields)
+        net, lamda_config(ALL, rank_pattern={"down": 2}, alpha_pattern={"up": 3}, **fields)
     )
     for name in ALL:
         layer, base = getattr(net, name), before[name]
@@ -157,16 +159,20 @@ def test_it_starts_as_the_base_model(fields, dtype):
         )
         weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
         spec = lorafast.LaMDA(
-            layer.r["default"], layer.lora_alpha["default"], rslora="use_rslora" in fields,
-            init=fields.get("lamda_init", "residual"), svd_niter=fields.get("svd_niter"),
-        )  # fmt: skip
+            layer.r["default"],
+            layer.lora_alpha["default"],
+            rslora="use_rslora" in fields,
+            init=fields.get("lamda_init", "residual"),
+            svd_niter=fields.get("svd_niter"),
+        )
         held = {n.replace("core", "lora_core"): part for n, part in parts(layer).items()}
         assert torch.equal(layer.weight, base.weight) == (spec.init != "residual")
         if spec.init != "repo":
             start = spec.init_tensors(weight.detach())
             for n, value in start.items():
                 assert torch.equal(held[n], value.to(dtype).to(held[n].dtype))
-            # The residual is of the start, not of what PEFT rounds that to; lorafast.Linear has the same.
+            # The residual is of the start, not of what PEFT rounds that to; lorafast.Linear has the
+            # same.
             delta = (
                 spec.scaling
                 * start["lora_B"].double()
@@ -184,7 +190,7 @@ def test_it_starts_as_the_base_model(fields, dtype):
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging(dtype, safe):
-    model, x = lamda(dtype, targets=ALL), X.to(dtype)
+    model, x = lamda_model(dtype, targets=ALL), X.to(dtype)
     want, loose = model(x), {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     weights = {name: getattr(model.base_model.model, name).weight.clone() for name in ALL}
     model.merge_adapter(safe_merge=safe)
@@ -210,7 +216,7 @@ def test_merging(dtype, safe):
 
 
 def test_a_broken_adapter_does_not_merge_safely():
-    model = lamda(targets=["up"])
+    model = lamda_model(targets=["up"])
     layer = model.base_model.model.up
     layer.lora_core["default"].data[0, 0] = torch.inf
     before = layer.weight.clone()
@@ -220,7 +226,7 @@ def test_a_broken_adapter_does_not_merge_safely():
 
 
 def test_beside_another_adapter_they_add_up(calls):
-    model = two()
+    model = lamda_with_another()
     base = model.base_model
     alone = {}
     for name in ("default", "other"):
@@ -251,22 +257,22 @@ def test_beside_another_adapter_they_add_up(calls):
 
 
 def test_a_dora_on_the_same_layer_stays_a_dora(calls):
-    model = two(targets=ALL, use_dora=True, lora_dropout=0.3)
+    model = lamda_with_another(targets=ALL, use_dora=True, lora_dropout=0.3)
     model.set_adapter("other")
-    want = outcome(model.train(), X)
+    want = output_and_gradients(model.train(), X)
     report = lorafast.accelerate(model, keep="recompute")
     assert (report.taken, report.left) == (tuple(f"base_model.model.{name}" for name in ALL), {})
     assert model.base_model.model.up.lorafast_keep == "recompute"
-    assert want.keys() == outcome(model, X).keys()
+    assert want.keys() == output_and_gradients(model, X).keys()
     model.set_adapter("default")
-    found = outcome(model, X)
+    found = output_and_gradients(model, X)
     assert lorafast.restore(model) == 0
-    assert_same(outcome(model, X), found, 0, 0)
+    assert_same(output_and_gradients(model, X), found, 0, 0)
     assert calls["why"] == []
 
 
 def test_a_residual_is_taken_once_and_told_of():
-    model = lamda(targets=["up"])
+    model = lamda_model(targets=["up"])
     weight = model.base_model.model.up.weight
     before = weight.clone()
     with pytest.warns(
@@ -275,81 +281,84 @@ def test_a_residual_is_taken_once_and_told_of():
         model.add_adapter("other", config(["up"]))
     with pytest.raises(
         ValueError,
-        match=r"out of the weight \(40, 24\), on which 'default' and 'other' work: 'zero' and 'repo'",
+        match=r"out of the weight \(40, 24\), on which 'default' and 'other' work: "
+        "'zero' and 'repo'",
     ):
-        model.add_adapter("late", cored(["up"]))
+        model.add_adapter("late", lamda_config(["up"]))
     assert not [name for name, _ in model.named_parameters() if "late" in name]
     model.delete_adapter("default")
     model.delete_adapter("other")
     again = "which an earlier start has changed: make the model anew"
     with pytest.raises(ValueError, match=again):
-        model.add_adapter("late", cored(["up"]))
+        model.add_adapter("late", lamda_config(["up"]))
     plain = model.unload()
     with pytest.raises(ValueError, match=again):
-        peft.get_peft_model(plain, cored(["up"]))
+        peft.get_peft_model(plain, lamda_config(["up"]))
     assert plain.up.weight is weight
     assert torch.equal(weight, before)
     tied = nn.ModuleDict({"one": nn.Linear(K, K), "two": nn.Linear(K, K)})
     tied.two.weight = tied.one.weight
     with pytest.raises(ValueError, match=again):
-        peft.get_peft_model(tied, cored(["one", "two"]))
+        peft.get_peft_model(tied, lamda_config(["one", "two"]))
 
 
 def test_layers_that_accelerate_took_take_a_lamda_too(calls):
-    model = wrapped()
-    want = outcome(model, X)
+    model = peft_model()
+    want = output_and_gradients(model, X)
     lorafast.accelerate(model)
-    model.add_adapter("late", cored(lamda_init="zero"))
-    assert_same(outcome(model, X), want)
+    model.add_adapter("late", lamda_config(lamda_init="zero"))
+    assert_same(output_and_gradients(model, X), want)
     model.set_adapter("late")
-    shake(model)
-    found = outcome(model, X)
+    perturb(model)
+    found = output_and_gradients(model, X)
     assert calls["why"] == []
     assert lorafast.restore(model) == 0
-    assert_same(outcome(model, X), found, 0, 0)
+    assert_same(output_and_gradients(model, X), found, 0, 0)
     model.delete_adapter("late")
     assert lorafast.restore(model) == 2
     with pytest.raises(ValueError, match="Unknown initialization init_lora_weights='lamda_zero'"):
-        model.add_adapter("later", cored(lamda_init="zero"))
+        model.add_adapter("later", lamda_config(lamda_init="zero"))
 
 
 def test_accelerate_finds_its_own_and_explain_tells(calls):
-    model = lamda(targets=ALL)
-    want, keys = outcome(model, X), list(model.state_dict())
+    model = lamda_model(targets=ALL)
+    want, keys = output_and_gradients(model, X), list(model.state_dict())
     assert len(lorafast.accelerate(model).taken) == 3
-    assert_same(outcome(model, X), want, 0, 0)
+    assert_same(output_and_gradients(model, X), want, 0, 0)
     rows = lorafast.explain(model).rows
     assert {(row.method, row.saved, row.referenced) for row in rows} == {
         ("LaMDA of PEFT (default)", 4 * 4, ())
     }
     up = model.base_model.model.up
-    assert ours.explained(up)[0].t.core is up.lora_core["default"]
+    assert up.lorafast_calls()[0].tensors.core is up.lora_core["default"]
     assert lorafast.restore(model) == 0
     assert list(model.state_dict()) == keys
-    assert_same(outcome(model, X), want, 0, 0)
+    assert_same(output_and_gradients(model, X), want, 0, 0)
     kept = testing.saved(lambda: model.base_model.model.up(X), {"x": X}, model.parameters())
     assert kept == testing.Saved(15 * 4 * 4, frozenset())
     assert calls["why"] == []
 
 
+@pytest.mark.compile
 def test_copies_pickles_checkpointing_and_the_compiler(calls):
-    model = lamda(targets=ALL, lora_dropout=0.2)
-    want = outcome(model, X)
+    model = lamda_model(targets=ALL, lora_dropout=0.2)
+    want = output_and_gradients(model, X)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     for same in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert_same(outcome(same, X), want, 0, 0)
+        assert_same(output_and_gradients(same, X), want, 0, 0)
     for reentrant in (False, True):
-        again = outcome(Checkpointed(model, reentrant), X)
+        again = output_and_gradients(Checkpointed(model, reentrant), X)
         assert_same(
             again, {f"model.{name}" if "." in name else name: value for name, value in want.items()}
         )
     torch._dynamo.reset()
     compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
-    found = outcome(compiled, X)
+    found = output_and_gradients(compiled, X)
     assert_same(
-        {name.removeprefix("_orig_mod."): value for name, value in found.items()}, outcome(model, X)
+        {name.removeprefix("_orig_mod."): value for name, value in found.items()},
+        output_and_gradients(model, X),
     )
     assert calls["why"] == []
 
@@ -364,20 +373,20 @@ class Checkpointed(nn.Module):
 
 
 def test_an_odd_core_is_not_the_ops_and_dropout_asks_itself():
-    layer = lamda(targets=["up"], lora_dropout=0.5).base_model.model.up
+    layer = lamda_model(targets=["up"], lora_dropout=0.5).base_model.model.up
     layer.training = False
-    assert ours.factors(layer, "default").dropout == 0.5
+    assert ours.adapter_factors(layer, "default").dropout == 0.5
     layer.lora_core["default"] = nn.Parameter(
         torch.eye(4).to(torch.float8_e4m3fn), requires_grad=False
     )
     assert (
-        ours.aside.why_not_call(layer, X, (), {}, "both", "inner")
+        ours.peft_support.why_not_call(layer, X, (), {}, "both", "inner")
         == "a factor is torch.float8_e4m3fn"
     )
 
 
 def test_training_moves_the_core_and_B_alone():
-    model = lamda(targets=ALL, bias="lora_only")
+    model = lamda_model(targets=ALL, bias="lora_only")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     for _ in range(2):
@@ -406,7 +415,7 @@ def test_training_moves_the_core_and_B_alone():
 
 def test_a_frozen_half_precision_core_stays_frozen():
     """PEFT's cast to fp32 makes new Parameters of what a ParameterDict holds."""
-    model = peft.get_peft_model(Net().bfloat16(), cored(inference_mode=True))
+    model = peft.get_peft_model(Net().bfloat16(), lamda_config(inference_mode=True))
     assert model.base_model.model.up.lora_core["default"].dtype == torch.float32
     assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
@@ -418,7 +427,7 @@ def test_a_transformers_model_takes_it_without_a_peftmodel():
     model = transformers.GPT2LMHeadModel(tiny).eval()
     tokens = torch.arange(8)[None]
     want = model(tokens).logits
-    peft.inject_adapter_in_model(cored(["c_attn", "c_proj"]), model, "mine")
+    peft.inject_adapter_in_model(lamda_config(["c_attn", "c_proj"]), model, "mine")
     torch.testing.assert_close(model(tokens).logits, want, rtol=1e-4, atol=1e-5)
     assert len(lorafast.accelerate(model).taken) == 3
     assert {row.method for row in lorafast.explain(model).rows} == {"LaMDA of PEFT (mine)"}

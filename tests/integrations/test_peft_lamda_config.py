@@ -9,12 +9,25 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from helpers.peft_models import ALL, K, N, Net, X, assert_same, config, cored, lamda, two
+from helpers.peft_models import (
+    ALL,
+    K,
+    N,
+    Net,
+    X,
+    assert_same,
+    config,
+    lamda_config,
+    lamda_model,
+    lamda_with_another,
+)
 from safetensors.torch import load_file
 from torch import nn
 
 import lorafast
 from lorafast.integrations.peft_lamda import LamdaConfig
+
+pytestmark = pytest.mark.peft
 
 
 @pytest.mark.parametrize("meta", [False, True])
@@ -33,7 +46,7 @@ from lorafast.integrations.peft_lamda import LamdaConfig
     ids=str,
 )
 def test_it_survives_the_disk(tmp_path, dtype, fields, meta):
-    model = lamda(dtype, targets=ALL, **fields).eval()
+    model = lamda_model(dtype, targets=ALL, **fields).eval()
     want = model(X.to(dtype))
     model.save_pretrained(tmp_path)
     told = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -94,7 +107,7 @@ def test_lorafast_and_peft_read_each_others_files(tmp_path, fields, dtype):
         torch.manual_seed(0)
         return Net().to(dtype)
 
-    x, model = X.to(dtype), lamda(dtype, targets=ALL, **fields).eval()
+    x, model = X.to(dtype), lamda_model(dtype, targets=ALL, **fields).eval()
     model.save_pretrained(tmp_path / "peft")
     native = lorafast.load_adapter(base(), tmp_path / "peft")
     assert torch.equal(native(x), model(x))
@@ -104,11 +117,11 @@ def test_lorafast_and_peft_read_each_others_files(tmp_path, fields, dtype):
     # A start that changed the weight is saved as one of twice the rank that does not.
     loose = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype] if "rank_pattern" in fields else 0
     torch.testing.assert_close(back(x), model(x), rtol=loose, atol=loose)
-    assert lorafast.adapt(base(), cored(ALL)).up.adapter == lorafast.LaMDA(r=4, alpha=8)
+    assert lorafast.adapt(base(), lamda_config(ALL)).up.adapter == lorafast.LaMDA(r=4, alpha=8)
 
 
 def test_a_peft_without_lorafast_refuses_the_file(tmp_path):
-    lamda(targets=["up"]).save_pretrained(tmp_path)
+    lamda_model(targets=["up"]).save_pretrained(tmp_path)
     lone = (
         "import sys, torch, peft\n"
         f"net = torch.nn.ModuleDict({{'up': torch.nn.Linear({K}, {N})}})\n"
@@ -127,9 +140,9 @@ def test_a_config_reads_its_own_kind_alone(tmp_path):
     with pytest.raises(ValueError, match=r"peft_type='LORA' is no LaMDA"):
         LamdaConfig.from_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="this PEFT knows no more, other, which the file sets"):
-        assert LamdaConfig.from_peft_type(**cored().to_dict(), more=1, other=2).r == 4
-    assert LamdaConfig(**cored(svd_niter=2).to_dict()).svd_niter == 2
-    model = lamda(targets=["up"])
+        assert LamdaConfig.from_peft_type(**lamda_config().to_dict(), more=1, other=2).r == 4
+    assert LamdaConfig(**lamda_config(svd_niter=2).to_dict()).svd_niter == 2
+    model = lamda_model(targets=["up"])
     with pytest.raises(
         ValueError, match="path_initial_model_for_weight_conversion cannot make a LoRA of it"
     ):
@@ -139,7 +152,7 @@ def test_a_config_reads_its_own_kind_alone(tmp_path):
 
 
 def test_one_of_several_is_saved_and_loaded_beside_others(tmp_path):
-    model = two()
+    model = lamda_with_another()
     model.set_adapter("default")
     want = model(X)
     model.save_pretrained(tmp_path, selected_adapters=["default"])
@@ -157,7 +170,7 @@ def test_one_of_several_is_saved_and_loaded_beside_others(tmp_path):
 
 @pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="this PEFT converts nothing")
 def test_what_leaves_the_weight_alone_converts_to_lora():
-    model = lamda(targets=ALL, lamda_init="zero").eval()
+    model = lamda_model(targets=ALL, lamda_init="zero").eval()
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
@@ -168,11 +181,11 @@ def test_what_leaves_the_weight_alone_converts_to_lora():
     peft.set_peft_model_state_dict(plain, state)
     torch.testing.assert_close(plain(X), model(X), rtol=1e-4, atol=1e-5)
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
-        peft.convert_to_lora(lamda(), rank=4)
+        peft.convert_to_lora(lamda_model(), rank=4)
 
 
 def test_mixing_adapters_by_their_deltas_is_right_and_by_their_factors_refused():
-    model = two(targets=ALL)
+    model = lamda_with_another(targets=ALL)
     layer = model.base_model.model.up
     layer.scaling.update(default=1.0, other=1.0)  # PEFT 0.18 counts it twice, a LoRA's too
     model.add_weighted_adapter(
@@ -203,7 +216,7 @@ def packed():
     [
         (lambda: nn.Embedding(3, 4), "Embedding"),
         (lambda: nn.Conv2d(3, 4, 1), "Conv2d"),
-        (lambda: Mine(3, 4), "test_lamda_config.Mine"),
+        (lambda: Mine(3, 4), "test_peft_lamda_config.Mine"),
         (lambda: nn.Linear(3, 4).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
         (packed, "Packed of torch.float32"),
     ],
@@ -211,9 +224,10 @@ def packed():
 def test_what_is_no_plain_linear_is_refused(target, what):
     with pytest.raises(
         TypeError,
-        match=f"LaMDA adapts plain nn.Linear and Conv1D layers, and .* is .*{what}: PEFT has no LaMDA",
+        match="LaMDA adapts plain nn.Linear and Conv1D layers, and .* is .*"
+        f"{what}: PEFT has no LaMDA",
     ):
-        peft.get_peft_model(nn.ModuleDict({"odd": target()}), cored(["odd"], r=1))
+        peft.get_peft_model(nn.ModuleDict({"odd": target()}), lamda_config(["odd"], r=1))
 
 
 @pytest.mark.parametrize(
@@ -236,15 +250,15 @@ def test_what_is_no_plain_linear_is_refused(target, what):
 )
 def test_configs_without_a_meaning_are_refused(fields, why):
     with pytest.raises(ValueError, match=why):
-        cored(**fields)
+        lamda_config(**fields)
 
 
 def test_a_config_cannot_be_replaced_nor_a_rank_exceed_the_weight_nor_a_meta_weight_give():
     with pytest.raises(ValueError, match="make a new one"):
-        replace(cored(), r=2)
+        replace(lamda_config(), r=2)
     with pytest.raises(ValueError, match=r"r=25 exceeds min\(N, K\)=24"):
-        lamda(r=25)
+        lamda_model(r=25)
     with torch.device("meta"):
         net = Net()
     with pytest.raises(ValueError, match="which is on the meta device: load it first"):
-        peft.get_peft_model(net, cored())
+        peft.get_peft_model(net, lamda_config())

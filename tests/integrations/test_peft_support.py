@@ -3,12 +3,23 @@
 import numpy
 import pytest
 import torch
-from helpers.peft_models import K, N, X, assert_same, config, outcome, shake, wrapped
+from helpers.peft_models import (
+    K,
+    N,
+    X,
+    assert_same,
+    config,
+    output_and_gradients,
+    peft_model,
+    perturb,
+)
 from torch import nn
 
 import lorafast
 from lorafast.integrations import peft_linear as ours
 from lorafast.integrations import peft_support
+
+pytestmark = pytest.mark.peft
 
 
 def hooked(model):
@@ -77,9 +88,9 @@ def own_dropout(model):
     ],
 )
 def test_layers_that_cannot_be_served_step_aside_with_a_reason(spoil, why, calls):
-    model = wrapped()
+    model = peft_model()
     spoil(model)
-    want = outcome(model, X)
+    want = output_and_gradients(model, X)
     with pytest.warns(
         UserWarning, match="accelerate: 1 of 2 PEFT layers run on lorafast; left 1: "
     ) as told:
@@ -89,7 +100,7 @@ def test_layers_that_cannot_be_served_step_aside_with_a_reason(spoil, why, calls
     ((name, reason),) = report.left.items()
     assert name == "base_model.model.up"
     assert why in reason
-    assert_same(outcome(model, X), want)
+    assert_same(output_and_gradients(model, X), want)
     assert (calls["fast"], calls["why"]) == (1, [reason])
     assert "PEFT's own forward: " in str(lorafast.explain(model))
 
@@ -106,22 +117,22 @@ def test_layers_that_cannot_be_served_step_aside_with_a_reason(spoil, why, calls
     ids=str,
 )
 def test_adapters_that_cannot_be_served_refuse_the_whole_and_change_nothing(fields, why):
-    model = wrapped(targets=["up"], **fields)
+    model = peft_model(targets=["up"], **fields)
     with pytest.raises(ValueError, match=f"model: nothing to accelerate: left 1: {why}"):
         lorafast.accelerate(model)
     assert not [m for m in model.modules() if isinstance(m, ours.Linear | ours.LoraModel)]
 
 
 def test_a_mixture_with_dora_is_pefts(calls):
-    model = wrapped()
+    model = peft_model()
     model.add_adapter("other", config(use_dora=True))
     model.base_model.set_adapter(["default", "other"])
-    shake(model)
-    want = outcome(model, X)
+    perturb(model)
+    want = output_and_gradients(model, X)
     model.base_model.set_adapter(["default"])
     lorafast.accelerate(model)
     model.base_model.set_adapter(["default", "other"])
-    assert_same(outcome(model, X), want)
+    assert_same(output_and_gradients(model, X), want)
     assert calls["why"] == ["several active adapters of which one is DoRA"] * 2
 
 
@@ -134,7 +145,7 @@ def test_a_mixture_with_dora_is_pefts(calls):
     ],
 )
 def test_a_wrong_x_raises_as_pefts_does(call, why, calls):
-    model = wrapped()
+    model = peft_model()
     layer = model.base_model.model.up
     with pytest.raises(RuntimeError) as want:
         call(layer)
@@ -146,7 +157,7 @@ def test_a_wrong_x_raises_as_pefts_does(call, why, calls):
 
 
 def test_transforms_of_torch_are_pefts(calls):
-    model = wrapped(targets=["up"])
+    model = peft_model(targets=["up"])
     lorafast.accelerate(model)
     layer = model.base_model.model.up
     torch.testing.assert_close(torch.func.vmap(layer)(X), layer(X))
@@ -227,14 +238,34 @@ ELSEWHERE = "its adapter and its base layer are on different devices"
     [
         (lambda layer: layer.enable_adapters(False), X, "the adapters are disabled"),
         (lambda layer: layer.merge(), X, "the adapters are merged"),
-        (lambda layer: setattr(layer, "cast_input_dtype_enabled", False), X, "casting of its input is disabled"),
+        (
+            lambda layer: setattr(layer, "cast_input_dtype_enabled", False),
+            X,
+            "casting of its input is disabled",
+        ),
         (lambda layer: setattr(layer, "_active_adapter", ["other"]), X, "no adapter is active"),
         (with_scaling(numpy.float32(2)), X, "its scaling is a numpy.float32"),
         (with_scaling(float("inf")), X, "its scaling is not finite"),
-        (with_scaling(torch.tensor(2)), X, "its scaling is no frozen floating tensor of one element on its device"),
-        (with_scaling(torch.ones(N)), X, "its scaling is no frozen floating tensor of one element on its device"),
-        (with_scaling(torch.tensor(2.0, device="meta")), X, "its scaling is no frozen floating tensor"),
-        (with_scaling(torch.tensor(2.0, requires_grad=True)), X, "its scaling is no frozen floating tensor"),
+        (
+            with_scaling(torch.tensor(2)),
+            X,
+            "its scaling is no frozen floating tensor of one element on its device",
+        ),
+        (
+            with_scaling(torch.ones(N)),
+            X,
+            "its scaling is no frozen floating tensor of one element on its device",
+        ),
+        (
+            with_scaling(torch.tensor(2.0, device="meta")),
+            X,
+            "its scaling is no frozen floating tensor",
+        ),
+        (
+            with_scaling(torch.tensor(2.0, requires_grad=True)),
+            X,
+            "its scaling is no frozen floating tensor",
+        ),
         (with_variant, X, "its variant is builtins.type"),
         (with_own_magnitude, X, "its magnitude is held by a "),
         (with_biased_A, X, "its lora_A has a bias"),
@@ -244,21 +275,37 @@ ELSEWHERE = "its adapter and its base layer are on different devices"
         (with_factor("lora_magnitude_vector", on_meta), X, ELSEWHERE),
         (with_bias_on_meta, X, ELSEWHERE),
         (with_base(in_eight_bits), X, "the weight of its base layer is torch.float8_e4m3fn"),
-        (with_base(lambda t: t.to_sparse_csr()), X, "the weight of its base layer is torch.float32, torch.sparse_csr"),
+        (
+            with_base(lambda t: t.to_sparse_csr()),
+            X,
+            "the weight of its base layer is torch.float32, torch.sparse_csr",
+        ),
         (with_base(double), X, "x and its base layer have different dtypes"),
         (with_hook_of(lambda layer: layer.base_layer), X, "its base layer has hooks"),
-        (with_hook_of(lambda layer: layer.lora_magnitude_vector["default"]), X, "a part of its adapter has hooks"),
-        (lambda layer: setattr(layer.base_layer, "_hf_hook", 1), X, "its base layer has a forward of its own"),
+        (
+            with_hook_of(lambda layer: layer.lora_magnitude_vector["default"]),
+            X,
+            "a part of its adapter has hooks",
+        ),
+        (
+            lambda layer: setattr(layer.base_layer, "_hf_hook", 1),
+            X,
+            "its base layer has a forward of its own",
+        ),
         (lambda layer: None, X.to("meta"), "x and its base layer are on different devices"),
         (lambda layer: None, X.to_sparse(), "x is a torch.Tensor, torch.sparse_coo"),
-        (lambda layer: None, torch.nested.nested_tensor([torch.ones(2, K)]), "x is a torch.Tensor, torch.strided"),
+        (
+            lambda layer: None,
+            torch.nested.nested_tensor([torch.ones(2, K)]),
+            "x is a torch.Tensor, torch.strided",
+        ),
         (lambda layer: None, torch.masked.masked_tensor(X, X > 0), "x is a torch.masked"),
         (lambda layer: None, X[0, 0], "x is a single row, which PEFT's DoRA returns as a batch"),
         (lambda layer: None, torch.tensor(1.0), "x is no floating activation"),
     ],
-)  # fmt: skip
+)
 def test_every_reason(spoil, x, why):
-    model = wrapped(targets=["up"], use_dora=True)
+    model = peft_model(targets=["up"], use_dora=True)
     layer = model.base_model.model.up
     assert peft_support.why_not_call(layer, X, (), {}, "both", "inner") is None
     spoil(layer)
@@ -275,12 +322,12 @@ def test_every_reason(spoil, x, why):
     ],
 )
 def test_what_more_a_call_may_carry(args, kwargs, why):
-    layer = wrapped(targets=["up"]).base_model.model.up
+    layer = peft_model(targets=["up"]).base_model.model.up
     assert peft_support.why_not_call(layer, X, args, kwargs, "both", "inner") == why
 
 
 def test_autocast_touches_no_fp64():
-    layer = wrapped(torch.float64, targets=["up"]).base_model.model.up
+    layer = peft_model(torch.float64, targets=["up"]).base_model.model.up
     with torch.autocast("cpu", torch.bfloat16):
         assert peft_support.why_not_call(layer, X.double(), (), {}, "both", "inner") is None
         assert (
@@ -291,20 +338,20 @@ def test_autocast_touches_no_fp64():
 
 def test_an_fp16_base_keeps_pefts_wide_products():
     """PEFT's default fp32 adapters on fp16: a gradient that fp16 would lose must not be lost."""
-    model = wrapped(torch.float16, targets=["up"])
+    model = peft_model(torch.float16, targets=["up"])
     layer, x = model.base_model.model.up, X.half()
     why = "an fp16 base with wider adapters, whose products PEFT keeps from fp16's narrow range"
     assert peft_support.why_not_call(layer, x, (), {}, "both", "inner") == why
     with torch.autocast("cpu", torch.float16):
         assert peft_support.why_not_call(layer, x, (), {}, "both", "inner") is None
-    narrow = wrapped(
+    narrow = peft_model(
         torch.float16, autocast_adapter_dtype=False, targets=["up"]
     ).base_model.model.up
     assert peft_support.why_not_call(narrow, x, (), {}, "both", "inner") is None
 
 
 def test_a_layer_somebody_else_took_over_is_left(calls):
-    model = wrapped()
+    model = peft_model()
     up = model.base_model.model.up
     up.forward = up.forward
     with pytest.warns(UserWarning, match="has a forward of its own, which somebody else put there"):
@@ -314,7 +361,7 @@ def test_a_layer_somebody_else_took_over_is_left(calls):
 
 
 def test_explain_tells_what_runs_now():
-    model = wrapped(targets=["up"])
+    model = peft_model(targets=["up"])
     lorafast.accelerate(model)
     model.base_model.disable_adapter_layers()
     assert "PEFT's own forward: the adapters are disabled" in str(lorafast.explain(model))
@@ -330,15 +377,15 @@ def test_explain_tells_what_runs_now():
 def test_dropout_listens_to_whom_peft_listens():
     """LoRA's dropout to its own mode, DoRA's to the layer's too."""
     for dora, drops in ((False, True), (True, False)):
-        layer = wrapped(targets=["up"], use_dora=dora, lora_dropout=0.5).base_model.model.up
+        layer = peft_model(targets=["up"], use_dora=dora, lora_dropout=0.5).base_model.model.up
         layer.training = False
-        assert (ours.factors(layer, "default").dropout > 0) == drops
+        assert (ours.adapter_factors(layer, "default").dropout > 0) == drops
         layer.training, layer.lora_dropout["default"].training = True, False
-        assert ours.factors(layer, "default").dropout == 0
+        assert ours.adapter_factors(layer, "default").dropout == 0
 
 
 def test_restore_refuses_what_has_become_another_class_and_leaves_nothing_behind():
-    model = wrapped()
+    model = peft_model()
     before = [dict(vars(module)) for module in model.modules()]
     lorafast.accelerate(model, keep="recompute")
     up, right = model.base_model.model.up, ours.Linear

@@ -1,4 +1,4 @@
-"""AdapterCheckpoint: transformers.Trainer's checkpoints hold adapters alone, and resume to the bit."""
+"""AdapterCheckpoint: Trainer's checkpoints hold adapters alone and resume to the bit."""
 
 import copy
 import functools
@@ -29,6 +29,8 @@ from lorafast.integrations import trainer as ours
 from lorafast.integrations.trainer import AdapterCheckpoint
 from lorafast.methods import svd
 from lorafast.schedule import LaMDAFreeze
+
+pytestmark = pytest.mark.peft
 
 STEPS, HALF = 6, 3
 IDS = torch.arange(16).reshape(2, 8)
@@ -265,6 +267,7 @@ def test_resuming_under(arguments, tmp_path):
     assert_same(again.model, straight.model)
 
 
+@pytest.mark.compile
 def test_a_compiled_model_and_a_plain_one_share_checkpoints(tmp_path):
     def compiled():
         return torch.compile(adapted(), backend="eager")
@@ -286,7 +289,7 @@ def test_a_compiled_model_and_a_plain_one_share_checkpoints(tmp_path):
 def test_a_start_computed_otherwise_is_replaced_by_the_runs(run, tmp_path, monkeypatch):
     straight, callback = prepared(run)
     trainer_of(straight, tmp_path, callback, Stop()).train()
-    monkeypatch.setattr(svd, "top", functools.partial(_least, svd.top))
+    monkeypatch.setattr(svd, "truncated_svd", functools.partial(_least, svd.truncated_svd))
     other, callback = prepared(run)
     monkeypatch.undo()
     callback.on_init_end(None, None, None, model=other)
@@ -452,7 +455,10 @@ def test_a_start_saved_after_its_scaling_changed(tmp_path):
 
 
 def _in_a_group(rank, folder):
-    """Ends the process itself: torch's gloo group waits in its destructor, holding the GIL, for a thread that may want it."""
+    """End the process by itself.
+
+    The destructor of torch's gloo group holds the GIL while it waits for a thread that may want it.
+    """
     torch.set_num_threads(1)
     try:
         _save_and_resume(rank, folder)
@@ -472,8 +478,11 @@ def _save_and_resume(rank, folder):
         "MASTER_PORT": 0,
     }
     os.environ |= {name: str(value) for name, value in told.items()}
-    written, write = [], ours._write
-    ours._write = lambda model, folder: (written.append(folder.name), write(model, folder))
+    written, write = [], ours._write_checkpoint
+    ours._write_checkpoint = lambda model, folder: (
+        written.append(folder.name),
+        write(model, folder),
+    )
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
@@ -488,5 +497,6 @@ def _save_and_resume(rank, folder):
     torch.distributed.barrier()
 
 
+@pytest.mark.distributed
 def test_in_a_process_group_rank_0_writes_and_all_resume(tmp_path):
     spawn(_in_a_group, args=(tmp_path,), nprocs=2)

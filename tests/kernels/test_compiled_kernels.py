@@ -1,6 +1,7 @@
-"""Every Triton kernel compiles ahead of time, every tile in every form, dtype and architecture, and what comes out is lean.
+"""Every Triton kernel compiles ahead of time, in every tile, form, dtype and architecture.
 
-What each takes is printed as a table after the tests.
+The compiled code has no stack and no float atomics, and uses tensor cores and asynchronous loads. A
+table of registers and shared memory is printed after the tests.
 """
 
 import json
@@ -17,29 +18,31 @@ from lorafast.engine.kernels import configs
 ROOT = Path(__file__).resolve().parents[2]
 STREAMING = (
     "project",
-    "finish",
+    "project_finish",
     "grad_project",
     "grad_output",
-    "finish_P",
-    "masked_add",
-    "factor",
+    "grad_output_finish",
+    "low_rank_add",
+    "scale_cast",
     "row_norm",
 )
 GEMMS = ("gemm_tma", "gemm_pointers", "gemm_finish")
-# What a block may have of shared memory, in bytes. sm_86 and sm_89, which take the way of sm_80, have less than it.
+# The bytes of shared memory that a block may use. The limit for sm_80 is that of sm_86 and sm_89:
+# they use the same tiles and have less shared memory.
 SHARED = {80: 101376, 90: 232448, 100: 232448}
-# fp16's tiles are bf16's, and its code differs in the type of an operand: one architecture stands for all.
-ASKED = [(dtype, capability) for dtype in ("bf16", "fp32") for capability in SHARED] + [
+# fp16 has the tiles of bf16, and its code differs in the type of an operand only: one architecture
+# stands for all.
+CASES = [(dtype, capability) for dtype in ("bf16", "fp32") for capability in SHARED] + [
     ("fp16", 90),
     ("tf32", 90),
 ]
-# Kernels without a product, and those that stream nothing through one.
-PLAIN = ("finish_P", "factor", "gemm_finish")
+# The kernels without a matrix product.
+NO_PRODUCT = ("grad_output_finish", "scale_cast", "gemm_finish")
 
 
 @pytest.mark.parametrize("kernels", [GEMMS, STREAMING], ids=["gemm", "streaming"])
-@pytest.mark.parametrize(("dtype", "capability"), ASKED)
-def test_every_form_compiles_lean(dtype, capability, kernels, tmp_path, record_property):
+@pytest.mark.parametrize(("dtype", "capability"), CASES)
+def test_every_form_compiles_without_spills(dtype, capability, kernels, tmp_path, record_property):
     environment = {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(ROOT),
@@ -59,48 +62,48 @@ def test_every_form_compiles_lean(dtype, capability, kernels, tmp_path, record_p
     record_property(
         "compiled",
         [
-            [dtype, capability, one["kernel"], one["reg"], one["stack"], one["shared"]]
-            for one in built
+            [dtype, capability, form["kernel"], form["reg"], form["stack"], form["shared"]]
+            for form in built
         ],
     )
     by_tma = "16" in dtype and capability >= 90
-    assert {one["kernel"] for one in built} == set(kernels) - (set() if by_tma else {"gemm_tma"})
-    for one in built:
+    assert {form["kernel"] for form in built} == set(kernels) - (set() if by_tma else {"gemm_tma"})
+    for form in built:
         clean = {"stack": 0, "local": 0, "atomics": 0}
-        assert {name: one[name] for name in clean} == clean, one
-        assert one["shared"] <= SHARED[capability], one
-        if multiplies(one):
-            assert one["tensor"] > 0, one
-        if one["kernel"] == "gemm_tma":
-            tile = one["tile"]
-            assert one["tma_loads"] > 0, one
-            # Room for every stage's operands at once: they arrive while others are multiplied.
+        assert {name: form[name] for name in clean} == clean, form
+        assert form["shared"] <= SHARED[capability], form
+        if multiplies(form):
+            assert form["tensor"] > 0, form
+        if form["kernel"] == "gemm_tma":
+            tile = form["tile"]
+            assert form["tma_loads"] > 0, form
+            # Shared memory holds the operands of all stages: some load while others are multiplied.
             assert (
-                one["shared"]
+                form["shared"]
                 >= tile["stages"] * 2 * (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"]
-            ), one
-        if one["kernel"] == "gemm_tma" and capability == 90:
-            # A product still under way while the next one's operands arrive.
-            assert one["wgmma"] > 0, one
-            assert one["in_flight"] > 0, one
-        if one["kernel"] == "gemm_pointers":
-            assert one["async_loads"] > 0, one
+            ), form
+        if form["kernel"] == "gemm_tma" and capability == 90:
+            # A product still runs while the operands of the next one load.
+            assert form["wgmma"] > 0, form
+            assert form["in_flight"] > 0, form
+        if form["kernel"] == "gemm_pointers":
+            assert form["async_loads"] > 0, form
 
 
-def multiplies(one):
-    """Whether a form has a product that tensor cores can do."""
-    flags = one["flags"]
-    precise = flags.get("PRECISION") == "ieee" and one["dtype"] == "fp32"
-    # finish multiplies nothing but a core; grad_output may be asked for sums alone.
+def multiplies(form):
+    """True if a form has a product for which the dtype has tensor cores."""
+    flags = form["flags"]
+    precise = flags.get("PRECISION") == "ieee" and form["dtype"] == "fp32"
+    # project_finish multiplies by a full core only; grad_output may compute the sums alone.
     return (
-        one["kernel"] not in PLAIN
+        form["kernel"] not in NO_PRODUCT
         and not precise
         and flags.get("CORE", 2) == 2
         and (flags.get("P", True) or flags["U"])
     )
 
 
-def test_every_tile_of_ranks_is_compiled():
-    for kernel in ("project", "finish", "grad_project", "grad_output", "finish_P", "row_norm"):
+def test_every_block_of_ranks_is_compiled():
+    for kernel in set(STREAMING) - {"low_rank_add", "scale_cast"}:
         for dtype in (torch.float32, torch.float16):
             assert {tile.BLOCK_R for tile in configs.tiles(kernel, dtype)} == set(configs.BLOCKS_R)

@@ -1,4 +1,4 @@
-"""The cost models: flops against torch's own counter on the eager backend, bytes against the operands' sizes."""
+"""The cost models: flops against torch's counter on eager, bytes against the operands' sizes."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def addmm_in_place(_, a, b, out_shape=None, **kwargs):
 
 
 def gemm_flops(call):
-    # torch's counter knows addmm but not addmm_.
+    # torch's counter has addmm but not addmm_.
     mapping = {torch.ops.aten.addmm_: addmm_in_place}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         call()
@@ -55,8 +55,8 @@ def test_flops():
     assert cost.grad_output(P).flops == gemm_flops(
         lambda: eager.grad_output(dy, [UpProjGradSpec(B, h=h, want_B=True)])
     )
-    mixed = UpProjGradSpec(B, core=full, h=h, want_B=True, want_core=True)
-    assert cost.grad_output(with_core).flops == gemm_flops(lambda: eager.grad_output(dy, [mixed]))
+    spec = UpProjGradSpec(B, core=full, h=h, want_B=True, want_core=True)
+    assert cost.grad_output(with_core).flops == gemm_flops(lambda: eager.grad_output(dy, [spec]))
     assert cost.grad_input(P).flops == gemm_flops(
         lambda: eager.grad_input([BaseTerm(dy, W)], [LowRankTerm(h, A)])
     )

@@ -1,4 +1,7 @@
-"""The GEMM of linear and grad_input in Triton's interpreter: every form and tile against float64 under the error rule."""
+"""The GEMM of linear and grad_input in Triton's interpreter, against float64.
+
+Every form and tile is tested by the error rule of helpers.triton_interpreter.within_twice.
+"""
 
 import pytest
 import torch
@@ -17,13 +20,16 @@ FORMS = [
     for tile in configs.gemm("pointers", dtype, False, False)
 ]
 FORMS += [("tma", torch.float16, tile) for tile in configs.gemm("tma", torch.float16, False, False)]
-# M, N, K, R, and how the activations lie.
+# M, N, K, R, and the layout of the activations.
 RAGGED = [
-    (1, 72, 24, 1, "contiguous"), (63, 130, 70, 8, "sliced"), (17, 33, 301, 12, "transposed"), (33, 40, 48, 16, "sliced"),
+    (1, 72, 24, 1, "contiguous"),
+    (63, 130, 70, 8, "sliced"),
+    (17, 33, 301, 12, "transposed"),
+    (33, 40, 48, 16, "sliced"),
     (70, 9, 130, 24, "contiguous"),
-]  # fmt: skip
+]
 WIDE = [(130, 257, 65, 64, "sliced")]
-# What a descriptor can hold: 16 bytes from row to row.
+# Sizes that a descriptor can describe: the rows are a multiple of 16 bytes apart.
 ALIGNED = [
     (1, 72, 24, 1, "contiguous"),
     (63, 136, 200, 12, "contiguous"),
@@ -42,24 +48,21 @@ def ids(value):
 
 @pytest.fixture
 def take(monkeypatch):
-    """take(form, tile, splits): every product goes this way, as far as the form can."""
+    """Return take(form, tile, splits): it sets the form, and if possible the tile, of products."""
 
     def taken(form, tile=None, splits=1):
-        def pick(asked):
-            able = [route for route in gemm_routing.candidates(asked) if route.form == form]
+        def pick(query):
+            routes = [route for route in gemm_routing.candidates(query) if route.form == form]
             if tile is None:
-                return able[0]
-            # By its blocks: a masked product has fewer stages.
-            route = next((route for route in able if route.tile[:3] == tile[:3]), able[-1])
-            steps = gemm_routing._steps(asked, route.tile.BLOCK_K)
-            share = (
-                -(-steps // splits)
-                if tile.BLOCK_M <= configs.SPLIT_ROWS and not asked.masked
-                else steps
-            )
-            return route._replace(programs=3, splits=-(-steps // share), share=share)
+                return routes[0]
+            # Found by its blocks alone, because a masked product has fewer stages.
+            route = next((route for route in routes if route.tile[:3] == tile[:3]), routes[-1])
+            steps = gemm_routing._steps(query, route.tile.BLOCK_K)
+            splittable = tile.BLOCK_M <= configs.SPLIT_ROWS and not query.masked
+            share = -(-steps // splits) if splittable else steps
+            return route._replace(programs=3, splits=-(-steps // share), steps_per_split=share)
 
-        # The interpreter is no GPU: what its descriptors may hold is asked of one they are for.
+        # The interpreter has no TMA: the candidates are those of a GPU that has it.
         monkeypatch.setattr(gemm_routing, "device", lambda arch: DEVICES["sm_90"])
         monkeypatch.setattr(gemm_routing, "pick", pick)
 
@@ -76,31 +79,31 @@ def test_linear(form, dtype, tile, shape, transposed, take):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("form", "dtype", "tile"),
-    [one for one in FORMS if one[2].BLOCK_M <= configs.SPLIT_ROWS],
+    [form for form in FORMS if form[2].BLOCK_M <= configs.SPLIT_ROWS],
     ids=ids,
 )
-def test_linear_whose_sum_is_split(form, dtype, tile, transposed, take):
+def test_linear_with_a_split_sum(form, dtype, tile, transposed, take):
     take(form, tile, splits=3)
     check_linear(dtype, 17, 40, 301, 12, "sliced", transposed)
 
 
 def check_linear(dtype, M, N, K, R, layout, transposed):
-    """y and z, with a gain, a bias and a scaling, over two draws."""
-    found, eager, truth = ([], []), ([], []), ([], [])
+    """Assert the error rule for y and z, with a gain, a bias and a scaling, over two draws."""
+    ours, eager, truth = ([], []), ([], []), ([], [])
     for _ in range(2):
-        x, B, mixed = strided(M, K, dtype, layout), torch.randn(N, R), strided(M, R, dtype, layout)
+        x, B, h_core = strided(M, K, dtype, layout), torch.randn(N, R), strided(M, R, dtype, layout)
         W = strided(N, K, dtype, "transposed" if transposed else "contiguous")
         gain, bias = torch.rand(N) + 0.5, torch.randn(N)
-        y, z = backend.linear(x, W, [UpProj(mixed, B, 1.7)], gain, bias, keep_inner=True)
-        for kept, cast in ((found, None), (eager, dtype), (truth, torch.float64)):
+        y, z = backend.linear(x, W, [UpProj(h_core, B, 1.7)], gain, bias, keep_inner=True)
+        for values, cast in ((ours, None), (eager, dtype), (truth, torch.float64)):
             if cast is not None:
-                z = F.linear(x.to(cast), W.to(cast)) + 1.7 * F.linear(mixed.to(cast), B.to(cast))
+                z = F.linear(x.to(cast), W.to(cast)) + 1.7 * F.linear(h_core.to(cast), B.to(cast))
                 y = gain.to(cast) * z + bias.to(cast)
-            kept[0].append(y)
-            kept[1].append(z)
+            values[0].append(y)
+            values[1].append(z)
     for i in range(2):
-        assert found[i][0].dtype == dtype
-        within_twice(found[i], eager[i], truth[i], dtype)
+        assert ours[i][0].dtype == dtype
+        within_twice(ours[i], eager[i], truth[i], dtype)
 
 
 @pytest.mark.parametrize("p", [0.0, P])
@@ -109,58 +112,58 @@ def check_linear(dtype, M, N, K, R, layout, transposed):
 def test_grad_input(form, dtype, tile, shape, transposed, p, take):
     take(form, tile)
     M, K, N, R, layout = shape
-    found, eager, truth = [], [], []
+    ours, eager, truth = [], [], []
     for _ in range(2):
         dy, v, A = strided(M, N, dtype, layout), strided(M, R, dtype, layout), torch.randn(R, K)
         W = strided(N, K, dtype, "transposed" if transposed else "contiguous")
-        found.append(
+        ours.append(
             backend.grad_input([BaseTerm(dy, W)], [LowRankTerm(v, A, SEED if p else None, p)])
         )
-        for kept, cast in ((eager, dtype), (truth, torch.float64)):
-            kept.append(dy.to(cast) @ W.to(cast) + dropped(v.to(cast) @ A.to(cast), p).to(cast))
-    within_twice(found, eager, truth, dtype)
+        for values, cast in ((eager, dtype), (truth, torch.float64)):
+            values.append(dy.to(cast) @ W.to(cast) + dropped(v.to(cast) @ A.to(cast), p).to(cast))
+    within_twice(ours, eager, truth, dtype)
 
 
 @pytest.mark.parametrize("form", ["pointers", "tma", "low first", "base first"])
-def test_lists_of_adapters_and_of_segments(form, take):
+def test_several_adapters_and_base_terms(form, take):
     take(form)
     M, K, Ns, ranks = 70, 72, (24, 40, 48), (3, 8, 4)
     x = torch.randn(M, K).half()
-    lows = [LowRankTerm(torch.randn(M, R).half(), torch.randn(R, K)) for R in ranks]
-    masked = [lows[0]._replace(seed=SEED, p=P), lows[1]._replace(seed=SEED + 1, p=0.5)]
-    segments = [
+    terms = [LowRankTerm(torch.randn(M, R).half(), torch.randn(R, K)) for R in ranks]
+    masked = [terms[0]._replace(seed=SEED, p=P), terms[1]._replace(seed=SEED + 1, p=0.5)]
+    bases = [
         BaseTerm(torch.randn(M, N).half(), torch.randn(N, K).half(), g)
         for N, g in zip(Ns, (None, torch.rand(40), None), strict=True)
     ]
 
-    def reference(segments, lows, cast):
+    def reference(bases, terms, cast):
         total = torch.zeros(M, K, dtype=cast)
-        for dy, W, gain in segments:
+        for dy, W, gain in bases:
             total += (dy.to(cast) if gain is None else dy.to(cast) * gain.to(cast)) @ W.to(cast)
-        for v, A, seed, p in lows:
+        for v, A, seed, p in terms:
             part = v.to(cast) @ A.to(cast)
             if p:
                 part = (
                     part
-                    * backend.eager.philox.kept(seed, p, slice(0, M), K)
+                    * backend.eager.philox.keep_mask(seed, p, slice(0, M), K)
                     * backend.eager.philox.scale(p)
                 )
             total += part.to(cast)
         return total
 
-    for some, chosen in (
-        (segments, lows),
-        (segments, masked[:1]),
-        (segments[:2], [*masked[:1], lows[2]]),
-        (segments[:1], masked),
+    for some_bases, some_terms in (
+        (bases, terms),
+        (bases, masked[:1]),
+        (bases[:2], [*masked[:1], terms[2]]),
+        (bases[:1], masked),
     ):
-        if form in ("pointers", "tma") and len([low for low in chosen if low.p]) > 1:
-            continue  # two masks are torch's to add
-        found = backend.grad_input(some, chosen)
+        if form in ("pointers", "tma") and len([term for term in some_terms if term.p]) > 1:
+            continue  # torch adds two masked summands
+        ours = backend.grad_input(some_bases, some_terms)
         within_twice(
-            [found],
-            [reference(some, chosen, torch.float16)],
-            [reference(some, chosen, torch.float64)],
+            [ours],
+            [reference(some_bases, some_terms, torch.float16)],
+            [reference(some_bases, some_terms, torch.float64)],
             torch.float16,
         )
     ups = [
@@ -171,20 +174,20 @@ def test_lists_of_adapters_and_of_segments(form, take):
     y, _ = backend.linear(x, W, ups)
     chains = [
         x.to(cast) @ W.to(cast).t()
-        + sum(float(up.scaling) * (up.mixed.to(cast) @ up.B.to(cast).t()) for up in ups)
+        + sum(float(up.scaling) * (up.h_core.to(cast) @ up.B.to(cast).t()) for up in ups)
         for cast in (torch.float16, torch.float64)
     ]
     within_twice([y], chains[:1], chains[1:], torch.float16)
 
 
 def test_two_masks_are_not_fused():
-    lows = [
+    terms = [
         LowRankTerm(torch.randn(5, 2), torch.randn(2, 16), SEED, P),
         LowRankTerm(torch.randn(5, 3), torch.randn(3, 16), SEED + 1, P),
     ]
     dy, W = torch.randn(5, 8), torch.randn(8, 16)
-    found = backend.grad_input([BaseTerm(dy, W)], lows)
-    torch.testing.assert_close(found, backend.eager.grad_input([BaseTerm(dy, W)], lows))
+    ours = backend.grad_input([BaseTerm(dy, W)], terms)
+    torch.testing.assert_close(ours, backend.eager.grad_input([BaseTerm(dy, W)], terms))
 
 
 @pytest.mark.parametrize("form", ["pointers", "low first", "base first"])
@@ -203,19 +206,19 @@ def test_empty_sizes(M, N, K, form, take):
 
 
 @pytest.mark.parametrize("form", ["pointers", "tma"])
-def test_dy_that_is_one_number_expanded(form, take):
+def test_an_expanded_dy(form, take):
     take(form)
     W, v, A = torch.randn(40, 16).half(), torch.randn(9, 8).half(), torch.randn(8, 16)
-    found = backend.grad_input(
+    ours = backend.grad_input(
         [BaseTerm(torch.ones(()).half().expand(9, 40), W)], [LowRankTerm(v, A)]
     )
     torch.testing.assert_close(
-        found, backend.grad_input([BaseTerm(torch.ones(9, 40).half(), W)], [LowRankTerm(v, A)])
+        ours, backend.grad_input([BaseTerm(torch.ones(9, 40).half(), W)], [LowRankTerm(v, A)])
     )
 
 
 @pytest.mark.parametrize(("form", "dtype", "tile"), FORMS, ids=ids)
-def test_what_is_beyond_the_end_is_not_written(form, dtype, tile):
+def test_nothing_is_written_outside_the_result(form, dtype, tile):
     M, N, K = 9, 24, 40
     a, b = torch.randn(M, K).to(dtype), torch.randn(N, K).to(dtype)
     guarded, inner = (
@@ -232,14 +235,14 @@ def test_what_is_beyond_the_end_is_not_written(form, dtype, tile):
         assert (whole[64 + M * N :] == 7).all()
 
 
-def test_rows_lie_beyond_two_to_the_thirty_first_element(tmp_path, take):
+def test_rows_beyond_element_two_to_the_31(tmp_path, take):
     take("pointers")
     rows, width = 20, 48
     far, near = far_apart(tmp_path, rows, width)
     W = torch.randn(24, width).half()
     assert torch.equal(backend.linear(far, W, [])[0], backend.linear(near, W, [])[0])
     dy = torch.randn(6, rows).half()
-    # As a weight, dense along its rows and read down its columns.
+    # The same tensor as a weight, dense along its rows and summed down its columns.
     assert torch.equal(
         backend.grad_input([BaseTerm(dy, far)], []), backend.grad_input([BaseTerm(dy, near)], [])
     )
@@ -257,27 +260,27 @@ def test_a_dropped_nan_stays_dropped(form, take):
         torch.randn(24, 16).half(),
     )
     v[3, 2], A[5, 7] = torch.nan, torch.inf
-    found = backend.grad_input([BaseTerm(dy, W)], [LowRankTerm(v, A, SEED, P)])
-    kept = backend.eager.philox.kept(SEED, P, slice(0, 9), 16)
-    spoilt = torch.zeros(9, 16, dtype=torch.bool)
-    spoilt[3], spoilt[:, 7] = True, True
-    assert torch.equal(~found.isfinite(), spoilt & kept)
+    ours = backend.grad_input([BaseTerm(dy, W)], [LowRankTerm(v, A, SEED, P)])
+    kept = backend.eager.philox.keep_mask(SEED, P, slice(0, 9), 16)
+    non_finite = torch.zeros(9, 16, dtype=torch.bool)
+    non_finite[3], non_finite[:, 7] = True, True
+    assert torch.equal(~ours.isfinite(), non_finite & kept)
 
 
 @pytest.mark.parametrize("form", ["pointers", "tma", "low first", "base first"])
-def test_vectors_and_factors_that_lie_apart(form, take):
+def test_strided_vectors_and_factors(form, take):
     take(form)
-    x, W, mixed = torch.randn(9, 16).half(), torch.randn(24, 16).half(), torch.randn(9, 8).half()
+    x, W, h_core = torch.randn(9, 16).half(), torch.randn(24, 16).half(), torch.randn(9, 8).half()
     gain, bias, out_scale, B = (
         torch.rand(48)[::2],
         torch.randn(1).expand(24),
         torch.rand(48)[::2],
         torch.randn(24, 16).half()[:, 1:9],
     )
-    y, _ = backend.linear(x, W, [UpProj(mixed, B, 1.0, out_scale)], gain, bias)
+    y, _ = backend.linear(x, W, [UpProj(h_core, B, 1.0, out_scale)], gain, bias)
     chains = [
         gain.to(c)
-        * (x.to(c) @ W.to(c).t() + mixed.to(c) @ (out_scale.to(c)[:, None] * B.to(c)).t())
+        * (x.to(c) @ W.to(c).t() + h_core.to(c) @ (out_scale.to(c)[:, None] * B.to(c)).t())
         + bias.to(c)
         for c in (torch.float16, torch.float64)
     ]
@@ -285,7 +288,7 @@ def test_vectors_and_factors_that_lie_apart(form, take):
 
 
 @pytest.mark.parametrize("form", ["pointers", "tma", "low first"])
-def test_a_weight_of_another_dtype_is_cast_for_one_call(form, take):
+def test_a_weight_of_another_dtype_is_cast(form, take):
     take(form)
     x, W, up = (
         torch.randn(9, 16).half(),

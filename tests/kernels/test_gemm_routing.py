@@ -1,27 +1,27 @@
-"""The choice between a GEMM of ours and torch's products: pure, legal, and measured where it has been measured."""
+"""The choice between our GEMM and torch's products: legal routes, the model, and measured rows."""
 
 import pytest
 import torch
 
 from lorafast.engine.kernels import configs, gemm_routing
-from lorafast.engine.kernels.gemm_routing import Asked, Route, Row, Tile
+from lorafast.engine.kernels.gemm_routing import Route, RouteQuery, Row, Tile
 from lorafast.engine.kernels.gpu_specs import DEVICES, device
 
-BASE = Asked(8192, 4096, (4096,), 16, torch.bfloat16, "sm_90")
+BASE = RouteQuery(8192, 4096, (4096,), 16, torch.bfloat16, "sm_90")
 
 
-def forms(asked):
-    return {route.form for route in gemm_routing.candidates(asked)}
+def forms(query):
+    return {route.form for route in gemm_routing.candidates(query)}
 
 
-def test_torch_can_always_do_it():
-    for asked in (
+def test_torchs_products_are_always_a_candidate():
+    for query in (
         BASE,
         BASE._replace(fusable=False),
         BASE._replace(arch="gfx942"),
         BASE._replace(dtype=torch.float32),
     ):
-        assert "base first" in forms(asked)
+        assert "base first" in forms(query)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_torch_can_always_do_it():
         ({"R": 0}, "low first"),
     ],
 )
-def test_what_cannot_be_is_no_candidate(changes, lacking):
+def test_an_impossible_route_is_no_candidate(changes, lacking):
     assert lacking in forms(BASE)
     assert lacking not in forms(BASE._replace(**changes))
 
@@ -48,27 +48,34 @@ def test_what_cannot_be_is_no_candidate(changes, lacking):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_every_route_covers_the_sum_once(arch, dtype, M, K, masked):
-    asked = BASE._replace(M=M, K=K, dtype=dtype, arch=arch, masked=masked, many=len(K) > 1)
-    for route in gemm_routing.candidates(asked):
-        assert gemm_routing.seconds(asked, route) > 0
+    query = BASE._replace(M=M, K=K, dtype=dtype, arch=arch, masked=masked, many_summands=len(K) > 1)
+    for route in gemm_routing.candidates(query):
+        assert gemm_routing.modelled_seconds(query, route) > 0
         if not route.fused:
             continue
-        steps = sum(-(-length // route.tile.BLOCK_K) for length in (*K, asked.R))
-        assert route.splits * route.share >= steps > (route.splits - 1) * route.share
+        steps = sum(-(-length // route.tile.BLOCK_K) for length in (*K, query.R))
+        assert (
+            route.splits * route.steps_per_split
+            >= steps
+            > (route.splits - 1) * route.steps_per_split
+        )
         assert route.splits == 1 or (route.tile.BLOCK_M <= configs.SPLIT_ROWS and not masked)
         assert route.tile in configs.gemm(route.form, dtype, masked, len(K) > 1)
         assert "tma" not in route.form or arch != "sm_80"
 
 
-def test_few_rows_are_split_until_the_device_is_full():
+def test_the_sum_of_few_rows_is_split_to_fill_the_device():
     few = gemm_routing.pick(BASE._replace(M=8, N=1024))
     assert few.fused
     assert few.tile.BLOCK_M == 16
     assert few.splits > 1
 
 
-def test_an_unproven_gemm_is_left_for_torchs_where_the_low_rank_part_costs_little():
-    """Break-even is an efficiency of 1/(1 + (367 - R_pad)/K): what is assumed passes it at K = 1024 and not at 14336."""
+def test_torchs_gemm_is_chosen_where_the_low_rank_part_costs_little():
+    """The two are equal at an efficiency of 1/(1 + (367 - R_pad)/K).
+
+    The assumed one is above it at K = 1024 and below it at K = 14336.
+    """
     assert gemm_routing.pick(BASE._replace(K=(1024,), N=1024)).fused
     assert not gemm_routing.pick(BASE._replace(K=(14336,))).fused
 
@@ -79,7 +86,7 @@ def test_a_measured_row_decides(monkeypatch):
         monkeypatch.setattr(gemm_routing, "TABLE", {gemm_routing.key(BASE): row})
         gemm_routing._picked.cache_clear()
         assert gemm_routing.pick(BASE._replace(M=8000)).row == row
-    # A row that is not legal here is none.
+    # A row with an illegal tile is ignored.
     monkeypatch.setattr(
         gemm_routing, "TABLE", {gemm_routing.key(BASE): Row("tma", Tile(1, 1, 1, 1, 1, 1))}
     )
@@ -88,8 +95,8 @@ def test_a_measured_row_decides(monkeypatch):
     gemm_routing._picked.cache_clear()
 
 
-def test_a_row_is_found_all_over_its_bucket(monkeypatch):
-    """How many programs share a sum follows from the exact number of rows; that they do is what was measured."""
+def test_a_row_decides_its_whole_range_of_M(monkeypatch):
+    """A row says that the sum is split; the number of splits follows from the exact M."""
     at_256 = BASE._replace(M=256, N=768, K=(1024,))
     (split,) = [
         route
@@ -103,26 +110,26 @@ def test_a_row_is_found_all_over_its_bucket(monkeypatch):
     gemm_routing._picked.cache_clear()
 
 
-def test_what_may_be_measured_apart_has_a_key_of_its_own():
-    apart = [
+def test_queries_that_may_be_measured_separately_have_separate_keys():
+    queries = [
         BASE,
         BASE._replace(by_row=False),
         BASE._replace(masked=True),
-        BASE._replace(ends=1),
+        BASE._replace(epilogue_passes=1),
         BASE._replace(R=32),
     ]
-    assert len({gemm_routing.key(asked) for asked in apart}) == len(apart)
+    assert len({gemm_routing.key(query) for query in queries}) == len(queries)
 
 
-def test_a_route_can_be_taken_for_a_while():
-    with gemm_routing.taking(Route("base first")):
+def test_a_route_can_be_forced():
+    with gemm_routing.forcing(Route("base first")):
         assert gemm_routing.pick(BASE) == Route("base first")
     assert gemm_routing.pick(BASE).row in [route.row for route in gemm_routing.candidates(BASE)]
 
 
 def test_rows_of_the_table_are_legal():
     for key, row in gemm_routing.TABLE.items():
-        asked = Asked(
+        query = RouteQuery(
             key.M,
             key.N,
             key.K,
@@ -131,17 +138,17 @@ def test_rows_of_the_table_are_legal():
             key.arch,
             key.by_row,
             key.masked,
-            ends=key.ends,
+            epilogue_passes=key.epilogue_passes,
         )
-        assert gemm_routing.key(asked) == key
-        assert row in [route.row for route in gemm_routing.candidates(asked)]
+        assert gemm_routing.key(query) == key
+        assert row in [route.row for route in gemm_routing.candidates(query)]
 
 
-def test_an_unknown_device_is_taken_for_a_known_one():
+def test_an_unknown_device_has_the_specification_of_sm_80():
     assert device("sm_87") == device("cpu") == DEVICES["sm_80"]
 
 
-def test_the_interpreter_takes_ours():
+def test_the_interpreter_chooses_our_gemm():
     assert gemm_routing.pick(BASE._replace(arch="cpu", dtype=torch.float32)).form == "pointers"
     assert gemm_routing.pick(BASE._replace(arch="cpu", fusable=False)) in (
         Route("low first"),

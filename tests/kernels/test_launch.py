@@ -1,4 +1,4 @@
-"""Descriptors: what can have one, and that a remembered one is what Triton takes."""
+"""TMA descriptors: which tensors can have one, and that Triton takes a cached one."""
 
 import pytest
 import torch
@@ -26,18 +26,17 @@ def test_aligned(tensor, aligned):
     assert launch.aligned(tensor) == aligned
 
 
-def test_a_remembered_descriptor_is_typed_as_a_fresh_one_and_keeps_nothing_alive():
+def test_a_cached_descriptor_has_the_type_of_a_new_one_and_keeps_no_tensor_alive():
     from triton._C.libtriton import native_specialize_impl
     from triton.backends.compiler import BaseBackend
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     W = torch.empty(64, 32, dtype=torch.bfloat16)
-    fresh = TensorDescriptor(W, [64, 32], [32, 1], [16, 8])
-    remembered = launch._remembered(W.data_ptr(), W.dtype, (64, 32), 32, (16, 8))
-    assert launch._remembered(W.data_ptr(), W.dtype, (64, 32), 32, (16, 8)) is remembered
-    assert remembered.base.data_ptr() == W.data_ptr()
-    types = [
-        native_specialize_impl(BaseBackend, one, False, True, True) for one in (fresh, remembered)
-    ]
+    new = TensorDescriptor(W, [64, 32], [32, 1], [16, 8])
+    arguments = W.data_ptr(), W.dtype, (64, 32), 32, (16, 8)
+    cached = launch._cached_descriptor(*arguments)
+    assert launch._cached_descriptor(*arguments) is cached
+    assert cached.base.data_ptr() == W.data_ptr()
+    types = [native_specialize_impl(BaseBackend, one, False, True, True) for one in (new, cached)]
     assert types[0] == types[1]
-    assert not isinstance(remembered.base, torch.Tensor)
+    assert not isinstance(cached.base, torch.Tensor)

@@ -1,8 +1,7 @@
-"""AdaLoRA: the spec, its formula in float64, and its files: PEFT's form both ways, whole, masked and resized, and forged."""
+"""AdaLoRA: the spec, its formula in float64, and its files, PEFT's and forged ones too."""
 
 import json
 
-import peft
 import pytest
 import torch
 from helpers import tiny_transformers
@@ -93,7 +92,7 @@ def test_what_is_kept_for_backward():
 
 def model_of(make=tiny_transformers.llama, **fields):
     model = lorafast.adapt(make(), AdaLoRA(**{"r": 4, "target_r": 2, "alpha": 32} | fields), seed=1)
-    return tiny_transformers.shake(model)
+    return tiny_transformers.perturb(model)
 
 
 def run(model, steps=6, tfinal=2):
@@ -113,16 +112,16 @@ def run(model, steps=6, tfinal=2):
 
 
 def through_peft(make, model, tmp_path):
-    """Ours saved and read by both; PEFT's own file of it read by ours. Returns what we load from our own."""
-    want = tiny_transformers.out(model)
+    """Save a model, read it by both, and PEFT's file of it again. Return the model read first."""
+    want = tiny_transformers.outputs(model)
     lorafast.save_adapter(model, tmp_path / "ours")
     loaded = lorafast.load_adapter(make(), tmp_path / "ours")
-    assert torch.equal(tiny_transformers.out(loaded), want)
-    theirs = tiny_transformers.from_peft(make(), tmp_path / "ours")
-    torch.testing.assert_close(tiny_transformers.out(theirs), want, rtol=1e-4, atol=2e-5)
+    assert torch.equal(tiny_transformers.outputs(loaded), want)
+    theirs = tiny_transformers.loaded_by_peft(make(), tmp_path / "ours")
+    torch.testing.assert_close(tiny_transformers.outputs(theirs), want, rtol=1e-4, atol=2e-5)
     theirs.save_pretrained(tmp_path / "theirs")
     torch.testing.assert_close(
-        tiny_transformers.out(lorafast.load_adapter(make(), tmp_path / "theirs")),
+        tiny_transformers.outputs(lorafast.load_adapter(make(), tmp_path / "theirs")),
         want,
         rtol=1e-4,
         atol=2e-5,
@@ -130,6 +129,7 @@ def through_peft(make, model, tmp_path):
     return loaded
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bart"])
 def test_through_peft_and_back(kind, tmp_path):
     make = tiny_transformers.KINDS[kind]
@@ -140,22 +140,23 @@ def test_through_peft_and_back(kind, tmp_path):
     assert state.keys() == load_file(tmp_path / "theirs/adapter_model.safetensors").keys()
     lorafast.save_adapter(model, tmp_path / "plain", as_lora=True)
     torch.testing.assert_close(
-        tiny_transformers.out(tiny_transformers.from_peft(make(), tmp_path / "plain")),
-        tiny_transformers.out(model),
+        tiny_transformers.outputs(tiny_transformers.loaded_by_peft(make(), tmp_path / "plain")),
+        tiny_transformers.outputs(model),
         rtol=1e-4,
         atol=2e-5,
     )
 
 
+@pytest.mark.peft
 def test_masked_and_then_resized(tmp_path):
     model = model_of()
     schedule = run(model)
-    masked = tiny_transformers.out(model)
+    masked = tiny_transformers.outputs(model)
     loaded = through_peft(tiny_transformers.llama, model, tmp_path / "masked")
     assert {layer.r for layer in loaded.modules() if isinstance(layer, lorafast.Linear)} == {4}
     ranks = schedule.resize()
     assert len(set(ranks.values())) > 1
-    torch.testing.assert_close(tiny_transformers.out(model), masked, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tiny_transformers.outputs(model), masked, rtol=1e-5, atol=1e-6)
     loaded = through_peft(tiny_transformers.llama, model, tmp_path / "resized")
     found = {
         name: layer for name, layer in loaded.named_modules() if isinstance(layer, lorafast.Linear)
@@ -163,9 +164,18 @@ def test_masked_and_then_resized(tmp_path):
     assert {name: layer.r for name, layer in found.items()} == ranks
     assert all(layer.adapter == model.get_submodule(name).adapter for name, layer in found.items())
     said = json.loads((tmp_path / "resized/ours/adapter_config.json").read_text())
-    assert {name: said[name] for name in ("peft_type", "init_r", "target_r", "total_step", "tinit", "tfinal", "deltaT")} == {
-        "peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 6, "tinit": 1, "tfinal": 2, "deltaT": 1,
-    }  # fmt: skip
+    assert {
+        name: said[name]
+        for name in ("peft_type", "init_r", "target_r", "total_step", "tinit", "tfinal", "deltaT")
+    } == {
+        "peft_type": "ADALORA",
+        "init_r": 4,
+        "target_r": 2,
+        "total_step": 6,
+        "tinit": 1,
+        "tfinal": 2,
+        "deltaT": 1,
+    }
     assert said["rank_pattern"] == {
         f"{name}.lora_E": [i < r for i in range(4)] for name, r in ranks.items()
     }
@@ -175,18 +185,29 @@ def test_masked_and_then_resized(tmp_path):
         lorafast.load_adapter(model_of(), tmp_path / "resized/ours")
     plain = lorafast.merge(loaded)
     torch.testing.assert_close(
-        tiny_transformers.out(plain), tiny_transformers.out(model), rtol=1e-4, atol=1e-5
+        tiny_transformers.outputs(plain), tiny_transformers.outputs(model), rtol=1e-4, atol=1e-5
     )
 
 
+@pytest.mark.peft
 @pytest.mark.filterwarnings("ignore:Adapter .* invalid shape")
 def test_pefts_own_run_and_its_file(tmp_path):
     """A model that PEFT has masked, a layer of which it has left nothing."""
+    import peft
+
     config = peft.AdaLoraConfig(
-        init_r=4, target_r=2, lora_alpha=32, target_modules=NAMES, total_step=6, tinit=1, tfinal=2, bias="lora_only",
-        task_type="CAUSAL_LM", lora_dropout=0.1,
-    )  # fmt: skip
-    theirs = tiny_transformers.pefted(tiny_transformers.llama(), config)
+        init_r=4,
+        target_r=2,
+        lora_alpha=32,
+        target_modules=NAMES,
+        total_step=6,
+        tinit=1,
+        tfinal=2,
+        bias="lora_only",
+        task_type="CAUSAL_LM",
+        lora_dropout=0.1,
+    )
+    theirs = tiny_transformers.peft_adapted(tiny_transformers.llama(), config)
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.02)
     for t in range(1, 5):
         theirs(input_ids=tiny_transformers.IDS, labels=tiny_transformers.IDS).loss.backward()
@@ -197,10 +218,10 @@ def test_pefts_own_run_and_its_file(tmp_path):
     none = "model.layers.1.self_attn.v_proj"
     pattern[f"{none}.lora_E.default"] = [False] * 4
     theirs.base_model.rankallocator.mask_using_rank_pattern(theirs.base_model.model, pattern)
-    want = tiny_transformers.out(theirs)
+    want = tiny_transformers.outputs(theirs)
     theirs.save_pretrained(tmp_path)
     loaded = lorafast.load_adapter(tiny_transformers.llama(), tmp_path, trainable=True)
-    torch.testing.assert_close(tiny_transformers.out(loaded), want, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(tiny_transformers.outputs(loaded), want, rtol=1e-4, atol=2e-6)
     layers = {
         name: layer for name, layer in loaded.named_modules() if isinstance(layer, lorafast.Linear)
     }
@@ -214,13 +235,16 @@ def test_pefts_own_run_and_its_file(tmp_path):
     through_peft(tiny_transformers.llama, loaded.eval(), tmp_path)
 
 
+@pytest.mark.peft
 def test_pefts_config(tmp_path):
+    import peft
+
     config = peft.AdaLoraConfig(
         init_r=6, target_r=3, lora_alpha=16, total_step=10, target_modules=NAMES, lora_dropout=0.2
     )
     ours, theirs = (
         lorafast.adapt(tiny_transformers.llama(), config),
-        tiny_transformers.pefted(tiny_transformers.llama(), config),
+        tiny_transformers.peft_adapted(tiny_transformers.llama(), config),
     )
     layer = ours.model.layers[0].self_attn.q_proj
     assert layer.adapter == AdaLoRA(r=6, target_r=3, alpha=16, dropout=0.2)
@@ -252,16 +276,17 @@ def test_pefts_config(tmp_path):
         use_rslora=True,
         alpha_pattern={"q_proj": 3},
     )
-    theirs = tiny_transformers.pefted(tiny_transformers.llama(), odd)
+    theirs = tiny_transformers.peft_adapted(tiny_transformers.llama(), odd)
     theirs.save_pretrained(tmp_path)
     torch.testing.assert_close(
-        tiny_transformers.out(lorafast.load_adapter(tiny_transformers.llama(), tmp_path)),
-        tiny_transformers.out(theirs),
+        tiny_transformers.outputs(lorafast.load_adapter(tiny_transformers.llama(), tmp_path)),
+        tiny_transformers.outputs(theirs),
         rtol=1e-4,
         atol=2e-6,
     )
 
 
+@pytest.mark.peft
 def test_a_scaling_changed_by_hand(tmp_path):
     model = model_of()
     layers = [layer for layer in model.modules() if isinstance(layer, lorafast.Linear)]
@@ -320,10 +345,11 @@ def test_forged(said, tensors, message, tmp_path):
         tmp_path / "adapter_model.safetensors",
     )
     plain = tiny_transformers.llama()
-    before, modules = tiny_transformers.tensors(plain), list(plain.modules())
+    before, modules = tiny_transformers.copied_tensors(plain), list(plain.modules())
     with pytest.raises((ValueError, TypeError), match=message):
         lorafast.load_adapter(plain, tmp_path)
     assert list(plain.modules()) == modules
     assert all(
-        torch.equal(value, before[name]) for name, value in tiny_transformers.tensors(plain).items()
+        torch.equal(value, before[name])
+        for name, value in tiny_transformers.copied_tensors(plain).items()
     )

@@ -37,12 +37,18 @@ def test_scaling(method):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"r": 0}, "r=0"), ({"r": -2}, "r=-2"), ({"r": 2.5}, "r=2.5"), ({"r": True}, "r=True"),
-        ({"alpha": float("nan")}, "alpha=nan"), ({"alpha": "8"}, "alpha='8'"), ({"init": "zeros"}, "init='zeros' must be one of"),
-        ({"dropout": 1.0}, r"dropout 1\.0 must be in \[0, 1\)"), ({"dropout": -0.1}, r"dropout -0\.1"),
+        ({"r": 0}, "r=0"),
+        ({"r": -2}, "r=-2"),
+        ({"r": 2.5}, "r=2.5"),
+        ({"r": True}, "r=True"),
+        ({"alpha": float("nan")}, "alpha=nan"),
+        ({"alpha": "8"}, "alpha='8'"),
+        ({"init": "zeros"}, "init='zeros' must be one of"),
+        ({"dropout": 1.0}, r"dropout 1\.0 must be in \[0, 1\)"),
+        ({"dropout": -0.1}, r"dropout -0\.1"),
         ({"dropout": 1e-7}, "drops nothing"),
     ],
-)  # fmt: skip
+)
 def test_bad_fields(method, wrong, message):
     with pytest.raises(ValueError, match=message):
         method(**wrong)
@@ -129,7 +135,8 @@ def test_lamda_starts_on_the_top_singular_vectors(init, niter):
     A, B, core = (start[name].double() for name in ("lora_A", "lora_B", "lora_core"))
     torch.testing.assert_close(A @ A.t(), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)
     torch.testing.assert_close(B.t() @ B, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)
-    # Four iterations of the randomised form are seen to reach 6e-6 on this weight; a wrong triplet is off by 0.1 and more.
+    # Four iterations of the randomised form are seen to reach 6e-6 on this weight; a wrong triplet
+    # is off by 0.1 and more.
     torch.testing.assert_close(A.t() @ A, Vh[:3].t() @ Vh[:3], rtol=0, atol=1e-3)
     assert adapter.residual == (init == "residual")
     if init == "zero":
@@ -214,6 +221,7 @@ def test_pissa_needs_a_positive_alpha(alpha):
         PiSSA(-1)
 
 
+@pytest.mark.peft
 def test_pissa_is_pefts():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -232,6 +240,7 @@ def test_pissa_is_pefts():
     )
 
 
+@pytest.mark.peft
 def test_vera_shares_what_peft_draws():
     peft = pytest.importorskip("peft")
     net = torch.nn.Sequential(torch.nn.Linear(10, 14), torch.nn.Linear(14, 6, bias=False))
@@ -249,9 +258,10 @@ def test_vera_shares_what_peft_draws():
     }
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize("bias", [False, True])
 def test_vera_is_pefts_forward_and_back(bias):
-    """Against peft.tuners.vera's Linear, in float64: the output, dx, and the gradients of both vectors."""
+    """The output, dx and the gradients of both vectors against PEFT's layer, in float64."""
     peft = pytest.importorskip("peft")
     base = torch.nn.Linear(10, 14, bias=bias).double()
     theirs = peft.get_peft_model(

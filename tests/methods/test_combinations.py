@@ -1,4 +1,4 @@
-"""Starts, adapters, optimizers and schedules are axes: every pair trains, or says why not and changes nothing."""
+"""Every adapter with every optimizer and its schedule trains, or is refused in words."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""DoRA's variants: the exact gradient by finite differences, and the magnitude alone, in a layer, in a model and on disk."""
+"""DoRA's variants: the exact gradient, and the magnitude alone in layers, models and files."""
 
 import json
 
@@ -76,9 +76,23 @@ def test_dora_on_pissa_starts_as_the_layer_it_was(axis, exact):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("adapter", [ALONE, *(DoRA(magnitude_only=True, **f) for f in (
-    {"axis": "in"}, {"keep": "inner"}, {"keep": "recompute"}, {"cache_norm": True}, {"detach_norm": False},
-))], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        ALONE,
+        *(
+            DoRA(magnitude_only=True, **f)
+            for f in (
+                {"axis": "in"},
+                {"keep": "inner"},
+                {"keep": "recompute"},
+                {"cache_norm": True},
+                {"detach_norm": False},
+            )
+        ),
+    ],
+    ids=repr,
+)
 def test_the_magnitude_alone(adapter, bias):
     base = nn.Linear(K, N, bias, dtype=torch.float64)
     x = torch.randn(7, K, dtype=torch.float64, requires_grad=True)
@@ -152,7 +166,9 @@ def test_what_speaks_of_factors_is_refused_without_them(fields):
     with pytest.raises(ValueError, match=f"magnitude_only=True: there are no factors for {name}="):
         DoRA(magnitude_only=True, **fields)
     assert DoRA(r=7, alpha=3, **fields).without_factors() == DoRA(magnitude_only=True)
-    assert DoRA(magnitude_only=True, dropout=0.1, dropout_on="both").without_factors().dropout == 0.1
+    assert (
+        DoRA(magnitude_only=True, dropout=0.1, dropout_on="both").without_factors().dropout == 0.1
+    )
 
 
 def test_rank_and_alpha_are_one():
@@ -166,6 +182,7 @@ def test_rank_and_alpha_are_one():
 MIXED = {"adapter_pattern": {"mlp.*|fc": ALONE}}
 
 
+@pytest.mark.peft
 def test_some_layers_with_the_magnitude_alone_through_a_file_and_peft(tmp_path):
     model = tiny_transformers.adapted(
         tiny_transformers.llama(), DoRA(r=4, alpha=8), rank_pattern={"q_proj": 2}, **MIXED
@@ -178,10 +195,10 @@ def test_some_layers_with_the_magnitude_alone_through_a_file_and_peft(tmp_path):
     assert {spec.magnitude_only for name, spec in specs.items() if "mlp" in name} == {True}
     assert {spec.r for name, spec in specs.items() if "q_proj" in name} == {2}
     assert sum(spec == DoRA(r=4, alpha=8) for spec in specs.values()) == 6
-    want = tiny_transformers.out(model)
+    want = tiny_transformers.outputs(model)
     lorafast.save_adapter(model, tmp_path)
     loaded = lorafast.load_adapter(tiny_transformers.llama(), tmp_path, trainable=True)
-    assert torch.equal(tiny_transformers.out(loaded), want)
+    assert torch.equal(tiny_transformers.outputs(loaded), want)
     assert {
         name: layer.adapter
         for name, layer in loaded.named_modules()
@@ -193,7 +210,7 @@ def test_some_layers_with_the_magnitude_alone_through_a_file_and_peft(tmp_path):
     again = lorafast.adapt(
         tiny_transformers.llama(), DoRA(r=4, alpha=8), rank_pattern={"q_proj": 2}, **MIXED
     )
-    assert torch.equal(tiny_transformers.out(lorafast.load_adapter(again, tmp_path)), want)
+    assert torch.equal(tiny_transformers.outputs(lorafast.load_adapter(again, tmp_path)), want)
     whole = lorafast.adapt(
         tiny_transformers.llama(),
         DoRA(r=4, alpha=8),
@@ -202,13 +219,15 @@ def test_some_layers_with_the_magnitude_alone_through_a_file_and_peft(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"mlp\.gate_proj has DoRA\(r=1, alpha=1\).*the file DoRA\(r=1, alpha=1, magnitude_only",
+        match=r"mlp\.gate_proj has DoRA\(r=1, alpha=1\).*"
+        r"the file DoRA\(r=1, alpha=1, magnitude_only",
     ):
         lorafast.load_adapter(whole, tmp_path)
-    theirs = tiny_transformers.from_peft(tiny_transformers.llama(), tmp_path)
-    torch.testing.assert_close(tiny_transformers.out(theirs), want, rtol=1e-4, atol=2e-5)
+    theirs = tiny_transformers.loaded_by_peft(tiny_transformers.llama(), tmp_path)
+    torch.testing.assert_close(tiny_transformers.outputs(theirs), want, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.peft
 def test_the_magnitude_alone_everywhere_stays_alone_in_peft(tmp_path):
     model = tiny_transformers.adapted(
         tiny_transformers.llama(), ALONE, target_modules=["q_proj", "down_proj"]
@@ -218,8 +237,8 @@ def test_the_magnitude_alone_everywhere_stays_alone_in_peft(tmp_path):
     assert {layer.adapter for layer in loaded.modules() if isinstance(layer, lorafast.Linear)} == {
         ALONE
     }
-    assert torch.equal(tiny_transformers.out(loaded), tiny_transformers.out(model))
-    theirs = tiny_transformers.from_peft(tiny_transformers.llama(), tmp_path)
+    assert torch.equal(tiny_transformers.outputs(loaded), tiny_transformers.outputs(model))
+    theirs = tiny_transformers.loaded_by_peft(tiny_transformers.llama(), tmp_path)
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad_("lora" in name)
     theirs(input_ids=tiny_transformers.IDS)[0].square().sum().backward()

@@ -1,4 +1,4 @@
-"""LoRA-GA, and what it has in common with PiSSA: the start in float64, PEFT's reading, copies, and refusals."""
+"""LoRA-GA, and PiSSA where they are alike: the start in float64, PEFT's, copies, refusals."""
 
 import copy
 import pickle
@@ -96,6 +96,7 @@ def test_dora_measures_the_weight_as_it_was(start, axis, dim):
 THEIRS = {"stable": "stable", "gd": "gd_scale", "unit": "unit", "weightS": "weight_svd"}
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
 def test_compat_is_pefts(direction, scale):

@@ -149,6 +149,7 @@ def test_the_meta_device_starts_when_weights_arrive():
     torch.testing.assert_close(model(IDS), plain(IDS))
 
 
+@pytest.mark.compile
 def test_a_compiled_adapted_model_agrees():
     model = lorafast.adapt(Model(), LoRA(r=2))
     with torch.no_grad():
@@ -234,11 +235,12 @@ def pefted(model):
             "encoder.linear1, which nn.TransformerEncoderLayer does not call in eval",
         ),
         ("all-linear", attending, TypeError, "out_proj, which .* nn.MultiheadAttention reads"),
-        (
+        pytest.param(
             ["value"],
             pefted,
             ValueError,
             r"carries PEFT adapters already: blocks\.0\.query is a Linear",
+            marks=pytest.mark.peft,
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""lorafast.estimate_gradients: the true mean, one gradient at a time, and a model given back as it was."""
+"""lorafast.estimate_gradients: the true mean, one gradient at a time, and the model unchanged."""
 
 import copy
 
@@ -12,7 +12,7 @@ from lorafast import LoRA
 
 
 class Net(nn.Module):
-    """A table, a Conv1D, a linear in two places and one that is called twice, and one that is not called."""
+    """An embedding, a Conv1D, and linears in two places, called twice, and never called."""
 
     def __init__(self):
         super().__init__()

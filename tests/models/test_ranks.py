@@ -1,4 +1,4 @@
-"""lorafast.spectral_ranks: energies, the budget, the order, and ranks that adapt, train and load."""
+"""lorafast.spectral_ranks: energies, budget, order, and ranks that adapt, train and load."""
 
 import itertools
 import random
@@ -83,7 +83,7 @@ def test_the_budget_is_used_as_far_as_the_order_allows():
         orders = itertools.combinations_with_replacement(choice, len(caps))
         found = [[min(r, cap) for r, cap in zip(one, caps, strict=True)] for one in orders]
         most = max(sum(one) for one in found if sum(one) <= budget * len(caps) + 1e-9)
-        ours = ranks._spent(choice, caps, budget)
+        ours = ranks.allocate(choice, caps, budget)
         assert ours == max(one for one in found if sum(one) == most)
 
 

@@ -1,9 +1,8 @@
-"""lorafast.Embedding: the linear layer of one-hot rows, PEFT's in outputs and gradients; and Conv1D, the transposed linear."""
+"""lorafast.Embedding, the linear layer of one-hot rows; and Conv1D, the transposed linear."""
 
 import copy
 import warnings
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -90,9 +89,12 @@ def test_merge_unmerge_disable_and_plain(adapter):
     torch.testing.assert_close(plain(IDS), base)
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"use_rslora": True}])
 @pytest.mark.parametrize("padding", [None, 3])
 def test_it_is_pefts(fields, padding):
+    import peft
+
     torch.manual_seed(0)
     base = nn.Sequential(nn.Embedding(V, D, padding_idx=padding))
     with warnings.catch_warnings():
@@ -136,6 +138,11 @@ def test_odd_ids_and_autocast():
     assert torch.equal(layer(IDS.t()), layer(IDS).transpose(0, 1))
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(IDS).dtype == torch.float32
+
+
+@pytest.mark.compile
+def test_it_compiles_whole():
+    layer = moved(LoRA(r=3), torch.float32)
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(IDS), layer(IDS))
 
 

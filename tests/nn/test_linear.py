@@ -1,10 +1,10 @@
-"""lorafast.Linear as a module: construction, what trains, dtypes, gradients, odd shapes, refusals."""
+"""lorafast.Linear as a module: construction, dtypes, gradients, odd shapes, refusals."""
 
 import dataclasses
 
 import pytest
 import torch
-from helpers.adapter_layers import K, N, trained, x_of
+from helpers.adapter_layers import K, N, inputs, trained_layer
 from torch import nn
 
 import lorafast
@@ -54,7 +54,7 @@ def test_adapter_dtype(dtype):
     assert {p.dtype for name, p in layer.named_parameters() if name.startswith("lora")} == {
         expected
     }
-    assert layer(x_of(dtype)).dtype == dtype
+    assert layer(inputs(dtype)).dtype == dtype
     assert (
         lorafast.Linear(K, N, dtype=dtype, adapter_dtype=torch.bfloat16).lora_A.dtype
         == torch.bfloat16
@@ -69,8 +69,8 @@ def test_from_linear_keeps_the_mode():
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_layers_gradients_are_the_formulas(detach):
-    layer = trained(DoRA(r=3, detach_norm=detach), dtype=torch.float64)
-    x, leaves = x_of(torch.float64), [layer.lora_A, layer.lora_B, layer.lora_magnitude]
+    layer = trained_layer(DoRA(r=3, detach_norm=detach), dtype=torch.float64)
+    x, leaves = inputs(torch.float64), [layer.lora_A, layer.lora_B, layer.lora_magnitude]
     got = torch.autograd.grad(layer(x).square().sum(), leaves)
     norm = (layer.weight + layer.scaling * layer.lora_B @ layer.lora_A).norm(dim=1)
     gain = layer.magnitude / (norm.detach() if detach else norm)
@@ -83,11 +83,11 @@ def test_the_layers_gradients_are_the_formulas(detach):
 
 
 def test_the_exact_norm_with_a_trained_weight_is_exact_too():
-    layer = trained(DoRA(r=3, detach_norm=False), dtype=torch.float64)
+    layer = trained_layer(DoRA(r=3, detach_norm=False), dtype=torch.float64)
     layer.weight.requires_grad_(True)
     layer.scaling = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
     x, leaves = (
-        x_of(torch.float64),
+        inputs(torch.float64),
         [layer.weight, layer.lora_A, layer.lora_B, layer.lora_magnitude, layer.scaling],
     )
     got = torch.autograd.grad(layer(x).square().sum(), leaves)
@@ -110,15 +110,15 @@ def test_layers_without_outputs_or_inputs(adapter, N, K):
 
 
 def test_a_bias_that_is_not_read_again_may_change():
-    layer = trained(LoRA(r=3))
-    y = layer(x_of())
+    layer = trained_layer(LoRA(r=3))
+    y = layer(inputs())
     with torch.no_grad():
         layer.bias.add_(1)
     y.sum().backward()
 
 
 def test_merging_leaves_a_bias_alone_that_it_does_not_need():
-    layer = trained(LoRA(r=3))
+    layer = trained_layer(LoRA(r=3))
     layer.merge()
     with torch.no_grad():
         layer.bias.add_(5)
@@ -164,7 +164,7 @@ def test_refusals_leave_the_linear_as_it_was():
 
 
 def test_a_second_residual_start_on_a_shared_weight_is_refused():
-    base, x = nn.Linear(K, N), x_of()
+    base, x = nn.Linear(K, N), inputs()
     want = base(x)
     first = lorafast.Linear.from_linear(base, LaMDA(r=3))
     lorafast.Linear.from_linear(base, LoRA(r=3))  # takes nothing out, and does not lift the mark
@@ -195,8 +195,8 @@ def test_a_method_that_names_its_parts_wrongly_is_told():
 
 
 def test_a_trained_weight_gets_its_gradient():
-    layer = trained(DoRA(r=3))
+    layer = trained_layer(DoRA(r=3))
     layer.weight.requires_grad_(True)
-    layer(x_of()).sum().backward()
+    layer(inputs()).sum().backward()
     assert layer.weight.grad is not None
     assert layer.lora_magnitude.grad is not None

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.adapter_layers import K, N, trained
+from helpers.adapter_layers import K, N, trained_layer
 
 import lorafast
 from lorafast import DoRA, LoRA
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*now holds the residual")
 
 
 def test_unmerge_takes_out_what_was_put_in_even_if_the_factors_moved():
-    layer = trained(DoRA(r=3), dtype=torch.float64)
+    layer = trained_layer(DoRA(r=3), dtype=torch.float64)
     before = layer.weight.clone()
     layer.merge()
     with torch.no_grad():
@@ -22,7 +22,7 @@ def test_unmerge_takes_out_what_was_put_in_even_if_the_factors_moved():
 
 
 def test_a_gain_that_cannot_be_undone_is_not_merged():
-    layer = trained(DoRA(r=3))
+    layer = trained_layer(DoRA(r=3))
     with torch.no_grad():
         layer.lora_magnitude[2] = 0
     before = layer.weight.clone()
@@ -41,7 +41,7 @@ def test_a_gain_that_cannot_be_undone_is_not_merged():
 
 
 def test_an_overflow_is_not_merged():
-    half = trained(LoRA(r=3), dtype=torch.float16)
+    half = trained_layer(LoRA(r=3), dtype=torch.float16)
     with torch.no_grad():
         half.lora_B[4] = 1e6
         half.weight[0, 0] = float("inf")  # one that was there before hides nothing
@@ -51,7 +51,7 @@ def test_an_overflow_is_not_merged():
             half.merge(keep)
         assert torch.equal(half.weight, before)
         assert not half.merged
-    biased = trained(LoRA(r=3, lora_bias=True), dtype=torch.float16)
+    biased = trained_layer(LoRA(r=3, lora_bias=True), dtype=torch.float16)
     with torch.no_grad():
         biased.lora_bias[1] = 1e6
     before = biased.weight.clone()
@@ -62,13 +62,13 @@ def test_an_overflow_is_not_merged():
 
 def test_what_has_nowhere_to_go_is_not_merged():
     with pytest.raises(ValueError, match=r"lora_bias \(14,\)"):
-        trained(LoRA(r=3, lora_bias=True), bias=False).merge()
+        trained_layer(LoRA(r=3, lora_bias=True), bias=False).merge()
     with pytest.raises(RuntimeError, match="meta"):
         lorafast.Linear(K, N, device="meta").merge()
 
 
 def test_a_merged_layer_neither_saves_nor_loads_nor_restarts():
-    layer = trained(LoRA(r=3))
+    layer = trained_layer(LoRA(r=3))
     state = layer.state_dict()
     layer.merge()
     with pytest.raises(RuntimeError, match="unmerge"):
@@ -83,7 +83,7 @@ def test_a_merged_layer_neither_saves_nor_loads_nor_restarts():
 
 
 def test_eval_never_merges():
-    layer = trained(LoRA(r=3))
+    layer = trained_layer(LoRA(r=3))
     before = layer.weight.clone()
     layer.train().eval()
     assert torch.equal(layer.weight, before)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.adapter_layers import K, N, each_adapter, trained, x_of
+from helpers.adapter_layers import K, N, each_adapter, inputs, trained_layer
 from torch import nn
 
 import lorafast
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*now holds the residual")
 
 
 def test_part_of_an_adapter_is_an_error_and_changes_nothing():
-    layer = nn.Sequential(trained(DoRA(r=3)))
+    layer = nn.Sequential(trained_layer(DoRA(r=3)))
     before = copy.deepcopy(layer.state_dict())
     partial = {
         name: torch.zeros_like(value)
@@ -28,7 +28,7 @@ def test_part_of_an_adapter_is_an_error_and_changes_nothing():
 
 
 def test_strict_still_means_strict():
-    layer = trained(LoRA(r=3))
+    layer = trained_layer(LoRA(r=3))
     state = layer.state_dict()
     with pytest.raises(RuntimeError, match=r"Unexpected.*other"):
         layer.load_state_dict(state | {"other": torch.zeros(1)})
@@ -40,7 +40,7 @@ def test_strict_still_means_strict():
 
 @pytest.mark.parametrize("adapter", [LaMDA(r=3), LoRA(r=3), DoRA(r=3)], ids=repr)
 def test_reset_adapter_loses_nothing_of_a_fresh_layer(adapter):
-    base, x = nn.Linear(K, N), x_of()
+    base, x = nn.Linear(K, N), inputs()
     want = base(x)
     layer = lorafast.Linear.from_linear(base, adapter).eval()
     for _ in range(3):
@@ -49,7 +49,7 @@ def test_reset_adapter_loses_nothing_of_a_fresh_layer(adapter):
 
 
 def test_what_the_user_froze_stays_frozen_over_a_reset():
-    layer = trained(LoRA(r=3))
+    layer = trained_layer(LoRA(r=3))
     layer.lora_A.requires_grad_(False)
     layer.load_state_dict(nn.Linear(K, N).state_dict())
     assert not layer.lora_A.requires_grad
@@ -58,7 +58,7 @@ def test_what_the_user_froze_stays_frozen_over_a_reset():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_residual_whose_start_was_not_seen_is_not_reset(device):
-    state = trained(LaMDA(r=3)).state_dict()
+    state = trained_layer(LaMDA(r=3)).state_dict()
     layer = lorafast.Linear(K, N, adapter=LaMDA(r=3), device=device)
     layer.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
     with pytest.raises(RuntimeError, match=r"weight \(14, 10\).*load the base weights first"):
@@ -68,7 +68,7 @@ def test_a_residual_whose_start_was_not_seen_is_not_reset(device):
 
 
 def test_adapter_keys_alone_leave_the_start_known():
-    base, x = nn.Linear(K, N), x_of()
+    base, x = nn.Linear(K, N), inputs()
     want = base(x)
     layer = lorafast.Linear.from_linear(base, LaMDA(r=3)).eval()
     factors = {
@@ -83,7 +83,7 @@ def test_adapter_keys_alone_leave_the_start_known():
 
 
 def test_a_bias_alone_or_a_wrong_weight_leaves_the_adapter_alone():
-    layer = trained(DoRA(r=3))
+    layer = trained_layer(DoRA(r=3))
     before = copy.deepcopy(layer.state_dict())
     layer.load_state_dict({"bias": torch.zeros(N)}, strict=False)
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -101,7 +101,7 @@ def test_a_meta_layer_keeps_what_was_frozen():
 
 
 def test_fresh_parameters_owe_nothing_to_the_last_start():
-    layer = trained(LaMDA(r=3))
+    layer = trained_layer(LaMDA(r=3))
     torch.manual_seed(5)
     layer.reset_parameters()
     torch.manual_seed(5)
@@ -112,7 +112,7 @@ def test_fresh_parameters_owe_nothing_to_the_last_start():
 
 
 def test_a_user_who_froze_lora_B_finds_it_frozen():
-    layer = trained(LaMDA(r=3))
+    layer = trained_layer(LaMDA(r=3))
     layer.lora_B.requires_grad_(False)
     layer.freeze_columns(3)
     layer.reset_adapter()
@@ -120,14 +120,14 @@ def test_a_user_who_froze_lora_B_finds_it_frozen():
 
 
 def test_a_parametrized_factor_is_not_reset():
-    layer = trained(LoRA(r=3))
+    layer = trained_layer(LoRA(r=3))
     nn.utils.parametrize.register_parametrization(layer, "lora_B", nn.Identity())
     with pytest.raises(RuntimeError, match="lora_B of this layer is parametrized"):
         layer.reset_adapter()
 
 
 def test_a_reset_that_fails_changes_nothing(monkeypatch):
-    layer = trained(LaMDA(r=3))
+    layer = trained_layer(LaMDA(r=3))
     before = copy.deepcopy(layer.state_dict())
 
     def failing(*_):
@@ -152,7 +152,7 @@ def test_an_assigned_base_weight_stays_the_callers():
 
 
 def test_a_parametrized_factor_loads_its_own_state():
-    layer = trained(LoRA(r=3))
+    layer = trained_layer(LoRA(r=3))
     nn.utils.parametrize.register_parametrization(layer, "lora_A", nn.Identity())
     state = {name: value * 2 for name, value in layer.state_dict().items()}
     layer.load_state_dict(state)
@@ -170,11 +170,11 @@ def test_the_meta_device_runs_a_forward(adapter):
 @each_adapter
 def test_reset_parameters_makes_a_new_layer(adapter):
     for layer in (
-        trained(adapter),
+        trained_layer(adapter),
         lorafast.Linear(K, N, adapter=adapter, device="meta").to_empty(device="cpu").eval(),
     ):
         layer.reset_parameters()
-        x = x_of()
+        x = inputs()
         plain = nn.functional.linear(x, layer.weight, layer.bias)
         if adapter.residual:
             core = torch.eye(3) if layer.core is None else layer.core

@@ -1,4 +1,4 @@
-"""GaLore against a slow direct writing of it, against Adam where the two are one, per layer, and through a state dict."""
+"""GaLore against its formula written out, and against Adam where the two are one; per layer."""
 
 import pytest
 import torch

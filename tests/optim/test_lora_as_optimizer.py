@@ -136,7 +136,7 @@ def test_per_layer_adds_batches_up_and_can_be_clipped():
 
 @pytest.mark.parametrize("compensate", [True, False])
 def test_what_roundings_lose_is_not_lost(compensate):
-    """Increments far below half an ulp of a bf16 weight: W follows W₀ + sBA to a rounding, or hardly moves at all."""
+    """Far below half an ulp of a bf16 weight, W follows W₀ + sBA to a rounding, or hardly moves."""
     model = net(torch.bfloat16)
     start = [model[i].weight.detach().double() for i in (0, 2, 3)]
     optimizer = LoRAAsOptimizer(model, AdamW, lr=2e-4, r=R, alpha=ALPHA, compensate=compensate)
@@ -163,9 +163,9 @@ def test_what_trains(train_rest):
         "2.weight",
     } | rest
     train(model, optimizer, shrinking(optimizer), 2)
-    assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])} == {
-        "0.weight", "2.weight"
-    } | rest  # fmt: skip
+    assert {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    } == {"0.weight", "2.weight"} | rest
     assert {group["lr"] for group in optimizer._factor_optimizer.param_groups} == {0.02 / 1.1}
 
 

@@ -1,8 +1,7 @@
-"""LoRA-FA: the corrected gradient is the least-squares one, PEFT's optimizer steps alike, and the inverse is made once."""
+"""LoRA-FA: the least-squares gradient, steps like PEFT's optimizer's, and one inverse."""
 
 import copy
 
-import peft
 import pytest
 import torch
 from helpers.optimizer_runs import (
@@ -11,9 +10,8 @@ from helpers.optimizer_runs import (
     loss_of,
     model_of,
     train,
-    values,
+    trained_values,
 )
-from peft.optimizers import lorafa
 from torch import nn
 
 import lorafast
@@ -89,9 +87,13 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_steps_are_pefts(monkeypatch, rslora, weight_decay):
+    import peft
+    from peft.optimizers import lorafa
+
     torch.manual_seed(0)
     net = Net()
     config = {
@@ -116,7 +118,8 @@ def test_steps_are_pefts(monkeypatch, rslora, weight_decay):
         for name, parameter in ours.named_parameters():
             if "lora_" in name:
                 parameter.copy_(held[name])
-    # PEFT multiplies in bf16 where the machine knows it, which no other run could be compared with to more than two digits.
+    # PEFT multiplies in bf16 where the machine knows it, which no other run could be compared with
+    # to more than two digits.
     monkeypatch.setattr(lorafa, "is_bf16_available", lambda: False)
     made = lorafa.create_lorafa_optimizer(
         theirs, r=3, lora_alpha=6, lr=1e-3, weight_decay=weight_decay
@@ -170,14 +173,14 @@ def test_all_else_is_torchs_adamw_and_gradients_stay():
             assert torch.equal(ours.grad, other.grad)
             assert torch.equal(ours, other) == ("lora_B" not in name)
     assert [group["name"] for group in optimizer.param_groups] == ["factors", "other"]
-    assert {"0.bias", "0.lora_magnitude", "3.weight"} < values(model).keys()
+    assert {"0.bias", "0.lora_magnitude", "3.weight"} < trained_values(model).keys()
 
 
 def test_every_form_steps_alike():
     found = []
     for settings in ({"foreach": False}, {"foreach": True}, {"fused": True}):
         model = model_of(FROZEN)
-        found.append(values(train(model, LoRAFA(model, lr=1e-2, **settings), 3)))
+        found.append(trained_values(train(model, LoRAFA(model, lr=1e-2, **settings), 3)))
     for other in found[1:]:
         for name, value in found[0].items():
             torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
@@ -200,8 +203,8 @@ def test_schedulers_and_scalers(fused):
             schedule.step()
             optimizer.zero_grad()
         assert optimizer.param_groups[0]["lr"] == 1e-2 / 8
-    for name, value in values(plain).items():
-        torch.testing.assert_close(values(scaled)[name], value, rtol=1e-5, atol=1e-6)
+    for name, value in trained_values(plain).items():
+        torch.testing.assert_close(trained_values(scaled)[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_a_layer_that_starts_later_starts_as_if_it_were_the_first():
@@ -225,10 +228,12 @@ def test_groups_have_their_own_rates_and_more_can_come():
     extra = nn.Parameter(torch.ones(2))
     optimizer.add_param_group({"params": [extra], "lr": 0.5})
     extra.sum().backward()
-    before = values(model)
+    before = trained_values(model)
     train(model, optimizer, 1)
     changed = {
-        name for name, value in values(model).items() if not torch.equal(value, before[name])
+        name
+        for name, value in trained_values(model).items()
+        if not torch.equal(value, before[name])
     }
     assert changed == {"3.weight", "3.bias"}
     torch.testing.assert_close(extra.detach(), torch.full((2,), 0.5))
@@ -250,9 +255,9 @@ def test_a_pair_that_rested_is_corrected_once_it_is_added():
 def test_what_has_no_gradient_rests_and_closures_and_copies_work():
     model = model_of(FROZEN)
     optimizer = LoRAFA(model, lr=1e-2)
-    before = values(model)
+    before = trained_values(model)
     optimizer.step()
-    assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+    assert all(torch.equal(value, before[name]) for name, value in trained_values(model).items())
 
     def closure():
         optimizer.zero_grad()
@@ -265,7 +270,10 @@ def test_what_has_no_gradient_rests_and_closures_and_copies_work():
     again, other = copy.deepcopy((model, optimizer))
     train(model, optimizer, 2)
     train(again, other, 2)
-    assert all(torch.equal(value, values(again)[name]) for name, value in values(model).items())
+    assert all(
+        torch.equal(value, trained_values(again)[name])
+        for name, value in trained_values(model).items()
+    )
     assert loss_of(model) < first
 
 

@@ -1,14 +1,12 @@
-"""LoRA+: who gets which rate, as PEFT's helper gives them, and steps as its optimizer makes them."""
+"""LoRA+: the learning rate of each parameter, and steps, as PEFT's helper makes them."""
 
 import copy
 import sys
 import types
 
-import peft
 import pytest
 import torch
 from helpers.optimizer_runs import loss_of, model_of
-from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 import lorafast
@@ -29,10 +27,16 @@ class Net(nn.Module):
 IDS = torch.arange(18).reshape(2, 9) % 9
 # What PEFT calls a parameter, and what it is called here.
 SPELLED = {
-    "base_model.model.": "", ".default": "", ".modules_to_save": "", ".base_layer": "", "lora_embedding_": "lora_",
-    "lora_B.bias": "lora_bias", "lora_A.weight": "lora_A", "lora_B.weight": "lora_B",
+    "base_model.model.": "",
+    ".default": "",
+    ".modules_to_save": "",
+    ".base_layer": "",
+    "lora_embedding_": "lora_",
+    "lora_B.bias": "lora_bias",
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
     "lora_magnitude_vector.weight": "lora_magnitude",
-}  # fmt: skip
+}
 
 
 def named(model):
@@ -56,6 +60,8 @@ def rates(model, optimizer):
 
 def pair(fields, **settings):
     """PEFT's model and ours from one net, with the same values."""
+    import peft
+
     torch.manual_seed(0)
     net = Net()
     theirs = peft.get_peft_model(copy.deepcopy(net), peft.LoraConfig(r=3, lora_alpha=6, **fields))
@@ -84,8 +90,11 @@ CASES = {
 each_case = pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
 
 
+@pytest.mark.peft
 @each_case
 def test_groups_are_pefts(fields):
+    from peft.optimizers import create_loraplus_optimizer
+
     theirs, ours = pair(fields)
     made = create_loraplus_optimizer(
         theirs,
@@ -104,8 +113,11 @@ def test_groups_are_pefts(fields):
     assert want["up.lora_B"] == (8e-3, 0.1)
 
 
+@pytest.mark.peft
 @each_case
 def test_steps_are_pefts(fields):
+    from peft.optimizers import create_loraplus_optimizer
+
     theirs, ours = pair(fields)
     made = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
     optimizer = LoRAPlus(ours, torch.optim.AdamW, lr=1e-3, ratio=16)

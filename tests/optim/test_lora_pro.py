@@ -1,4 +1,4 @@
-"""LoRA-Pro: the projection, what X may and may not change, the first step, and Adam on the full gradient by another road."""
+"""LoRA-Pro: the projection, the free X, the first step, and Adam on the full gradient."""
 
 import copy
 import itertools
@@ -11,7 +11,7 @@ from helpers.optimizer_runs import (
     losses,
     model_of,
     train,
-    values,
+    trained_values,
 )
 from torch import nn
 
@@ -53,9 +53,17 @@ def projections(A, B):
 
 
 CASES = [
-    {}, {"R": 1}, {"N": 4, "K": 3, "R": 5}, {"zero": "B"}, {"zero": "A"}, {"zero": "AB"}, {"lacking": "A"}, {"lacking": "B"},
-    {"lacking": "AB"}, {"s": torch.tensor(0.4, dtype=torch.float64)},
-]  # fmt: skip
+    {},
+    {"R": 1},
+    {"N": 4, "K": 3, "R": 5},
+    {"zero": "B"},
+    {"zero": "A"},
+    {"zero": "AB"},
+    {"lacking": "A"},
+    {"lacking": "B"},
+    {"lacking": "AB"},
+    {"s": torch.tensor(0.4, dtype=torch.float64)},
+]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -293,8 +301,8 @@ def test_schedulers_scalers_closures_and_copies():
                 scaler.update()
             schedule.step()
         assert optimizer.param_groups[0]["lr"] == 1e-2 / 8
-    for name, value in values(plain).items():
-        torch.testing.assert_close(values(scaled)[name], value, rtol=1e-4, atol=1e-5)
+    for name, value in trained_values(plain).items():
+        torch.testing.assert_close(trained_values(scaled)[name], value, rtol=1e-4, atol=1e-5)
 
     def closure():
         optimizer.zero_grad()
@@ -306,14 +314,19 @@ def test_schedulers_scalers_closures_and_copies():
     assert torch.is_tensor(optimizer.step(closure))
     optimizer.zero_grad()
     train(again, other, 1)
-    assert all(torch.equal(value, values(again)[name]) for name, value in values(model).items())
+    assert all(
+        torch.equal(value, trained_values(again)[name])
+        for name, value in trained_values(model).items()
+    )
 
 
 def test_the_fused_form_steps_alike():
     found = []
     for settings in ({}, {"fused": True}, {"foreach": True}):
         model = model_of(DoRA(r=3), bias="all")
-        found.append(values(train(model, LoRAPro(model, lr=1e-3, weight_decay=0.1, **settings), 3)))
+        found.append(
+            trained_values(train(model, LoRAPro(model, lr=1e-3, weight_decay=0.1, **settings), 3))
+        )
     for other, (name, value) in itertools.product(found[1:], found[0].items()):
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
 
@@ -323,27 +336,31 @@ def test_a_rate_that_is_a_tensor(settings):
     found = []
     for lr in (1e-2, torch.tensor(1e-2)):
         model = model_of(LoRA(r=3))
-        found.append(values(train(model, LoRAPro(model, lr, weight_decay=0.1, **settings), 2)))
+        found.append(
+            trained_values(train(model, LoRAPro(model, lr, weight_decay=0.1, **settings), 2))
+        )
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_what_has_no_gradient_rests():
     model = model_of(LoRA(r=3))
-    optimizer, before = LoRAPro(model, lr=1e-2, weight_decay=0.1), values(model)
+    optimizer, before = LoRAPro(model, lr=1e-2, weight_decay=0.1), trained_values(model)
     optimizer.step()
     loss_of(model).backward()
     model[0].lora_A.grad = model[0].lora_B.grad = None
     optimizer.step()
     changed = {
-        name for name, value in values(model).items() if not torch.equal(value, before[name])
+        name
+        for name, value in trained_values(model).items()
+        if not torch.equal(value, before[name])
     }
     assert changed == {"2.lora_A", "2.lora_B", "3.weight", "3.bias"}
 
 
 def test_half_a_pair_of_gradients_and_sparse_ones_stop_the_step():
     model = model_of(LoRA(r=3))
-    optimizer, before = LoRAPro(model, lr=1e-2), values(model)
+    optimizer, before = LoRAPro(model, lr=1e-2), trained_values(model)
     loss_of(model).backward()
     grad, model[2].lora_A.grad = model[2].lora_A.grad, None
     with pytest.raises(
@@ -353,7 +370,7 @@ def test_half_a_pair_of_gradients_and_sparse_ones_stop_the_step():
     model[2].lora_A.grad = grad.to_sparse()
     with pytest.raises(RuntimeError, match=r"gradient \(3, 11\) is sparse"):
         optimizer.step()
-    assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+    assert all(torch.equal(value, before[name]) for name, value in trained_values(model).items())
 
 
 def test_groups_have_their_own_settings_and_more_can_come():
@@ -370,10 +387,12 @@ def test_groups_have_their_own_settings_and_more_can_come():
             optimizer.add_param_group({"params": [pair[half]]})
     optimizer.add_param_group({"params": pair, "lr": 0.0})
     optimizer.param_groups[0]["lr"] = 0.0
-    before = values(model)
+    before = trained_values(model)
     train(model, optimizer, 1)
     changed = {
-        name for name, value in values(model).items() if not torch.equal(value, before[name])
+        name
+        for name, value in trained_values(model).items()
+        if not torch.equal(value, before[name])
     }
     assert changed == {"3.weight", "3.bias"}
     assert torch.equal(extra.detach(), torch.full((2,), 0.5))

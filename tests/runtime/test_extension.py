@@ -1,4 +1,4 @@
-"""Building and loading C++: once, on first use, for this machine; whatever goes wrong is one line that names it."""
+"""Building and loading C++: once, on first use; a failure is one line that names it."""
 
 import ctypes
 import multiprocessing
@@ -28,11 +28,14 @@ BINDINGS = """
 #define INIT_OF(name) INIT(name)
 static PyObject *answer(PyObject *, PyObject *) { return PyLong_FromLong(kAnswer); }
 static PyObject *counted(PyObject *, PyObject *) { return PyLong_FromLong(threads()); }
-static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, ""}, {"threads", counted, METH_NOARGS, ""}, {}};
+static PyMethodDef methods[] = {
+  {"answer", answer, METH_NOARGS, ""}, {"threads", counted, METH_NOARGS, ""}, {}};
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "tiny", "", -1, methods};
 PyMODINIT_FUNC INIT_OF(LORAFAST_MODULE)() { return PyModule_Create(&module); }
 """
-PYBIND = '#include <pybind11/pybind11.h>\nPYBIND11_MODULE(LORAFAST_MODULE, m) { m.def("answer", [] { return 42; }); }\n'
+PYBIND = """#include <pybind11/pybind11.h>
+PYBIND11_MODULE(LORAFAST_MODULE, m) { m.def("answer", [] { return 42; }); }
+"""
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def reason(sources, *parts):
 
 
 def compiler(tmp_path, script):
-    """A compiler that runs a line of shell for every word of its command line, then the real one."""
+    """A compiler that runs a shell line for every word of its command line, then the real one."""
     path = tmp_path / "cxx"
     path.write_text(f'#!/bin/sh\nfor word; do {script}; done\nexec c++ "$@"\n')
     path.chmod(0o755)
@@ -76,7 +79,8 @@ def compiler(tmp_path, script):
 
 
 def refuses(pattern):
-    return f"""case "$word" in {pattern}) echo "cxx: error: unrecognized command-line option '$word'" >&2; exit 1;; esac"""
+    complaint = "cxx: error: unrecognized command-line option '$word'"
+    return f"""case "$word" in {pattern}) echo "{complaint}" >&2; exit 1;; esac"""
 
 
 def lines_of(capfd):
@@ -148,8 +152,10 @@ def test_it_runs_on_torchs_threads_where_the_wheel_renamed_libgomp(sources, tmp_
     probe = (
         "import ctypes, importlib.machinery as machinery, importlib.util as util\n"
         f"ctypes.CDLL({str(renamed)!r}).omp_set_num_threads(3)\n"
-        f"spec = util.spec_from_loader({module.name!r}, machinery.ExtensionFileLoader({module.name!r}, {module.origin!r}))\n"
-        "print(util.module_from_spec(spec).threads(), {line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line})"
+        f"loader = machinery.ExtensionFileLoader({module.name!r}, {module.origin!r})\n"
+        f"spec = util.spec_from_loader({module.name!r}, loader)\n"
+        "lines = [line for line in open('/proc/self/maps') if 'gomp' in line]\n"
+        "print(util.module_from_spec(spec).threads(), {line.split()[-1] for line in lines})"
     )
     said = subprocess.run(
         [sys.executable, "-I", "-c", probe], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""The product with a bias: an adapter at its start changes no bit of the frozen layer, whichever of torch's products it runs on."""
+"""The product with a bias: an adapter at its start changes no bit of the frozen layer."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Past the dispatcher or through it: onlookers see the ops, and numbers, saved tensors and refusals are the same."""
+"""Past the dispatcher or through it: observers see the ops, and the results are the same."""
 
 import subprocess
 import sys

@@ -1,9 +1,8 @@
-"""AdaLoRA's budget: the formulas in float64, PEFT's whole run beside ours, exact resume, a resize, and refusals."""
+"""AdaLoRA's budget: the formulas in float64, PEFT's whole run, a resize, and refusals."""
 
 import copy
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -61,12 +60,15 @@ def trained(**times):
     return model, schedule
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize(
     "times",
     [{}, {"tinit": 0, "tfinal": 0, "deltaT": 1}, {"tinit": 5, "tfinal": 6, "deltaT": 3}],
     ids=str,
 )
 def test_the_budget_is_the_codes_formula_and_pefts(times):
+    import peft
+
     times = TIMES | times
     schedule, (tinit, tfinal) = Schedule(model_of(), **times), (times["tinit"], times["tfinal"])
     config = peft.AdaLoraConfig(
@@ -88,7 +90,7 @@ def test_the_budget_is_the_codes_formula_and_pefts(times):
 
 
 def test_every_choice_is_the_formulas():
-    """Sensitivity, uncertainty, scores, the kth value and the mask, computed beside the schedule from w and its gradient."""
+    """The mask from w and its gradient, computed beside the schedule."""
     model = model_of()
     schedule = Schedule(model, **TIMES, beta1=0.7, beta2=0.9)
     mean, spread, chosen = {}, {}, []
@@ -158,12 +160,15 @@ def test_a_triplet_comes_back_until_the_ranks_are_fixed():
         assert torch.equal(layer.lora_core != 0, fixed)
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize(
     "times",
     [{}, {"tinit": 0, "tfinal": 0, "deltaT": 1}, {"tinit": 0, "tfinal": 1, "deltaT": 4}],
     ids=str,
 )
 def test_pefts_whole_run(times):
+    import peft
+
     times = TIMES | times
     said = {"total_step" if name == "total_steps" else name: value for name, value in times.items()}
     config = peft.AdaLoraConfig(
@@ -186,7 +191,8 @@ def test_pefts_whole_run(times):
                 held = getattr(layer, part)
                 held.copy_(getattr(other, name)["default"].reshape(held.shape))
     schedule = Schedule(ours, **times, orth_reg_weight=0.1)
-    # PEFT's count of triplets, ranknum, would train too where the base is not fp32, and is in none of its files.
+    # PEFT's count of triplets, ranknum, would train too where the base is not fp32, and is in none
+    # of its files.
     trains = [p for name, p in theirs.named_parameters() if "lora_" in name]
     optimizers = optimizer_of(ours), torch.optim.AdamW(trains, lr=0.03)
     close = {"rtol": 1e-9, "atol": 1e-12}
@@ -330,7 +336,7 @@ def test_a_resize():
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
 def test_an_optimizer_goes_on_through_a_resize(kind):
-    """As if nothing had been dropped, but for the rounding: what was dropped had no part in anything."""
+    """As if nothing had been dropped, but for rounding: the dropped triplets added nothing."""
     model = model_of()
     optimizer, schedule = (
         kind(lorafast.adapter_parameters(model), lr=0.01),
@@ -412,13 +418,19 @@ def test_half_precision_factors_have_averages_in_fp32():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"total_steps": 0}, "total_steps=0"), ({"total_steps": 2.5}, r"total_steps=2\.5"), ({"tinit": -1}, "tinit=-1"),
-        ({"tfinal": True}, "tfinal=True"), ({"deltaT": 0}, "deltaT=0"), ({"beta1": 1.0}, r"beta1=1\.0"), ({"beta2": 0}, "beta2=0"),
-        ({"orth_reg_weight": -0.1}, r"orth_reg_weight=-0\.1"), ({"orth_reg_weight": float("inf")}, "orth_reg_weight=inf"),
+        ({"total_steps": 0}, "total_steps=0"),
+        ({"total_steps": 2.5}, r"total_steps=2\.5"),
+        ({"tinit": -1}, "tinit=-1"),
+        ({"tfinal": True}, "tfinal=True"),
+        ({"deltaT": 0}, "deltaT=0"),
+        ({"beta1": 1.0}, r"beta1=1\.0"),
+        ({"beta2": 0}, "beta2=0"),
+        ({"orth_reg_weight": -0.1}, r"orth_reg_weight=-0\.1"),
+        ({"orth_reg_weight": float("inf")}, "orth_reg_weight=inf"),
         ({"tinit": 9}, "tinit=9 and tfinal=3 leave no step of total_steps=12"),
         ({"tinit": 0, "tfinal": 11}, "tinit=0 and tfinal=11 leave no step"),
     ],
-)  # fmt: skip
+)
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         Schedule(model_of(), **TIMES | settings)

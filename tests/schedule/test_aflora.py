@@ -1,10 +1,9 @@
-"""AFLoRA: the formula and what it saves, the scores against a slow plain implementation, freezing to the bit, exact resume."""
+"""AFLoRA: the formula, its saved bytes, scores against a plain implementation, freezing."""
 
 import copy
 import itertools
 import json
 
-import peft
 import pytest
 import torch
 from helpers import tiny_transformers
@@ -238,7 +237,7 @@ def test_what_froze_stays_as_it_is_to_the_bit(settings, set_to_none):
     model = model_of()
     optimizer, schedule, held = optimizer_of(model, **settings), Freezing(model, **SETTINGS), {}
     for step in range(T):
-        before = tiny_transformers.tensors(model)
+        before = tiny_transformers.copied_tensors(model)
         train(model, optimizer, schedule, 1, step, set_to_none)
         for name, parameter in matrices(model).items():
             assert parameter.requires_grad == (name not in schedule.frozen)
@@ -318,7 +317,7 @@ def test_a_gradient_that_is_not_finite_counts_nothing():
 
 
 def test_half_precision_factors_have_scores_in_fp32_and_a_layer_without_a_gradient_waits():
-    model = tiny_transformers.shake(model_of(torch.bfloat16))
+    model = tiny_transformers.perturb(model_of(torch.bfloat16))
     layers = [layer.to(torch.bfloat16) for layer in model if isinstance(layer, lorafast.Linear)]
     schedule = Freezing(model, **SETTINGS)
     for step in range(9):
@@ -403,23 +402,26 @@ def test_a_state_that_is_none_changes_nothing(change, message):
     assert str(schedule.state_dict()) == str(before)
 
 
+@pytest.mark.peft
 def test_disk(tmp_path):
+    import peft
+
     model = lorafast.adapt(
         tiny_transformers.llama(),
         AFLoRA(r=3, d_initial=0.2),
         rank_pattern={"q_proj": 5, r"1\.mlp\.up_proj": 2},
         seed=1,
     )
-    tiny_transformers.shake(model)
+    tiny_transformers.perturb(model)
     schedule = Freezing(model, 10)
     next(iter(schedule._matrices.values())).freeze()
-    want = tiny_transformers.out(model)
+    want = tiny_transformers.outputs(model)
     lorafast.save_adapter(model, tmp_path)
     said = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (said["peft_type"], said["r"], said["d_initial"]) == ("LORAFAST_AFLORA", 3, 0.2)
     assert said["peft_type"] not in {kind.value for kind in peft.PeftType}
     loaded = lorafast.load_adapter(tiny_transformers.llama(), tmp_path, trainable=True)
-    assert torch.equal(tiny_transformers.out(loaded), want)
+    assert torch.equal(tiny_transformers.outputs(loaded), want)
     assert {layer.r for layer in loaded.modules() if isinstance(layer, lorafast.Linear)} == {
         2,
         3,
@@ -427,16 +429,16 @@ def test_disk(tmp_path):
     }
     # On the model that trains, what the schedule froze stays frozen.
     (name,) = schedule.frozen
-    tiny_transformers.shake(model)
+    tiny_transformers.perturb(model)
     lorafast.load_adapter(model, tmp_path, trainable=True)
     assert [n for n, p in model.named_parameters() if "lora_" in n and not p.requires_grad] == [
         name
     ]
-    assert torch.equal(tiny_transformers.out(model), want)
+    assert torch.equal(tiny_transformers.outputs(model), want)
     lorafast.save_adapter(model, tmp_path / "lora", as_lora=True)
     torch.testing.assert_close(
-        tiny_transformers.out(
-            tiny_transformers.from_peft(tiny_transformers.llama(), tmp_path / "lora")
+        tiny_transformers.outputs(
+            tiny_transformers.loaded_by_peft(tiny_transformers.llama(), tmp_path / "lora")
         ),
         want,
         rtol=1e-4,
@@ -445,7 +447,7 @@ def test_disk(tmp_path):
 
 
 def test_merge_in_float64():
-    model = tiny_transformers.shake(model_of(torch.float64))
+    model = tiny_transformers.perturb(model_of(torch.float64))
     x = torch.randn(M, K, dtype=torch.float64)
     want = model(x)
     weights = [

@@ -1,4 +1,4 @@
-"""LaMDAFreeze: columns freeze in order, bitwise, under AdamW with weight decay; resume is exact. And all schedules in a group."""
+"""LaMDAFreeze: columns freeze in order and bitwise; and all schedules in a process group."""
 
 import copy
 import os
@@ -86,6 +86,7 @@ def test_the_copy_is_gone_once_all_are_frozen_and_decay_cannot_reach_them():
     assert torch.equal(model[0].lora_B, before)
 
 
+@pytest.mark.distributed
 def test_ddp_goes_on_when_parameters_freeze(tmp_path):
     spawn(_train_in_a_group, args=(str(tmp_path / "rendezvous"),), nprocs=2)
 
@@ -96,7 +97,8 @@ def _train_in_a_group(rank, rendezvous):
     for method in (_lamda, _aflora, _lisa):
         method(rank)
     dist.destroy_process_group()
-    # Left without ado: DDP's reducer would wait for gloo's threads, and they may wait for the interpreter.
+    # Left without ado: DDP's reducer would wait for gloo's threads, and they may wait for the
+    # interpreter.
     os._exit(0)
 
 

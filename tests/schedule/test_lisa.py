@@ -1,4 +1,4 @@
-"""LISA: which blocks train and when, what optimizers see of the others, exact resume, and what is refused."""
+"""LISA: the blocks that train, what optimizers see of the others, resuming, refusals."""
 
 import copy
 import itertools
@@ -94,7 +94,7 @@ def test_what_rests_stays_as_it_is_to_the_bit(settings):
     optimizer, schedule = optimizer_of(model, **settings), LISA(model, every=3, seed=1)
     rested = set()
     for step in range(24):
-        chosen, before = schedule.chosen, tiny_transformers.tensors(model)
+        chosen, before = schedule.chosen, tiny_transformers.copied_tensors(model)
         train(model, optimizer, schedule, 1, step)
         for name, value in model.named_parameters():
             resting = name.startswith("model.layers.") and int(name.split(".")[2]) not in chosen

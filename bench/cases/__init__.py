@@ -1,0 +1,1 @@
+"""What is measured: the implementations, one layer, a whole model, and single Triton kernels."""

@@ -1,0 +1,61 @@
+"""The implementations that are compared, by name. NAME+compile runs one through torch.compile."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+BASES = ("frozen", "full", "lorafast", "accelerated", "eager", "peft", "peft-bf16")
+WITHOUT_ADAPTER = ("frozen", "full")
+
+
+class Impl(NamedTuple):
+    """An implementation.
+
+    base: one of BASES.
+    """
+
+    base: str
+    compile: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.base}+compile" if self.compile else self.base
+
+    @property
+    def has_adapter(self) -> bool:
+        """True if it runs adapter methods, False if it is the bare layer."""
+        return self.base not in WITHOUT_ADAPTER
+
+    @property
+    def uses_lorafast(self) -> bool:
+        """True if lorafast's operations run, even in layers that PEFT has built."""
+        return self.base in ("lorafast", "accelerated")
+
+    @property
+    def built_by_peft(self) -> bool:
+        """True if PEFT has built the layers, even if lorafast's operations run in them."""
+        return self.base in ("accelerated", "peft", "peft-bf16")
+
+
+FROZEN = Impl("frozen")
+NO_METHOD = "none"
+FROZEN_KEY = (FROZEN, NO_METHOD)
+
+
+def parse(text: str) -> Impl:
+    """Return the implementation of a name such as "peft+compile".
+
+    Raises ValueError, with the known names, for any other text.
+    """
+    base, plus, tail = text.partition("+")
+    if base not in BASES or (plus and tail != "compile"):
+        raise ValueError(f"{text!r} is none of {', '.join(BASES)}, nor one of them with +compile")
+    return Impl(base, bool(plus))
+
+
+def candidates(impls: tuple[Impl, ...], methods: tuple[str, ...]) -> tuple[tuple[Impl, str], ...]:
+    """Return implementation and method of every row of one problem, the frozen layer first."""
+    keys = [FROZEN_KEY]
+    for impl in impls:
+        if impl != FROZEN:
+            keys += [(impl, method) for method in (methods if impl.has_adapter else (NO_METHOD,))]
+    return tuple(keys)

@@ -1,0 +1,280 @@
+"""The Triton kernels, one primitive per case, next to the same computation by stock torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from lorafast.engine import philox
+from lorafast.engine.backends import triton
+from lorafast.engine.kernels import cost, gemm_routing
+from lorafast.engine.problem import (
+    BaseTerm,
+    DownProj,
+    LowRankTerm,
+    Problem,
+    UpProj,
+    UpProjGradSpec,
+)
+from lorafast.runtime import devices
+
+PRODUCTS = ("linear", "grad_input")
+STREAMS = ("project", "grad_output", "grad_project", "row_norm")
+# The number of cases of one layer.
+CASES_PER_LAYER = 11
+
+
+class Sizes(NamedTuple):
+    """One layer: M tokens, K in, N out, R rank, and the adapter's dropout p."""
+
+    M: int
+    K: int
+    N: int
+    R: int
+    p: float
+
+
+class KernelCase(NamedTuple):
+    """One variant of one primitive on one layer.
+
+    run: computes it by our kernels.
+    chain: computes it by stock torch in the given dtype, from the same tensors.
+    frozen: the base product alone; None for a primitive without one.
+    query: what the route of a product is chosen by; None for a primitive without routes.
+    cost: flops and bytes of one run.
+    """
+
+    primitive: str
+    variant: str
+    sizes: Sizes
+    run: Callable[[], list[torch.Tensor]]
+    chain: Callable[[torch.dtype], list[torch.Tensor]]
+    frozen: Callable[[], torch.Tensor] | None
+    query: gemm_routing.RouteQuery | None
+    cost: cost.Cost
+
+
+class _Variant(NamedTuple):
+    """The part of a KernelCase that differs between the variants of a layer."""
+
+    primitive: str
+    variant: str
+    run: Callable[[], list[torch.Tensor]]
+    chain: Callable[[torch.dtype], list[torch.Tensor]]
+
+
+class _Operands(NamedTuple):
+    """Random operands of one layer; adapter parameters are fp32, as in training."""
+
+    x: torch.Tensor
+    dy: torch.Tensor
+    W: torch.Tensor
+    transposed: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    core: torch.Tensor
+    h: torch.Tensor
+    v: torch.Tensor
+    y: torch.Tensor
+    gain: torch.Tensor
+    bias: torch.Tensor
+    seed: torch.Tensor | None
+    p: float
+
+    def drop(self, t: torch.Tensor) -> torch.Tensor:
+        """Return drop(t) with the mask of these operands."""
+        return philox.drop(t, self.seed, self.p) if self.p else t
+
+    def h_of(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return drop(x) Aᵀ."""
+        return F.linear(self.drop(self.x.to(dtype)), self.A.to(dtype))
+
+    def inner(self, dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
+        """Return x Wᵀ + h Bᵀ."""
+        base = F.linear(self.x.to(dtype), weight.to(dtype))
+        return base + F.linear(self.h.to(dtype), self.B.to(dtype))
+
+    def merged(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return W + BA."""
+        return self.W.to(dtype) + self.B.to(dtype) @ self.A.to(dtype)
+
+    def grad_output_chain(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Return v, dB, d_core and Σ dy⊙y of a layer with a gain and a core."""
+        dy, core, h = self.dy.to(dtype), self.core.to(dtype), self.h.to(dtype)
+        dz = self.gain.to(dtype) * dy
+        u = dz @ self.B.to(dtype)
+        dot = (dy * self.y.to(dtype)).sum(0)
+        return [u @ core, dz.t() @ F.linear(h, core), u.t() @ h, dot]
+
+    def grad_output(self) -> list[torch.Tensor]:
+        """Return the same by our kernels."""
+        spec = UpProjGradSpec(self.B, core=self.core, h=self.h, want_B=True, want_core=True)
+        grads = triton.grad_output(self.dy, [spec], self.gain, self.y)
+        return [*grads.adapters[0][:3], grads.dot]
+
+
+def kernel_cases(
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int
+) -> list[KernelCase]:
+    """Return the cases of a LoRA layer, and the variants that DoRA, LaMDA and Conv1D need."""
+    o, p, arch = _operands(sizes, dtype, device, seed), sizes.p, devices.of(device)
+    problem = Problem(
+        arch,
+        dtype,
+        sizes.M,
+        sizes.K,
+        (sizes.N,),
+        (sizes.R,),
+        dtype,
+        torch.float32,
+        dropout=p,
+    )
+    frozen = {"linear": lambda: F.linear(o.x, o.W), "grad_input": lambda: o.dy @ o.W}
+    queries = _queries(sizes, dtype, arch.name)
+    return [
+        KernelCase(
+            one.primitive,
+            one.variant,
+            sizes,
+            one.run,
+            one.chain,
+            frozen.get(one.primitive),
+            queries.get((one.primitive, one.variant)),
+            getattr(cost, one.primitive)(problem),
+        )
+        for one in (*_products(o), *_streams(o))
+    ]
+
+
+def _operands(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> _Operands:
+    M, K, N, R, p = sizes
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+
+    fp32 = torch.float32
+    return _Operands(
+        x=normal(M, K),
+        dy=normal(M, N),
+        W=normal(N, K, scale=K**-0.5),
+        transposed=normal(K, N, scale=K**-0.5).t(),
+        A=normal(R, K, scale=K**-0.5, dtype=fp32),
+        B=normal(N, R, dtype=fp32),
+        core=normal(R, R, scale=R**-0.5, dtype=fp32),
+        h=normal(M, R),
+        v=normal(M, R, scale=N**-0.5),
+        y=normal(M, N),
+        gain=normal(N, scale=0.1, dtype=fp32) + 1,
+        bias=normal(N, dtype=fp32),
+        seed=torch.tensor([seed + 1], device=device) if p else None,
+        p=p,
+    )
+
+
+def _products(o: _Operands) -> list[_Variant]:
+    """Return the primitives that contain a base product."""
+    up, low_rank = [UpProj(o.h, o.B)], [LowRankTerm(o.v, o.A, o.seed, o.p)]
+
+    def with_gain(dtype: torch.dtype) -> list[torch.Tensor]:
+        z = o.inner(dtype, o.W)
+        return [o.gain.to(dtype) * z + o.bias.to(dtype), z]
+
+    def grad_input(dtype: torch.dtype) -> list[torch.Tensor]:
+        low = o.drop(o.v.to(dtype) @ o.A.to(dtype))
+        return [o.dy.to(dtype) @ o.W.to(dtype) + low]
+
+    return [
+        _Variant(
+            "linear",
+            "",
+            lambda: [triton.linear(o.x, o.W, up)[0]],
+            lambda dtype: [o.inner(dtype, o.W)],
+        ),
+        _Variant(
+            "linear",
+            "transposed",
+            lambda: [triton.linear(o.x, o.transposed, up)[0]],
+            lambda dtype: [o.inner(dtype, o.transposed)],
+        ),
+        _Variant(
+            "linear",
+            "gain, bias and z",
+            lambda: list(triton.linear(o.x, o.W, up, o.gain, o.bias, keep_inner=True)),
+            with_gain,
+        ),
+        _Variant(
+            "grad_input",
+            "",
+            lambda: [triton.grad_input([BaseTerm(o.dy, o.W)], low_rank)],
+            grad_input,
+        ),
+    ]
+
+
+def _streams(o: _Operands) -> list[_Variant]:
+    """Return the primitives whose time is that of reading their operands."""
+    plain = UpProjGradSpec(o.B, h=o.h, want_B=True)
+    down, low_rank = DownProj(o.A, None, o.seed, o.p), [LowRankTerm(o.v, o.A, o.seed, o.p)]
+
+    def grad_output(dtype: torch.dtype) -> list[torch.Tensor]:
+        dy = o.dy.to(dtype)
+        return [dy @ o.B.to(dtype), dy.t() @ o.h.to(dtype)]
+
+    return [
+        _Variant(
+            "project",
+            "",
+            lambda: [triton.project(o.x, [down])[0][0]],
+            lambda dtype: [o.h_of(dtype)],
+        ),
+        _Variant(
+            "project",
+            "core",
+            lambda: [triton.project(o.x, [down._replace(core=o.core)])[0][1]],
+            lambda dtype: [F.linear(o.h_of(dtype), o.core.to(dtype))],
+        ),
+        _Variant(
+            "grad_output",
+            "",
+            lambda: list(triton.grad_output(o.dy, [plain]).adapters[0][:2]),
+            grad_output,
+        ),
+        _Variant("grad_output", "gain, core and dot", o.grad_output, o.grad_output_chain),
+        _Variant(
+            "grad_project",
+            "",
+            lambda: triton.grad_project(o.x, low_rank),
+            lambda dtype: [o.v.to(dtype).t() @ o.drop(o.x.to(dtype))],
+        ),
+        _Variant(
+            "row_norm",
+            "",
+            lambda: [triton.row_norm(o.W, o.A, o.B)],
+            lambda dtype: [o.merged(dtype).norm(dim=1)],
+        ),
+        _Variant(
+            "row_norm",
+            "by column",
+            lambda: [triton.row_norm(o.W, o.A, o.B, axis="in")],
+            lambda dtype: [o.merged(dtype).norm(dim=0)],
+        ),
+    ]
+
+
+def _queries(
+    sizes: Sizes, dtype: torch.dtype, arch: str
+) -> dict[tuple[str, str], gemm_routing.RouteQuery]:
+    """Return what the route is chosen by, for every variant of a product."""
+    M, K, N, R, p = sizes
+    aligned = K * dtype.itemsize % 16 == N * dtype.itemsize % 16 == 0
+    linear = gemm_routing.RouteQuery(M, N, (K,), R, dtype, arch, aligned=aligned)
+    return {
+        ("linear", ""): linear,
+        ("linear", "transposed"): linear._replace(by_row=False),
+        ("linear", "gain, bias and z"): linear._replace(epilogue_passes=2),
+        ("grad_input", ""): linear._replace(N=K, K=(N,), by_row=False, masked=p > 0),
+    }

@@ -1,0 +1,1 @@
+"""Measurements: correctness, time, memory, bandwidth and the computed lower bound."""

@@ -1,0 +1,1 @@
+"""Records of measurements, and the tables, figures and page made of them."""
