@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import lorafast
-from lorafast import testing
+from lorafast import functional, testing
 from lorafast.engine import dispatch
 from lorafast.engine.kernels import cost
+from lorafast.engine.multi_adapter import Factors
 from lorafast.engine.problem import (
     PRIMITIVES,
     BaseTerm,
@@ -155,3 +156,24 @@ def test_call(layer: str, benchmark) -> None:
     benchmark.group = "call 4x16x16"
     # Many calls per round, because one is as short as the clock's resolution.
     benchmark.pedantic(called, (x,), iterations=200, rounds=100, warmup_rounds=5)
+
+
+FUNCTIONS = ("linear", "several-of-one")
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_function(function: str, benchmark) -> None:
+    """Time lorafast.linear, and functional.several with the same adapter as its only one."""
+    torch.manual_seed(0)
+    x, A, B = (torch.randn(*size, requires_grad=True) for size in ((4, 16), (4, 16), (16, 4)))
+    weight, pairs = torch.randn(16, 16), [Factors(A, B, scaling=2.0)]
+
+    def linear() -> torch.Tensor:
+        return lorafast.linear(x, weight, None, A, B, scaling=2.0)
+
+    def several() -> torch.Tensor:
+        return functional.several(x, weight, None, pairs)
+
+    benchmark.group = "function 4x16x16"
+    called = linear if function == "linear" else several
+    benchmark.pedantic(called, iterations=200, rounds=100, warmup_rounds=5)
