@@ -46,6 +46,29 @@ def calls(monkeypatch):
     return found
 
 
+def pytest_addoption(parser):
+    """Add --cases, for a quick look at everything."""
+    parser.addoption("--cases", type=int, help="run at most this many cases of each test")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Keep --cases of each parametrized test, spread evenly over its list."""
+    most = config.getoption("--cases")
+    if not most:
+        return
+    groups = {}
+    for item in items:
+        groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {
+        cases[i * len(cases) // min(most, len(cases))]
+        for cases in groups.values()
+        for i in range(min(most, len(cases)))
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
 def pytest_ignore_collect(collection_path, config):
     """Leave out modules of which every test needs PEFT, if none of them is to run.
 
@@ -74,7 +97,7 @@ def pytest_terminal_summary(terminalreporter):
         return
     terminalreporter.section("Triton kernels compiled ahead of time")
     terminalreporter.line(
-        f"{'kernel':16}{'dtype':7}{'arch':9}{'forms':>5}{'registers':>11}{'stack':>7}"
+        f"{'kernel':20}{'dtype':7}{'arch':9}{'forms':>5}{'registers':>11}{'stack':>7}"
         f"{'shared, KiB':>13}"
     )
     for dtype, capability, kernel in dict.fromkeys(tuple(row[:3]) for row in rows):
@@ -84,6 +107,6 @@ def pytest_terminal_summary(terminalreporter):
         used = f"{min(registers)}-{max(registers)}"
         memory = f"{min(shared) / 1024:.0f}-{max(shared) / 1024:.0f}"
         terminalreporter.line(
-            f"{kernel:16}{dtype:7}{f'sm_{capability}':9}{len(registers):5}{used:>11}{max(stack):7}"
+            f"{kernel:20}{dtype:7}{f'sm_{capability}':9}{len(registers):5}{used:>11}{max(stack):7}"
             f"{memory:>13}"
         )

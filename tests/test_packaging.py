@@ -97,6 +97,7 @@ def test_the_wheel_holds_real_files_and_runs(tree, tmp_path):
     assert str(tmp_path / "site") in said
 
 
+@pytest.mark.slow
 def test_the_sdist_builds_the_same_wheel(tree, tmp_path):
     out = tmp_path / "sdist"
     run(
@@ -124,6 +125,7 @@ def test_the_sdist_builds_the_same_wheel(tree, tmp_path):
     assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_an_editable_install_runs_from_anywhere(tree, tmp_path):
     venv = tmp_path / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
@@ -155,6 +157,7 @@ def test_an_editable_install_runs_from_anywhere(tree, tmp_path):
     assert all(path.startswith(str(tree)) for path in said)
 
 
+@pytest.mark.slow
 def test_hugging_faces_kernels_wins_from_the_root(tree, tmp_path):
     package = tmp_path / "site" / "kernels"
     package.mkdir(parents=True)

@@ -43,13 +43,13 @@ def options_for(kind, options):
     }
 
 
-# Of the real model, which takes seconds a piece, one of each sort.
-ONCE = ("pissa-rslora", "dora-pissa", "patterned-pissa", "bias-all", "bias-own")
+# Of the real model, which takes seconds a piece, one of each sort; but for one they are slow.
+SMALL_ONLY = ("pissa-rslora", "dora-pissa", "patterned-pissa", "bias-all", "bias-own")
 CASES = [
-    (kind, method)
+    pytest.param(kind, method, marks=[pytest.mark.slow] * (kind == "minilm" and method != "lora"))
     for kind in tiny_transformers.KINDS
     for method in METHODS
-    if kind != "minilm" or method not in ONCE
+    if kind != "minilm" or method not in SMALL_ONLY
 ]
 
 

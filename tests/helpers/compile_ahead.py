@@ -1,8 +1,9 @@
 """Compiles Triton kernels ahead of time, without a GPU.
 
 `compile_ahead.py DTYPE CAPABILITY KERNEL...` prints one JSON line a form: its tile and flags,
-registers, stack, shared memory, and counts of instructions in its PTX and SASS. It runs in a
-process of its own, because pytest's process interprets kernels and then cannot compile them.
+registers, stack, shared memory, and counts of instructions in its PTX and SASS. With `--first`
+before them it compiles only the first form of each kernel. It runs in a process of its own, because
+pytest's process interprets kernels and then cannot compile them.
 """
 
 import itertools
@@ -223,22 +224,18 @@ def usage(built, sass):
 
 
 if __name__ == "__main__":
-    dtype, capability, kernels = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-    # Triton compiles a size of 1 as a constant, which gives another program: the first form of each
-    # kernel is compiled that way, too.
-    first = {name: next(iter(forms(name, dtype, capability)), None) for name in kernels}
-    for function, tile, flags in filter(None, first.values()):
-        compiled(function, tile, flags, dtype, capability, ones=True)
-    for kernel, (function, tile, flags) in (
-        (name, form) for name in kernels for form in forms(name, dtype, capability)
-    ):
-        used = usage(
-            compiled(function, tile, flags, dtype, capability),
-            sass=kernel == "gemm_tma" and capability == 90,
-        )
-        print(
-            json.dumps(
-                {"kernel": kernel, "dtype": dtype, "tile": tile._asdict(), "flags": flags} | used
-            ),
-            flush=True,
-        )
+    only_first = sys.argv[1] == "--first"
+    dtype, capability, *kernels = sys.argv[1 + only_first :]
+    capability = int(capability)
+    every = {name: list(forms(name, dtype, capability)) for name in kernels}
+    for kernel, some in every.items():
+        if some and not only_first:
+            # Triton compiles a size of 1 as a constant, which gives another program.
+            compiled(*some[0], dtype, capability, ones=True)
+        for function, tile, flags in some[:1] if only_first else some:
+            used = usage(
+                compiled(function, tile, flags, dtype, capability),
+                sass=kernel == "gemm_tma" and capability == 90,
+            )
+            form = {"kernel": kernel, "dtype": dtype, "tile": tile._asdict(), "flags": flags}
+            print(json.dumps(form | used), flush=True)

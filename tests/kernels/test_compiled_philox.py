@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+SLOW = pytest.mark.slow
 # It runs in a process of its own, because pytest's process interprets kernels.
 _COMPILE = """
 import pathlib, re, subprocess, sys, tempfile
@@ -36,7 +37,9 @@ with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, marks=SLOW), 90, pytest.param(100, marks=SLOW)]
+)
 def test_philox_compiles_without_a_stack(capability, tmp_path):
     script = tmp_path / "compile_philox.py"
     script.write_text(_COMPILE)

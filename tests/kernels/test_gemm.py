@@ -6,6 +6,7 @@ Every form and tile is tested by the error rule of helpers.triton_interpreter.wi
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.rotations import rotating
 from helpers.triton_interpreter import DTYPES, SEED, P, dropped, far_apart, strided, within_twice
 
 from lorafast.engine.backends import triton as backend
@@ -69,8 +70,11 @@ def take(monkeypatch):
     return taken
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("form", "dtype", "tile", "shape"), SHAPES, ids=ids)
+@pytest.mark.parametrize(
+    ("form", "dtype", "tile", "shape", "transposed"),
+    [(*case, transposed) for case, transposed in rotating(SHAPES, (False, True))],
+    ids=ids,
+)
 def test_linear(form, dtype, tile, shape, transposed, take):
     take(form, tile)
     check_linear(dtype, *shape, transposed)
@@ -106,9 +110,15 @@ def check_linear(dtype, M, N, K, R, layout, transposed):
         within_twice(ours[i], eager[i], truth[i], dtype)
 
 
-@pytest.mark.parametrize("p", [0.0, P])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("form", "dtype", "tile", "shape"), SHAPES, ids=ids)
+# Neighbours differ in one of the two, opposites in both.
+TRANSPOSED_AND_DROPOUT = [(False, 0.0), (False, P), (True, P), (True, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "tile", "shape", "transposed", "p"),
+    [(*case, *values) for case, values in rotating(SHAPES, TRANSPOSED_AND_DROPOUT, 2, 2)],
+    ids=ids,
+)
 def test_grad_input(form, dtype, tile, shape, transposed, p, take):
     take(form, tile)
     M, K, N, R, layout = shape

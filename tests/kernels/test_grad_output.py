@@ -1,7 +1,10 @@
 """grad_output in Triton's interpreter against float64, every result, in one pass and in two."""
 
+import itertools
+
 import pytest
 import torch
+from helpers.rotations import rotating
 from helpers.triton_interpreter import DTYPES, far_apart, strided, within_twice
 
 from lorafast.engine.backends import triton as backend
@@ -37,20 +40,31 @@ def expected(dy, spec, gain, cast):
     return v, dB, d_core, (P * B).sum(1)
 
 
+CORES_AND_EXTRAS = [
+    (None, "plain"),
+    (None, "gained"),
+    ("diagonal", "scaled"),
+    ("diagonal", "gained"),
+    ("full", "tensor scaling"),
+    ("full", "plain"),
+]
+
+
 @pytest.mark.parametrize(
-    ("core", "extras"),
+    ("dtype", "shape", "core", "extras"),
     [
-        (None, "plain"),
-        (None, "gained"),
-        ("diagonal", "scaled"),
-        ("diagonal", "gained"),
-        ("full", "tensor scaling"),
-        ("full", "plain"),
+        (dtype, shape, core, extras)
+        for (dtype, shape), (core, extras) in rotating(
+            # Every kind of core each time; and all six for every shape.
+            itertools.product(DTYPES, SHAPES),
+            CORES_AND_EXTRAS,
+            count=3,
+            step=2,
+        )
     ],
 )
-@pytest.mark.parametrize(("M", "N", "R", "layout"), SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_all_results_at_once(dtype, M, N, R, layout, core, extras):
+def test_all_results_at_once(dtype, shape, core, extras):
+    M, N, R, layout = shape
     ours, eager, truth = ([], [], [], []), ([], [], [], []), ([], [], [], [])
     for _ in range(32 if M * R < 16 else 2):
         dy, h = strided(M, N, dtype, layout), strided(M, R, dtype, layout)

@@ -109,6 +109,7 @@ def test_it_builds_once_and_loads(sources, capfd, monkeypatch):
     assert not lines_of(capfd)
 
 
+@pytest.mark.slow
 def test_pybind11_with_the_best_instruction_set(sources, monkeypatch):
     for path in sources.iterdir():
         path.unlink()

@@ -16,12 +16,12 @@ import triton
 from lorafast.engine import philox
 from lorafast.engine.backends import eager
 from lorafast.engine.kernels import configs, gemm_routing, launch
-from lorafast.engine.kernels import grad_output as on_output
-from lorafast.engine.kernels import grad_project as on_A
-from lorafast.engine.kernels import project as down
+from lorafast.engine.kernels import grad_output as grad_output_kernels
+from lorafast.engine.kernels import grad_project as grad_project_kernels
+from lorafast.engine.kernels import project as project_kernels
 from lorafast.engine.kernels.gemm import Summand, gemm, is_many
 from lorafast.engine.kernels.low_rank_add import low_rank_add
-from lorafast.engine.kernels.row_norm import row_norm as norms
+from lorafast.engine.kernels.row_norm import row_norm as row_norm_kernel
 from lorafast.engine.kernels.scale_cast import scale_cast
 from lorafast.engine.problem import (
     BaseTerm,
@@ -91,22 +91,23 @@ def describe_route(primitive: str, problem: Problem) -> str | None:
     if primitive not in ("linear", "grad_input"):
         return None
     columns, length = (N, K) if primitive == "linear" else (K, N)
-    asked = gemm_routing.RouteQuery(
+    masked, passes = False, 0
+    if primitive == "linear":
+        passes = _epilogue_passes(problem.gain == "out", problem.keep == "inner")
+    else:
+        masked = problem.dropout > 0 and problem.dropout_on == "adapter"
+    query = gemm_routing.RouteQuery(
         problem.M, columns, (length,), sum(problem.R), problem.dtype, problem.arch.name,
         by_row=problem.transposed == (primitive == "grad_input"),
-        masked=(
-            primitive == "grad_input" and problem.dropout > 0 and problem.dropout_on == "adapter"
-        ),
-        epilogue_passes=(
-            _ends(problem.gain == "out", problem.keep == "inner") if primitive == "linear" else 0
-        ),
+        masked=masked,
+        epilogue_passes=passes,
         aligned=not any(size * e % 16 for size in (K, *problem.N)),
     )  # fmt: skip
-    return str(gemm_routing.pick(asked))
+    return str(gemm_routing.pick(query))
 
 
 def project(x: torch.Tensor, downs: list[DownProj]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return down.project(flatten_tokens(x), downs)
+    return project_kernels.project(flatten_tokens(x), downs)
 
 
 def linear(
@@ -119,16 +120,16 @@ def linear(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     x2, (N, K) = flatten_tokens(x), weight.shape
     M, base = x2.shape[0], Summand(x2, weight.to(x.dtype))
-    ends = _ends(gain is not None, keep_inner)
-    asked = _asked(M, N, [base], sum(up.B.shape[1] for up in ups), ends=ends)
-    route = gemm_routing.pick(asked)
+    R, passes = sum(up.B.shape[1] for up in ups), _epilogue_passes(gain is not None, keep_inner)
+    query = _route_query(M, N, [base], R, epilogue_passes=passes)
+    route = gemm_routing.pick(query)
     if not route.fused or not M * N * K:
         low_rank_first = None if route.fused else route.form == "low first"
         return eager.linear(x, base.b, ups, gain, bias, keep_inner, low_rank_first)
     y = x.new_empty(*x.shape[:-1], N)
     z = x2.new_empty(M, N) if keep_inner else None
     low_ranks = [_LowRank(up.h_core, up.B, up.scaling, up.out_scale) for up in ups]
-    summands = [_dense(base), *_concatenated(low_ranks, route, asked.by_row)]
+    summands = [_dense(base), *_concatenated(low_ranks, route, query.by_row)]
     gemm(y.view(M, N), summands, None, route, gain, bias, z)
     return y, z
 
@@ -141,7 +142,7 @@ def grad_output(
     want_bias: bool = False,
 ) -> OutputGrads:
     kept2 = None if kept is None else flatten_tokens(kept)
-    return on_output.grad_output(flatten_tokens(dy), specs, gain, kept2, want_bias)
+    return grad_output_kernels.grad_output(flatten_tokens(dy), specs, gain, kept2, want_bias)
 
 
 def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Tensor:
@@ -152,14 +153,14 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
     dx = dy.new_empty(*dy.shape[:-1], K)
     dx2 = dx.view(M, K)
     products = [Summand(a, b.t()) for a, b in map(eager.gained_operands, bases)]
-    asked = _asked(M, K, products, R, len(dropped), bool(plain))
-    route = gemm_routing.pick(asked)
+    query = _route_query(M, K, products, R, len(dropped), bool(plain))
+    route = gemm_routing.pick(query)
     if route.fused and M * K * min(product.a.shape[1] for product in products):
         own, masked = (
             _concatenated(
                 [_LowRank(v, A.t(), seed=seed, p=p) for v, A, seed, p in terms],
                 route,
-                asked.by_row,
+                query.by_row,
             )
             for terms in (plain, dropped)
         )
@@ -181,7 +182,7 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
 
 def grad_project(x: torch.Tensor, low_ranks: list[LowRankTerm]) -> list[torch.Tensor]:
     x2 = flatten_tokens(x)
-    return [on_A.grad_project(x2, low) for low in low_ranks]
+    return [grad_project_kernels.grad_project(x2, low) for low in low_ranks]
 
 
 def row_norm(
@@ -191,10 +192,10 @@ def row_norm(
     scaling: Scaling = 1.0,
     axis: str = "out",
 ) -> torch.Tensor:
-    return norms(weight, A, B, scaling, axis)
+    return row_norm_kernel(weight, A, B, scaling, axis)
 
 
-def _ends(gains: bool, keeps_inner: bool) -> int:
+def _epilogue_passes(gains: bool, keeps_inner: bool) -> int:
     """Passes over the result that an epilogue saves."""
     return int(gains) + int(keeps_inner)
 
@@ -255,14 +256,14 @@ def _dense_copy(t: torch.Tensor, by_row: bool = True) -> torch.Tensor:
     return t.t().clone(memory_format=torch.contiguous_format).t()
 
 
-def _asked(
+def _route_query(
     M: int,
     N: int,
     bases: list[Summand],
     R: int,
     dropped: int = 0,
     plain: bool = False,
-    ends: int = 0,
+    epilogue_passes: int = 0,
 ) -> gemm_routing.RouteQuery:
     """The key a route is chosen by.
 
@@ -283,6 +284,6 @@ def _asked(
     return gemm_routing.RouteQuery(
         M, N, tuple(base.a.shape[1] for base in bases), R, first.a.dtype,
         launch.arch_of(first.a), by_row, dropped > 0, is_many(len(bases) + plain, dropped > 0),
-        ends, all(aligned),
+        epilogue_passes, all(aligned),
         same_order and dropped <= 1 and len(bases) + plain + dropped <= 4,
     )  # fmt: skip

@@ -150,6 +150,7 @@ def test_where_float64_does_not_fit_the_error_is_taken_over_fewer_tokens(monkeyp
 
 
 @pytest.mark.compile
+@pytest.mark.compile
 def test_compiled_candidates_are_correct_and_marked(tmp_path):
     options = "--dropout 0.3 --impl lorafast+compile --methods lora --tokens 8"
     _, rows, _ = run(tmp_path, options)

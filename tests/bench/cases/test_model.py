@@ -30,6 +30,7 @@ def one_layer(monkeypatch):
     bench_runs.shorten_encoder(monkeypatch)
 
 
+@pytest.mark.slow
 def test_losses_equal_pefts_and_fall(monkeypatch, tmp_path, capsys):
     bench_runs.shorten_encoder(monkeypatch, layers=2)
     options = "--methods lora,dora --batch-sizes 1 --train-batch 4 --steps 40 --lr 2e-3"
