@@ -169,12 +169,12 @@ new = {name.split('.')[0] for name in set(sys.modules) - before}
 assert not torch.cuda.is_initialized()
 print(spent, *sorted(new - set(sys.stdlib_module_names) - {'torch'}))
 """
-    # The contract is 0.3 s of processor time; the best of three, because a shared machine may stall
-    # any one of them.
     command = [sys.executable, "-c", probe]
-    runs = [
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-        for _ in range(3)
-    ]
-    assert all(packages == ["lorafast", "safetensors"] for _, *packages in runs)
-    assert min(float(seconds) for seconds, *_ in runs) < 0.3
+    # The contract is 0.3 s of processor time. A shared machine may stall any one of three.
+    for _ in range(3):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds, *packages = done.stdout.split()
+        assert packages == ["lorafast", "safetensors"]
+        if float(seconds) < 0.3:
+            break
+    assert float(seconds) < 0.3

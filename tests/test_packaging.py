@@ -215,9 +215,10 @@ def test_a_wheel_without_kernels_is_not_built(without_links, tmp_path):
 
 def test_every_package_is_listed():
     listed = set(PROJECT["tool"]["setuptools"]["packages"])
-    folders = {path.parent for path in (ROOT / "lorafast").rglob("*.py")} | {
-        ROOT / "lorafast" / path for path in symlinks.LINKS.values()
-    }
+    folders = {path.parent for path in (ROOT / "lorafast").rglob("*.py")}
+    for folder, link in symlinks.LINKS.items():
+        below = {path.parent.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")}
+        folders |= {ROOT / "lorafast" / link / path for path in {Path(), *below}}
     assert listed == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
 
 

@@ -48,16 +48,18 @@ class Mutant(NamedTuple):
     new: str
     tests: tuple[str, ...]
 
+    def check(self, checkout: Path) -> None:
+        """Raise SystemExit unless the text occurs once in the checkout's file."""
+        count = (checkout / self.file).read_text().count(self.old)
+        if count != 1:
+            raise SystemExit(
+                f"{self.group}: {self.name}: the text occurs {count} times in {self.file}"
+            )
+
     def apply(self, checkout: Path) -> None:
         """Write the fault into a checkout."""
         path = checkout / self.file
-        text = path.read_text()
-        if text.count(self.old) != 1:
-            raise SystemExit(
-                f"{self.group}: {self.name}: "
-                f"the text occurs {text.count(self.old)} times in {self.file}"
-            )
-        path.write_text(text.replace(self.old, self.new))
+        path.write_text(path.read_text().replace(self.old, self.new))
 
 
 class Verdict(NamedTuple):
@@ -131,6 +133,8 @@ def judge_all(mutants: list[Mutant], root: Path = ROOT, jobs: int = 1) -> dict[M
 
     Raises SystemExit if the tests fail without a mutant.
     """
+    for mutant in mutants:
+        mutant.check(root)
     verdicts: dict[Mutant, Verdict] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         # What the C++ of a mutant compiles to must not be found by anything else.

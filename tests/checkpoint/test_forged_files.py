@@ -336,9 +336,10 @@ def test_projections_of_an_enormous_rank_are_not_drawn(tmp_path):
     )
 
 
-def test_a_thousand_mutated_folders(tmp_path):
+@pytest.mark.parametrize("seed", range(10))
+def test_a_hundred_mutated_folders(seed, tmp_path):
     """Change bytes, tensors and configs at random: a folder is refused or loaded as a whole."""
-    randomly = random.Random(0)
+    randomly = random.Random(seed)
     sources = []
     for i, (adapter, options) in enumerate(
         [
@@ -354,7 +355,7 @@ def test_a_thousand_mutated_folders(tmp_path):
         lorafast.save_adapter(adapted_net(adapter, **options), tmp_path / str(i))
         sources.append(tmp_path / str(i))
     count = {"refused": 0, "loaded": 0}
-    for trial in range(1000):
+    for trial in range(100):
         source, folder = randomly.choice(sources), tmp_path / "mutant"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(source, folder)
@@ -373,8 +374,8 @@ def test_a_thousand_mutated_folders(tmp_path):
             assert all(tensor.isfinite().all() for tensor in found.values()), trial
             assert model(X).shape == (4, K)
             count["loaded"] += 1
-    assert count["refused"] > 500
-    assert count["loaded"] > 50
+    assert count["refused"] > 40
+    assert count["loaded"] > 4
 
 
 def _bytes(folder, randomly):

@@ -6,6 +6,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 import lorafast
 
 ROOT = Path(lorafast.__file__).resolve().parent.parent
@@ -33,6 +35,7 @@ def run(name, folder):
     )
 
 
+@pytest.mark.peft
 def test_examples_run(tmp_path):
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(PRINTS)
     # Two at a time: most of their time is importing.

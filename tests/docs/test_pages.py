@@ -43,7 +43,15 @@ def anchors(path):
     return {re.sub(r"[^\w\s-]", "", one).strip().lower().replace(" ", "-") for one in found}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if CODE.search(p.read_text())], ids=named)
+def pages_with_code():
+    """The pages with code to run, those that import PEFT with its marker."""
+    for page in PAGES:
+        if CODE.search(page.read_text()):
+            peft = re.search(r"^(?:import|from) peft\b", page.read_text(), re.MULTILINE)
+            yield pytest.param(page, id=named(page), marks=[pytest.mark.peft] * bool(peft))
+
+
+@pytest.mark.parametrize("page", list(pages_with_code()))
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

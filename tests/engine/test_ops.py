@@ -205,6 +205,21 @@ def test_the_exact_norms_gradient_over_many_panels(axis, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("shape", [(R, R), (R,)], ids=["full", "diagonal"])
+def test_the_exact_norms_gradient_for_core_and_out_scale(shape, axis):
+    t = lora()
+    core, out_scale = torch.randn(shape, dtype=torch.float64), torch.randn(N, dtype=torch.float64)
+    leaves = [
+        leaf.detach().requires_grad_() for leaf in (t["lora_A"], t["lora_B"], core, out_scale)
+    ]
+
+    def norm(*leaves):
+        return functional.row_norm(t["weight"], *leaves, scaling=0.7, axis=axis, detach=False)
+
+    assert torch.autograd.gradcheck(norm, leaves)
+
+
 def test_vmap_and_forward_ad_say_what_to_use():
     t = lora(x_grad=False)
     weight = {name: value.detach() for name, value in t.items() if name != "x"}

@@ -470,14 +470,9 @@ def _in_a_group(rank, folder):
 
 def _save_and_resume(rank, folder):
     # What torchrun sets; nobody asks for the address, for the group meets in a file.
-    told = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": 2,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": 0,
-    }
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": 0}
     os.environ |= {name: str(value) for name, value in told.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     written, write = [], ours._write_checkpoint
     ours._write_checkpoint = lambda model, folder: (
         written.append(folder.name),

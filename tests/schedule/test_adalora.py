@@ -171,14 +171,8 @@ def test_pefts_whole_run(times):
 
     times = TIMES | times
     said = {"total_step" if name == "total_steps" else name: value for name, value in times.items()}
-    config = peft.AdaLoraConfig(
-        init_r=R,
-        target_r=2,
-        lora_alpha=6,
-        target_modules=["up", "down"],
-        orth_reg_weight=0.1,
-        **said,
-    )
+    said |= {"target_modules": ["up", "down"], "orth_reg_weight": 0.1}
+    config = peft.AdaLoraConfig(init_r=R, target_r=2, lora_alpha=6, **said)
     theirs = peft.get_peft_model(Net(), config, autocast_adapter_dtype=False)
     ours = lorafast.adapt(Net(), config)
     layers = {
