@@ -24,9 +24,12 @@ bench: env
 test: env
 	$(PYTEST) -m "not slow"
 
-# In at most a minute.
+# At most three cases of each test, without kernels, bench, compiling, PEFT or processes: a minute.
 quick: env
-	$(PYTEST) -m "not slow and not compile and not peft and not distributed"
+	$(PYTEST) --cases 3 -k "not triton" \
+		-m "not slow and not compile and not peft and not distributed" \
+		--ignore tests/kernels --ignore tests/bench --ignore tests/docs \
+		--ignore tests/test_packaging.py
 
 # All forms of all kernels, whole models, packaging, every instruction set.
 test-slow: env

@@ -1,6 +1,7 @@
 """Adapter layers (LoRA, DoRA, LaMDA and their family) at the cost of the frozen layer."""
 
 from lorafast import optim as optim
+from lorafast import reference as reference
 from lorafast import schedule as schedule
 from lorafast.checkpoint.keys import adapter_state_dict
 from lorafast.checkpoint.save_load import load_adapter, save_adapter
@@ -37,3 +38,7 @@ __all__ = [
 ]  # fmt: skip
 
 moved_modules.install()
+
+
+def __getattr__(name: str) -> object:
+    return moved_modules.attribute(__name__, name)

@@ -106,17 +106,17 @@ def _linear_checked(
     dtype = checks.call(x, tensors, options)
     scaling, p, axis, dropout_on, keep, frozen_columns = options
     seed, scale, grad = tensors.seed, None, torch.is_grad_enabled()
-    p = p if training else 0.0
+    p = float(p) if training else 0.0
     if p == 0:
-        p, seed = 0.0, None
+        seed = None
     elif seed is None:
         seed = philox.draw_seed(x.device)
     if type(scaling) is not float:
         scaling, scale = split_scaling(scaling)
     weight, magnitude, norm = tensors.weight, tensors.magnitude, tensors.norm
     if grad and (weight.requires_grad or (scale is not None and scale.requires_grad)):
-        if magnitude is not None and norm is None and not norm_policy.detach:
-            tensors = tensors._replace(norm=_exact_norm(tensors, options))
+        if magnitude is not None and norm is None:
+            tensors = tensors._replace(norm=_trained_norm(tensors, options, scale, norm_policy))
         return reference.linear(
             x, *tensors[:7], axis, tensors.out_scale, tensors.lora_bias, options.scaling, p,
             dropout_on, keep, frozen_columns, seed,
@@ -126,9 +126,7 @@ def _linear_checked(
     kept = "none"
     if magnitude is not None:
         if norm is None:
-            factors = LayerTensors(
-                weight, None, *tensors[2:5], None, None, tensors.out_scale, None, None, scale
-            )
+            factors = _norm_factors(tensors, scale)
             norm = ops.row_norm(factors, CallOptions(scaling, 0.0, axis), norm_policy)
             tensors = LayerTensors(*tensors[:6], norm, *tensors[7:])
         if grad and (magnitude.requires_grad or norm.requires_grad):
@@ -217,7 +215,7 @@ def row_norm(
         detach: True gives no gradient (arXiv:2402.09353 §4.3), False the exact one.
         cache: True gives the last result again while no factor has been replaced or written and no
             optimizer has made a step. A write through `.data` is not noticed. Ignored while
-            torch.compile traces or a CUDA graph is captured.
+            torch.compile traces, in inference mode, and while a CUDA graph is captured.
 
     Returns:
         The norm, [N] or [K], in fp32, or in fp64 for an fp64 weight: a fresh tensor.
@@ -241,6 +239,23 @@ def row_norm(
     if not detach and torch.is_grad_enabled() and trained:
         return _exact_norm(tensors, options)
     return ops.row_norm(tensors, options, policy)
+
+
+def _trained_norm(
+    tensors: LayerTensors, options: CallOptions, scale: torch.Tensor | None, policy: NormPolicy
+) -> torch.Tensor:
+    """The norm of a layer whose weight or tensor scaling trains."""
+    if not policy.detach:
+        return _exact_norm(tensors, options)
+    number = 1.0 if scale is not None else float(options.scaling)
+    factors = _norm_factors(tensors, scale)
+    return ops.row_norm(factors, CallOptions(number, 0.0, options.axis), policy)
+
+
+def _norm_factors(tensors: LayerTensors, scale: torch.Tensor | None) -> LayerTensors:
+    """The tensors that the norm depends on, and no other."""
+    weight, _, A, B, core, *_ = tensors
+    return LayerTensors(weight, None, A, B, core, None, None, tensors.out_scale, None, None, scale)
 
 
 def _exact_norm(tensors: LayerTensors, options: CallOptions) -> torch.Tensor:

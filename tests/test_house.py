@@ -1,6 +1,7 @@
 """The rules of the code base: sizes, docstrings, imports, links, and the cost of an import."""
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -43,9 +44,15 @@ def modules():
             yield ".".join((place, *parts)), path
 
 
+@functools.cache
+def parsed(path):
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text())
+
+
 def imports(path):
     """The dotted names that a file imports, at its top and inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -54,7 +61,7 @@ def imports(path):
 
 def functions(path):
     """Every function of a file: its name, its lines without the docstring, and True if jit."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = node.end_lineno - node.lineno + 1
             if ast.get_docstring(node):
@@ -87,7 +94,7 @@ def test_few_modules_lie_beside_the_packages():
 def test_every_module_and_every_public_name_has_a_docstring():
     silent = []
     for name, path in modules():
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         if not ast.get_docstring(tree):
             silent.append(name)
         for node in tree.body:
@@ -142,6 +149,7 @@ def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.peft
 def test_no_public_name_is_a_submodule():
     types = {name: type(getattr(lorafast, name)) for name in lorafast.__all__}
     for name, _ in modules():

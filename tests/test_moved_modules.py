@@ -2,6 +2,8 @@
 
 import importlib
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,19 @@ def test_an_old_path_is_the_new_module(old):
         if not name.startswith("__"):
             assert getattr(module, name) is getattr(new, renamed.get(name, name))
     assert not hasattr(module, "no_such_name")
+
+
+def test_old_paths_are_attributes_too_and_take_over_no_other_name():
+    probe = """
+import importlib.util, lorafast
+assert lorafast.reference.linear and lorafast.layer.Linear is lorafast.Linear
+assert lorafast.models.checkpoint.save_adapter is lorafast.save_adapter
+assert not hasattr(lorafast, "no_such_name") and not hasattr(lorafast.models, "no_such_name")
+for name in ("layer", "problem", "embedding", "catalog", "merging"):
+    assert importlib.util.find_spec(name) is None, name
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_path_that_never_was_is_not_found():

@@ -52,7 +52,8 @@ def call(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.
             and seed is None
             and type(scaling) is float
             and scaling - scaling == 0  # neither inf nor nan
-            and (p == 0 or (type(p) is float and 0 < p < 1))
+            and (type(p) is float or type(p) is int)
+            and 0 <= p < 1
             and (p == 0 or 0 < round(p * philox.STEPS) < philox.STEPS)
             and (axis == "out" or (axis == "in" and keep in ("auto", "recompute")))
             and (dropout_on == "adapter" or (dropout_on == "both" and keep != "output"))
@@ -156,7 +157,7 @@ def words(axis: str, dropout_on: str, keep: str, dropout: float) -> None:
     if axis == "in" and keep in ("output", "inner"):
         raise ValueError(
             f"keep={keep!r} belongs to axis='out'; "
-            "axis='in' remakes gain⊙x in backward and keeps nothing more"
+            "axis='in' computes gain⊙x again in backward and keeps nothing more"
         )
 
 

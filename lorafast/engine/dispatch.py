@@ -18,7 +18,7 @@ from lorafast.runtime import devices, env, symlinks
 if TYPE_CHECKING:
     from lorafast.engine.backends import cpu, eager, triton
 
-    # A module is a backend if it has the functions of the protocol: the type checker holds it.
+    # A module is a backend if it has the functions of the protocol, which the type checker checks.
     _BACKENDS: tuple[Backend, ...] = (eager, cpu, triton)
 
 # Fastest first. A backend is a file in backends/; one that is missing or fails to load is a reason.
@@ -147,10 +147,10 @@ def pick(primitive: str, problem: Problem) -> Backend:
 
 
 @functools.lru_cache(maxsize=4096)
-def _routes(key: tuple | Problem, *environment: object) -> Routes:
-    # `environment` only separates the answers for different values of the two variables.
+def _routes(key: tuple | Problem, backend: str | bytes | None, log: str | bytes | None) -> Routes:
+    """The routes of a problem under values of the two variables, as env.raw_get gives them."""
     problem = key if isinstance(key, Problem) else Problem(*key)
-    return Routes(problem, env.backend(), env.log())
+    return Routes(problem, env.parse_backend(backend), env.parse_log(log))
 
 
 def _choose(primitive: str, problem: Problem, asked: str, log: bool) -> Backend:

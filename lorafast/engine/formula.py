@@ -85,7 +85,9 @@ def backward(
         d_lora_bias = sums.d_bias * scaling_of(tensors, options)
         grads["lora_bias"] = d_lora_bias * gain if by_row else d_lora_bias
     if needs.lora_A:
-        adapter_x = _inputs(x, tensors, options, routes)[0] if has_gain else x
+        adapter_x = x
+        if has_gain and not by_row:
+            adapter_x = _inputs(x, tensors, options, routes)[0]
         low_rank = LowRankTerm(own.v, tensors.lora_A, tensors.seed, options.dropout)
         (grads["lora_A"],) = routes["grad_project"].grad_project(adapter_x, [low_rank])
     if not has_gain and needs.x:
@@ -148,6 +150,7 @@ def gain_of(magnitude: torch.Tensor | None, norm: torch.Tensor | None) -> torch.
         return None
     if magnitude.dtype != norm.dtype:
         magnitude = magnitude.to(norm.dtype)
+    # divide_or_zero, without its call: a DoRA layer comes here twice a step.
     return (magnitude / norm).masked_fill(norm == 0, 0)
 
 

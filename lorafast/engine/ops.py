@@ -59,7 +59,7 @@ _NO_DOUBLE = "double backward unsupported, use lorafast.reference.linear, which 
 
 
 def linear(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.Tensor:
-    """Return y [...,N] by lorafast::linear; as a plain function where no one would notice.
+    """Return y [...,N] by lorafast::linear; as a plain function where no observer is active.
 
     Checks nothing: lorafast.functional does.
     """
@@ -221,7 +221,7 @@ def _with_unmodified_output(ctx) -> tuple[torch.Tensor | None, ...]:
     try:
         saved = ctx.saved_tensors
     except RuntimeError as error:
-        # A y that no one holds any more cannot be asked, but is the likeliest cause.
+        # A y that has been freed has no version to compare, but is the likeliest cause.
         if modified or (y is None and "inplace" in str(error)):
             raise RuntimeError(_MODIFIED.format(ctx.layer)) from error
         raise

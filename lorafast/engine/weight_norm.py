@@ -28,8 +28,9 @@ class NormPolicy(NamedTuple):
 def policy_of(detach_norm: bool, cache_norm: bool, training: bool) -> NormPolicy:
     """The policy of a layer's call: exact where it is asked for and gradients are recorded.
 
-    In training the norm is computed at every call, which is cheap; the cache serves evaluation,
-    and training only for cache_norm=True, with which the owner vouches for the factors.
+    With gradients recorded the norm is computed at every call, which is cheap. The cache serves
+    evaluation without gradients, and other calls only for cache_norm=True, with which the user
+    promises not to write the factors through `.data`.
     """
     grad = torch.is_grad_enabled()
     exact = grad and not detach_norm

@@ -16,15 +16,13 @@ from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling
 from lorafast.methods.adapter import Adapter, TensorSpec
 from lorafast.methods.lora import LoRA
 from lorafast.nn import merge_math
-from lorafast.nn.adapter_state import AdapterState
+from lorafast.nn.adapter_state import NAMES, AdapterState
 from lorafast.nn.merge_mixin import DeltaFactors, copy_factors, with_weight
 
 # The weights out of which some layer's start took a delta: a second layer that shares one would
 # take out its own as well.
 _residual_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-# Every adapter tensor a layer can have; those that its adapter does not use are None.
-NAMES = ("lora_A", "lora_B", "lora_core", "lora_magnitude", "lora_out_scale", "lora_bias")
 # Those that make the delta: a magnitude or a bias does not.
 _DELTA_NAMES = ("lora_A", "lora_B", "lora_core", "lora_out_scale")
 # Attributes of layers pickled by version 0.1 before the packages had their present names.
@@ -165,6 +163,8 @@ class AdapterLayer(AdapterState):
         Raises:
             RuntimeError: the layer is merged, a factor is parametrized, or the layer got its
                 residual weight from a state dict and does not know the delta.
+            ValueError: the weight already holds the residual of another layer.
+            NotImplementedError: the weight is sharded.
         """
         self._refuse_if_merged("reset_adapter()")
         if self.weight.is_meta:

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafast.methods.adapter import Adapter, TensorSpec
+from lorafast.methods.adapter import Adapter
 from lorafast.nn.merge_mixin import DeltaFactors, MergeMixin
+
+# Every adapter tensor a layer can have; those that its adapter does not use are None.
+NAMES = ("lora_A", "lora_B", "lora_core", "lora_magnitude", "lora_out_scale", "lora_bias")
 
 
 class AdapterState(MergeMixin):
@@ -32,10 +35,6 @@ class AdapterState(MergeMixin):
         """Freeze the first columns of lora_B."""
         raise NotImplementedError
 
-    def _tensor_specs(self) -> dict[str, TensorSpec]:
-        """Return the adapter's tensors by name."""
-        raise NotImplementedError
-
     def _set_residual(self, residual: bool) -> None:
         """Record whether the weight lacks the adapter's first delta."""
         raise NotImplementedError
@@ -55,7 +54,7 @@ class AdapterState(MergeMixin):
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors
     ):
         # A parametrized factor is no parameter of this module any more, and loads by its own name.
-        names = [name for name in self._tensor_specs() if self._parameters.get(name) is not None]
+        names = [name for name in NAMES if self._parameters.get(name) is not None]
         given = [name for name in names if prefix + name in state_dict]
         has_weight = prefix + "weight" in state_dict
         arguments, before = (state_dict, prefix, metadata, strict), len(errors)

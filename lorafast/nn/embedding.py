@@ -34,7 +34,7 @@ class Embedding(AdapterLayer, nn.Embedding):
         adapter_dtype: dtype of the adapter's tensors, as in lorafast.Linear.
 
     Raises:
-        TypeError: adapter is none, or is made for linears only.
+        TypeError: adapter is no adapter, or is made for linears only.
         ValueError: the adapter has a lora_bias.
 
     Example:

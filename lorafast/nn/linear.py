@@ -27,11 +27,12 @@ class AdapterLinearBase(AdapterLayer):
         # Reading the dict takes a tenth of the time of nn.Module's attributes, at every call.
         # Instead of an entry there may be a property (a parametrization) or a view (a flattened
         # parameter), and a sharding library's dict may gather an entry when it is read.
-        held = self._parameters
+        parameters = self._parameters
         try:
             tensors = LayerTensors(
-                self._W(), held["bias"], held["lora_A"], held["lora_B"], held["lora_core"],
-                held["lora_magnitude"], None, held["lora_out_scale"], held["lora_bias"],
+                self._W(), parameters["bias"], parameters["lora_A"], parameters["lora_B"],
+                parameters["lora_core"], parameters["lora_magnitude"], None,
+                parameters["lora_out_scale"], parameters["lora_bias"],
             )  # fmt: skip
         except KeyError:
             tensors = self._tensors()._replace(scale=None)
@@ -117,7 +118,8 @@ class Linear(AdapterLinearBase, nn.Linear):
             adapter_dtype: dtype of the adapter's tensors, as in the constructor.
 
         Returns:
-            The layer; linear itself is not changed, but its Parameters are frozen.
+            The layer. linear stays a module of its own; its Parameters are frozen, and an init that
+            leaves a residual rewrites its weight.
 
         Raises:
             TypeError: linear has a forward of its own or a parametrized weight, neither of which

@@ -85,6 +85,7 @@ class MergeMixin(nn.Module):
 
         Raises:
             RuntimeError: the adapter is disabled, or the weight is on the meta device.
+            NotImplementedError: the weight is sharded.
             ValueError: W' would not be finite, could not be unmerged, or a lora_bias has no bias
                 to be added to. Nothing has changed then.
 

@@ -55,7 +55,12 @@ BACKEND_KEY, LOG_KEY = _encode(BACKEND.name), _encode(LOG.name)
 
 def backend() -> str:
     """The backend asked for, `auto` unless set."""
-    return os.environ.get(BACKEND.name, "").strip().lower() or BACKEND.default
+    return parse_backend(os.environ.get(BACKEND.name))
+
+
+def parse_backend(raw: str | bytes | None) -> str:
+    """The backend that a value of LORAFAST_BACKEND asks for, as os.environ or raw_get gives it."""
+    return (os.fsdecode(raw).strip().lower() if raw else "") or BACKEND.default
 
 
 def interprets() -> bool:
@@ -65,7 +70,12 @@ def interprets() -> bool:
 
 def log() -> bool:
     """True if the choice of backends is printed."""
-    return os.environ.get(LOG.name, "") not in ("", "0")
+    return parse_log(os.environ.get(LOG.name))
+
+
+def parse_log(raw: str | bytes | None) -> bool:
+    """True if a value of LORAFAST_LOG asks for the print, as os.environ or raw_get gives it."""
+    return (os.fsdecode(raw) if raw else "") not in ("", "0")
 
 
 def cpu_isa() -> str:

@@ -48,7 +48,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.removeprefix("lorafast.") not in MOVED:
+        package, _, old = fullname.partition(".")
+        if package != "lorafast" or old not in MOVED:
             return None
         return importlib.machinery.ModuleSpec(fullname, self)
 
@@ -57,6 +58,17 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         importlib.import_module(f"lorafast.{MOVED[module.__name__.removeprefix('lorafast.')]}")
+
+
+def attribute(package: str, name: str) -> ModuleType:
+    """Return the old module `name` of a package, for its __getattr__: lorafast.layer and others.
+
+    AttributeError if there was none.
+    """
+    old = f"{package}.{name}".removeprefix("lorafast.")
+    if old not in MOVED:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return importlib.import_module(f"lorafast.{old}")
 
 
 def install() -> None:

@@ -1,12 +1,14 @@
 """Every private symbol of torch that lorafast uses, looked up with a guard.
 
 What rests on them saves time and nothing else: it is on for the torch versions of TESTED_VERSIONS
-and off for all others, where torch's public functions give the same numbers.
+and off for all others, where torch's public functions give the same numbers. One symbol has no
+public counterpart: the guard of dispatch_below_autograd, which torch's own custom ops use too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +21,9 @@ TESTED_VERSIONS = frozenset({(2, 13)})
 
 def is_tested(version: str) -> bool:
     """True if the private symbols may be used on this version of torch, such as "2.13.0+cpu"."""
-    try:
-        major, minor = version.split(".")[:2]
-        release = int(major), int(minor)
-    except ValueError:
-        return False
-    # A nightly build has the number of a release that does not exist yet.
-    return release in TESTED_VERSIONS and "dev" not in version
+    # A nightly build or a release candidate has the number of a release that does not exist yet.
+    release = re.fullmatch(r"(\d+)\.(\d+)\.\d+(\+.*)?", version)
+    return release is not None and (int(release[1]), int(release[2])) in TESTED_VERSIONS
 
 
 def _find(path: str) -> Any:
@@ -68,7 +66,7 @@ enabled = is_tested(torch.__version__) and all(symbol is not None for symbol in 
 
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
-# Autocast's dispatch keys stand above every kernel and would cast the fp32 sums inside one; and,
+# Autocast's dispatch keys run before every kernel and would cast the fp32 sums inside one; and,
 # for a call that bypasses the dispatcher, what _AutoDispatchBelowAutograd excludes.
 _AUTOCAST_KEYS = _AUTOGRAD_KEYS = None
 if enabled:
@@ -79,21 +77,6 @@ if enabled:
     _AUTOGRAD_KEYS = _AUTOCAST_KEYS
     for _key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
         _AUTOGRAD_KEYS |= torch._C.DispatchKeySet(getattr(_keys, _key))
-
-
-def observers_active() -> bool:
-    """True if a dispatch mode, functorch transform, tracer or profiler is active.
-
-    They have to see every op.
-    """
-    return not enabled or (
-        _dispatch_modes() > 0
-        or _function_modes() > 0
-        or _transforms_active()
-        or forward_ad._current_level >= 0
-        or _tracing_state() is not None
-        or _profiler_enabled()
-    )
 
 
 def bypasses_dispatcher(x: torch.Tensor, tensors: tuple[torch.Tensor | None, ...]) -> bool:
@@ -164,7 +147,8 @@ any_requires_grad: Callable[..., bool] = _requires_grad if enabled else _any_req
 
 
 def _autocast_devices() -> list[str]:
-    return [device for device in ("cpu", "cuda", "xpu", "mps") if torch.is_autocast_enabled(device)]
+    devices = ("cpu", "cuda", "xpu", "mps", "hpu", "privateuseone")
+    return [device for device in devices if torch.is_autocast_enabled(device)]
 
 
 # True if autocast is on for some device.
@@ -197,8 +181,14 @@ def below_autograd() -> contextlib.AbstractContextManager:
 def dispatch_below_autograd() -> contextlib.AbstractContextManager:
     """A context in which an op called from its own Autograd kernel reaches the kernel below it.
 
-    torch's own Python code for custom ops relies on the same guard, in every version since 2.0.
+    torch's own Python code for custom ops relies on the same guard.
     """
+    if _below_autograd is None:
+        raise RuntimeError(
+            f"torch {torch.__version__} has no torch._C._AutoDispatchBelowAutograd, without which "
+            "lorafast's ops have no gradients: install a torch of "
+            + ", ".join(f"{major}.{minor}" for major, minor in sorted(TESTED_VERSIONS))
+        )
     return _below_autograd()
 
 
@@ -216,7 +206,7 @@ def version_of(tensor: torch.Tensor) -> int:
 def storage_key(tensor: torch.Tensor) -> int:
     """Return a number that tells the tensor's storage from every other living storage."""
     storage = tensor.untyped_storage()
-    return getattr(storage, "_cdata", None) or id(storage)
+    return getattr(storage, "_cdata", None) or storage.data_ptr()
 
 
 def onednn_bias_linear() -> Any:

@@ -83,6 +83,16 @@ def test_the_error_rule(backend, dtype, shape, primitive):
             within_twice(ours, chain, truth, dtype)
 
 
+@backends.each_with_dtype()
+@pytest.mark.parametrize("scaling", [1.7, torch.tensor(0.3)], ids=["number", "tensor"])
+def test_a_factor_times_s_is_rounded_once(backend, dtype, scaling):
+    B = torch.randn(40, 1)
+    up = UpProj(torch.ones(1, 1, dtype=dtype), B, scaling)
+    nothing = torch.zeros(1, 8, dtype=dtype), torch.zeros(40, 8, dtype=dtype)
+    y, _ = backend.linear(*nothing, [up])
+    assert torch.equal(y[0], (B[:, 0] * scaling).to(dtype))
+
+
 # Not row_norm in eager: it is torch's own norm, whose square root is not rounded correctly.
 EXACT = [
     (backend, primitive)

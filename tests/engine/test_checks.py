@@ -197,7 +197,22 @@ def test_in_the_layer_too():
 SHAPES = [(), (1,), (R,), (N,), (K,), (R, R), (R, K), (N, R), (N, K), (0, K), (N, 0), (3, K)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.complex64]
 SHARES = [0.0, 0.3, 0.99, 1e-9, 1 - 1e-9, 1.0, 1e400, -1e400, 1e400 - 1e400]
-NUMBERS = [*SHARES, 0, 1, 2, -1, True, False, "1", None, 2**70, [0]]
+NUMBERS = [
+    *SHARES,
+    0,
+    1,
+    2,
+    -1,
+    True,
+    False,
+    "1",
+    None,
+    torch.zeros(()),
+    torch.zeros(3),
+    0j,
+    2**70,
+    [0],
+]
 WORDS = [*checks.AXES, *checks.DROPOUT_ON, *checks.KEEPS, "", 0, None, ["out"]]
 
 

@@ -14,7 +14,7 @@ from lorafast.engine.problem import BaseTerm, DownProj, LowRankTerm, UpProj, UpP
 
 pytestmark = needs_compiler
 # Enough for more than one share of the tokens and group of the columns, and ends that are ragged.
-M, N, K, R = 307, 1101, 1203, 9
+M, N, K, R = 307, 1101, 523, 9
 
 
 @pytest.fixture

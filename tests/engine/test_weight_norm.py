@@ -295,3 +295,11 @@ def test_the_effective_B_is_the_one_of_the_same_delta(form):
         * 0.7
     )
     torch.testing.assert_close(x @ folded.t(), delta)
+
+
+def test_a_layer_with_a_trained_weight_keeps_its_policy(computed):
+    layer = layer_of(cache_norm=True)
+    layer.weight.requires_grad_(True)
+    computed.clear()
+    layer(X), layer(X)
+    assert len(computed) == 1

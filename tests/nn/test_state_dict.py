@@ -183,3 +183,13 @@ def test_reset_parameters_makes_a_new_layer(adapter):
         assert {n for n, p in layer.named_parameters() if p.requires_grad} == {
             n for n, p in adapter.tensor_specs(N, K).items() if p.trained
         }
+
+
+def test_a_flattened_weight_does_not_hinder_loading():
+    layer = lorafast.Linear(K, N, adapter=LoRA(r=3))
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    shard = nn.Parameter(torch.zeros(7))
+    layer._parameters["weight"] = shard  # as a sharding library leaves it between calls
+    state["weight"] = torch.ones(7)
+    layer.load_state_dict(state)
+    assert torch.equal(shard, torch.ones(7))

@@ -179,7 +179,7 @@ def row_norm(
         B = B.float()
     down, up = A, B.t()
     if weight.stride(1) != 1 and weight.stride(0) == 1:
-        # ‖Wᵀ + sAᵀBᵀ‖ along the other axis: a transposed weight is read as it lies.
+        # ‖Wᵀ + sAᵀBᵀ‖ along the other axis: a transposed weight is read without a copy.
         weight, down, up, by_row = weight.t(), up, down, not by_row
     weight = _dense_rows(weight)
     (N, K), R = weight.shape, A.shape[0]
