@@ -122,7 +122,7 @@ def op_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor:
     norm, dropout_on, keep = None, "adapter", "auto"
     magnitude = _magnitude(layer, name)
     if magnitude is not None:
-        norm = _norm(layer, name, weight, factors)
+        norm = _peft_cached_norm(layer, name, weight, factors)
         dropout_on, keep = _dora_options(layer)
     return functional.linear(
         x,
@@ -189,22 +189,24 @@ def _magnitude(layer: PeftLinear, name: str) -> torch.Tensor | None:
     return layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
 
 
-def _norm(layer: Linear, name: str, weight: torch.Tensor, factors: Factors) -> torch.Tensor:
-    """Return ‖W + sBA‖ per row, cached where and as long as PEFT caches its own norm.
+def _peft_cached_norm(
+    layer: Linear, name: str, weight: torch.Tensor, factors: Factors
+) -> torch.Tensor | None:
+    """Return ‖W + sBA‖ per row from PEFT's cache, where and as long as PEFT caches its own norm.
 
-    PEFT caches in eval mode, if its switch is on.
+    PEFT caches in eval mode, if its switch is on. Elsewhere None: the call computes the norm.
     """
     magnitude = layer.lora_magnitude_vector[name]
     # Older PEFT versions have neither the cache nor the switch.
     switch = getattr(dora, "ENABLE_DORA_CACHING", None)
-    caches = bool(switch) and not magnitude.training
-    norm = magnitude._cache_get(_NORM_CACHE_KEY, None) if caches else None
+    if not switch or magnitude.training:
+        if switch is not None:
+            magnitude._cache_clear()
+        return None
+    norm = magnitude._cache_get(_NORM_CACHE_KEY, None)
     if norm is None:
         norm = functional.row_norm(weight, factors.lora_A, factors.lora_B, scaling=factors.s)
-        if caches:
-            magnitude._cache_store(_NORM_CACHE_KEY, norm)
-        elif switch is not None:
-            magnitude._cache_clear()
+        magnitude._cache_store(_NORM_CACHE_KEY, norm)
     return norm
 
 
