@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +15,17 @@ from lorafast.models.adalora_format import SCHEDULE_ATTRIBUTE
 from lorafast.models.module_names import adapter_layers, format_names, unwrap
 from lorafast.nn.linear import AdapterLinearBase
 from lorafast.runtime.torch_internals import foreach
+from lorafast.schedule.adalora_triplets import (
+    TRIPLET_TENSORS,
+    Averages,
+    all_averages,
+    clone_averages,
+    core_of,
+    load_layer,
+    select_triplets,
+)
 
-_TENSORS = ("lora_A", "lora_core", "lora_B")
 _SETTINGS = ("total_steps", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
-
-# The averages of one layer, by the names in _TENSORS.
-_Averages = dict[str, torch.Tensor]
 
 
 class AdaLoRA:
@@ -108,8 +112,8 @@ class AdaLoRA:
         self._configure(total_steps, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight)
         self.last_step = 0
         # Per layer; empty before the first step and once the ranks are final.
-        self._sensitivity: list[_Averages] = [{} for _ in self.layers]
-        self._uncertainty: list[_Averages] = [{} for _ in self.layers]
+        self._sensitivity: list[Averages] = [{} for _ in self.layers]
+        self._uncertainty: list[Averages] = [{} for _ in self.layers]
         # Per layer, a flag for every triplet that the last budget keeps; None before the first.
         self._kept: list[torch.Tensor] | None = None
 
@@ -216,7 +220,7 @@ class AdaLoRA:
                 indices = torch.zeros(1, dtype=torch.long, device=kept[i].device)
             kept[i] = kept[i][indices]
             if len(indices) < layer.r:
-                _select_triplets(layer, indices, optimizer)
+                select_triplets(layer, indices, optimizer)
         self._kept = kept
         self.init_budget = sum(layer.r for layer in self.layers)
         return {name: layer.r for name, layer in zip(self.names, self.layers, strict=True)}
@@ -232,8 +236,8 @@ class AdaLoRA:
         state |= {name: getattr(self, name) for name in _SETTINGS}
         state["layers"] = {
             name: {
-                "sensitivity": _clone(self._sensitivity[i]),
-                "uncertainty": _clone(self._uncertainty[i]),
+                "sensitivity": clone_averages(self._sensitivity[i]),
+                "uncertainty": clone_averages(self._uncertainty[i]),
                 "kept": None if self._kept is None else self._kept[i].clone(),
             }
             for i, name in enumerate(self.names)
@@ -262,7 +266,7 @@ class AdaLoRA:
         settings = {name: state[name] for name in _SETTINGS}
         final_step = _check_settings(**settings)
         loaded = [
-            _load_layer(name, layer, state["layers"][name], step, final_step)
+            load_layer(name, layer, state["layers"][name], step, final_step)
             for name, layer in zip(self.names, self.layers, strict=True)
         ]
         self._configure(**settings)
@@ -298,7 +302,7 @@ class AdaLoRA:
         return [torch.ones(layer.r, dtype=torch.bool) for layer in self.layers]
 
     def _check_gradients(self) -> None:
-        tensors = [getattr(layer, name) for layer in self.layers for name in _TENSORS]
+        tensors = [getattr(layer, name) for layer in self.layers for name in TRIPLET_TENSORS]
         if all(tensor.grad is None for tensor in tensors):
             raise RuntimeError(
                 f"{self.names[0]}.lora_A {tuple(self.layers[0].lora_A.shape)} has no gradient, "
@@ -308,14 +312,14 @@ class AdaLoRA:
 
     def _update_averages(self) -> None:
         """Update Ī and Ū with the gradients of this step: a dozen calls for all layers together."""
-        tensors = [getattr(layer, name) for layer in self.layers for name in _TENSORS]
+        tensors = [getattr(layer, name) for layer in self.layers for name in TRIPLET_TENSORS]
         values = [w.to(accumulator(w.dtype)) for w in tensors]
         grads = [
             torch.zeros_like(value) if w.grad is None else w.grad.to(value.dtype)
             for w, value in zip(tensors, values, strict=True)
         ]
-        mean = _all_averages(self._sensitivity, values)
-        spread = _all_averages(self._uncertainty, values)
+        mean = all_averages(self._sensitivity, values)
+        spread = all_averages(self._uncertainty, values)
         current = list(foreach("mul")(values, grads))
         foreach("abs_")(current)
         norms = foreach("norm")(current, 1)
@@ -330,7 +334,8 @@ class AdaLoRA:
 
     def _scores(self, i: int) -> torch.Tensor:
         """Return the scores S [R] of layer i."""
-        A, E, B = (self._sensitivity[i][name] * self._uncertainty[i][name] for name in _TENSORS)
+        sensitivity, uncertainty = self._sensitivity[i], self._uncertainty[i]
+        A, E, B = (sensitivity[name] * uncertainty[name] for name in TRIPLET_TENSORS)
         return E + A.mean(1) + B.mean(0)
 
     def _choose_triplets(self, count: int) -> list[torch.Tensor]:
@@ -345,7 +350,7 @@ class AdaLoRA:
 
     def _mask(self) -> None:
         for layer, flags in zip(self.layers, self._flags(), strict=True):
-            _core(layer).masked_fill_(~flags, 0.0)
+            core_of(layer).masked_fill_(~flags, 0.0)
 
 
 def _find_layers(model: nn.Module) -> dict[str, tuple[AdapterLinearBase, adalora.AdaLoRA]]:
@@ -396,104 +401,3 @@ def _orthogonality_error(matrix: torch.Tensor, squared: bool) -> torch.Tensor:
         identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
         error = matrix @ matrix.t() - identity
         return error.square().sum() if squared else torch.linalg.matrix_norm(error)
-
-
-def _all_averages(averages: list[_Averages], values: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the averages of all layers as one list, in the order of values; zeros at first."""
-    if not averages[0]:
-        size = len(_TENSORS)
-        for i in range(len(averages)):
-            of_layer = zip(_TENSORS, values[i * size : (i + 1) * size], strict=True)
-            averages[i] = {name: torch.zeros_like(value) for name, value in of_layer}
-    return [of_layer[name] for of_layer in averages for name in _TENSORS]
-
-
-def _core(layer: AdapterLinearBase) -> nn.Parameter:
-    assert layer.core is not None
-    return layer.core
-
-
-def _clone(averages: _Averages) -> _Averages:
-    return {name: tensor.clone() for name, tensor in averages.items()}
-
-
-def _load_layer(
-    name: str, layer: AdapterLinearBase, state: dict[str, Any], step: int, final_step: int
-) -> tuple[_Averages, _Averages, torch.Tensor | None]:
-    """Return the averages and flags of one layer from a state, on the devices of its tensors.
-
-    Raises:
-        ValueError: they cannot be those of this layer after this step.
-    """
-    if step == 0:
-        return {}, {}, None
-    sensitivity, uncertainty = (
-        _load_averages(name, layer, state, kind, step, final_step)
-        for kind in ("sensitivity", "uncertainty")
-    )
-    kept = state["kept"]
-    if kept is None and step >= final_step:
-        raise ValueError(
-            f"state: {name} has not what it keeps, which is fixed after step {final_step}, "
-            f"and this is step {step}"
-        )
-    if kept is not None:
-        core = _core(layer)
-        _check_shape(f"{name}: kept", kept, core)
-        kept = kept.to(core.device, torch.bool, copy=True)
-    return sensitivity, uncertainty, kept
-
-
-def _load_averages(
-    name: str,
-    layer: AdapterLinearBase,
-    state: dict[str, Any],
-    kind: str,
-    step: int,
-    final_step: int,
-) -> _Averages:
-    saved = state[kind]
-    if saved.keys() != (set(_TENSORS) if step < final_step else set()):
-        raise ValueError(
-            f"state: {name} has the {kind} of {sorted(saved) or 'nothing'} "
-            f"after step {step} of {final_step}"
-        )
-    averages = {}
-    for key, average in saved.items():
-        tensor = getattr(layer, key)
-        _check_shape(f"{name}: {kind} of {key}", average, tensor)
-        dtype = accumulator(tensor.dtype)
-        averages[key] = average.detach().to(tensor.device, dtype, copy=True)
-    return averages
-
-
-def _check_shape(name: str, value: torch.Tensor, tensor: torch.Tensor) -> None:
-    if value.shape != tensor.shape:
-        raise ValueError(
-            f"state: {name} {tuple(value.shape)} must be {tuple(tensor.shape)} for this model"
-        )
-
-
-def _select_triplets(
-    layer: AdapterLinearBase, indices: torch.Tensor, optimizer: torch.optim.Optimizer | None
-) -> None:
-    """Reduce a layer to the triplets of these indices, and an optimizer's state of them too."""
-    for name in _TENSORS:
-        old, axis = getattr(layer, name), 1 if name == "lora_B" else 0
-        new = nn.Parameter(
-            old.detach().index_select(axis, indices), requires_grad=old.requires_grad
-        )
-        setattr(layer, name, new)
-        if optimizer is None:
-            continue
-        for group in optimizer.param_groups:
-            group["params"] = [
-                new if parameter is old else parameter for parameter in group["params"]
-            ]
-        optimizer.state[new] = {
-            key: value.index_select(axis, indices)
-            if isinstance(value, torch.Tensor) and value.shape == old.shape
-            else value
-            for key, value in optimizer.state.pop(old, {}).items()
-        }
-    layer.adapter = replace(layer.adapter, r=len(indices))

@@ -18,7 +18,7 @@ from torch import nn
 import lorafast
 from lorafast import DoRA, LaMDA, LoRA, PiSSA, VeRA
 from lorafast.optim import LoRAPro
-from lorafast.optim.lora_pro import (
+from lorafast.optim.lora_pro_steps import (
     X_CHOICES,
     decompose_pairs,
     equivalent_gradient,
