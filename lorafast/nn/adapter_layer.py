@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafast import functional
 from lorafast.engine import checks, weight_norm
@@ -19,12 +18,6 @@ from lorafast.nn import merge_math
 from lorafast.nn.adapter_state import NAMES, AdapterState
 from lorafast.nn.merge_mixin import DeltaFactors, copy_factors, with_weight
 
-# The weights out of which some layer's start took a delta: a second layer that shares one would
-# take out its own as well.
-_residual_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-# Those that make the delta: a magnitude or a bias does not.
-_DELTA_NAMES = ("lora_A", "lora_B", "lora_core", "lora_out_scale")
 # Attributes of layers pickled by version 0.1 before the packages had their present names.
 _OLD_ATTRIBUTES = {"_away": "_removed_delta"}
 
@@ -235,61 +228,6 @@ class AdapterLayer(AdapterState):
     def _initial_values(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.adapter.init_tensors(weight)
 
-    def _delta_part(self, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return those of a start's values that make its delta."""
-        return {name: value for name, value in start.items() if name in _DELTA_NAMES}
-
-    def _has_start(self, start: dict[str, torch.Tensor]) -> bool:
-        """Return True if this start is the layer's own: its weight then stays as it is."""
-        if not self._residual or self._start is None:
-            return False
-        factors, options = self._start
-        if factors.scale is not None or self._tensors().scale is not None:
-            return False
-        if options.scaling != self._options().scaling:
-            return False
-        own = (factors.lora_A, factors.lora_B, factors.core, factors.out_scale)
-        return all(
-            torch.equal(start[name].to(part), part)
-            for name, part in zip(_DELTA_NAMES, own, strict=True)
-            if part is not None
-        )
-
-    def _refuse_residual_of_another(self) -> None:
-        self._refuse_if_sharded("starting an adapter")
-        if self.adapter.residual and not self._residual and self.weight in _residual_weights:
-            raise ValueError(
-                f"weight {tuple(self.weight.shape)} already holds the residual of another layer "
-                "that shares it; an init that leaves the weight alone (init='zero' or 'repo') "
-                "can share"
-            )
-
-    def _base_weight(self) -> torch.Tensor:
-        """Return the weight [N,K] as it was before a start took a delta out of it."""
-        start = self.start_factors()
-        if start is None:
-            return self._W().detach()
-        return merge_math.add_delta(with_weight(self._W(), start.factors), start.options)
-
-    def start_factors(self) -> DeltaFactors | None:
-        """Return the factors of the delta that a start took out of the weight, on the CPU.
-
-        None if nothing was taken out. RuntimeError if the layer does not know them.
-        """
-        if self._residual and self._start is None:
-            raise RuntimeError(
-                f"weight {tuple(self.weight.shape)} is the residual of a start this layer did not "
-                "see: load the base weights first"
-            )
-        return self._start if self._residual else None
-
-    @torch.no_grad()
-    def restore_base(self) -> None:
-        """Add to the weight what a residual start took out of it, to within a rounding."""
-        if self._residual:
-            self._W().copy_(self._base_weight())
-            self._set_residual(False)
-
     def disable(self) -> None:
         """Run as the base layer until enable().
 
@@ -381,22 +319,6 @@ class AdapterLayer(AdapterState):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__({_OLD_ATTRIBUTES.get(name, name): v for name, v in state.items()})
-
-    def _refuse_if_sharded(self, action: str) -> None:
-        # A DTensor, recognised without importing torch.distributed.tensor.
-        if hasattr(self.weight, "full_tensor"):
-            shape = tuple(self.weight.shape)
-            raise NotImplementedError(
-                f"weight {shape} is a sharded DTensor: {action} before sharding it"
-            )
-
-    def _set_residual(self, residual: bool) -> None:
-        """Record whether the weight lacks the adapter's first delta."""
-        if residual:
-            _residual_weights[self.weight] = True
-        elif self._residual:  # only the layer that marked a shared weight may clear it
-            _residual_weights.pop(self.weight, None)
-        self._residual = residual
 
     def _tensor_specs(self) -> dict[str, TensorSpec]:
         return self.adapter.tensor_specs(*self._W().shape)

@@ -7,25 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafast.methods.adapter import Adapter
-from lorafast.nn.merge_mixin import DeltaFactors, MergeMixin
+from lorafast.nn.residual_start import ResidualStart
 
 # Every adapter tensor a layer can have; those that its adapter does not use are None.
 NAMES = ("lora_A", "lora_B", "lora_core", "lora_magnitude", "lora_out_scale", "lora_bias")
 
 
-class AdapterState(MergeMixin):
+class AdapterState(ResidualStart):
     """Saving and loading of an adapter layer by torch's state dicts.
 
     A state dict with weight and bias but no adapter keys starts the adapter anew; one with some of
     the adapter's keys is an error.
     """
 
-    adapter: Adapter
     frozen_columns: int
     frozen_B: torch.Tensor | None
-    _residual: bool
-    _start: DeltaFactors | None
 
     def reset_adapter(self) -> None:
         """Start the adapter anew from the base weight."""
@@ -33,10 +29,6 @@ class AdapterState(MergeMixin):
 
     def freeze_columns(self, count: int) -> None:
         """Freeze the first columns of lora_B."""
-        raise NotImplementedError
-
-    def _set_residual(self, residual: bool) -> None:
-        """Record whether the weight lacks the adapter's first delta."""
         raise NotImplementedError
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
