@@ -13,7 +13,7 @@ from lorafast.nn.merge_mixin import DeltaFactors, MergeMixin, with_weight
 # take out its own as well.
 _residual_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-# Those that make the delta: a magnitude or a bias does not.
+# The adapter tensors that make the delta; a magnitude or a bias does not.
 _DELTA_NAMES = ("lora_A", "lora_B", "lora_core", "lora_out_scale")
 
 
