@@ -1,5 +1,7 @@
 """A small model and its adapter on disk, for the tests of what is written and read."""
 
+import traceback
+
 import torch
 from torch import nn
 
@@ -26,3 +28,16 @@ def adapted_net(adapter, seed=3, **options):
 
 
 X = torch.randn(4, K, generator=torch.Generator().manual_seed(1))
+
+
+def is_unchanged(model, before, modules):
+    """True if the model has the modules and the state it had."""
+    assert list(model.modules()) == modules
+    state = model.state_dict()
+    assert state.keys() == before.keys()
+    return all(torch.equal(state[name], value) for name, value in before.items())
+
+
+def raised_on_purpose(error):
+    """True if an error was raised on purpose, not by an operation that met the unexpected."""
+    return traceback.extract_tb(error.__traceback__)[-1].line.startswith("raise ")

@@ -78,3 +78,8 @@ def dense_gradient(layer, x, target):
     V, gain = dense(layer)
     (x @ (gain * V).t() - target).square().sum().backward()
     return V.grad
+
+
+def projections(A, B):
+    """On B's columns and on A's rows, by a road of its own."""
+    return B @ torch.linalg.pinv(B, rtol=1e-7), torch.linalg.pinv(A, rtol=1e-7) @ A
