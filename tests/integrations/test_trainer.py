@@ -11,121 +11,35 @@ import peft
 import pytest
 import torch
 import transformers
+from helpers.trainer_runs import (
+    HALF,
+    RUNS,
+    STEPS,
+    Stop,
+    adapted,
+    assert_same,
+    base,
+    logits,
+    losses,
+    prepared,
+    trainer_of,
+)
 from safetensors.torch import load_file
 from torch import nn
 from torch.multiprocessing import spawn
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
 )
 
 import lorafast
-from lorafast import DoRA, LaMDA, LoRA, PiSSA, VeRA
+from lorafast import LoRA, PiSSA
 from lorafast.integrations import trainer as ours
 from lorafast.integrations.trainer import AdapterCheckpoint
 from lorafast.methods import svd
-from lorafast.schedule import LaMDAFreeze
 
 pytestmark = pytest.mark.peft
 
-STEPS, HALF = 6, 3
-IDS = torch.arange(16).reshape(2, 8)
-RUNS = {
-    "lora": (LoRA(r=4, dropout=0.3), {}),
-    "dora": (DoRA(r=4, dropout=0.3), {"bias": "all"}),
-    "lamda": (LaMDA(r=4, dropout=0.3), {"rank_pattern": {"q_proj": 3}}),
-    "lamda-frozen": (LaMDA(r=4, dropout=0.3), {"schedule": 0.4}),
-    "lamda-freezing": (LaMDA(r=4, dropout=0.3), {"schedule": 0.9}),
-    "pissa": (LoRA(r=4, dropout=0.3, init=PiSSA()), {"bias": "lora_only"}),
-    "dora-pissa": (DoRA(r=4, dropout=0.3, init=PiSSA()), {}),
-    "vera": (VeRA(r=8, dropout=0.3), {"modules_to_save": ["lm_head", "norm"]}),
-    "embedding": (
-        LoRA(r=4, dropout=0.3),
-        {"target_modules": ["embed_tokens", "v_proj"], "modules_to_save": ["lm_head"]},
-    ),
-    "tied": (
-        LoRA(r=4, dropout=0.3),
-        {"modules_to_save": ["embed_tokens", "lm_head"], "tie_word_embeddings": True},
-    ),
-}
 runs = pytest.mark.parametrize("run", RUNS)
-
-
-def base(**fields):
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    return LlamaForCausalLM(
-        LlamaConfig(max_position_embeddings=32, attention_bias=True, **sizes | fields)
-    ).eval()
-
-
-def adapted(adapter=RUNS["lora"][0], seed=1, tie_word_embeddings=False, **options):
-    return lorafast.adapt(
-        base(tie_word_embeddings=tie_word_embeddings), adapter, seed=seed, **options
-    )
-
-
-def data():
-    tokens = torch.randint(64, (16, 8), generator=torch.Generator().manual_seed(2))
-    return [{"input_ids": row, "labels": row} for row in tokens]
-
-
-class Stop(TrainerCallback):
-    """As if the run had been killed after its first checkpoint."""
-
-    def on_save(self, args, state, control, **kwargs):
-        control.should_training_stop = True
-
-
-def trainer_of(model, folder, *callbacks, model_init=None, **arguments):
-    arguments = {
-        "max_steps": STEPS,
-        "save_steps": HALF,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-    } | arguments
-    quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
-    args = TrainingArguments(str(folder), per_device_train_batch_size=2, **quiet | arguments)
-    tokens = data()
-    trainer = Trainer(
-        model, args, None, tokens, tokens[:4], model_init=model_init, callbacks=list(callbacks)
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
-
-
-def prepared(run):
-    """A model anew, and the callback for it."""
-    adapter, options = RUNS[run][0], dict(RUNS[run][1])
-    fraction = options.pop("schedule", None)
-    model = adapted(adapter, **options)
-    return model, AdapterCheckpoint(fraction and LaMDAFreeze(model, STEPS, fraction))
-
-
-def assert_same(model, want):
-    found, want = model.state_dict(), want.state_dict()
-    assert list(found) == list(want)
-    assert not [name for name in want if not torch.equal(found[name], want[name])]
 
 
 @runs
@@ -363,76 +277,6 @@ def test_only_checkpoints_go_through_the_hooks(tmp_path):
     assert not model.model.layers[0].self_attn.q_proj.lora_B.any()
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({})
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (
-            {"adapter": LoRA(r=4, alpha=16)},
-            r"layers\.0\.mlp\.down_proj is LoRA, scaling 2\.0, .* there and LoRA, scaling 4\.0",
-        ),
-        ({"adapter": DoRA(r=4)}, "down_proj is LoRA, .* there and DoRA"),
-        (
-            {"adapter": LoRA(r=5, alpha=10)},
-            r"lora_A is a float32 tensor \(4, 32\) there and a float32 tensor \(5, 32\) in",
-        ),
-        ({"target_modules": ["q_proj"]}, r"down_proj is LoRA, .* there and absent"),
-        ({"modules_to_save": ["lm_head"]}, "lm_head.weight is absent there"),
-        ({"bias": "all"}, "bias is absent there"),
-        ({"adapter_dtype": torch.float64}, "is a float32 tensor .* there and a float64 tensor"),
-    ],
-    ids=str,
-)
-def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing(options, told, tmp_path):
-    trainer_of(adapted(LoRA(r=4)), tmp_path, AdapterCheckpoint(), Stop()).train()
-    model = adapted(**{"adapter": LoRA(r=4)} | options)
-    want = copy.deepcopy(model.state_dict())
-    with pytest.raises(
-        ValueError, match=f"the checkpoint is of another adapter than the model's: .*{told}"
-    ):
-        trainer_of(model, tmp_path, AdapterCheckpoint()).train(resume_from_checkpoint=True)
-    assert_same(model, SimpleNamespace(state_dict=lambda: want))
-
-
-def test_what_cannot_be_checkpointed_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no adapted layer"):
-        trainer_of(base(), tmp_path, AdapterCheckpoint())
-    with pytest.raises(
-        TypeError, match=r"model must be a transformers PreTrainedModel .* not a Sequential"
-    ):
-        trainer_of(nn.Sequential(lorafast.Linear(2, 2)), tmp_path, AdapterCheckpoint())
-    with pytest.raises(TypeError, match="not a PeftModelForCausalLM"):
-        trainer_of(
-            peft.get_peft_model(base(), peft.LoraConfig(task_type="CAUSAL_LM")),
-            tmp_path,
-            AdapterCheckpoint(),
-        )
-    with pytest.raises(TypeError, match="schedule=3 must be"):
-        AdapterCheckpoint(schedule=3)
-    with pytest.raises(ValueError, match="schedule is of another model"):
-        trainer_of(adapted(), tmp_path, AdapterCheckpoint(LaMDAFreeze(adapted(LaMDA()), STEPS)))
-    for name in ("fsdp_plugin", "deepspeed_plugin"):
-        monkeypatch.setattr(
-            ours, "AcceleratorState", lambda name=name: SimpleNamespace(**{name: object()})
-        )
-        with pytest.raises(NotImplementedError, match=name):
-            AdapterCheckpoint().on_init_end(None, None, None, model=adapted())
-
-
-def test_a_callback_that_comes_late_saves_and_refuses_to_have_resumed(tmp_path):
-    trainer = trainer_of(adapted(), tmp_path)
-    trainer.add_callback(AdapterCheckpoint())
-    trainer.train()
-    assert (tmp_path / f"checkpoint-{HALF}" / "adapter_config.json").exists()
-    late = trainer_of(adapted(), tmp_path)
-    late.add_callback(AdapterCheckpoint())
-    with pytest.raises(
-        RuntimeError, match="the run resumed at step 3 before AdapterCheckpoint saw its model"
-    ):
-        late.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{HALF}"))
-    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{HALF}"))
-    assert len(losses(trainer)) == STEPS
 
 
 def test_a_model_that_model_init_makes(tmp_path):
