@@ -20,7 +20,9 @@ from helpers.nan_spread import assert_spreads
 from helpers.primitive_problems import LAYOUTS as NORMAL_LAYOUTS
 from helpers.primitive_problems import PROBLEMS, SUMS
 from helpers.triton_interpreter import SEED, draws, far_apart, within_twice
+from torch import nn
 
+import lorafast
 from lorafast.engine import dispatch, philox
 from lorafast.engine.backends import Backend
 from lorafast.engine.problem import (
@@ -238,3 +240,36 @@ def test_what_is_unknown_is_refused_in_words(name, primitive, monkeypatch):
         assert all(isinstance(reason, str) and reason for reason in reasons)
         # eager is what everything falls back on: it never refuses.
         assert bool(reasons) == (name != "eager")
+
+
+ADAPTERS = [
+    lorafast.LoRA(r=4, alpha=8, dropout=0.2),
+    lorafast.DoRA(r=4, alpha=8, dropout=0.2),
+    lorafast.LaMDA(r=4, alpha=8, dropout=0.2),
+    lorafast.VeRA(r=8, dropout=0.2),
+]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: type(adapter).__name__)
+@backends.each_name(backends.KERNELS)
+def test_a_model_trains_on_it_as_on_eager(name, adapter, monkeypatch):
+    def losses(backend):
+        monkeypatch.setenv("LORAFAST_BACKEND", backend)
+        torch.manual_seed(0)
+        first = lorafast.Linear(24, 32, adapter=adapter)
+        model = nn.Sequential(first, nn.ReLU(), lorafast.Linear(32, 8, adapter=adapter))
+        used = {one for row in lorafast.explain(model).rows for one in row.backends.values()}
+        assert used == {backend}
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+        x, target, values = torch.randn(40, 24), torch.randn(40, 8), []
+        for _ in range(6):
+            loss = (model(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            values.append(loss.item())
+        return values
+
+    found = losses(name)
+    assert found == pytest.approx(losses("eager"), rel=1e-4)
+    assert found[-1] < found[0]

@@ -1,13 +1,13 @@
-"""The C++ backend refused, forced and not built; and methods that train on it."""
+"""The C++ backend refused, forced and not built."""
 
 import pytest
 import torch
+from helpers.backends import problem
 from helpers.cpp_compiler import needs_compiler
 
 import lorafast
 from lorafast.engine import dispatch
 from lorafast.engine.backends import cpu
-from lorafast.engine.problem import Problem
 from lorafast.runtime import devices, env, extension
 from lorafast.runtime.devices import Arch
 
@@ -36,20 +36,6 @@ def anew(monkeypatch):
     forget()
     # What was loaded before stays what the process has.
     assert isinstance(kept, str) or cpu.library().ISA == kept.ISA
-
-
-def problem(**fields):
-    known = {
-        "arch": Arch("cpu", "cpu"),
-        "dtype": torch.bfloat16,
-        "M": 64,
-        "K": 32,
-        "N": (32,),
-        "R": (8,),
-    }
-    return Problem(
-        **(known | {"weight_dtype": torch.bfloat16, "factor_dtype": torch.float32} | fields)
-    )
 
 
 @pytest.mark.parametrize(
@@ -126,41 +112,3 @@ def test_an_instruction_set_there_is_not_is_a_reason(asked, anew, monkeypatch):
     (reason,) = cpu.why_not("linear", problem())
     assert reason.startswith(f"{env.CPU_ISA.name}={asked}")
     assert cpu.describe_route("linear", problem()) is None
-
-
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        lorafast.LoRA(r=4, dropout=0.2),
-        lorafast.DoRA(r=4, dropout=0.2),
-        lorafast.LaMDA(r=4, dropout=0.2),
-        lorafast.VeRA(r=8, dropout=0.2),
-    ],
-    ids=lambda adapter: type(adapter).__name__,
-)
-def test_methods_train_through_it_as_through_eager(adapter, anew):
-    def walk():
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(
-            lorafast.Linear(24, 32, adapter=adapter),
-            torch.nn.ReLU(),
-            lorafast.Linear(32, 8, adapter=adapter),
-        )
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-        x, target = torch.randn(40, 24), torch.randn(40, 8)
-        losses = []
-        for _ in range(6):
-            loss = (model(x) - target).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses, str(lorafast.explain(model))
-
-    anew(LORAFAST_BACKEND="cpu")
-    ours, said = walk()
-    assert "not cpu" not in said
-    anew(LORAFAST_BACKEND="eager")
-    theirs, _ = walk()
-    assert ours == pytest.approx(theirs, rel=1e-4)
-    assert ours[-1] < ours[0]

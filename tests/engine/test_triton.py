@@ -1,10 +1,12 @@
 """The Triton backend in Triton's interpreter: errors against float64, and refusals."""
 
+import functools
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import backends
 from helpers.rotations import rotating
 from helpers.triton_interpreter import (
     DTYPES,
@@ -20,7 +22,7 @@ import lorafast
 from lorafast.engine import dispatch
 from lorafast.engine.backends import triton as backend
 from lorafast.engine.kernels import configs, gemm_routing
-from lorafast.engine.problem import DownProj, LowRankTerm, Problem
+from lorafast.engine.problem import DownProj, LowRankTerm
 from lorafast.runtime import env
 from lorafast.runtime.devices import Arch
 
@@ -35,6 +37,8 @@ def forced(monkeypatch):
     yield
     dispatch._routes.cache_clear()
 
+
+problem = functools.partial(backends.problem, arch=Arch("nvidia", "sm_90"))
 
 SHAPES = [
     (1, 40, 1, "sliced"),
@@ -199,20 +203,6 @@ def test_what_is_beyond_the_end_is_not_written():
     assert (guarded[M * R :] == 7).all()
 
 
-def problem(**fields):
-    known = {
-        "arch": Arch("nvidia", "sm_90"),
-        "dtype": torch.bfloat16,
-        "M": 64,
-        "K": 32,
-        "N": (32,),
-        "R": (8,),
-    }
-    return Problem(
-        **(known | {"weight_dtype": torch.bfloat16, "factor_dtype": torch.float32} | fields)
-    )
-
-
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
@@ -244,41 +234,6 @@ def test_it_is_never_picked_unasked(monkeypatch):
     assert backend.why_not("project", on_cpu) == (
         "runs on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)",
     )
-
-
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        lorafast.LoRA(r=4, dropout=0.2),
-        lorafast.DoRA(r=4, dropout=0.2),
-        lorafast.LaMDA(r=4, dropout=0.2),
-    ],
-    ids=repr,
-)
-def test_methods_train_through_it_as_through_eager(adapter, forced, monkeypatch):
-    def walk():
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(
-            lorafast.Linear(24, 32, adapter=adapter),
-            torch.nn.ReLU(),
-            lorafast.Linear(32, 8, adapter=adapter),
-        )
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-        x, target = torch.randn(40, 24), torch.randn(40, 8)
-        losses = []
-        for _ in range(6):
-            loss = (model(x) - target).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    ours = walk()
-    assert "triton" in str(lorafast.explain(lorafast.Linear(24, 32, adapter=adapter)))
-    monkeypatch.setenv("LORAFAST_BACKEND", "eager")
-    assert ours == pytest.approx(walk(), rel=1e-4)
-    assert ours[-1] < ours[0]
 
 
 def test_explain_and_the_log_say_which_way_a_product_goes(forced, monkeypatch, capsys):

@@ -26,6 +26,13 @@ def each(names=tuple(DTYPES)):
     return pytest.mark.parametrize("backend", [_parameter(name) for name in names])
 
 
+def each_name(names):
+    """Parametrize a test over the names of backends, to be forced by LORAFAST_BACKEND."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in names]
+    )
+
+
 def each_with_dtype(names=tuple(DTYPES)):
     """Parametrize a test over backends and their dtypes."""
     pairs = [_parameter(name, dtype) for name in names for dtype in DTYPES[name]]
