@@ -67,11 +67,7 @@ def linear(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torc
         return torch.ops.lorafast.linear(x, *tensors, *options)[0]
     if torch.is_grad_enabled() and torch_internals.any_requires_grad(x, *tensors):
         return _apply_linear(tensors, options, x, *tensors)
-    # No gradient is recorded anyway, and a guard would slow down every torch call inside.
-    if not torch_internals.any_autocast():
-        return formula.forward(x, tensors, options)[0]
-    with below_autocast():
-        return formula.forward(x, tensors, options)[0]
+    return _call_directly(formula.forward, x, tensors, options)[0]
 
 
 def row_norm(tensors: LayerTensors, options: CallOptions, policy: NormPolicy) -> torch.Tensor:
@@ -84,6 +80,15 @@ def row_norm(tensors: LayerTensors, options: CallOptions, policy: NormPolicy) ->
         return torch.ops.lorafast.row_norm(*tensors, *options, *policy)
     with below_autograd():
         return weight_norm.row_norm(tensors, options, policy.cache)
+
+
+def _call_directly(function: Callable, *args):
+    """function(*args) below autocast, where no gradient is recorded anyway."""
+    # Where autocast is off there is no guard: it would slow down every torch call inside.
+    if not torch_internals.any_autocast():
+        return function(*args)
+    with below_autocast():
+        return function(*args)
 
 
 def _linear(x: torch.Tensor, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -157,14 +162,11 @@ class _Linear(torch.autograd.Function):
         direct, tensors = given is not None, given or LayerTensors._make(flat)
         has_gain, keep = tensors.magnitude is not None, options.keep
         needs, saved = _masks(ctx.needs_input_grad, options.axis, keep, has_gain)
-        if not direct:
+        if direct:
+            y, h, z = _call_directly(formula.forward, x, tensors, options)
+        else:
             with torch_internals.dispatch_below_autograd():
                 y, h, z = torch.ops.lorafast.linear(x, *tensors, *options)
-        elif not torch_internals.any_autocast():
-            y, h, z = formula.forward(x, tensors, options)
-        else:
-            with below_autocast():
-                y, h, z = formula.forward(x, tensors, options)
         kept = y if saved.y else z if saved.z else None
         # Backward reads the biases only to correct Σ dy⊙kept; elsewhere they may change before it.
         bias = tensors.bias if saved.y else None
@@ -190,11 +192,7 @@ class _Linear(torch.autograd.Function):
         if not torch.is_grad_enabled() and torch_internals.bypasses_dispatcher(dy, saved):
             x, h, kept, *flat = saved
             tensors = LayerTensors._make(flat)
-            if not torch_internals.any_autocast():
-                grads = formula.backward(dy, x, h, kept, tensors, options, needs)
-            else:
-                with below_autocast():
-                    grads = formula.backward(dy, x, h, kept, tensors, options, needs)
+            grads = _call_directly(formula.backward, dy, x, h, kept, tensors, options, needs)
         else:
             made = iter(torch.ops.lorafast.linear_backward(dy, *saved, *options, list(needs)))
             grads = [next(made) if need else None for need in needs]
