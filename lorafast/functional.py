@@ -213,9 +213,10 @@ def row_norm(
         scaling: s, a number or a tensor of one element.
         axis: "out" for rows, "in" for columns.
         detach: True gives no gradient (arXiv:2402.09353 §4.3), False the exact one.
-        cache: True gives the last result again while no factor has been replaced or written and no
-            optimizer has made a step. A write through `.data` is not noticed. Ignored while
-            torch.compile traces, in inference mode, and while a CUDA graph is captured.
+        cache: True gives the last result again until a tensor is replaced, a write raises its
+            version counter, or a torch.optim.Optimizer makes a step. Other writes (through `.data`,
+            a storage, dlpack or torch.distributed) are not noticed. Ignored while torch.compile
+            traces, in inference mode, and while a CUDA graph is captured.
 
     Returns:
         The norm, [N] or [K], in fp32, or in fp64 for an fp64 weight: a fresh tensor.

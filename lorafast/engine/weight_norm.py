@@ -1,4 +1,9 @@
-"""When DoRA's norm is computed and when it comes from the cache: the one place that decides."""
+"""When DoRA's norm is computed and when it comes from the cache: the one place that decides.
+
+The norm depends on W, A and B, and no counter of torch notices every write to them: not one through
+`.data`, a storage, dlpack or a collective of torch.distributed. So nothing is cached unless the
+user asks for it, who then vouches for the writes.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +23,21 @@ class NormPolicy(NamedTuple):
     """How a call gets its norm.
 
     detach: no gradient flows through the norm (arXiv:2402.09353 §4.3). cache: the last result is
-    used again while no factor has been replaced or written and no optimizer has made a step.
+    used again until a write that raises a version counter, a replaced tensor or a step of an
+    optimizer.
     """
 
     detach: bool = True
     cache: bool = False
 
 
-def policy_of(detach_norm: bool, cache_norm: bool, training: bool) -> NormPolicy:
+def policy_of(detach_norm: bool, cache_norm: bool) -> NormPolicy:
     """The policy of a layer's call: exact where it is asked for and gradients are recorded.
 
-    With gradients recorded the norm is computed at every call, which is cheap. The cache serves
-    evaluation without gradients, and other calls only for cache_norm=True, with which the user
-    promises not to write the factors through `.data`.
+    The norm is computed at every call, in evaluation too, unless cache_norm is True.
     """
-    grad = torch.is_grad_enabled()
-    exact = grad and not detach_norm
-    cache = not exact and (cache_norm or not (training or grad))
-    return NormPolicy(not exact, cache and not torch.compiler.is_compiling())
+    exact = not detach_norm and torch.is_grad_enabled()
+    return NormPolicy(not exact, cache_norm and not exact and not torch.compiler.is_compiling())
 
 
 class _State(NamedTuple):
@@ -52,8 +54,8 @@ class _Entry(NamedTuple):
 
 
 # Keyed weakly by the tensor lora_B. An entry notices every replaced tensor or storage, every
-# in-place write that raises a version counter, and every optimizer step. It cannot notice a write
-# through `.data` into the same storage: for that there is `forget`.
+# in-place write that raises a version counter, and every step of a torch.optim.Optimizer. After
+# any other write the user has to call train(), which calls `forget`.
 _entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _steps = 0
 _counting = False

@@ -48,7 +48,10 @@ class DoRA(LoRA):
         detach_norm: True if no gradient flows through the norm, as in the paper; False for the
             exact gradient.
         cache_norm: True to keep the norm between the steps of an optimizer, for gradient
-            accumulation.
+            accumulation or evaluation. The caller vouches that nothing else writes the weight or a
+            factor past torch's version counters: not `.data`, a storage, dlpack,
+            torch.distributed or an optimizer that is no torch.optim.Optimizer. `train()` drops
+            what is kept. False computes the norm in every forward.
         magnitude_only: True if the magnitude alone trains.
 
     Raises:

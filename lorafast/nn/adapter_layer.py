@@ -141,7 +141,7 @@ class AdapterLayer(AdapterState):
         """Return the norm of a call now, by the policy of the adapter."""
         weight, _, A, B, core, *_ = tensors = self._tensors()
         adapter = self.adapter
-        policy = weight_norm.policy_of(adapter.detach_norm, adapter.cache_norm, self.training)
+        policy = weight_norm.policy_of(adapter.detach_norm, adapter.cache_norm)
         return functional.row_norm(
             weight, A, B, core, tensors.out_scale, self.scaling, adapter.axis, *policy
         )
@@ -213,7 +213,6 @@ class AdapterLayer(AdapterState):
                 parameter = nn.Parameter(fresh, requires_grad=parameter.requires_grad)
                 setattr(self, name, parameter)
             parameter.copy_(value)
-        weight_norm.forget(self.lora_B)
         if base is None:
             return
         if residual:
@@ -304,7 +303,7 @@ class AdapterLayer(AdapterState):
             self.reset_adapter()
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode as torch does; a cached norm is dropped."""
+        """Set training mode as torch does; a norm that cache_norm=True kept is dropped."""
         weight_norm.forget(self._parameters.get("lora_B"))
         return super().train(mode)
 
@@ -312,10 +311,6 @@ class AdapterLayer(AdapterState):
         """Return the line of repr(): the base's, the adapter, and whether it is merged."""
         merged = ", merged" if self.merged else ""
         return f"{super().extra_repr()}, adapter={self.adapter}{merged}"
-
-    def _apply(self, fn, recurse: bool = True):
-        weight_norm.forget(self._parameters.get("lora_B"))
-        return super()._apply(fn, recurse)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__({_OLD_ATTRIBUTES.get(name, name): v for name, v in state.items()})

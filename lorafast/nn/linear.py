@@ -43,7 +43,7 @@ class AdapterLinearBase(AdapterLayer):
         )  # fmt: skip
         if tensors.magnitude is None:
             return functional._linear_checked(x, tensors, options, training)
-        policy = weight_norm.policy_of(adapter.detach_norm, adapter.cache_norm, training)
+        policy = weight_norm.policy_of(adapter.detach_norm, adapter.cache_norm)
         return functional._linear_checked(x, tensors, options, training, policy)
 
     def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
