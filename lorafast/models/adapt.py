@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -12,18 +11,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lorafast.methods.adapter import Adapter
-from lorafast.models import extra_trainables, peft_config
+from lorafast.models import adapt_warnings, extra_trainables, peft_config
 from lorafast.models.adapt_spec import (
     ALL_LINEAR,
     TASK_TYPE_ATTRIBUTE,
     AdaptSpec,
 )
-from lorafast.models.module_names import (
-    adapter_layers,
-    canonical_name,
-    format_names,
-    require_module,
-)
+from lorafast.models.module_names import adapter_layers, canonical_name, require_module
 from lorafast.models.target_modules import (
     Targets,
     find_targets,
@@ -105,7 +99,8 @@ def adapt(
     spec, inference_mode = _spec_of(model, adapter, arguments)
     refuse_parallel(model)
     targets = find_targets(model, spec)
-    _warn_about_experts(model, spec)
+    if spec.targets_all_linear:
+        adapt_warnings.warn_about_untargeted(model)
     with temporary_seed(seed, model):
         install(model, spec, targets, adapter_dtype)
     if inference_mode:
@@ -139,25 +134,6 @@ def refuse_parallel(model: nn.Module) -> None:
         raise ValueError(
             f"model {type(model).__name__} is in DistributedDataParallel already: put the adapters "
             "in before wrapping it"
-        )
-
-
-def _warn_about_experts(model: nn.Module, spec: AdaptSpec) -> None:
-    """Warn that "all-linear" leaves out fused experts, whose 3-D weight is no linear."""
-    if not spec.targets_all_linear:
-        return
-    experts = [
-        f"{name}.{key}"
-        for name, module in model.named_modules()
-        if not type(module).__module__.startswith("torch.nn.")
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3
-    ]
-    if experts:
-        warnings.warn(
-            "target_modules='all-linear' adapts no 3-D weight of fused experts: "
-            f"{format_names(experts)}",
-            stacklevel=3,
         )
 
 
@@ -222,15 +198,18 @@ def _bind_adapters(
 
     ValueError if an adapter would change a tied weight.
     """
-    by_name = spec.adapters(canonical_name(names[0]) for names in targets.values())
+    names = [canonical_name(names[0]) for names in targets.values()]
+    by_name = spec.adapters(names)
     shapes: list[Any] = [tuple(_weight_matrix(module).shape) for module in targets]
     adapters = {
-        module: by_name[canonical_name(names[0])].bind_model(shapes)
-        for module, names in targets.items()
+        module: by_name[name].bind_model(shapes)
+        for module, name in zip(targets, names, strict=True)
     }
     _refuse_tied(model, targets, adapters)
     if not bind_layers:
         return adapters
+    layers = zip(adapters.values(), shapes, strict=True)
+    adapt_warnings.warn_about_sizes(dict(zip(names, layers, strict=True)))
     return {
         module: adapter.bind_layer(canonical_name(targets[module][0]), _weight_matrix(module))
         for module, adapter in adapters.items()

@@ -205,7 +205,7 @@ def test_fused_experts_are_told_not_passed_over():
 
     model = nn.ModuleDict({"q": nn.Linear(4, 4), "experts": Experts(), "conv": nn.Conv1d(2, 2, 1)})
     with pytest.warns(
-        UserWarning, match=r"adapts no 3-D weight of fused experts: experts\.gate_up$"
+        UserWarning, match=r"no 3-D weight, as fused experts have them: experts\.gate_up$"
     ):
         lorafast.adapt(model, LoRA(r=2))
 

@@ -84,9 +84,9 @@ def test_targets(target, names):
             TypeError,
             match=r"matches blocks\.1\.out\.1, which is a torch.nn.modules.activation.ReLU",
         ):
-            lorafast.adapt(Model(), LoRA(), target)
+            lorafast.adapt(Model(), LoRA(r=2), target)
     else:
-        assert adapted(lorafast.adapt(Model(), LoRA(), target)) == names
+        assert adapted(lorafast.adapt(Model(), LoRA(r=2), target)) == names
 
 
 @pytest.mark.parametrize("adapter", [LoRA(r=2), DoRA(r=2), LaMDA(r=2)], ids=repr)

@@ -1,0 +1,76 @@
+"""Warnings of lorafast.adapt: choices that it accepts and that are seldom meant."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lorafast.methods.adapter import Adapter
+from lorafast.models.module_names import format_names
+
+# Parts of the names of 3-D Parameters that are added to activations, not multiplied with them.
+_ADDED = ("bias", "embed", "latent", "position", "token")
+# torch's own modules with a 3-D weight, from which others may derive theirs.
+_CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
+
+Shape = tuple[int, int]
+
+
+def warn_about_untargeted(model: nn.Module) -> None:
+    """Warn that "all-linear" leaves 3-D weights out, such as those of fused experts."""
+    names = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.nn.")
+        and not isinstance(module, _CONVOLUTIONS)
+        for key, parameter in module.named_parameters(recurse=False)
+        if _is_stack_of_matrices(key, parameter)
+    ]
+    if names:
+        warnings.warn(
+            "target_modules='all-linear' adapts nn.Linear and Conv1D, and no 3-D weight, as fused "
+            f"experts have them: {format_names(names)}",
+            stacklevel=3,
+        )
+
+
+def _is_stack_of_matrices(name: str, parameter: torch.Tensor) -> bool:
+    """True for weights [experts, N, K]; False for class tokens and position embeddings."""
+    return (
+        parameter.dim() == 3
+        and min(parameter.shape) > 1
+        and not any(part in name.lower() for part in _ADDED)
+    )
+
+
+def warn_about_sizes(layers: Mapping[str, tuple[Adapter, Shape]]) -> None:
+    """Warn about adapters whose scaling is 0, and about ranks above the sizes of their weight.
+
+    layers: the adapter of each layer and the shape (N, K) of its weight, by the layer's name.
+    """
+    if unscaled := [name for name, (adapter, _) in layers.items() if adapter.scaling == 0]:
+        warnings.warn(
+            "alpha=0: the scaling s is 0, so A and B change nothing and get no gradient, in "
+            f"{format_names(unscaled)}",
+            stacklevel=5,
+        )
+    above = [
+        f"{name} (r={adapter.r}, N={N}, K={K})"
+        for name, (adapter, (N, K)) in layers.items()
+        if _exceeds(adapter, N, K)
+    ]
+    if above:
+        warnings.warn(
+            "r exceeds min(N, K), beyond which a larger r costs time and memory and allows no "
+            f"further change of the weight, in {format_names(above)}",
+            stacklevel=5,
+        )
+
+
+def _exceeds(adapter: Adapter, N: int, K: int) -> bool:
+    """True if a smaller rank reaches every product BA that this adapter reaches."""
+    # VeRA's factors are random and shared by layers of all sizes: its rank is large by design.
+    return adapter.r > min(N, K) and not adapter.tensor_specs(N, K)["lora_B"].shared
