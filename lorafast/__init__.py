@@ -1,31 +1,37 @@
 """Adapter layers (LoRA, DoRA, LaMDA and their family) at the cost of the frozen layer."""
 
-from lorafast import optim as optim
-from lorafast import reference as reference
-from lorafast import schedule as schedule
-from lorafast.checkpoint.keys import adapter_state_dict
-from lorafast.checkpoint.save_load import load_adapter, save_adapter
-from lorafast.functional import linear
-from lorafast.integrations.accelerate import accelerate, patch_peft, restore
-from lorafast.methods.adalora import AdaLoRA
-from lorafast.methods.aflora import AFLoRA
-from lorafast.methods.dora import DoRA
-from lorafast.methods.lamda import LaMDA
-from lorafast.methods.lora import LoRA
-from lorafast.methods.lora_ga import LoRAGA
-from lorafast.methods.pissa import PiSSA
-from lorafast.methods.vera import VeRA
-from lorafast.models.adapt import adapt
-from lorafast.models.disable import disable_adapter
-from lorafast.models.explain import explain
-from lorafast.models.gradients import estimate_gradients
-from lorafast.models.merge import merge, merge_and_unload, unload
-from lorafast.models.ranks import spectral_ranks
-from lorafast.models.summary import adapter_parameters, trainable_summary
-from lorafast.nn.embedding import Embedding
-from lorafast.nn.linear import Linear
-from lorafast.registry import list_methods
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
 from lorafast.runtime import moved_modules
+
+if TYPE_CHECKING:
+    from lorafast import optim as optim
+    from lorafast import reference as reference
+    from lorafast import schedule as schedule
+    from lorafast.checkpoint.keys import adapter_state_dict
+    from lorafast.checkpoint.save_load import load_adapter, save_adapter
+    from lorafast.functional import linear
+    from lorafast.integrations.accelerate import accelerate, patch_peft, restore
+    from lorafast.methods.adalora import AdaLoRA
+    from lorafast.methods.aflora import AFLoRA
+    from lorafast.methods.dora import DoRA
+    from lorafast.methods.lamda import LaMDA
+    from lorafast.methods.lora import LoRA
+    from lorafast.methods.lora_ga import LoRAGA
+    from lorafast.methods.pissa import PiSSA
+    from lorafast.methods.vera import VeRA
+    from lorafast.models.adapt import adapt
+    from lorafast.models.disable import disable_adapter
+    from lorafast.models.explain import explain
+    from lorafast.models.gradients import estimate_gradients
+    from lorafast.models.merge import merge, merge_and_unload, unload
+    from lorafast.models.ranks import spectral_ranks
+    from lorafast.models.summary import adapter_parameters, trainable_summary
+    from lorafast.nn.embedding import Embedding
+    from lorafast.nn.linear import Linear
+    from lorafast.registry import list_methods
 
 __version__ = "0.1.0"
 
@@ -37,8 +43,57 @@ __all__ = [
     "spectral_ranks", "trainable_summary", "unload",
 ]  # fmt: skip
 
+# The module below lorafast that defines each name. Importing torch takes seconds, which a command
+# line that only prints its help need not spend, so the names are imported when one is first used.
+_DEFINED_IN = {
+    "checkpoint.keys": ("adapter_state_dict",),
+    "checkpoint.save_load": ("load_adapter", "save_adapter"),
+    "functional": ("linear",),
+    "integrations.accelerate": ("accelerate", "patch_peft", "restore"),
+    "methods.adalora": ("AdaLoRA",),
+    "methods.aflora": ("AFLoRA",),
+    "methods.dora": ("DoRA",),
+    "methods.lamda": ("LaMDA",),
+    "methods.lora": ("LoRA",),
+    "methods.lora_ga": ("LoRAGA",),
+    "methods.pissa": ("PiSSA",),
+    "methods.vera": ("VeRA",),
+    "models.adapt": ("adapt",),
+    "models.disable": ("disable_adapter",),
+    "models.explain": ("explain",),
+    "models.gradients": ("estimate_gradients",),
+    "models.merge": ("merge", "merge_and_unload", "unload"),
+    "models.ranks": ("spectral_ranks",),
+    "models.summary": ("adapter_parameters", "trainable_summary"),
+    "nn.embedding": ("Embedding",),
+    "nn.linear": ("Linear",),
+    "registry": ("list_methods",),
+}
+_PUBLIC_MODULES = ("optim", "reference", "schedule")
+
 moved_modules.install()
 
 
+def _import_all() -> None:
+    """Import every public name, and with them the operators of torch.ops.lorafast."""
+    for module in _PUBLIC_MODULES:
+        importlib.import_module(f"lorafast.{module}")
+    for module, names in _DEFINED_IN.items():
+        defined = importlib.import_module(f"lorafast.{module}")
+        globals().update({name: getattr(defined, name) for name in names})
+
+
 def __getattr__(name: str) -> object:
+    if name in __all__:
+        _import_all()
+        return globals()[name]
     return moved_modules.attribute(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PUBLIC_MODULES})
+
+
+# Where torch is imported already, nothing is left to save.
+if "torch" in sys.modules:
+    _import_all()

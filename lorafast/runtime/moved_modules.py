@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -61,14 +62,14 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def attribute(package: str, name: str) -> ModuleType:
-    """Return the old module `name` of a package, for its __getattr__: lorafast.layer and others.
+    """Return the module `name` of a package, for its __getattr__: lorafast.layer and others.
 
-    AttributeError if there was none.
+    AttributeError if there is none, of today or of old.
     """
-    old = f"{package}.{name}".removeprefix("lorafast.")
-    if old not in MOVED:
+    full = f"{package}.{name}"
+    if name.startswith("_") or importlib.util.find_spec(full) is None:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    return importlib.import_module(f"lorafast.{old}")
+    return importlib.import_module(full)
 
 
 def install() -> None:
