@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from lorafast.runtime import extras
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status, as commands.main does."""
@@ -14,5 +16,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "lorafast":
             raise
-        print(f"lorafast-bench needs {error.name}: pip install 'lorafast[bench]'", file=sys.stderr)
+        hint = extras.how_to_install("bench")
+        print(f"lorafast-bench needs {error.name}: {hint}", file=sys.stderr)
         return 2

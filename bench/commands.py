@@ -21,6 +21,7 @@ from lorafast.bench.errors import BenchError
 from lorafast.bench.report import html_report, plots, tables
 from lorafast.bench.report.progress import Progress
 from lorafast.bench.report.record import Record, Results
+from lorafast.runtime import extras
 
 # Exit status.
 RIGHT, WRONG, FAILED, INTERRUPTED = 0, 1, 2, 130
@@ -99,7 +100,8 @@ def _model(asked: argparse.Namespace, arguments: list[str]) -> int:
 def _tune(asked: argparse.Namespace, arguments: list[str]) -> int:
     device, dtype = _prepare(asked)
     try:
-        from lorafast.bench import tune
+        with extras.required("triton"):
+            from lorafast.bench import tune
     except ImportError as error:
         raise BenchError(f"its kernels cannot be loaded: {error}") from error
     tune.check_device(device)

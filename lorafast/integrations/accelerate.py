@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import importlib
-import importlib.util
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -173,8 +172,6 @@ def _require_module(model: object) -> None:
 
 def _peft_linear() -> ModuleType:
     """Return lorafast.integrations.peft_linear, imported on first use because it imports PEFT."""
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError("this needs peft: pip install 'lorafast[peft]'")
     from lorafast.integrations import peft_linear
 
     return peft_linear

@@ -10,15 +10,18 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field, fields
 
-from peft import LoraConfig
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lorafast.engine import checks
 from lorafast.integrations import peft_lamda_variant, peft_support
 from lorafast.integrations.peft_linear import Linear
 from lorafast.methods.lamda import INITS, LaMDA
 from lorafast.models.peft_config import LAMDA
+from lorafast.runtime import extras
+
+with extras.required("peft"):
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
 # Fields that LaMDA has no meaning for. PEFT marks the fields of its variants in their metadata;
 # these are no variants, or not marked in every version.

@@ -14,14 +14,17 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.layer import LoraVariant
-from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
 from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling
 from lorafast.methods.lamda import INITS, LaMDA
 from lorafast.nn import merge_math
+from lorafast.runtime import extras
+
+with extras.required("peft"):
+    from peft.tuners.lora.layer import Linear as PeftLinear
+    from peft.tuners.lora.layer import LoraVariant
+    from peft.utils.integrations import gather_params_ctx
 
 # merge_math.add_delta or subtract_delta.
 MergeRule = Callable[[LayerTensors, CallOptions], torch.Tensor]

@@ -9,11 +9,6 @@ from __future__ import annotations
 import warnings
 
 import torch
-from peft.tuners.lora import dora
-
-# By name, because patch_peft replaces the name in PEFT's module.
-from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.model import LoraModel as PeftLoraModel
 from torch import nn
 
 from lorafast import functional
@@ -21,6 +16,14 @@ from lorafast.engine.multi_adapter import Factors
 from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling
 from lorafast.integrations import peft_lamda_variant, peft_support
 from lorafast.models.explain import LayerCall
+from lorafast.runtime import extras
+
+with extras.required("peft"):
+    from peft.tuners.lora import dora
+
+    # By name, because patch_peft replaces the name in PEFT's module.
+    from peft.tuners.lora.layer import Linear as PeftLinear
+    from peft.tuners.lora.model import LoraModel as PeftLoraModel
 
 # The key of lorafast's norm in the cache of a PEFT DoRA layer.
 _NORM_CACHE_KEY = "lorafast-norm"

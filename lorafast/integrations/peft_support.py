@@ -7,16 +7,18 @@ so that torch.compile traces the checks without a graph break and a call stays c
 from __future__ import annotations
 
 import torch
-from peft.tuners.lora import dora
-from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lorafast.engine import checks, philox
 from lorafast.engine.precision import activation_dtype
 from lorafast.integrations import peft_lamda_variant
-from lorafast.runtime import torch_internals
+from lorafast.runtime import extras, torch_internals
+
+with extras.required("peft"):
+    from peft.tuners.lora import dora
+    from peft.tuners.lora.layer import Linear as PeftLinear
+    from peft.tuners.lora.variants import DoraLinearVariant
+    from transformers.pytorch_utils import Conv1D
 
 _TENSOR_TYPES = ("Tensor", "Parameter", "FakeTensor")
 # Arguments that PEFT passes with every call; None means that they are not used.

@@ -18,24 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lorafast.checkpoint.keys import own_tensors
 from lorafast.checkpoint.save_load import residual_init, save_adapter
 from lorafast.models import extra_trainables
 from lorafast.models.module_names import adapter_layers, canonical_name, unwrap
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.runtime import extras
+
+with extras.required("peft"):
+    from accelerate.state import AcceleratorState
+    from transformers import (
+        PreTrainedModel,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+    from transformers.utils import SAFE_WEIGHTS_NAME
 
 # Keys of model.safetensors beside the model's tensors: the description of the adapters, and the
 # prefix of what their inits took out of weights.

@@ -1,6 +1,8 @@
 """lorafast-bench tune, in Triton's interpreter: checks before times, and rows for the table."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -31,6 +33,15 @@ def no_repeats(monkeypatch):
 def test_without_a_gpu_it_is_an_error(capsys):
     assert cli.main(ASKED) == 2
     assert "need a GPU" in capsys.readouterr().err
+
+
+def test_without_triton_the_extra_is_named():
+    probe = "import sys; sys.modules['triton'] = None; from lorafast.bench import cli; cli.main(%r)"
+    done = subprocess.run([sys.executable, "-c", probe % ASKED], capture_output=True, text=True)
+    assert done.stderr.startswith(
+        "lorafast-bench tune: its kernels cannot be loaded: this needs tri"
+    )
+    assert "pip install '.[triton]' in a checkout" in done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -248,7 +248,7 @@ def test_an_id_on_the_hub_without_a_network(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: 1 / 0)
     refused("someone/adapter", "the hub gave no adapter of that id")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused("someone/adapter", r"pip install 'lorafast\[hub\]'")
+    refused("someone/adapter", r"an id on the hub: pip install '\.\[hub\]' in a checkout")
 
 
 GA = (

