@@ -31,7 +31,7 @@ def load(backend: str) -> Backend | str:
     """The backend's module, or the reason why there is none."""
     name = f"lorafast.engine.backends.{backend}"
     if importlib.util.find_spec(name) is None:
-        return "not part of this version of lorafast"
+        return "not written yet (nothing is missing from this installation)"
     # An exception of a driver, a compiler or a broken file is a reason to take another backend,
     # never a crash in a forward pass.
     try:

@@ -16,83 +16,11 @@ from lorafast.engine.problem import (
     LayerTensors,
     Problem,
 )
+from lorafast.models.explanation import Explanation, Row
 from lorafast.models.module_names import require_module
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.embedding import Embedding
 from lorafast.runtime import env, symlinks
-
-_HEADER = ("layer", "method", "N x K", "r", "saved B/token", "by reference", "backend")
-
-
-class Row(NamedTuple):
-    """One adapted layer of a model, in an Explanation.
-
-    Attributes:
-        name: name of the layer in the model.
-        method: the adapter's class, such as "DoRA"; for a PEFT layer, PEFT's adapter name too.
-        shape: (N, K) of the weight.
-        r: the rank.
-        saved: bytes per token that the layer itself keeps for backward; None where it runs on plain
-            autograd.
-        referenced: which of "x" and "y" backward needs too; both exist anyway.
-        backends: backend of each primitive; "none" if a forced backend refuses.
-        why_not: reasons of each backend that was asked first and refused.
-        notes: what the layer's options cost, and how a backend computes each primitive.
-    """
-
-    name: str
-    method: str
-    shape: tuple[int, int]
-    r: int
-    saved: int | None
-    referenced: tuple[str, ...]
-    backends: dict[str, str]
-    why_not: dict[str, tuple[str, ...]]
-    notes: tuple[str, ...]
-
-
-class Explanation(NamedTuple):
-    """What lorafast.explain returns; str() gives a table, the refusals and the notes.
-
-    Attributes:
-        rows: one Row for each adapted layer, in module order.
-        missing: folders that this checkout of lorafast lacks, and how to restore each.
-    """
-
-    rows: tuple[Row, ...]
-    missing: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return "no adapted layer"
-        lines = [_HEADER, *map(_table_line, self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
-        refusals = {
-            f"not {backend}: {'; '.join(reasons)}"
-            for row in self.rows
-            for backend, reasons in row.why_not.items()
-        }
-        notes = {note for row in self.rows for note in row.notes}
-        return "\n".join([*table, *sorted(refusals), *sorted(notes), *self.missing])
-
-
-def _table_line(row: Row) -> tuple[str, ...]:
-    used = set(row.backends.values())
-    by_primitive = ", ".join(f"{primitive}: {name}" for primitive, name in row.backends.items())
-    N, K = row.shape
-    return (
-        row.name,
-        row.method,
-        f"{N} x {K}",
-        str(row.r),
-        "as torch" if row.saved is None else str(row.saved),
-        ", ".join(row.referenced) or "-",
-        by_primitive if len(used) > 1 else "".join(used) or "-",
-    )
 
 
 class LayerCall(NamedTuple):
@@ -145,14 +73,15 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
 
     Covers lorafast's layers and the layers of a PEFT model after lorafast.accelerate, those with
     one row for each adapter. Nothing is computed; activations are assumed to have the dtype of the
-    weight.
+    weight. The table has one line for layers that differ in the indices of their names alone, and a
+    total; a notebook shows it in HTML.
 
     Args:
         model: the model, or one layer.
         tokens: number of rows M of the calls to explain.
 
     Returns:
-        An Explanation with the field rows; print it for a table.
+        An Explanation with the field rows, one for each layer; print it for the table.
 
     Raises:
         TypeError: model is no module.
@@ -211,21 +140,26 @@ def _row(name: str, call: LayerCall, tokens: int) -> Row:
     options = call.resolved_options(needs)
     (N, K), R = tensors.weight.shape, tensors.lora_A.shape[0]
     saved: int | None = 0 if call.merged else None
-    referenced: tuple[str, ...] = ()
+    referenced: dict[str, int] = {}
     backends: dict[str, str] = {}
     why_not: dict[str, tuple[str, ...]] = {}
     notes = _notes(call, options)
     if call.runs_op:
         mask = saved_mask(needs, options, tensors.magnitude is not None)
-        saved = (R * mask.h + N * mask.z) * tensors.weight.element_size()
-        referenced = tuple(key for key in ("x", "y") if getattr(mask, key))
+        element_size = tensors.weight.element_size()
+        saved = (R * mask.h + N * mask.z) * element_size
+        sizes = {"x": K * element_size, "y": N * element_size}
+        referenced = {key: size for key, size in sizes.items() if getattr(mask, key)}
         for primitive, problem in _problems(tensors, options, tokens).items():
             backends[primitive], refusals = _route(primitive, problem)
             notes += _route_notes(backends[primitive], primitive, problem)
             for backend, reasons in refusals.items():
                 why_not[backend] = tuple(dict.fromkeys(why_not.get(backend, ()) + reasons))
     name = name or "(this layer)"
-    return Row(name, call.method, (N, K), R, saved, referenced, backends, why_not, notes)
+    return Row(
+        name, call.method, (N, K), R, saved, tuple(referenced), backends, why_not, notes,
+        referenced, tensors.weight.device.type,
+    )  # fmt: skip
 
 
 def _problems(tensors: LayerTensors, options: CallOptions, tokens: int) -> dict[str, Problem]:

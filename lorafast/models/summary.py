@@ -9,11 +9,14 @@ from torch import nn
 
 from lorafast.models import extra_trainables
 from lorafast.models.module_names import adapter_layers, unwrap
+from lorafast.models.tables import html_table
 from lorafast.nn.adapter_layer import NAMES, AdapterLayer
 
 
 class TrainableSummary(NamedTuple):
     """How many elements of a model's Parameters train. str() gives PEFT's line and a breakdown.
+
+    A notebook shows a table.
 
     Attributes:
         trainable: elements of all Parameters that train.
@@ -36,6 +39,15 @@ class TrainableSummary(NamedTuple):
         parts = ", ".join(f"{name} {count:,d}" for name, count in self.parts.items())
         return f"{counts}\n{parts}" if parts else counts
 
+    def _repr_html_(self) -> str:
+        counts = self.parts | {"trainable": self.trainable, "total": self.total}
+        lines = [
+            (name, f"{count:,d}", f"{100 * count / max(1, self.total):.4f}")
+            for name, count in counts.items()
+        ]
+        header = ("parameters", "elements", "% of total")
+        return html_table(header, lines, right=header[1:])
+
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
     """Return how many of a model's parameters train, and which. The model need not be adapted.
@@ -44,7 +56,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         model: any module; DDP, DataParallel and torch.compile around it are looked through.
 
     Returns:
-        A TrainableSummary with the fields trainable, total and parts; print it for a table.
+        A TrainableSummary with the fields trainable, total and parts; print it for a summary.
 
     Raises:
         TypeError: model is no module.

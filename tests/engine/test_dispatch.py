@@ -80,7 +80,7 @@ def test_a_forced_backend_raises_with_every_reason(clean):
 def test_a_forced_backend_that_is_not_there_raises(clean):
     clean.setenv("LORAFAST_BACKEND", "absent")
     with pytest.raises(
-        RuntimeError, match="LORAFAST_BACKEND=absent cannot linear: not part of this version"
+        RuntimeError, match="LORAFAST_BACKEND=absent cannot linear: not written yet"
     ):
         dispatch.pick("linear", X86)
 
@@ -101,7 +101,8 @@ def test_the_choice_is_printed_once_per_problem(clean, capsys):
     assert (
         said.count(
             "lorafast: linear -> eager; "
-            "not absent (not part of this version of lorafast), partial (not part"
+            "not absent (not written yet (nothing is missing from this installation)), "
+            "partial (not written"
         )
         == 1
     )

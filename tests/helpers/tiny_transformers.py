@@ -27,10 +27,9 @@ def llama(**fields):
     config = transformers.LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        **SIZES | fields,
+        **SIZES | {"num_hidden_layers": 2} | fields,
     )
     return _made(transformers.LlamaForCausalLM, config)
 

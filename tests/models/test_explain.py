@@ -1,7 +1,10 @@
 """explain(): the table and its remarks; tests/contracts compares its bytes with what is saved."""
 
+import re
+
 import pytest
 import torch
+from helpers import tiny_transformers
 from torch import nn
 
 import lorafast
@@ -49,7 +52,9 @@ def test_a_forced_backend_that_cannot_is_told_not_raised(absent):
     absent.setenv("LORAFAST_BACKEND", "absent")
     (row,) = lorafast.explain(lorafast.Linear(6, 5)).rows
     assert set(row.backends.values()) == {"none"}
-    assert row.why_not == {"absent": ("not part of this version of lorafast",)}
+    assert row.why_not == {
+        "absent": ("not written yet (nothing is missing from this installation)",)
+    }
 
 
 def test_the_table_reads(absent):
@@ -65,20 +70,24 @@ def test_the_table_reads(absent):
     assert "row_norm" not in told.rows[0].backends
     assert told.rows[1].backends["row_norm"] == "eager"
     text = str(told)
-    assert text.splitlines()[0].split() == [
+    header, first, second, total, *_ = text.splitlines()
+    assert header.split() == [
         "layer",
+        "n",
         "method",
         "N",
         "x",
         "K",
         "r",
-        "saved",
-        "B/token",
-        "by",
-        "reference",
+        "own",
+        "x",
+        "y",
         "backend",
     ]
-    assert "not absent: not part of this version of lorafast" in text
+    assert first.split() == ["0", "1", "LoRA", "12", "x", "20", "4", "16", "80", "-", "eager"]
+    assert second.split() == ["2", "1", "DoRA", "6", "x", "12", "2", "8", "48", "24", "eager"]
+    assert total.split() == ["total", "2", "24", "128", "24"]
+    assert "not absent: not written yet (nothing is missing from this installation)" in text
     assert "no in-place op may follow" in text
     assert str(lorafast.explain(nn.ReLU())) == "no adapted layer"
 
@@ -108,3 +117,92 @@ def test_merged_and_trained_weights_are_told():
     told = lorafast.explain(layer)
     assert "merged" in str(told)
     assert (told.rows[0].saved, told.rows[0].referenced, told.rows[0].backends) == (0, (), {})
+
+
+def table_lines(explanation):
+    """Return the lines of the printed table, without the remarks below it."""
+    return str(explanation).partition("\n\n")[0].splitlines()
+
+
+def test_layers_of_one_kind_share_a_line_and_the_total_is_the_models():
+    model = lorafast.adapt(tiny_transformers.llama(num_hidden_layers=3), LoRA(r=4))
+    told = lorafast.explain(model)
+    assert [(group.name, len(group.rows)) for group in told.groups] == [
+        (f"model.layers.*.{name}", 3)
+        for name in (
+            *(f"self_attn.{part}_proj" for part in "qkvo"),
+            *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+        )
+    ]
+    assert sum((group.rows for group in told.groups), ()) != told.rows
+    assert {row for group in told.groups for row in map(lambda r: r.name, group.rows)} == {
+        row.name for row in told.rows
+    }
+    assert told.saved == 21 * 4 * 4
+    assert told.referenced_bytes == {"x": 3 * (6 * 32 + 48) * 4}
+    assert table_lines(told)[-1].split() == ["total", "21", str(21 * 16), str(3 * 240 * 4)]
+
+
+def test_x_has_a_price_where_a_method_needs_it():
+    lora, lamda = (
+        lorafast.explain(lorafast.Linear(20, 12, adapter=adapter))
+        for adapter in (LoRA(r=4), lorafast.LaMDA(r=4))
+    )
+    assert lora.rows[0].referenced_bytes == {"x": 20 * 4}
+    assert (lamda.rows[0].referenced, lamda.rows[0].referenced_bytes) == ((), {})
+    assert lora.saved == lamda.saved
+    assert str(lora) != str(lamda).replace("LaMDA", "LoRA")
+    half = lorafast.Linear(20, 12, adapter=DoRA(r=4, keep="output"), bias=False).bfloat16()
+    assert lorafast.explain(half).rows[0].referenced_bytes == {"x": 20 * 2, "y": 12 * 2}
+
+
+def test_the_table_fits_a_terminal():
+    for adapter in (LoRA(r=4), DoRA(r=4, dropout=0.1)):
+        model = nn.ModuleDict({"base_model": nn.ModuleDict({"model": tiny_transformers.llama()})})
+        told = lorafast.explain(lorafast.adapt(model, adapter, exclude_modules=["lm_head"]))
+        lines = table_lines(told)
+        assert max(map(len, lines)) <= 80
+        assert lines[0] == "layers of base_model.model.model.layers.*"
+        assert lines[2].startswith("self_attn.q_proj ")
+
+
+def test_layers_of_different_ranks_show_which_they_are():
+    model = lorafast.adapt(
+        tiny_transformers.llama(num_hidden_layers=5),
+        LoRA(r=4),
+        ["q_proj"],
+        rank_pattern={r"layers\.[034]\..*": 2, "layers.1.self_attn.q_proj": 3},
+    )
+    names = {group.rows[0].r: group.name for group in lorafast.explain(model).groups}
+    assert names == {
+        2: "model.layers.0,3-4.self_attn.q_proj",
+        3: "model.layers.1.self_attn.q_proj",
+        4: "model.layers.2.self_attn.q_proj",
+    }
+
+
+def test_a_backend_of_gpus_is_one_short_line_on_the_cpu():
+    text = str(lorafast.explain(lorafast.Linear(20, 12)))
+    assert "not cuda, triton: for GPUs, and these weights are on the CPU" in text
+    assert "not part of this version" not in text
+    assert "waits to be asked" not in text
+    on_meta = str(lorafast.explain(lorafast.Linear(20, 12, device="meta")))
+    assert "not cuda: not written yet (nothing is missing from this installation)" in on_meta
+
+
+def test_a_forced_backend_gives_its_reasons_on_the_cpu_too(monkeypatch):
+    monkeypatch.setenv("LORAFAST_BACKEND", "cuda")
+    text = str(lorafast.explain(lorafast.Linear(20, 12)))
+    assert "not cuda: not written yet (nothing is missing from this installation)" in text
+
+
+def test_a_notebook_shows_a_table_with_every_text_escaped():
+    model = nn.Sequential()
+    model.add_module("<b>&", lorafast.Linear(20, 12))
+    page = lorafast.explain(model)._repr_html_()
+    assert "&lt;b&gt;&amp;" in page
+    assert re.findall(r"<b>|&[^a-z#]", page) == []
+    assert page.count("<tr>") == 3
+    assert "<th" in page
+    assert "<li>own: bytes per token" in page
+    assert lorafast.explain(nn.ReLU())._repr_html_() == "<p>no adapted layer</p>"

@@ -38,6 +38,21 @@ def test_summary_and_parameters():
         lorafast.adapter_parameters(nn.Linear(3, 2))
 
 
+def test_a_notebook_shows_the_summary_as_a_table():
+    model = lorafast.adapt(nn.Sequential(nn.Linear(16, 16, bias=False)), LoRA(r=2))
+    page = lorafast.trainable_summary(model)._repr_html_()
+    cells = [line.replace("</td>", "").split("<td") for line in page.splitlines() if "<td" in line]
+    assert [
+        [cell.rpartition(">")[2] for cell in line[1:]]
+        for line in ([part.replace("</tr>", "") for part in line] for line in cells)
+    ] == [
+        ["lora_A", "32", "10.0000"],
+        ["lora_B", "32", "10.0000"],
+        ["trainable", "64", "20.0000"],
+        ["total", "320", "100.0000"],
+    ]
+
+
 def test_the_state_dict_is_the_models_memory():
     model = tiny_transformers.adapted(
         tiny_transformers.llama(), LoRA(r=2), target_modules=["q_proj"]
