@@ -70,13 +70,15 @@ _DEFINED_IN = {
     "registry": ("list_methods",),
 }
 _PUBLIC_MODULES = ("optim", "reference", "schedule")
+# Modules that register themselves with others when they are imported.
+_REGISTERING_MODULES = ("checkpoint.pretrained",)
 
 moved_modules.install()
 
 
 def _import_all() -> None:
     """Import every public name, and with them the operators of torch.ops.lorafast."""
-    for module in _PUBLIC_MODULES:
+    for module in (*_PUBLIC_MODULES, *_REGISTERING_MODULES):
         importlib.import_module(f"lorafast.{module}")
     for module, names in _DEFINED_IN.items():
         defined = importlib.import_module(f"lorafast.{module}")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lorafast.checkpoint import file_format, keys
+from lorafast.checkpoint.tensor_values import TensorValues
 from lorafast.engine import checks, formula
 from lorafast.engine.precision import accumulator
 from lorafast.methods import svd
@@ -64,7 +65,7 @@ def as_lora(model: nn.Module, layers: dict[str, AdapterLayer], rank: int | None)
         if has_bias:
             values["lora_bias"] = _output_bias(layer)
         tensors |= keys.layer_tensors(name, layer, values, plain=True)
-    tensors |= {key: keys.gather(tensor) for key, tensor in keys.extra_tensors(model).items()}
+    tensors |= keys.extra_tensors(model, TensorValues(model))
     config = file_format.build_config(unwrap(model), layers, adapters)
     return LoRAExport(tensors, config, errors)
 

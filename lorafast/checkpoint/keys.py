@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from lorafast.checkpoint.tensor_values import TensorValues
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.vera import VeRA
 from lorafast.models import adalora_format, extra_trainables
@@ -79,14 +80,18 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         tensors = lorafast.adapter_state_dict(model)
         assert tensors["base_model.model.0.lora_A.weight"].shape == (2, 8)
     """
+    return state_dict_of(model, TensorValues(model))
+
+
+def state_dict_of(model: nn.Module, values: TensorValues) -> dict[str, torch.Tensor]:
+    """Return what adapter_state_dict returns, with tensors read from values."""
     layers = adapter_layers(model, require_enabled=True)
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
-        tensors |= layer_tensors(name, layer, own_tensors(layer))
+        tensors |= layer_tensors(name, layer, values.of_layer(name, own_tensors(layer)))
     if isinstance(next(iter(layers.values())).adapter, VeRA):
-        tensors |= _shared_projections(layers.values())
-    tensors |= extra_tensors(model)
-    return {key: gather(tensor) for key, tensor in tensors.items()}
+        tensors |= _shared_projections(layers, values)
+    return tensors | extra_tensors(model, values)
 
 
 def own_tensors(layer: AdapterLayer) -> dict[str, nn.Parameter]:
@@ -117,7 +122,7 @@ def layer_tensors(
     }
 
 
-def extra_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def extra_tensors(model: nn.Module, values: TensorValues) -> dict[str, torch.Tensor]:
     """Return the tensors of modules to save and trained biases, under PEFT's keys."""
     tensors = {}
     for name, module in extra_trainables.saved_modules(model).items():
@@ -127,10 +132,10 @@ def extra_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
                     f"{name}.{key} of a module to save is a {type(tensor).__name__}; only tensors "
                     "can be saved"
                 )
-            tensors[f"{PREFIX}{name}.{key}"] = tensor
+            tensors[f"{PREFIX}{name}.{key}"] = values.read(f"{name}.{key}", tensor)
     for name, module in extra_trainables.trained_biases(model).items():
         base = ".base_layer" if isinstance(module, AdapterLayer) else ""
-        tensors[f"{PREFIX}{name}{base}.bias"] = module.bias
+        tensors[f"{PREFIX}{name}{base}.bias"] = values.read(f"{name}.bias", module.bias)
     return tensors
 
 
@@ -161,19 +166,16 @@ def group_keys(keys: Iterable[str]) -> KeyGroups:
     return groups
 
 
-def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the detached tensor, gathered from all ranks if it is sharded."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _shared_projections(layers: Collection[AdapterLayer]) -> dict[str, torch.Tensor]:
+def _shared_projections(
+    layers: dict[str, AdapterLayer], values: TensorValues
+) -> dict[str, torch.Tensor]:
     """Return VeRA's two projections: the largest A and the largest B.
 
     Every layer holds a slice of them, and adapt makes them as large as the largest layer needs.
     """
-    largest = {
-        "lora_A": max((layer.lora_A for layer in layers), key=lambda A: A.shape[1]),
-        "lora_B": max((layer.lora_B for layer in layers), key=lambda B: B.shape[0]),
+    widest = max(layers, key=lambda name: layers[name].lora_A.shape[1])
+    tallest = max(layers, key=lambda name: layers[name].lora_B.shape[0])
+    return {
+        VERA_SHARED["lora_A"]: values.read(f"{widest}.lora_A", layers[widest].lora_A),
+        VERA_SHARED["lora_B"]: values.read(f"{tallest}.lora_B", layers[tallest].lora_B),
     }
-    return {VERA_SHARED[name]: tensor for name, tensor in largest.items()}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import nn
 
 from lorafast.checkpoint import export_lora, file_format, files, keys
 from lorafast.checkpoint.file_spec import refuse_other_base, spec_of_file
+from lorafast.checkpoint.tensor_values import TensorValues
 from lorafast.checkpoint.validate import CheckedTensors, check_tensors
 from lorafast.models.adapt import install, refuse_parallel, set_trainable
 from lorafast.models.module_names import adapter_layers, canonical_name, unwrap
@@ -66,15 +68,31 @@ def save_adapter(
     export = None
     if as_lora:
         export = export_lora.as_lora(model, layers, rank)
-        tensors, config = export.tensors, export.config
-        extras: dict[str, Any] = {}
+        content = FileContent(export.tensors, export.config, {})
     else:
-        config, extras = file_format.describe_adapters(unwrap(model), layers)
-        tensors = _file_tensors(model, layers)
+        content = file_content(model)
     if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
-        files.write_adapter(Path(path), tensors, config, extras)
+        files.write_adapter(Path(path), *content)
         if export is not None:
             print(export)
+
+
+class FileContent(NamedTuple):
+    """What an adapter's file holds: the arguments of files.write_adapter."""
+
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, Any]
+    extras: dict[str, Any]
+
+
+def file_content(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> FileContent:
+    """Return what save_adapter writes, with values read from the model or a state dict of it."""
+    layers = adapter_layers(model, require_enabled=True)
+    config, extras = file_format.describe_adapters(unwrap(model), layers)
+    tensors = _file_tensors(model, layers, TensorValues(model, state_dict))
+    return FileContent(tensors, config, extras)
 
 
 def _warn_about_shared_layers(model: nn.Module) -> None:
@@ -93,9 +111,11 @@ def _warn_about_shared_layers(model: nn.Module) -> None:
             return
 
 
-def _file_tensors(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, torch.Tensor]:
+def _file_tensors(
+    model: nn.Module, layers: dict[str, AdapterLayer], values: TensorValues
+) -> dict[str, torch.Tensor]:
     """Return the tensors of a file by key, for the original base weights."""
-    tensors = keys.adapter_state_dict(model)
+    tensors = keys.state_dict_of(model, values)
     for name, layer in layers.items():
         if layer.adapter.residual:
             initial = residual_init(layer)
@@ -103,8 +123,8 @@ def _file_tensors(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str
                 raise RuntimeError(
                     f"{name}: its start has not happened yet; load the base weights first"
                 )
-            values = {part: keys.gather(value) for part, value in keys.own_tensors(layer).items()}
-            stacked = file_format.stack_tensors(values, initial)
+            trained = values.of_layer(name, keys.own_tensors(layer))
+            stacked = file_format.stack_tensors(trained, initial)
             tensors |= keys.layer_tensors(name, layer, stacked)
     return tensors
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lorafast.methods.adapter import Adapter
-from lorafast.models import adapt_warnings, extra_trainables, peft_config
+from lorafast.models import adapt_warnings, extra_trainables, observers, peft_config
 from lorafast.models.adapt_spec import (
     ALL_LINEAR,
     TASK_TYPE_ATTRIBUTE,
@@ -189,6 +189,8 @@ def install(
             parameter.requires_grad_(flag)
         raise
     model.__dict__[TASK_TYPE_ATTRIBUTE] = spec.task_type
+    for tell in observers.on_adapted:
+        tell(model)
 
 
 def _bind_adapters(
@@ -200,7 +202,7 @@ def _bind_adapters(
     """
     names = [canonical_name(names[0]) for names in targets.values()]
     by_name = spec.adapters(names)
-    shapes: list[Any] = [tuple(_weight_matrix(module).shape) for module in targets]
+    shapes: list[Any] = [tuple(weight_matrix(module).shape) for module in targets]
     adapters = {
         module: by_name[name].bind_model(shapes)
         for module, name in zip(targets, names, strict=True)
@@ -211,7 +213,7 @@ def _bind_adapters(
     layers = zip(adapters.values(), shapes, strict=True)
     adapt_warnings.warn_about_sizes(dict(zip(names, layers, strict=True)))
     return {
-        module: adapter.bind_layer(canonical_name(targets[module][0]), _weight_matrix(module))
+        module: adapter.bind_layer(canonical_name(targets[module][0]), weight_matrix(module))
         for module, adapter in adapters.items()
     }
 
@@ -236,7 +238,7 @@ def replace_module(model: nn.Module, names: list[str], module: nn.Module) -> Non
         setattr(model.get_submodule(parent), child, module)
 
 
-def _weight_matrix(module: Any) -> torch.Tensor:
+def weight_matrix(module: Any) -> torch.Tensor:
     """Return the weight as [N,K]. nn.Linear stores it so; Conv1D and nn.Embedding transposed."""
     weight = module.weight.detach()
     return weight if isinstance(module, nn.Linear) else weight.t()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
-from lorafast.models import extra_trainables
-from lorafast.models.adapt import replace_module
+from lorafast.models import extra_trainables, observers
+from lorafast.models.adapt import replace_module, weight_matrix
 from lorafast.models.module_names import require_module
 from lorafast.models.target_modules import parameter_owners
 from lorafast.nn.adapter_layer import AdapterLayer
@@ -147,3 +150,40 @@ def _tied_weights(model: nn.Module, layers: LayerNames) -> dict[int, str]:
 def _put_plain_modules(model: nn.Module, layers: LayerNames) -> None:
     for layer, names in layers.items():
         replace_module(model, names, layer.plain())
+    for tell in observers.on_plain:
+        tell(model)
+
+
+@contextlib.contextmanager
+def merged_copies(model: nn.Module) -> Iterator[bool]:
+    """A context in which plain modules with merged weights replace the adapted layers.
+
+    The weights are copies on the CPU, so that the layers come back on exit as they were. The value
+    of the context is True if an adapted weight is tied to another, whose copies then differ.
+    Raises what merge raises.
+    """
+    layers = _collect_layers(model)
+    tied = bool(_tied_weights(model, layers))
+    copies = {layer: _merged_copy(layer) for layer in layers}
+    try:
+        for layer, names in layers.items():
+            replace_module(model, names, copies[layer])
+        yield tied
+    finally:
+        for layer, names in layers.items():
+            replace_module(model, names, layer)
+
+
+@torch.no_grad()
+def _merged_copy(layer: AdapterLayer) -> nn.Module:
+    """Return a plain module whose weight, and bias if need be, are merged copies."""
+    module = layer.plain()
+    if layer.merged:
+        return module
+    result = layer.merge_result(keep=True)
+    empty = torch.empty_like(layer.weight, device="cpu")
+    module.weight = nn.Parameter(empty, requires_grad=False)
+    weight_matrix(module).copy_(result.weight)
+    if result.bias is not None:
+        module.bias = nn.Parameter(result.bias.to("cpu", layer.bias.dtype), requires_grad=False)
+    return module

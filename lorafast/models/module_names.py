@@ -34,6 +34,14 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_pretrained_model(module: nn.Module) -> bool:
+    """True if the module is a transformers PreTrainedModel. Does not import transformers."""
+    return any(
+        (base.__module__, base.__name__) == ("transformers.modeling_utils", "PreTrainedModel")
+        for base in type(module).__mro__
+    )
+
+
 def canonical_name(name: str) -> str:
     """Return the module name without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)

@@ -1,0 +1,189 @@
+"""save_pretrained of an adapted transformers model: its adapter, or all of it merged.
+
+transformers' own would write base weights beside keys of adapters that from_pretrained drops.
+Imports no transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafast.checkpoint import files, trainer_files
+from lorafast.checkpoint.save_load import file_content
+from lorafast.models import observers
+from lorafast.models.merge import merged_copies
+from lorafast.models.module_names import adapter_layers, is_pretrained_model
+from lorafast.runtime.torch_internals import storage_key
+
+# The folders from which Trainer resumes.
+_TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
+_ATTRIBUTE = "save_pretrained"
+
+
+def _attach(model: nn.Module) -> None:
+    """Let every transformers model in it that has adapters save them.
+
+    The method of the instance is replaced, and not that of its class, whose other models save as
+    before. It is a partial, because copy.deepcopy and pickle then give a copy that saves itself. A
+    method that someone else has put there stays.
+    """
+    for module in model.modules():
+        if is_pretrained_model(module) and adapter_layers(module, required=False):
+            vars(module).setdefault(_ATTRIBUTE, functools.partial(_save_pretrained, module))
+            trainer_files.register_hooks(module)
+
+
+def _detach(model: nn.Module) -> None:
+    """Undo _attach."""
+    for module in model.modules():
+        method = vars(module).get(_ATTRIBUTE)
+        if isinstance(method, functools.partial) and method.func is _save_pretrained:
+            del vars(module)[_ATTRIBUTE]
+        trainer_files.remove_hooks(module)
+
+
+observers.on_adapted.append(_attach)
+observers.on_plain.append(_detach)
+
+
+def _save_pretrained(
+    model: Any,
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    push_to_hub: bool = False,
+    *,
+    merged: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Save the adapter as lorafast.save_adapter does, or the whole model with merged weights.
+
+    A model that has no adapter any more is saved as transformers saves it.
+
+    Args:
+        model: a transformers model.
+        save_directory: folder, created if need be.
+        is_main_process: False writes nothing.
+        state_dict: a state dict of the whole model, from which the adapter's values are then read.
+        push_to_hub: upload the adapter too, to kwargs["repo_id"] or the name of the folder.
+        merged: write plain merged weights, which from_pretrained loads without lorafast. The model
+            stays as it is. A weight that is tied to an adapted one gets its own tensor in the file,
+            and tie_word_embeddings is False in the config there.
+        kwargs: transformers' arguments. How weights are split into files, and their format, matter
+            with merged=True alone: an adapter is one safetensors file.
+
+    Raises:
+        ValueError: the state dict lacks a tensor, cannot be merged or distributed, or the folder
+            holds an adapter that would be added to merged weights.
+    """
+    own = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
+    if not adapter_layers(model, required=False):
+        type(model).save_pretrained(model, save_directory, **own, **kwargs)
+    elif merged:
+        _save_merged(model, Path(save_directory), own | kwargs)
+    else:
+        if kwargs.get("distributed_checkpoint"):
+            raise ValueError(
+                "distributed_checkpoint=True: an adapter is one file; leave it out, or save the "
+                "whole model with merged=True"
+            )
+        _save_adapter(model, Path(save_directory), is_main_process, state_dict)
+        if push_to_hub and is_main_process:
+            _upload(Path(save_directory), **kwargs)
+
+
+def _save_adapter(
+    model: nn.Module,
+    folder: Path,
+    is_main_process: bool,
+    state_dict: dict[str, torch.Tensor] | None,
+) -> None:
+    if state_dict is not None and not state_dict:
+        # What Trainer passes where DeepSpeed does not gather the weights of ZeRO-3.
+        warnings.warn(
+            f"state_dict is empty: no adapter is written into {os.fspath(folder)!r}", stacklevel=4
+        )
+        return
+    content = file_content(model, state_dict)
+    if not is_main_process:
+        return
+    files.write_adapter(folder, *content)
+    if _TRAINER_FOLDER.fullmatch(folder.name):
+        trainer_files.write_weights(model, folder, state_dict)
+
+
+def _save_merged(model: Any, folder: Path, arguments: dict[str, Any]) -> None:
+    if arguments["state_dict"] is not None:
+        raise ValueError("merged=True merges the model's own weights: leave state_dict out")
+    if (folder / files.CONFIG).exists():
+        raise ValueError(
+            f"{os.fspath(folder)!r} holds an adapter, which from_pretrained would add to the "
+            "merged weights once more: choose another folder"
+        )
+    with merged_copies(model) as tied:
+        if not tied:
+            type(model).save_pretrained(model, folder, **arguments)
+            return
+        arguments["state_dict"] = _without_aliases(model.state_dict())
+        with _untied(model.config):
+            type(model).save_pretrained(model, folder, **arguments)
+
+
+def _without_aliases(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors with copies of those that share storage with an earlier one."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        key = storage_key(tensor)
+        result[name] = tensor.clone() if key in seen else tensor
+        seen.add(key)
+    return result
+
+
+@contextlib.contextmanager
+def _untied(config: Any) -> Iterator[None]:
+    """A context in which a model's config says that no weight is tied."""
+    parts = [config, config.get_text_config()]
+    tied = [part for part in parts if getattr(part, "tie_word_embeddings", False)]
+    try:
+        for part in tied:
+            part.tie_word_embeddings = False
+        yield
+    finally:
+        for part in tied:
+            part.tie_word_embeddings = True
+
+
+def _upload(
+    folder: Path,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload adapter",
+    create_pr: bool = False,
+    **_: Any,
+) -> None:
+    """Upload a folder's adapter to the hub."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id or folder.name, exist_ok=True, private=private)
+    api.upload_folder(
+        repo_id=repo.repo_id,
+        folder_path=folder,
+        allow_patterns=[files.CONFIG, files.WEIGHTS],
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    )

@@ -1,0 +1,17 @@
+"""Functions that are told when a model gets adapters, and when it is plain again.
+
+The checkpoint package registers what lets an adapted transformers model save itself; adapt and
+merge, which it imports, cannot import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+# Called with the model that adapt, load_adapter, merge or unload has changed.
+Observer = Callable[[nn.Module], None]
+
+on_adapted: list[Observer] = []
+on_plain: list[Observer] = []
