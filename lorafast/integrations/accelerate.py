@@ -45,7 +45,7 @@ def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inn
     Parameters, names, the state dict, the config, hooks and every method except forward stay
     PEFT's. Each call checks whether the ops can serve it, and otherwise runs PEFT's own forward.
     Adapters that a PeftModel gets later are covered; after add_adapter of a transformers model on
-    new modules, call accelerate again. Warns once if some layers stay on PEFT's forward.
+    new modules, call accelerate again. Warns once if some layers, or all, stay on PEFT's forward.
 
     Args:
         model: a PeftModel, a model with injected adapters (add_adapter of transformers), or either
@@ -55,10 +55,11 @@ def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inn
         keep: what DoRA saves for its magnitude, as in lorafast.DoRA.
 
     Returns:
-        A Report with the fields taken and left; print it for a summary.
+        A Report with the fields taken and left; print it for a summary. taken is empty if no layer
+        can run on the ops; the model computes what it did before.
 
     Raises:
-        ValueError: no layer can run on the ops, or an option is wrong. Nothing has changed.
+        ValueError: the model has no PEFT adapter, or an option is wrong. Nothing has changed.
         TypeError: model is no module.
         ImportError: PEFT is not installed.
 
@@ -73,14 +74,8 @@ def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inn
     dropout_on = "both" if dropout_on is None else dropout_on
     checks.words("out", dropout_on, keep, 0.0)
     report = _inspect(model, dropout_on, keep)
-    if not report.taken:
-        reasons = "; ".join(str(report).splitlines()[1:])
-        raise ValueError(
-            "model: nothing to accelerate: "
-            f"{reasons or f'{type(model).__name__} carries no PEFT layer'}"
-        )
     _peft_linear().convert(model, dropout_on, keep)
-    if report.left:
+    if report.left or not report.taken:
         warnings.warn(f"accelerate: {'; '.join(str(report).splitlines())}", stacklevel=2)
     return report
 
@@ -148,11 +143,20 @@ def patch_peft() -> Iterator[None]:
 
 
 def _inspect(model: nn.Module, dropout_on: str, keep: str) -> Report:
-    """Return the layers that convert would serve, and why not the others."""
+    """Return the layers that convert would serve, and why not the others.
+
+    ValueError if the model has neither PEFT layers nor a PeftModel (of prompt tuning, for example).
+    """
     _require_module(model)
     peft_linear = _peft_linear()
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if not any(isinstance(module, BaseTunerLayer | PeftModel) for module in model.modules()):
+        raise ValueError(
+            f"model {type(model).__name__} carries no PEFT adapter: give it one with "
+            "peft.get_peft_model, or use lorafast.adapt(model, lorafast.LoRA(...)) instead"
+        )
     taken, left = [], {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):

@@ -8,6 +8,7 @@ import os
 import peft
 import pytest
 import torch
+from helpers import tiny_transformers
 from helpers.peft_models import (
     TARGETS,
     K,
@@ -368,20 +369,39 @@ def test_what_is_no_model_with_adapters_is_refused():
         lorafast.accelerate("model")
     with pytest.raises(TypeError, match="not int"):
         lorafast.restore(3)
-    with pytest.raises(ValueError, match="Net carries no PEFT layer"):
+    with pytest.raises(ValueError, match=r"Net carries no PEFT adapter.*lorafast\.adapt"):
         lorafast.accelerate(Net())
     with pytest.raises(ValueError, match="dropout_on='all'"):
         lorafast.accelerate(peft_model(), dropout_on="all")
-    ia3 = peft.get_peft_model(Net(), peft.IA3Config(target_modules=["up"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match=r"left 1: is a peft\.tuners\.ia3\.layer\.Linear"):
-        lorafast.accelerate(ia3)
     assert lorafast.restore(peft_model()) == 0
+
+
+def test_a_model_of_which_nothing_can_be_taken_gets_a_report_and_runs_as_before():
+    fields = {"target_modules": ["up"], "feedforward_modules": []}
+    model = peft.get_peft_model(Net(), peft.IA3Config(**fields))
+    before = output_and_gradients(model, X)
+    with pytest.warns(UserWarning, match=r"0 of 1 PEFT layers.*left 1: is a peft\.tuners\.ia3"):
+        report = lorafast.accelerate(model)
+    assert report.taken == ()
+    assert list(report.left) == ["base_model.model.up"]
+    assert_same(output_and_gradients(model, X), before, 0, 0)
+    assert lorafast.restore(model) == 0
+
+
+def test_a_peft_model_without_layers_is_told_so():
+    model = peft.get_peft_model(
+        tiny_transformers.llama(),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    )
+    with pytest.warns(UserWarning, match="0 of 0 PEFT layers run on lorafast"):
+        report = lorafast.accelerate(model)
+    assert (report.taken, report.left) == ((), {})
 
 
 def test_keep_output_steps_aside_where_it_cannot_serve():
     model = peft_model(targets=["up"], use_dora=True, lora_dropout=0.1)
-    with pytest.raises(ValueError, match="keep='output' cannot serve dropout_on='both'"):
-        lorafast.accelerate(model, keep="output")
+    with pytest.warns(UserWarning, match="left 1: keep='output' cannot serve dropout_on='both'"):
+        assert lorafast.accelerate(model, keep="output").taken == ()
     assert lorafast.accelerate(model, dropout_on="adapter", keep="output").left == {}
     assert "keep='output'" in str(lorafast.explain(model))
     lorafast.accelerate(model)

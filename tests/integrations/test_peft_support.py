@@ -116,11 +116,16 @@ def test_layers_that_cannot_be_served_step_aside_with_a_reason(spoil, why, calls
     ],
     ids=str,
 )
-def test_adapters_that_cannot_be_served_refuse_the_whole_and_change_nothing(fields, why):
+def test_a_model_whose_adapters_cannot_be_served_runs_as_before(fields, why, calls):
     model = peft_model(targets=["up"], **fields)
-    with pytest.raises(ValueError, match=f"model: nothing to accelerate: left 1: {why}"):
-        lorafast.accelerate(model)
-    assert not [m for m in model.modules() if isinstance(m, ours.Linear | ours.LoraModel)]
+    torch.manual_seed(3)
+    want = output_and_gradients(model, X)
+    with pytest.warns(UserWarning, match=f"0 of 1 PEFT layers run on lorafast; left 1: {why}"):
+        report = lorafast.accelerate(model)
+    assert (report.taken, list(report.left)) == ((), ["base_model.model.up"])
+    torch.manual_seed(3)
+    assert_same(output_and_gradients(model, X), want, 0, 0)
+    assert (calls["fast"], calls["why"]) == (0, [report.left["base_model.model.up"]])
 
 
 def test_a_mixture_with_dora_is_pefts(calls):
