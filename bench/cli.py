@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 
+from lorafast.bench import options
 from lorafast.runtime import extras
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit status, as commands.main does."""
+    """Run one command and return its exit status, as commands.run does."""
+    words = sys.argv[1:] if arguments is None else arguments
+    # Before torch is imported, which takes seconds: help and typos are answered at once.
+    asked = options.parse(words)
     try:
         from lorafast.bench import commands
 
-        return commands.main(sys.argv[1:] if arguments is None else arguments)
+        return commands.run(asked, words)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "lorafast":
             raise

@@ -6,48 +6,43 @@ import argparse
 import itertools
 import json
 import math
-import shlex
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
-from rich.console import Console
 
-from lorafast.bench import machine, options
+from lorafast.bench import machine, output
 from lorafast.bench.cases import implementations, linear, model
 from lorafast.bench.cases.candidate import Problem
 from lorafast.bench.errors import BenchError
+from lorafast.bench.options import STDOUT
 from lorafast.bench.report import html_report, plots, tables
 from lorafast.bench.report.progress import Progress
 from lorafast.bench.report.record import Record, Results
+from lorafast.engine import checks
 from lorafast.runtime import extras
+from lorafast.testing import SHORT
 
 # Exit status.
 RIGHT, WRONG, FAILED, INTERRUPTED = 0, 1, 2, 130
 
-# The width of tables in a pipe, which has no width of its own.
-_PIPED_WIDTH = 170
-
 # Implementations that run by default.
 _LAYER_DEFAULTS = ("frozen", "full", "lorafast", "eager", "peft")
 _MODEL_DEFAULTS = ("frozen", "lorafast", "peft")
+_DTYPES = {name: dtype for dtype, name in SHORT.items()}
 _GPU_TOKENS, _CPU_TOKENS = (512, 2048, 8192), (64, 256, 1024)
 
 
-def main(arguments: list[str]) -> int:
-    """Run one command and return its exit status.
+def run(asked: argparse.Namespace, arguments: list[str]) -> int:
+    """Run one command and return its exit status. arguments: the words that were parsed.
 
     0: no row is wrong. 1: a row is wrong. 2: the request cannot be served, or a file cannot be
     written. 130: interrupted; finished rows are kept.
     """
-    asked = options.parser().parse_args(arguments)
     commands = {"linear": _linear, "model": _model, "tune": _tune, "report": _report, "env": _env}
     try:
         return commands[asked.command](asked, arguments)
     except BenchError as error:
-        message = f"lorafast-bench {asked.command}: {error}"
-        Console(stderr=True, soft_wrap=True).print(message, markup=False, highlight=False)
+        output.complain(f"lorafast-bench {asked.command}: {error}", style=None)
         return FAILED
 
 
@@ -108,64 +103,56 @@ def _tune(asked: argparse.Namespace, arguments: list[str]) -> int:
     problems = itertools.product(asked.shape, asked.rank, asked.dropout, asked.tokens)
     sizes = [tune.Sizes(M, shape.K, shape.N, R, p) for shape, R, p, M in problems]
     timings, chosen = [], {}
+    facts = machine.environment(device, output.command_line(arguments))
     with Progress(tune.progress_total(sizes)) as progress:
         pace = tune.Pace(asked.rounds, asked.warmup, asked.seconds or math.inf)
         for some, rows in tune.run(sizes, dtype, device, pace, asked.seed, progress):
             timings.append(some)
             chosen |= rows
-            if asked.json:
-                facts = machine.environment(device, _command(arguments))
-                tune.write(asked.json, facts, list(itertools.chain(*timings)), chosen)
-    tables.show([tune.table(some) for some in timings], _stdout(), tune.LEGEND)
+            text = tune.document(facts, list(itertools.chain(*timings)), chosen)
+            if asked.json and asked.json != STDOUT:
+                asked.json.write_text(text)
+    if asked.json == STDOUT:
+        output.print_json(text)
+    console = output.tables_console(asked.json)
+    tables.show([tune.table(some) for some in timings], console, tune.LEGEND)
     lines = ["rows for TABLE in kernels/gemm_routing.py:", *tune.lines(chosen)]
-    _stdout().print("\n".join(lines), markup=False, soft_wrap=True)
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
     return WRONG if any(one.status == "wrong" for some in timings for one in some) else RIGHT
 
 
 def _report(asked: argparse.Namespace, _: list[str]) -> int:
     results = [Results.read(file) for file in asked.files]
     if asked.html:
-        _check_writable("--html", asked.html)
-        _write_page(asked.html, results)
+        output.check_files(None, asked.html)
+        asked.html.write_text(html_report.page(results))
     if asked.plots:
-        _make_folder("--plots", asked.plots)
+        output.make_folder("--plots", asked.plots)
         for name, figure in plots.figures(results).items():
             (asked.plots / f"{name}.svg").write_text(plots.svg(figure))
-    tables.show(tables.tables(results), _stdout())
+    tables.show(tables.tables(results), output.tables_console())
     return _verdict([record for one in results for record in one.records])
 
 
 def _env(asked: argparse.Namespace, arguments: list[str]) -> int:
-    facts = machine.environment(machine.device(asked.device), _command(arguments))
-    _stdout().print_json(json.dumps(facts))
+    facts = machine.environment(machine.device(asked.device), output.command_line(arguments))
+    output.tables_console().print_json(json.dumps(facts))
     return RIGHT
 
 
 def _prepare(asked: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Return device and dtype, after checking that the files can be written."""
+    """Return device and dtype, after checking the files to write and the dropout."""
+    output.check_files(asked.json, getattr(asked, "html", None))
+    for p in asked.dropout if isinstance(asked.dropout, tuple) else (asked.dropout,):
+        try:
+            checks.probability(p)
+        except ValueError as error:
+            raise BenchError(f"--dropout: {error}") from error
     device = machine.device(asked.device)
-    for option, path in (("--json", asked.json), ("--html", getattr(asked, "html", None))):
-        if path is not None:
-            _check_writable(option, path)
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    return device, asked.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
-def _check_writable(option: str, path: Path) -> None:
-    if path.is_dir():
-        raise BenchError(f"{option}: {path} is a folder")
-    path = path.resolve()
-    if not path.exists() or path.is_file():
-        _make_folder(option, path.parent)
-
-
-def _make_folder(option: str, path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise BenchError(f"{option}: {path} cannot be written to: {error.strerror}") from error
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, _DTYPES[asked.dtype] if asked.dtype else default
 
 
 def _default_impls(device: torch.device, dtype: torch.dtype) -> tuple[implementations.Impl, ...]:
@@ -190,63 +177,36 @@ def _collect(
     progress: Progress,
 ) -> int:
     """Collect, write and show the rows; an interruption keeps those that are finished."""
-    results = Results(machine.environment(device, _command(arguments)), [])
+    results = Results(machine.environment(device, output.command_line(arguments)), [])
     interrupted, unwritten = False, []
+    file = None if asked.json == STDOUT else asked.json
     try:
         for rows in groups:
             results.records += rows
             # Written after every problem, because the next one may crash the machine. Only the last
             # failure is reported: a full disk may have space later.
-            unwritten = _write("--json", asked.json, results.write)
+            unwritten = output.write("--json", file, results.write)
     except KeyboardInterrupt:
         interrupted = True
     progress.end()
     # Before the tables, because the reader of a pipe may close it.
     if results.records:
-        unwritten += _write("--html", asked.html, lambda path: _write_page(path, [results]))
-    tables.show(tables.tables([results]), _stdout())
+        page = html_report.page([results]) if asked.html else ""
+        unwritten += output.write("--html", asked.html, lambda path: path.write_text(page))
+    if asked.json == STDOUT:
+        output.print_json(results.text())
+    tables.show(tables.tables([results]), output.tables_console(asked.json))
     for complaint in unwritten:
-        Console(stderr=True, soft_wrap=True).print(complaint, style="bold red", markup=False)
+        output.complain(complaint)
     if interrupted:
-        Console(stderr=True).print(f"interrupted; {len(results.records)} finished rows are kept")
+        output.complain(f"interrupted; {len(results.records)} finished rows are kept", style=None)
         return INTERRUPTED
     return _verdict(results.records) or (FAILED if unwritten else RIGHT)
-
-
-def _write(option: str, path: Path | None, write: Callable[[Path], None]) -> list[str]:
-    """Write a file, unless its path is None, and return the error message if that fails."""
-    try:
-        if path is not None:
-            write(path)
-    except OSError as error:
-        return [f"{option}: {path} is not written: {error.strerror}"]
-    return []
 
 
 def _verdict(records: list[Record]) -> int:
     """Print every wrong row, and return the exit status."""
     wrong = [record for record in records if record.status == "wrong"]
     for record in wrong:
-        message = f"WRONG {record.label}: {record.reason}"
-        Console(stderr=True, soft_wrap=True).print(message, style="bold red", markup=False)
+        output.complain(f"WRONG {record.label}: {record.reason}")
     return WRONG if wrong else RIGHT
-
-
-def _write_page(path: Path, results: list[Results]) -> None:
-    path.write_text(html_report.page(results))
-
-
-def _command(arguments: list[str]) -> str:
-    """Return the command without its output files, which say where and not what."""
-    kept, words = [], iter(arguments)
-    for word in words:
-        if word in ("--json", "--html"):
-            next(words, None)
-        elif not word.startswith(("--json=", "--html=")):
-            kept.append(word)
-    return shlex.join(["lorafast-bench", *kept])
-
-
-def _stdout() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(width=_PIPED_WIDTH, highlight=False)

@@ -1,67 +1,72 @@
-"""The command line of lorafast-bench: options, and the values they accept."""
+"""The command line of lorafast-bench: options, and the values they accept. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-
-import torch
+from typing import NoReturn
 
 import lorafast
-from lorafast.bench.cases import implementations, recipes, shapes
-from lorafast.bench.cases.encoder import MODELS
-from lorafast.engine import checks
-from lorafast.testing import SHORT
+from lorafast.bench.cases import implementations, shapes
+from lorafast.bench.cases.choices import DROPOUT_ON, DTYPES, ENCODERS, LAYERS, METHODS
+from lorafast.bench.spelling import did_you_mean, unknown
 
-DTYPES = {name: dtype for dtype, name in SHORT.items() if dtype != torch.float64}
-_LONG = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+# torch's own names of the dtypes.
+_LONG_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _DEVICE = "cpu, cuda or cuda:INDEX (default: the GPU if there is one)"
+# The path that stands for stdout.
+STDOUT = Path("-")
 
-Command = argparse.ArgumentParser
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Return the command and its options.
+
+    A word that is not known ends the program with one line on stderr, which names the nearest one,
+    and exit status 2.
+    """
+    main, commands = _parsers()
+    # The options before the command take no values.
+    word = next((word for word in arguments if not word.startswith("-")), None)
+    if word is not None and word not in commands:
+        main.error(unknown(word, commands))
+    asked, rest = main.parse_known_args(arguments)
+    if rest:
+        command = commands[asked.command]
+        near = did_you_mean(rest[0].partition("=")[0], command.option_names)
+        command.error(f"{rest[0]!r} is no option{near or f'; {command.prog} --help lists them'}")
+    return asked
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
-    main = argparse.ArgumentParser(
+class Command(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage."""
+
+    @property
+    def option_names(self) -> list[str]:
+        """The options that the parser knows, such as --tokens."""
+        return [name for action in self._actions for name in action.option_strings]
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with a message and exit status 2."""
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
+
+
+def _parsers() -> tuple[Command, dict[str, Command]]:
+    """Return the parser of the whole command line, and that of each command."""
+    main = Command(
         "lorafast-bench", description="Measure the cost of an adapted layer, and check its results."
     )
     main.add_argument("--version", action="version", version=f"lorafast {lorafast.__version__}")
-    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, does: str) -> Command:
+    parsers = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = {}
+    for name, (add_options, does) in _COMMANDS.items():
         # No abbreviations: the command is stored with the results, without the names of files.
-        return commands.add_parser(
+        commands[name] = parsers.add_parser(
             name, help=does, description=does, formatter_class=_Help, allow_abbrev=False
         )
-
-    _linear(
-        command(
-            "linear",
-            "Measure one layer, by tokens, rank and dropout. Lists are separated by commas.",
-        )
-    )
-    _model(
-        command(
-            "model",
-            "Train a whole pretrained model, then step it by batch size. "
-            "Lists are separated by commas.",
-        )
-    )
-    _tune(
-        command(
-            "tune",
-            "Check every Triton kernel, time every route of a product, and print rows for the "
-            "table of routes.",
-        )
-    )
-    _report(command("report", "Print the tables of JSON files measured before, and draw them."))
-    env = command(
-        "env", "Print the facts of this machine that are stored with every result, as JSON."
-    )
-    env.add_argument("--device", help=_DEVICE)
-    return main
+        add_options(commands[name])
+    return main, commands
 
 
 def _linear(command: Command) -> None:
@@ -74,12 +79,13 @@ def _linear(command: Command) -> None:
     add("--bias", action="store_true", help="a layer with a bias")
     default = "frozen,full,lorafast,eager,peft; in half precision peft-bf16 too, on a GPU "
     default += "peft+compile"
-    _common(command, recipes.LAYERS, 15, default)
+    _common(command, LAYERS, 15, default)
 
 
 def _model(command: Command) -> None:
     add = command.add_argument
-    add("--model", choices=MODELS, default="minilm", help="its weights come with a package")
+    help_text = f"{', '.join(ENCODERS)}: its weights come with a package"
+    add("--model", type=_one_of(ENCODERS), default="minilm", metavar="NAME", help=help_text)
     help_text = "batch sizes to step at"
     add("--batch-sizes", type=_each(_count), default="1,4,16", metavar="B,…", help=help_text)
     add("--seq", type=_count, default=16, metavar="TOKENS", help="tokens per text")
@@ -90,7 +96,7 @@ def _model(command: Command) -> None:
     add("--train-batch", type=_count, default=8, metavar="B", help="batch size of training")
     help_text = "learning rate of the adapters, or of the encoder under full (default: by method); "
     add("--lr", type=_positive, help=help_text + "the head's is 1e-3")
-    _common(command, tuple(recipes.RECIPES), 7, "frozen,lorafast,peft")
+    _common(command, METHODS, 7, "frozen,lorafast,peft")
 
 
 def _tune(command: Command) -> None:
@@ -108,6 +114,10 @@ def _report(command: Command) -> None:
     add("files", nargs="+", type=Path, metavar="FILE", help="JSON files")
     _page(command)
     add("--plots", type=Path, metavar="FOLDER", help="write every figure, as SVG")
+
+
+def _env(command: Command) -> None:
+    command.add_argument("--device", help=_DEVICE)
 
 
 def _shapes(command: Command, default: str) -> None:
@@ -138,13 +148,14 @@ def _common(
     """Add the options that linear and model share."""
     add = command.add_argument
     help_text = f"all, or some of {', '.join(methods)}"
-    each = _each(_among(methods))
+    each = _each(_one_of(methods, everything="all"))
     add("--methods", type=each, default="lora,dora,lamda", metavar="NAME,…", help=help_text)
     help_text = f"some of {', '.join(implementations.BASES)}, each also as NAME+compile; "
     help_text += f"frozen always runs (default: {default_implementations})"
     add("--impl", type=_each(implementations.parse), metavar="NAME,…", help=help_text)
-    help_text = "what lorafast's DoRA drops; PEFT's is always both"
-    add("--dropout-on", choices=checks.DROPOUT_ON, default="adapter", help=help_text)
+    help_text = f"what lorafast's DoRA drops, {' or '.join(DROPOUT_ON)}; PEFT's is always both"
+    words = {"type": _one_of(DROPOUT_ON), "metavar": "WHAT"}
+    add("--dropout-on", **words, default="adapter", help=help_text)
     _measured(command, rounds)
     _page(command)
 
@@ -160,7 +171,8 @@ def _measured(command: Command, rounds: int) -> None:
     add("--seconds", type=_positive, help=help_text)
     add("--warmup", type=_count, default=2, help="runs before the rounds")
     add("--seed", type=_whole, default=0, help="of weights, inputs, masks and the order of texts")
-    add("--json", type=Path, metavar="FILE", help="write the rows here, after every problem")
+    help_text = "write the rows here, after every problem; - is stdout, and tables go to stderr"
+    add("--json", type=Path, metavar="FILE", help=help_text)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -227,30 +239,52 @@ def _positive(text: str) -> float:
     return value
 
 
-@_with_message
 def _probability(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} must be a number in [0, 1)") from None
-    checks.probability(value)
+    value = _number(text, float, 0, "a number in [0, 1)")
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number in [0, 1)")
     return value
 
 
 @_with_message
-def _dtype(text: str) -> torch.dtype:
-    found = DTYPES.get(text) or _LONG.get(text)
-    if found is None:
-        raise ValueError(f"{text!r} is none of {', '.join(DTYPES)}")
-    return found
+def _dtype(text: str) -> str:
+    name = _LONG_DTYPES.get(text, text)
+    if name not in DTYPES:
+        raise ValueError(unknown(text, DTYPES))
+    return name
 
 
-def _among(methods: tuple[str, ...]) -> Callable[[str], str | tuple[str, ...]]:
-    def method(text: str) -> str | tuple[str, ...]:
-        if text == "all":
-            return methods
-        if text not in methods:
-            raise ValueError(f"{text!r} is none of {', '.join(methods)}, nor all")
+def _one_of(known: Iterable[str], everything: str | None = None) -> Callable[[str], object]:
+    """Return a parser of one of these words; the word `everything` is all of them."""
+    words = tuple(known)
+
+    @_with_message
+    def word(text: str) -> str | tuple[str, ...]:
+        if text == everything:
+            return words
+        if text not in words:
+            raise ValueError(unknown(text, words, f", nor {everything}" if everything else ""))
         return text
 
-    return method
+    return word
+
+
+# Each command: the function that adds its options, and what it does.
+_COMMANDS = {
+    "linear": (
+        _linear,
+        "Measure one layer, by tokens, rank and dropout. Lists are separated by commas.",
+    ),
+    "model": (
+        _model,
+        "Train a whole pretrained model, then step it by batch size. "
+        "Lists are separated by commas.",
+    ),
+    "tune": (
+        _tune,
+        "Check every Triton kernel, time every route of a product, and print rows for the table of "
+        "routes.",
+    ),
+    "report": (_report, "Print the tables of JSON files measured before, and draw them."),
+    "env": (_env, "Print the facts of this machine that are stored with every result, as JSON."),
+}

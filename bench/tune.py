@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -38,7 +37,7 @@ LEGEND = (
     "route without a table.",
     "GB/s: the least bytes a streaming kernel must move, divided by its time.",
 )
-_HEADS = ("route", "err ratio", "repeats", "ms", "p20–p80", "× frozen", "modelled ms", "GB/s")
+_HEADS = ("route", "× frozen", "ms", "err ratio", "repeats", "p20–p80", "modelled ms", "GB/s")
 
 
 @dataclass
@@ -238,17 +237,19 @@ def table(timings: list[Timing]) -> Table:
     title = f"{named}, {first.M} tokens, {first.K} → {first.N}, R = {first.R}"
     title += f", p = {first.dropout:g}, {first.dtype}"
     ordered = sorted(timings, key=lambda one: math.inf if one.ms is None else one.ms)
-    return Table(title, _HEADS, tuple(map(_cells, ordered)), frozenset(), ())
+    failed = [one for one in ordered if one.status != "ok"]
+    notes = tuple(f"{one.route}: {one.status}: {one.reason}" for one in failed)
+    return Table(title, _HEADS, tuple(map(_cells, ordered)), frozenset(), notes)
 
 
 def _cells(one: Timing) -> tuple[str, ...]:
     return (
         one.route,
+        number(one.ratio_to_frozen, ".3f") if one.status == "ok" else one.status,
+        number(one.ms, ".4f"),
         number(one.error_ratio, ".2f"),
         {True: "yes", False: "NO", None: NOTHING}[one.repeats],
-        number(one.ms, ".4f") if one.status == "ok" else f"{one.status}: {one.reason}",
         NOTHING if one.ms is None else f"{one.ms_p20:.4f}–{one.ms_p80:.4f}",
-        number(one.ratio_to_frozen, ".3f"),
         number(one.modelled_ms, ".4f"),
         number(one.gb_per_s, ".0f"),
     )
@@ -259,14 +260,12 @@ def lines(chosen: dict[gemm_routing.Key, Row]) -> list[str]:
     return [f"    {key}: {row}," for key, row in chosen.items()]
 
 
-def write(
-    path: Path, facts: dict, timings: list[Timing], chosen: dict[gemm_routing.Key, Row]
-) -> None:
-    """Write everything as JSON."""
+def document(facts: dict, timings: list[Timing], chosen: dict[gemm_routing.Key, Row]) -> str:
+    """Return everything as the text of a JSON file."""
     content = {
         "schema_version": SCHEMA_VERSION,
         "env": facts,
         "timings": [asdict(one) for one in timings],
         "table": lines(chosen),
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    return json.dumps(content, indent=1) + "\n"

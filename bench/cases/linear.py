@@ -169,6 +169,7 @@ class _ProblemRun:
             self._failed,
             plan.seconds,
             fill_record.MIN_ROUNDS,
+            self.progress.rounds,
         )
         for key, phases in samples.items():
             fill_record.set_times(self.records[key], phases, samples.get(FROZEN_KEY), plan.warmup)

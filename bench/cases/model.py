@@ -150,6 +150,7 @@ class _ModelRun:
             lambda key, error: self._failed(key, error, records),
             plan.seconds,
             fill_record.MIN_ROUNDS,
+            self.progress.rounds,
         )
         for key, phases in samples.items():
             fill_record.set_times(records[key], phases, samples.get(FROZEN_KEY), plan.warmup)

@@ -102,9 +102,6 @@ RECIPES = {
 }
 
 _SPECS = {method.name: method.adapter for method in lorafast.list_methods()}
-# The methods whose layer differs from that of every other method. The rest differ in the initial
-# factors or in the optimizer.
-LAYERS = ("lora", "dora", "lamda", "lora-fa", "vera", "adalora", "aflora")
 
 
 def spec(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from lorafast.bench.spelling import did_you_mean
+
 
 class Shape(NamedTuple):
     """A linear layer with K inputs and N outputs."""
@@ -31,5 +33,6 @@ def parse(text: str) -> tuple[Shape, ...]:
     sizes = re.fullmatch(r"(\d+)x(\d+)", text)
     if not sizes or not all(int(size) for size in sizes.groups()):
         known = ", ".join(MODELS)
-        raise ValueError(f"{text!r} is no INxOUT such as 4096x14336, and none of {known}")
+        near = did_you_mean(text, MODELS)
+        raise ValueError(f"{text!r} is no INxOUT such as 4096x14336, and none of {known}{near}")
     return (Shape(*map(int, sizes.groups())),)

@@ -115,23 +115,30 @@ def interleave(
     on_failure: Callable[[Hashable, Exception], None],
     seconds: float = math.inf,
     min_rounds: int = 1,
+    announce: Callable[[int, float], None] | None = None,
 ) -> dict[Hashable, list[tuple[float, ...]]]:
     """Return `rounds` samples of every step after `warmup` runs; a sample has a time per phase.
 
     After `seconds` no further round begins, except to reach `min_rounds`. A sample of a short step
     is the mean of several runs. The shortest step decides how many, and all steps get the same
     number, because a step runs faster after itself than after others. A step that raises is passed
-    to `on_failure` and left out.
+    to `on_failure` and left out. Before the rounds, `announce` is told how many there will be and
+    how many seconds they will take, by the time of the last warm-up runs.
     """
-    shortest, samples = math.inf, {}
+    shortest, all_steps, samples = math.inf, 0.0, {}
     for key, step in steps.items():
         try:
+            last = 0.0
             for _ in range(warmup):
-                shortest = min(shortest, sum(timer.time(step)))
+                last = sum(timer.time(step))
+                shortest = min(shortest, last)
+            all_steps += last
             samples[key] = []
         except Exception as error:
             on_failure(key, error)
     repeats = min(max(1, math.ceil(MIN_SAMPLE_MS / max(shortest, 1e-6))), MAX_REPEATS)
+    if announce is not None and all_steps:
+        announce(*_expected(repeats * all_steps / 1e3, rounds, seconds, min_rounds))
     begin = time.monotonic()
     for done in range(rounds):
         if done >= min_rounds and time.monotonic() - begin > seconds:
@@ -143,3 +150,10 @@ def interleave(
                 on_failure(key, error)
                 del samples[key]
     return samples
+
+
+def _expected(one: float, rounds: int, seconds: float, min_rounds: int) -> tuple[int, float]:
+    """Return how many rounds of `one` seconds each will be run, and their time."""
+    within = rounds if math.isinf(seconds) else math.floor(seconds / one) + 1
+    count = min(rounds, max(within, min_rounds))
+    return count, count * one

@@ -49,6 +49,8 @@ def set_times(
     if frozen and len(frozen) == len(steps):
         pairs = zip(steps, frozen, strict=True)
         values["ratio_to_frozen"] = [step / sum(base) for step, base in pairs]
+        base = quantiles([sum(sample) for sample in frozen])
+        record.frozen_spread = base.p80 / base.p20 if base.p20 else None
     for name in TIMES:
         if name in values:
             found = quantiles(values[name])

@@ -21,6 +21,7 @@ th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #9ca3af; font-weight: 600; }
 tr.end td { border-bottom: 1px solid #d1d5db; }
 td.word, th.word { text-align: left; } td.bad { color: #b91c1c; font-weight: 600; }
+tr.busy td { color: #9ca3af; }
 tr.ours td { background: #fdf2f4; } p.note { color: #4b5563; font-size: 13px; margin: .2rem 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1.2rem; font-size: 13px; }
 dt { color: #6b7280; } dd { margin: 0; }
@@ -68,6 +69,7 @@ def _table(table: Table) -> str:
     impl, rows = table.heads.index("impl"), []
     for index, row in enumerate(table.rows):
         kind = ["end"] * (index in table.sections) + ["ours"] * row[impl].startswith("lorafast")
+        kind += ["busy"] * (index in table.busy)
         cells = "".join(map(_cell, table.heads, row))
         rows.append(f'<tr class="{" ".join(kind)}">{cells}</tr>')
     body = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

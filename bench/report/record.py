@@ -21,9 +21,15 @@ SPEEDS = (
     "ratio_low",
     "ratio_high",
     "tokens_per_s",
+    "frozen_spread",
 )
 # Keys that were added after the first files were written. A file may lack them.
-LATER = ("ratio_low", "ratio_high", "floor", "fused_floor", "bandwidth_bytes_per_s", "run")
+LATER = (
+    *("ratio_low", "ratio_high", "floor", "fused_floor", "bandwidth_bytes_per_s", "run"),
+    "frozen_spread",
+)
+# A machine is busy if the frozen step's time scatters more than this: its p80 ÷ its p20.
+MAX_FROZEN_SPREAD = 1.5
 
 
 @dataclass
@@ -34,6 +40,7 @@ class Record:
 
     bench: "linear" (one layer), "step" (a model's step at one batch size) or "training".
     ratio_low, ratio_high: the 95 % interval of the median of ratio_to_frozen over rounds.
+    frozen_spread: the 80th percentile of the frozen step's time over its 20th, in the same rounds.
     floor, fused_floor: computed lower bounds of ratio_to_frozen: by flops and by bytes at
         bandwidth_bytes_per_s (floor), and by flops alone (fused_floor).
     saved_bytes: what autograd keeps besides x and y.
@@ -104,6 +111,12 @@ class Record:
     fused_floor: float | None = None
     bandwidth_bytes_per_s: float | None = None
     run: str | None = None
+    frozen_spread: float | None = None
+
+    @property
+    def busy(self) -> bool:
+        """True if other work on the machine makes the row's times doubtful."""
+        return self.frozen_spread is not None and self.frozen_spread > MAX_FROZEN_SPREAD
 
     @property
     def ok(self) -> bool:
@@ -146,13 +159,17 @@ class Results:
                 del record["run"]
         return {"schema_version": SCHEMA_VERSION, "env": self.env, "records": records}
 
+    def text(self) -> str:
+        """Return the text of the JSON file."""
+        return json.dumps(self.document(), indent=1, allow_nan=False) + "\n"
+
     def write(self, path: Path) -> None:
         """Write the file, completely or not at all.
 
         A symbolic link stays one. A path that is no regular file, such as a pipe or /dev/stdout, is
         written to directly.
         """
-        text = json.dumps(self.document(), indent=1, allow_nan=False) + "\n"
+        text = self.text()
         path = path.resolve()
         if path.exists() and not path.is_file():
             path.write_text(text)

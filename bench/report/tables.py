@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lorafast.bench.cases import implementations
-from lorafast.bench.report.record import Record, Results
+from lorafast.bench.report.record import MAX_FROZEN_SPREAD, Record, Results
 
 
 class Table(NamedTuple):
@@ -21,6 +21,7 @@ class Table(NamedTuple):
 
     sections: indices of the rows after which a line is drawn.
     notes: what does not fit in a cell.
+    busy: indices of the rows that are greyed, because the machine was busy.
     """
 
     title: str
@@ -28,23 +29,28 @@ class Table(NamedTuple):
     rows: tuple[tuple[str, ...], ...]
     sections: frozenset[int]
     notes: tuple[str, ...]
+    busy: frozenset[int] = frozenset()
 
 
 NOTHING = "–"
-# The columns of correctness come before those of speed.
-_RATIO = ("err ratio", "× frozen", "95 % interval")
-_FLOORS = ("floor", "fused")
-_TIMES = ("step ms", "fwd ms", "bwd ms", "tokens/s")
-_BYTES = ("saved", "by reference", "activations", "peak")
-_LINEAR = ("M", "impl", "method", *_RATIO, *_FLOORS, *_TIMES, *_BYTES)
-_STEP = ("batch", "impl", "method", *_RATIO, *_TIMES, *_BYTES)
+# The two numbers that most readers come for are first. A console of 80 columns has room for what
+# follows up to "step ms"; the rest is a second part there.
+_MAIN = ("× frozen", "peak", "95 % interval", "err ratio")
+_BYTES = ("saved", "by reference", "activations")
+_TIMES = ("fwd ms", "bwd ms", "tokens/s")
+_LINEAR = ("M", "impl", "method", *_MAIN, "step ms", *_BYTES, *_TIMES, "floor", "fused")
+_STEP = ("batch", "impl", "method", *_MAIN, "step ms", *_BYTES, *_TIMES)
 _LOSSES = ("loss: first 10", "last 10", "held-out accuracy")
-_TRAINED = ("trained params", "optimizer", "optimizer state", "peak")
-_TRAINING = ("impl", "method", "err ratio", *_LOSSES, "× frozen", "step ms", "lr", *_TRAINED)
+_TRAINED = ("step ms", "lr", "trained params", "optimizer", "optimizer state")
+_TRAINING = ("impl", "method", "× frozen", "peak", "err ratio", *_LOSSES, *_TRAINED)
 # The columns of words, which are aligned to the left.
 WORDS = ("impl", "method", "optimizer")
 # Statuses of rows that cannot be measured. They are notes, not rows of dashes.
 _NOT_SHOWN = ("missing", "unsupported")
+_BUSY = (
+    "grey rows: this machine was busy. The frozen step's time scatters up to ×{:.2f} between p20 "
+    f"and p80; above ×{MAX_FROZEN_SPREAD:g} no ratio says much."
+)
 
 LEGEND = (
     "err ratio: RMS error against float64 ÷ the eager chain's, the worst over y and every "
@@ -90,6 +96,7 @@ def tables(results: Iterable[Results]) -> list[Table]:
 def show(found: list[Table], console: Console, legend: tuple[str, ...] = LEGEND) -> None:
     """Print tables. One wider than the console is split; each part has the columns of names."""
     for table in found:
+        console.print(Text(table.title, style="bold"))
         for heads, space in _parts(table, console):
             console.print(_drawn(table, heads, space))
         for note in table.notes:
@@ -120,18 +127,14 @@ def _parts(table: Table, console: Console) -> list[tuple[tuple[str, ...], int]]:
 
 
 def _drawn(table: Table, heads: tuple[str, ...], space: int) -> RichTable:
-    drawn = RichTable(
-        title=Text(table.title, style="bold"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, space, 0, 0),
-    )
+    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, space, 0, 0))
     for head in heads:
         drawn.add_column(Text(head), justify="left" if head in WORDS else "right", no_wrap=True)
     for index, row in enumerate(table.rows):
         cells = dict(zip(table.heads, row, strict=True))
-        drawn.add_row(*(Text(cells[head]) for head in heads), end_section=index in table.sections)
+        style = "bright_black" if index in table.busy else ""
+        texts = (Text(cells[head], style=style) for head in heads)
+        drawn.add_row(*texts, end_section=index in table.sections)
     return drawn
 
 
@@ -148,23 +151,16 @@ def _linear(rows: list[Record]) -> Table:
     title = f"one layer {r.K} → {r.N}, R={r.R}, {r.dtype}, dropout {r.dropout:g}"
     if r.bias:
         title += ", bias"
-
-    def cells(r: Record) -> tuple[str, ...]:
-        floors = (number(r.floor, ".2f"), number(r.fused_floor, ".2f"))
-        return str(r.M), r.impl, _method(r), *_ratio(r), *floors, *_times(r), *_bytes(r)
-
-    return _table(title, _LINEAR, rows, cells, lambda r: r.M)
+    return _table(title, _LINEAR, rows, lambda r: {"M": str(r.M)}, lambda r: r.M)
 
 
 def _step(rows: list[Record]) -> Table:
     r = rows[0]
     title = f"{r.model}, one step by batch size, {r.seq} tokens each, R={r.R}, {r.dtype}"
     title += f", dropout {r.dropout:g}"
-
-    def cells(r: Record) -> tuple[str, ...]:
-        return str(r.batch_size), r.impl, _method(r), *_ratio(r), *_times(r), *_bytes(r)
-
-    return _table(title, _STEP, rows, cells, lambda r: r.batch_size)
+    return _table(
+        title, _STEP, rows, lambda r: {"batch": str(r.batch_size)}, lambda r: r.batch_size
+    )
 
 
 def _training(rows: list[Record]) -> Table:
@@ -172,30 +168,24 @@ def _training(rows: list[Record]) -> Table:
     steps = max((len(r.losses) for r in rows if r.losses), default=0)
     title = f"{r.model}, {steps} steps of {r.batch_size} × {r.seq} tokens, R={r.R}, {r.dtype}"
     title += f", dropout {r.dropout:g}"
-
-    def cells(r: Record) -> tuple[str, ...]:
-        first = last = NOTHING
-        if r.losses:
-            first, last = (f"{statistics.fmean(p):.3f}" for p in (r.losses[:10], r.losses[-10:]))
-        error, ratio, _ = _ratio(r)
-        return (
-            r.impl,
-            _method(r),
-            error,
-            first,
-            last,
-            number(r.accuracy, ".3f"),
-            ratio,
-            _times(r)[0],
-            number(r.lr, "g"),
-            number(r.trainable, ",d"),
-            r.optimizer or NOTHING,
-            size(r.optimizer_bytes),
-            size(r.peak_bytes),
-        )
-
-    table = _table(title, _TRAINING, rows, cells, lambda r: 0)
+    table = _table(title, _TRAINING, rows, _learned, lambda r: 0)
     return table._replace(notes=(*_loss_gaps(rows), *table.notes))
+
+
+def _learned(r: Record) -> dict[str, str]:
+    """Return the cells of a trained model that other rows lack."""
+    first = last = NOTHING
+    if r.losses:
+        first, last = (f"{statistics.fmean(p):.3f}" for p in (r.losses[:10], r.losses[-10:]))
+    return {
+        "loss: first 10": first,
+        "last 10": last,
+        "held-out accuracy": number(r.accuracy, ".3f"),
+        "lr": number(r.lr, "g"),
+        "trained params": number(r.trainable, ",d"),
+        "optimizer": r.optimizer or NOTHING,
+        "optimizer state": size(r.optimizer_bytes),
+    }
 
 
 def _loss_gaps(rows: list[Record]) -> tuple[str, ...]:
@@ -221,9 +211,10 @@ def _table(
     title: str,
     heads: tuple[str, ...],
     rows: list[Record],
-    cells: Callable[[Record], tuple[str, ...]],
+    more_cells: Callable[[Record], dict[str, str]],
     section: Callable[[Record], int],
 ) -> Table:
+    """Return a table of the columns `heads`; more_cells gives those that not every row has."""
     shown = [r for r in rows if r.status not in _NOT_SHOWN]
     groups = itertools.groupby(shown, key=section)
     ends = itertools.accumulate(len(list(group)) for _, group in groups)
@@ -236,7 +227,13 @@ def _table(
     # One note for what cannot be measured at any size.
     notes = dict.fromkeys([*hidden, *failed])
     sections = frozenset(end - 1 for end in ends)
-    return Table(title, heads, tuple(cells(r) for r in shown), sections, tuple(notes))
+    cells = [_cells(r) | more_cells(r) for r in shown]
+    made = tuple(tuple(row[head] for head in heads) for row in cells)
+    busy = frozenset(index for index, r in enumerate(shown) if r.busy)
+    if busy:
+        spread = max(shown[index].frozen_spread for index in busy)
+        notes[_BUSY.format(spread)] = None
+    return Table(title, heads, made, sections, tuple(notes), busy)
 
 
 def _method(r: Record) -> str:
@@ -245,8 +242,8 @@ def _method(r: Record) -> str:
     return f"{r.method} (both)" if r.dropout and r.dropout_on == "both" else r.method
 
 
-def _ratio(r: Record) -> tuple[str, ...]:
-    """Return the error ratio, the ratio to frozen and its interval.
+def _cells(r: Record) -> dict[str, str]:
+    """Return the cells of a row by their column.
 
     A row that is not ok has its status in the place of the ratio.
     """
@@ -254,27 +251,31 @@ def _ratio(r: Record) -> tuple[str, ...]:
         error = f"{r.error_ratio:.2f}"
     else:
         error = "not finite" if r.status == "wrong" else NOTHING
-    if not r.ok:
-        return error, r.status, NOTHING
-    interval = NOTHING if r.ratio_low is None else f"{r.ratio_low:.2f}–{r.ratio_high:.2f}"
-    return error, number(r.ratio_to_frozen, ".2f"), interval
+    by_reference = NOTHING
+    if r.saved_by_reference is not None:
+        by_reference = "+".join(r.saved_by_reference) or "none"
+    has_interval, has_time = r.ratio_low is not None, r.step_ms is not None
+    return {
+        "impl": r.impl,
+        "method": _method(r),
+        "× frozen": number(r.ratio_to_frozen, ".2f") if r.ok else r.status,
+        "peak": size(r.peak_bytes),
+        "95 % interval": f"{r.ratio_low:.2f}–{r.ratio_high:.2f}" if has_interval else NOTHING,
+        "err ratio": error,
+        "step ms": _milliseconds(r.step_ms),
+        "fwd ms": _milliseconds(r.fwd_ms),
+        "bwd ms": _milliseconds(r.bwd_ms),
+        "tokens/s": f"{r.M / (r.step_ms / 1e3):,.0f}" if has_time else NOTHING,
+        "saved": size(r.saved_bytes),
+        "by reference": by_reference,
+        "activations": size(r.activation_bytes),
+        "floor": number(r.floor, ".2f"),
+        "fused": number(r.fused_floor, ".2f"),
+    }
 
 
-def _times(r: Record) -> tuple[str, ...]:
-    """Return step, forward and backward in ms, and tokens per second."""
-    if not r.ok:
-        return (NOTHING,) * 4
-    times = (
-        number(ms, ".3g") if ms is None or ms < 100 else f"{ms:.0f}"
-        for ms in (r.step_ms, r.fwd_ms, r.bwd_ms)
-    )
-    return *times, NOTHING if r.step_ms is None else f"{r.M / (r.step_ms / 1e3):,.0f}"
-
-
-def _bytes(r: Record) -> tuple[str, ...]:
-    """Return saved bytes, what is saved by reference, activations and the peak."""
-    kept = NOTHING if r.saved_by_reference is None else "+".join(r.saved_by_reference) or "none"
-    return size(r.saved_bytes), kept, size(r.activation_bytes), size(r.peak_bytes)
+def _milliseconds(ms: float | None) -> str:
+    return number(ms, ".3g") if ms is None or ms < 100 else f"{ms:.0f}"
 
 
 def number(value: float | None, form: str) -> str:

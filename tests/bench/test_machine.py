@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorafast.bench import commands, machine
+from lorafast.bench import cli, machine
 from lorafast.bench.errors import BenchError
 
 
@@ -25,7 +25,7 @@ def test_a_gpu_that_torch_does_not_see_ends_the_bench(nvidia_smi, tmp_path, caps
     monkeypatch.setattr(torch.version, "cuda", None)
     nvidia_smi("NVIDIA H200, 575.57\\n")
     out = tmp_path / "out.json"
-    assert commands.main(["linear", "--json", str(out)]) == 2
+    assert cli.main(["linear", "--json", str(out)]) == 2
     said = capsys.readouterr()
     why = f"torch {torch.__version__} is a build without CUDA"
     assert f"nvidia-smi sees NVIDIA H200, torch does not: {why}" in said.err
@@ -83,5 +83,5 @@ def test_the_environment_has_versions_and_no_path(capsys):
     assert expected | {"memory_bytes"} <= set(facts)
     words = [value for value in facts.values() if isinstance(value, str)]
     assert not [value for value in words if value.startswith("/")]
-    assert commands.main(["env", "--device", "cpu"]) == 0
+    assert cli.main(["env", "--device", "cpu"]) == 0
     assert '"lorafast"' in capsys.readouterr().out

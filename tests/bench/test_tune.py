@@ -13,8 +13,9 @@ from lorafast.bench.measure import timing
 from lorafast.engine.kernels import gemm_routing
 from lorafast.engine.kernels.gemm_routing import Key, Route, Row
 
-SIZES = kernel_cases.Sizes(5, 24, 16, 4, 0.25)
-SIZED = ["--shape", "24x16", "--tokens", "5", "--rank", "4", "--dropout", "0.25"]
+# Fewer tokens are so few numbers that a correct kernel may err twice as much as eager by chance.
+SIZES = kernel_cases.Sizes(37, 24, 16, 4, 0.25)
+SIZED = ["--shape", "24x16", "--tokens", "37", "--rank", "4", "--dropout", "0.25"]
 ASKED = ["tune", "--device", "cpu", *SIZED, "--rounds", "1", "--warmup", "1"]
 CPU = torch.device("cpu")
 
@@ -61,7 +62,7 @@ def test_every_route_is_timed_next_to_the_frozen_product(capsys, tmp_path):
     written = json.loads((tmp_path / "tune.json").read_text())
     timings = written["timings"]
     plain = [one for one in timings if (one["primitive"], one["variant"]) == ("linear", "")]
-    query = gemm_routing.RouteQuery(5, 16, (24,), 4, torch.float32, "cpu")
+    query = gemm_routing.RouteQuery(SIZES.M, 16, (24,), 4, torch.float32, "cpu")
     routes = gemm_routing.candidates(query)
     assert {one["route"] for one in plain} == {tune.FROZEN, *map(str, routes)}
     for one in timings:

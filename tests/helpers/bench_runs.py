@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 
-from lorafast.bench import commands
+from lorafast.bench import cli
 from lorafast.bench.cases import encoder, model
 from lorafast.bench.measure import timing
 from lorafast.bench.report.record import Results
@@ -34,7 +34,7 @@ def _run(tmp_path, command, options):
     words = options.split() if isinstance(options, str) else options
     # Without repeats within a sample: these times are not read.
     with mock.patch.object(timing, "MIN_SAMPLE_MS", 0.0):
-        status = commands.main([*command, "--json", str(out), *words])
+        status = cli.main([*command, "--json", str(out), *words])
     return status, (Results.read(out).records if out.exists() else []), out
 
 

@@ -96,7 +96,10 @@ FAULTS = {
         dict.fromkeys((LORA, DORA), ("lora_B",)) | {LAMDA: ("core", "lora_B")},
     ),
     "h_core": Fault(
-        "project", _each(lambda pair: (pair[0], pair[1] * OFF)), dict.fromkeys(ALL, ("y",))
+        "project",
+        _each(lambda pair: (pair[0], pair[1] * OFF)),
+        # DoRA's d_magnitude is computed from y.
+        {LORA: ("y",), DORA: ("y", "magnitude"), LAMDA: ("y",)},
     ),
     "mask": Fault(
         "project",

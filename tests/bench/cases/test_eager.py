@@ -4,7 +4,14 @@ import pytest
 import torch
 from helpers.bench_runs import K, N, R, run
 
-from lorafast.bench.cases import candidate, expected_grads, implementations, recipes, train_task
+from lorafast.bench.cases import (
+    candidate,
+    choices,
+    expected_grads,
+    implementations,
+    recipes,
+    train_task,
+)
 from lorafast.bench.cases.candidate import Problem
 from lorafast.bench.errors import Unavailable
 
@@ -33,7 +40,7 @@ def test_its_error_ratio_is_one_and_it_drops_by_torch(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("p", "dropout_on"), [(0.0, "adapter"), (0.3, "both")])
-@pytest.mark.parametrize("method", recipes.LAYERS)
+@pytest.mark.parametrize("method", choices.LAYERS)
 def test_it_trains_what_the_papers_say(method, p, dropout_on):
     weight = torch.randn(N, K)
     problem = Problem(K, N, R, 8, p, torch.float32, torch.device("cpu"))

@@ -9,7 +9,7 @@ from helpers.bench_runs import by_label, run
 from helpers.planted_faults import FAULTS
 
 import lorafast
-from lorafast.bench import commands
+from lorafast.bench import cli, commands
 from lorafast.bench.cases import candidate, linear
 from lorafast.bench.report import fill_record, record
 
@@ -48,10 +48,10 @@ def test_a_wrong_row_is_reported_everywhere(monkeypatch, tmp_path, capsys):
     _, _, out = run(tmp_path, f"{ONE_LORA} --tokens 8 --html {page}")
     said = capsys.readouterr()
     assert "WRONG lorafast lora: lora_A errs" in said.err
-    (line, *_) = [line for line in said.out.splitlines() if "lorafast   lora" in line]
+    (line, *_) = [line for line in said.out.splitlines() if "lorafast  lora" in line]
     assert "wrong" in line
     assert "class=bad>wrong" in page.read_text()
-    assert commands.main(["report", str(out)]) == 1
+    assert cli.main(["report", str(out)]) == 1
 
 
 @pytest.mark.parametrize(
@@ -225,4 +225,4 @@ def test_a_full_disk_loses_no_table(tmp_path, capsys):
     said = capsys.readouterr()
     assert "--json: /dev/full is not written: No space left on device" in said.err
     assert "--html: /dev/full is not written: No space left on device" in said.err
-    assert "lorafast   lora" in said.out
+    assert "lorafast  lora" in said.out

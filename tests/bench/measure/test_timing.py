@@ -121,6 +121,34 @@ def test_after_the_time_limit_only_the_least_rounds_are_run():
     assert len(samples["A"]) == 4
 
 
+@pytest.mark.usefixtures("no_repeats")
+@pytest.mark.parametrize(("seconds", "expected"), [(float("inf"), (9, 45.0)), (12.0, (3, 15.0))])
+def test_the_time_of_the_rounds_is_announced_before_them(seconds, expected):
+    class FixedTimes(Timer):
+        def time(self, step):
+            step(lambda: None)
+            return (2000.0, 500.0)
+
+    said, calls = [], []
+    steps = {name: recorder(calls, name) for name in "AB"}
+
+    def announce(*words):
+        said.append((*words, len(calls)))
+
+    interleave(steps, FixedTimes(CPU), 9, 1, unexpected, seconds, 2, announce)
+    assert said == [(*expected, 2)]
+
+
+def test_the_scatter_of_the_frozen_step_is_entered():
+    record = bench_records.linear(M=8)
+    fill_record.set_times(record, [(1.0, 1.0)] * 6, [(s, s) for s in (1, 1, 2, 2, 3, 3)], 1)
+    assert record.frozen_spread == 3
+    assert record.busy
+    fill_record.set_times(record, [(1.0, 1.0)] * 6, [(s, s) for s in (2, 2, 2, 2, 3, 3)], 1)
+    assert record.frozen_spread == 1.5
+    assert not record.busy
+
+
 @pytest.mark.parametrize("when", [1, 3])
 @pytest.mark.usefixtures("no_repeats")
 def test_a_step_that_fails_does_not_affect_the_others(when):

@@ -74,3 +74,10 @@ def test_the_page_names_the_runs_of_a_compact_file():
     results = Results({"runs": runs}, [bench_records.linear(run="layer")])
     page = html_report.page([results])
     assert "<dt>run layer</dt><dd>abc: lorafast-bench linear</dd>" in page
+
+
+def test_the_page_greys_rows_of_a_busy_machine():
+    rows = [bench_records.linear(frozen_spread=spread) for spread in (1.2, 2.0)]
+    page = html_report.page([Results({}, rows)])
+    assert re.findall(r'<tr class="(.*?)">', page) == ["ours", "end ours busy"]
+    assert "this machine was busy" in page

@@ -31,7 +31,7 @@ def test_rows_of_one_problem_are_one_table_with_sections_by_tokens():
     ]
     assert first.sections == {1, 4}
     assert first.notes == ("peft lamda: missing: PEFT has no LaMDA", "M=16, full: oom: no room")
-    assert first.rows[4][3:6] == ("1.25", "oom", NOTHING)
+    assert first.rows[4][3:7] == ("oom", "4.0 KiB", NOTHING, "1.25")
     assert first.rows[2][first.heads.index("step ms")] == "123"
     assert first.rows[0][first.heads.index("tokens/s")] == "4,000"
     assert second.rows[0][2] == "dora (both)"
@@ -78,16 +78,44 @@ def test_runs_of_a_compact_file_are_tables_of_their_own():
     assert two.title.endswith("(b)")
 
 
-def test_the_interval_and_the_lower_bounds_follow_the_ratio():
+def test_the_interval_and_the_lower_bounds_are_columns():
     bounds = {"ratio_low": 1.874, "ratio_high": 2.126, "floor": 1.0449, "fused_floor": 1.0151}
     rows = [bench_records.linear(**bounds), bench_records.linear(fused_floor=1.0151)]
     (table,) = tables.tables([Results({}, rows)])
-    at = table.heads.index("× frozen")
-    assert table.heads[at : at + 4] == ("× frozen", "95 % interval", "floor", "fused")
-    assert [row[at : at + 4] for row in table.rows] == [
+    columns = [table.heads.index(h) for h in ("× frozen", "95 % interval", "floor", "fused")]
+    assert [tuple(row[at] for at in columns) for row in table.rows] == [
         ("2.00", "1.87–2.13", "1.04", "1.02"),
         ("2.00", NOTHING, NOTHING, "1.02"),
     ]
+
+
+def test_ratio_and_peak_come_first_and_fit_80_columns():
+    for table in tables.tables([RESULTS]):
+        at = table.heads.index("method")
+        assert table.heads[at + 1 : at + 3] == ("× frozen", "peak")
+    wide = {"M": 131072, "peak_bytes": (1 << 40) - 1, "ratio_low": 10.01, "ratio_high": 20.02}
+    text = shown(
+        tables.tables([Results({}, [bench_records.linear("peft-bf16", "adalora", **wide)])]), 80
+    )
+    first = next(line for line in text.splitlines() if "× frozen" in line)
+    assert "err ratio" in first
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_rows_of_a_busy_machine_are_grey_with_a_note():
+    rows = [bench_records.linear(frozen_spread=spread) for spread in (1.5, 1.75)]
+    (table,) = tables.tables([Results({}, rows)])
+    assert table.busy == {1}
+    assert "this machine was busy. The frozen step's time scatters up to ×1.75" in table.notes[0]
+    file = io.StringIO()
+    tables.show(
+        [table], Console(file=file, force_terminal=True, width=200, color_system="standard")
+    )
+    quiet, busy = [line for line in file.getvalue().splitlines() if "lorafast" in line][:2]
+    assert "\x1b[90m" in busy
+    assert "\x1b[90m" not in quiet
+    (quiet,) = tables.tables([Results({}, rows[:1])])
+    assert (quiet.busy, quiet.notes) == (frozenset(), ())
 
 
 @pytest.mark.parametrize(

