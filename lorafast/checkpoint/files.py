@@ -29,6 +29,8 @@ from safetensors.torch import save_file
 from lorafast.runtime import extras
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# The files of a whole model, as transformers names them.
+_MODEL_FILES = ("model*.safetensors", "pytorch_model*.bin")
 # In bytes. A PEFT config may name every layer; this is enough for a hundred thousand names.
 _MAX_CONFIG_SIZE = 1 << 24
 _DTYPES = {
@@ -118,11 +120,8 @@ def open_adapter(folder: Path) -> Iterator[AdapterFile]:
         ValueError, FileNotFoundError: a file is missing or malformed. Names the file.
     """
     weights = folder / WEIGHTS
-    if not weights.exists() and (pickles := sorted(folder.glob("adapter_model*.bin"))):
-        raise ValueError(
-            f"{pickles[0].name} is a pickle, which lorafast does not open: convert it to {WEIGHTS} "
-            "where it came from"
-        )
+    if not weights.exists():
+        _refuse_other_kinds(folder)
     for _ in range(_MAX_READS):
         before = _file_states(folder)
         _refuse_irregular(weights)
@@ -143,6 +142,37 @@ def open_adapter(folder: Path) -> Iterator[AdapterFile]:
     raise ValueError(
         f"{WEIGHTS} and {CONFIG} change all the time: somebody is saving into the folder"
     )
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    """Raise an error that says what a folder without an adapter's file holds, if that is known."""
+    if pickles := sorted(folder.glob("adapter_model*.bin")):
+        raise ValueError(
+            f"{pickles[0].name} is a pickle, which lorafast does not open: convert it to {WEIGHTS} "
+            "where it came from"
+        )
+    models = [path for pattern in _MODEL_FILES for path in sorted(folder.glob(pattern))]
+    if not models:
+        return
+    name, where = models[0].name, os.fspath(folder)
+    if any(_has_adapter_keys(path) for path in models if path.suffix == ".safetensors"):
+        raise FileNotFoundError(
+            f"{where!r} holds no {WEIGHTS}: {name} is a whole model with keys of adapters beside "
+            "base weights, which from_pretrained would drop (lorafast 0.1 saved so, and a model of "
+            "which only a part was adapted does). Adapt the model as it was, load them by "
+            "model.load_state_dict(safetensors.torch.load_file(file), strict=False), and save it "
+            "again"
+        )
+    raise FileNotFoundError(
+        f"{where!r} holds no {WEIGHTS}: {name} is a whole model without adapters, which "
+        "transformers' from_pretrained loads"
+    )
+
+
+def _has_adapter_keys(path: Path) -> bool:
+    """True if a model's safetensors file has tensors of lorafast's adapters."""
+    with _safetensors_errors(path.name), safetensors.safe_open(path, framework="pt") as file:
+        return any(key.rpartition(".")[2].startswith("lora_") for key in file.keys())  # noqa: SIM118  (no dict)
 
 
 def _file_states(folder: Path) -> tuple:
@@ -325,12 +355,12 @@ def _refuse_irregular(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _safetensors_errors() -> Iterator[None]:
+def _safetensors_errors(name: str = WEIGHTS) -> Iterator[None]:
     """A context that turns what safetensors raises into ValueError."""
     try:
         yield
     except (safetensors.SafetensorError, OSError, RuntimeError, UnicodeError) as error:
-        raise ValueError(f"{WEIGHTS} is no sound safetensors file: {error}") from error
+        raise ValueError(f"{name} is no sound safetensors file: {error}") from error
 
 
 def _read_limited(path: Path) -> bytes:

@@ -290,6 +290,28 @@ def test_trainer_resumes_and_saves_without_a_callback(wrap, tmp_path):
     assert names(checkpoint) > ADAPTER_FILES
 
 
+def test_load_adapter_says_what_a_whole_model_is(tmp_path):
+    model = adapted(llama(), LoRA(r=4))
+    model.save_pretrained(tmp_path / "merged", merged=True)
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is a whole model without"):
+        lorafast.load_adapter(llama(), tmp_path / "merged")
+    lorafast.merge(model).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    with pytest.raises(FileNotFoundError, match="a whole model without adapters.*from_pretrained"):
+        lorafast.load_adapter(llama(), tmp_path / "sharded")
+
+
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+def test_load_adapter_says_how_to_read_what_version_0_1_saved(shards, tmp_path):
+    model = adapted(llama(), DoRA(r=4))
+    type(model).save_pretrained(model, tmp_path, max_shard_size=shards)  # as version 0.1 did
+    with pytest.raises(FileNotFoundError, match=r"keys of adapters beside base weights.*strict="):
+        lorafast.load_adapter(llama(), tmp_path)
+    again = lorafast.adapt(llama(), DoRA(r=4))
+    for file in tmp_path.glob("*.safetensors"):
+        again.load_state_dict(load_file(file), strict=False)
+    assert_same(again, model)
+
+
 def test_models_of_other_libraries_are_left_alone(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4))
     before = set(vars(model))
