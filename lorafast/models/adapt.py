@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lorafast.methods.adapter import Adapter
-from lorafast.models import adapt_warnings, extra_trainables, observers, peft_config
+from lorafast.models import (
+    adapt_warnings,
+    extra_trainables,
+    observers,
+    peft_config,
+    task_heads,
+)
 from lorafast.models.adapt_spec import (
     ALL_LINEAR,
     TASK_TYPE_ATTRIBUTE,
@@ -41,6 +48,7 @@ def adapt(
     alpha_pattern: Mapping[str, float] | None = None,
     adapter_pattern: Mapping[str, Adapter] | None = None,
     modules_to_save: Collection[str] = (),
+    task_type: str | None = None,
     bias: str = "none",
     seed: int | None = None,
     adapter_dtype: torch.dtype | None = None,
@@ -65,6 +73,10 @@ def adapt(
         adapter_pattern: {regular expression: another adapter}, likewise. An adapter file holds one
             method, or DoRA beside DoRA(magnitude_only=True); other mixtures only train.
         modules_to_save: names of modules that train as a whole and are saved with the adapter.
+        task_type: PEFT's word for what the model does. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS"
+            add the model's head to modules_to_save; "CAUSAL_LM", "SEQ_2_SEQ_LM" and
+            "FEATURE_EXTRACTION" are only written into the adapter's config. Without it, a head that
+            is newly initialised gives a warning.
         bias: "none", "all" or "lora_only" (those of adapted layers): which biases train.
         seed: seed of a separate random generator for the inits; None uses torch's generators.
         adapter_dtype: dtype of the factors; None is fp32 on a bf16 or fp16 weight, else the
@@ -74,8 +86,9 @@ def adapt(
         The same model object.
 
     Raises:
-        ValueError: a name or pattern matches nothing, a weight that an init would change is tied to
-            another, or the model is adapted already or inside DistributedDataParallel.
+        ValueError: a name or pattern matches nothing, task_type is unknown or its head not found, a
+            weight that an init would change is tied to another, or the model is adapted already or
+            inside DistributedDataParallel.
         TypeError: a match is no plain nn.Linear, Conv1D or nn.Embedding, or carries hooks.
 
     Example:
@@ -94,6 +107,7 @@ def adapt(
         "alpha_pattern": alpha_pattern or {},
         "adapter_pattern": adapter_pattern or {},
         "modules_to_save": modules_to_save,
+        "task_type": task_heads.check_task_type(task_type),
         "bias": bias,
     }
     spec, inference_mode = _spec_of(model, adapter, arguments)
@@ -105,6 +119,7 @@ def adapt(
         install(model, spec, targets, adapter_dtype)
     if inference_mode:
         set_trainable(model, False)
+    task_heads.warn_about_unsaved(model)
     return model
 
 
@@ -113,7 +128,7 @@ def _spec_of(
 ) -> tuple[AdaptSpec, bool]:
     """Return the spec of adapt's arguments, and whether a PEFT config asks for inference mode."""
     if not peft_config.is_peft_config(adapter):
-        return AdaptSpec(adapter, **arguments), False
+        return _with_heads(model, AdaptSpec(adapter, **arguments)), False
     defaults = {"target_modules": ALL_LINEAR, "bias": "none"}
     conflicts = [
         name
@@ -126,6 +141,13 @@ def _spec_of(
         )
     config = peft_config.complete_config(adapter, model)
     return peft_config.spec_from_config(config), bool(config.get("inference_mode"))
+
+
+def _with_heads(model: nn.Module, spec: AdaptSpec) -> AdaptSpec:
+    """Return the spec with the heads that its task trains. ValueError if there is none."""
+    names = task_heads.add_heads(model, spec.task_type, spec.modules_to_save)
+    task_heads.require_heads(model, spec.task_type, names)
+    return replace(spec, modules_to_save=names)
 
 
 def refuse_parallel(model: nn.Module) -> None:

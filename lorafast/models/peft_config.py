@@ -19,7 +19,7 @@ from lorafast.methods.lamda import LaMDA
 from lorafast.methods.lora import LoRA
 from lorafast.methods.pissa import PiSSA
 from lorafast.methods.vera import VeRA
-from lorafast.models import adalora_format
+from lorafast.models import adalora_format, task_heads
 from lorafast.models.adapt_spec import AdaptSpec
 
 # peft_type of methods that PEFT lacks, so that PEFT refuses them instead of reading another method.
@@ -47,12 +47,6 @@ _IGNORED_FIELDS = (
 # fields that configure an init.
 _FOREIGN_INITS = ("eva", "orthogonal")
 _INIT_CONFIGS = ("eva_config", "lora_ga_config")
-# What PEFT trains and saves where a config names a task and no modules_to_save.
-_TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 # Fields of an AdaptSpec that a config has under the same name.
 _SPEC_FIELDS = (
     "target_modules",
@@ -81,9 +75,8 @@ def complete_config(config: Any, model: nn.Module) -> dict[str, Any]:
         values["peft_type"] = LAMDA
     if values.get("target_modules") is None:
         values["target_modules"] = _default_targets(values["peft_type"], model)
-    if not values.get("modules_to_save"):
-        heads = _TASK_HEADS.get(values.get("task_type"), ())
-        values["modules_to_save"] = [head for head in heads if hasattr(model, head)]
+    saved, task_type = values.get("modules_to_save") or (), values.get("task_type")
+    values["modules_to_save"] = list(task_heads.add_heads(model, task_type, saved))
     return values
 
 
