@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorafast.models.gradients import estimate_gradients
     from lorafast.models.merge import merge, merge_and_unload, unload
     from lorafast.models.ranks import spectral_ranks
+    from lorafast.models.reference_model import reference_model
     from lorafast.models.summary import adapter_parameters, trainable_summary
     from lorafast.nn.embedding import Embedding
     from lorafast.nn.linear import Linear
@@ -39,8 +40,8 @@ __all__ = [
     "AFLoRA", "AdaLoRA", "DoRA", "Embedding", "LaMDA", "Linear", "LoRA", "LoRAGA", "PiSSA",
     "VeRA", "accelerate", "adapt", "adapter_parameters", "adapter_state_dict",
     "disable_adapter", "estimate_gradients", "explain", "linear", "list_methods",
-    "load_adapter", "merge", "merge_and_unload", "patch_peft", "restore", "save_adapter",
-    "spectral_ranks", "trainable_summary", "unload",
+    "load_adapter", "merge", "merge_and_unload", "patch_peft", "reference_model",
+    "restore", "save_adapter", "spectral_ranks", "trainable_summary", "unload",
 ]  # fmt: skip
 
 # The module below lorafast that defines each name. Importing torch takes seconds, which a command
@@ -64,6 +65,7 @@ _DEFINED_IN = {
     "models.gradients": ("estimate_gradients",),
     "models.merge": ("merge", "merge_and_unload", "unload"),
     "models.ranks": ("spectral_ranks",),
+    "models.reference_model": ("reference_model",),
     "models.summary": ("adapter_parameters", "trainable_summary"),
     "nn.embedding": ("Embedding",),
     "nn.linear": ("Linear",),

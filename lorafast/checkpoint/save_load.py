@@ -18,7 +18,7 @@ from lorafast.checkpoint.file_spec import refuse_other_base, spec_of_file
 from lorafast.checkpoint.tensor_values import TensorValues
 from lorafast.checkpoint.validate import CheckedTensors, check_tensors
 from lorafast.models.adapt import install, refuse_parallel, set_trainable
-from lorafast.models.module_names import adapter_layers, canonical_name, unwrap
+from lorafast.models.module_names import adapter_layers, canonical_name, names_by_layer, unwrap
 from lorafast.models.target_modules import find_targets
 from lorafast.nn.adapter_layer import AdapterLayer
 
@@ -97,11 +97,7 @@ def file_content(
 
 def _warn_about_shared_layers(model: nn.Module) -> None:
     """Warn if a layer has several names: PEFT adapts the first alone when it loads the file."""
-    names: dict[AdapterLayer, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, AdapterLayer):
-            names.setdefault(module, []).append(name)
-    for layer_names in names.values():
+    for layer_names in names_by_layer(model).values():
         if len({canonical_name(name) for name in layer_names}) > 1:
             warnings.warn(
                 f"{' and '.join(layer_names)} are one layer: PEFT will put the file's adapter on "

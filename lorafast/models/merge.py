@@ -10,7 +10,7 @@ from torch import nn
 
 from lorafast.models import extra_trainables, observers
 from lorafast.models.adapt import replace_module, weight_matrix
-from lorafast.models.module_names import require_module
+from lorafast.models.module_names import names_by_layer, require_module
 from lorafast.models.target_modules import parameter_owners
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.runtime.torch_internals import storage_key
@@ -129,10 +129,7 @@ def _collect_layers(model: nn.Module) -> LayerNames:
             f"model is itself a {type(model).__name__} and cannot be replaced in place: "
             "model.merge(), or model.plain()"
         )
-    layers: LayerNames = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, AdapterLayer):
-            layers.setdefault(module, []).append(name)
+    layers = names_by_layer(model)
     if not layers:
         raise ValueError(f"model {type(model).__name__} has no adapted layer")
     if any(layer.disabled for layer in layers):

@@ -72,6 +72,15 @@ def adapter_layers(
     return layers
 
 
+def names_by_layer(model: nn.Module) -> dict[AdapterLayer, list[str]]:
+    """Return every adapted layer of the model with all its names there."""
+    layers: dict[AdapterLayer, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, AdapterLayer):
+            layers.setdefault(module, []).append(name)
+    return layers
+
+
 def ends_with(name: str, target: str) -> bool:
     """True if target is the whole name or its end after a dot."""
     return name == target or name.endswith(f".{target}")
