@@ -23,7 +23,7 @@ from lorafast.methods.pissa import PiSSA
 from lorafast.methods.weight_init import WeightInit
 from lorafast.models import adalora_format, extra_trainables, peft_config
 from lorafast.models.adapt_spec import TASK_TYPE_ATTRIBUTE, match_patterns
-from lorafast.models.module_names import canonical_name, ends_with
+from lorafast.models.module_names import canonical_name, endings, ends_with
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.linear import Conv1D
 
@@ -290,11 +290,11 @@ def _target_names(
         for name in names
         if not any(ends_with(name, module) or name.startswith(f"{module}.") for module in saved)
     ]
-    last_parts = sorted({name.rpartition(".")[2] for name in layers})
-    for targets in (last_parts, sorted(layers)):
-        selected = {name for name in names if any(ends_with(name, target) for target in targets)}
+    last_parts = {name.rpartition(".")[2] for name in layers}
+    for targets in (last_parts, set(layers)):
+        selected = {name for name in names if not targets.isdisjoint(endings(name))}
         if selected == layers.keys():
-            return targets
+            return sorted(targets)
     return "|".join(re.escape(name) for name in sorted(layers))
 
 

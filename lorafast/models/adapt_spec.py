@@ -17,9 +17,6 @@ ALL_LINEAR = "all-linear"
 # Attribute of an adapted model: the task_type of its spec, for the config of its adapter file.
 TASK_TYPE_ATTRIBUTE = "_lorafast_task_type"
 
-# PEFT matches a rank or alpha pattern against a whole name or its end after a dot.
-_NAME_END = r"(.*\.)?(%s)$"
-
 # A regular expression that matches whole names, or names that each match a whole name or its end.
 ModuleSelector = str | Collection[str]
 
@@ -119,7 +116,7 @@ class AdaptSpec:
                 "adapters"
             )
         for key in pattern:
-            expressions.check_expression("adapter_pattern", key, _NAME_END)
+            expressions.check_expression("adapter_pattern", key, ends=True)
         for adapter in self._all_adapters() if pattern else ():
             if _shares_tensors(adapter):
                 raise ValueError(
@@ -147,7 +144,7 @@ class AdaptSpec:
                     "one rank"
                 )
         for key, value in pattern.items():
-            expressions.check_expression(name, key, _NAME_END)
+            expressions.check_expression(name, key, ends=True)
             for adapter in self._all_adapters():
                 try:
                     replace(adapter, **{argument: value})
@@ -165,15 +162,8 @@ def match_patterns(
 
     Names that no key matches are left out. untrusted: the keys come from a file.
     """
-    names, keys = list(names), list(pattern)
-    if all(map(expressions.is_plain, keys)):
-        matches = {
-            name: next((key for key in keys if expressions.plain_matches_end(key, name)), None)
-            for name in names
-        }
-        return {name: key for name, key in matches.items() if key is not None}
-    endings = [_NAME_END % key for key in keys]
-    indices = expressions.first_matches(endings, names, untrusted, full=False)
+    keys = list(pattern)
+    indices = expressions.first_matches(keys, names, untrusted, ends=True)
     return {name: keys[index] for name, index in indices.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -84,6 +84,14 @@ def names_by_layer(model: nn.Module) -> dict[AdapterLayer, list[str]]:
 def ends_with(name: str, target: str) -> bool:
     """True if target is the whole name or its end after a dot."""
     return name == target or name.endswith(f".{target}")
+
+
+def endings(name: str) -> Iterator[str]:
+    """Yield the name, and each of its ends after a dot, longest first."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def similar_names(target: str, names: Iterable[str]) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from lorafast.models import expressions
-from lorafast.models.adapt_spec import AdaptSpec, match_patterns
-from lorafast.models.module_names import canonical_name, ends_with, similar_names
+from lorafast.models.adapt_spec import AdaptSpec
+from lorafast.models.module_names import canonical_name, endings, similar_names
 from lorafast.nn import embedding, linear
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.runtime.torch_internals import storage_key
@@ -131,19 +131,17 @@ def _linear_names(model: nn.Module, task_type: str | None) -> set[str]:
 def _match_targets(spec: AdaptSpec, names: list[str]) -> set[str]:
     targets = spec.target_modules
     if isinstance(targets, str):
-        full = set(expressions.first_matches([targets], names, spec.untrusted, full=True))
+        full = set(expressions.first_matches([targets], names, spec.untrusted))
         if not full:
             raise ValueError(
                 f"target_modules={targets!r} matches no module{similar_names(targets, names)}"
             )
         return full
-    matches: set[str] = set()
-    unmatched = None
-    for target in targets:
-        target_names = {name for name in names if ends_with(name, target)}
-        if not target_names and unmatched is None:
-            unmatched = target
-        matches |= target_names
+    wanted = set(targets)
+    found = {name: wanted.intersection(endings(name)) for name in names}
+    matches = {name for name, ends in found.items() if ends}
+    unused = wanted.difference(*found.values())
+    unmatched = next((target for target in targets if target in unused), None)
     if unmatched is not None and not (spec.ignore_unmatched and matches):
         raise ValueError(
             f"target_modules: {unmatched!r} matches no module{similar_names(unmatched, names)}"
@@ -154,9 +152,10 @@ def _match_targets(spec: AdaptSpec, names: list[str]) -> set[str]:
 def _excluded_names(names: set[str], spec: AdaptSpec) -> set[str]:
     excluded = spec.exclude_modules or ()
     if isinstance(excluded, str):
-        matches = set(expressions.first_matches([excluded], names, spec.untrusted, full=True))
+        matches = set(expressions.first_matches([excluded], names, spec.untrusted))
     else:
-        matches = {name for name in names if any(ends_with(name, end) for end in excluded)}
+        unwanted = set(excluded)
+        matches = {name for name in names if not unwanted.isdisjoint(endings(name))}
     return matches | {
         name for name in names if any(_is_inside(name, saved) for saved in spec.modules_to_save)
     }
@@ -200,11 +199,11 @@ def _refuse_unused_patterns(spec: AdaptSpec, names: list[str]) -> None:
     if spec.ignore_unmatched:
         return
     for argument in ("rank_pattern", "alpha_pattern", "adapter_pattern"):
-        for key in getattr(spec, argument):
-            if not match_patterns({key: 0}, names):
-                raise ValueError(
-                    f"{argument}: {key!r} matches no adapted layer{similar_names(key, names)}"
-                )
+        unused = expressions.first_unused(list(getattr(spec, argument)), names)
+        if unused is not None:
+            raise ValueError(
+                f"{argument}: {unused!r} matches no adapted layer{similar_names(unused, names)}"
+            )
 
 
 def _why_not_replaceable(model: nn.Module, name: str, module: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from torch import nn
 import lorafast
 from lorafast import LoRA
 from lorafast.checkpoint import files
-from lorafast.models import expressions
+from lorafast.models import expression_limits
 
 
 def refused(folder, match, model=None, **options):
@@ -297,7 +297,7 @@ def test_expressions_that_run_forever_are_stopped(expression, field, tmp_path, m
     model = lorafast.adapt(nn.ModuleDict({name: nn.Linear(2, 2)}), LoRA(r=2))
     lorafast.save_adapter(model, tmp_path)
     config_of(tmp_path, **{field: {expression: 3} if "pattern" in field else expression})
-    monkeypatch.setattr(expressions, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(expression_limits, "TIMEOUT_SECONDS", 0.5)
     refused(
         tmp_path,
         r"could not be matched in 0\.5 s|matches no module|is no regular expression",
