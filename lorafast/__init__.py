@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lorafast.models.adapt import adapt
     from lorafast.models.disable import disable_adapter
     from lorafast.models.explain import explain
+    from lorafast.models.gradient_check import adapters_without_gradient
     from lorafast.models.gradients import estimate_gradients
     from lorafast.models.merge import merge, merge_and_unload, unload
     from lorafast.models.ranks import spectral_ranks
@@ -39,8 +40,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AFLoRA", "AdaLoRA", "DoRA", "Embedding", "LaMDA", "Linear", "LoRA", "LoRAGA", "PiSSA",
     "VeRA", "accelerate", "adapt", "adapter_parameters", "adapter_state_dict",
-    "disable_adapter", "estimate_gradients", "explain", "linear", "list_methods",
-    "load_adapter", "merge", "merge_and_unload", "patch_peft", "reference_model",
+    "adapters_without_gradient", "disable_adapter", "estimate_gradients", "explain", "linear",
+    "list_methods", "load_adapter", "merge", "merge_and_unload", "patch_peft", "reference_model",
     "restore", "save_adapter", "spectral_ranks", "trainable_summary", "unload",
 ]  # fmt: skip
 
@@ -62,6 +63,7 @@ _DEFINED_IN = {
     "models.adapt": ("adapt",),
     "models.disable": ("disable_adapter",),
     "models.explain": ("explain",),
+    "models.gradient_check": ("adapters_without_gradient",),
     "models.gradients": ("estimate_gradients",),
     "models.merge": ("merge", "merge_and_unload", "unload"),
     "models.ranks": ("spectral_ranks",),

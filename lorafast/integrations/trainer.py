@@ -1,5 +1,7 @@
 """AdapterCheckpoint: transformers' Trainer checkpoints and resumes an adapter without its base.
 
+ScheduleCallback, for schedules alone, is imported from here too.
+
 Imports transformers, which lorafast itself does not.
 """
 
@@ -10,24 +12,18 @@ from typing import Any
 from torch import nn
 
 from lorafast.checkpoint import trainer_files
+from lorafast.integrations.trainer_schedule import ScheduleCallback, refuse_sharded
 from lorafast.models.module_names import adapter_layers, unwrap
 from lorafast.runtime import extras
 
 with extras.required("peft"):
-    from accelerate.state import AcceleratorState
-    from transformers import (
-        PreTrainedModel,
-        TrainerCallback,
-        TrainerControl,
-        TrainerState,
-        TrainingArguments,
-    )
+    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 # Attribute of a model that has the hooks.
 _ATTACHED = "_lorafast_checkpoint"
 
 
-class AdapterCheckpoint(TrainerCallback):
+class AdapterCheckpoint(ScheduleCallback):
     """A Trainer callback that makes checkpoints hold the adapter alone.
 
     A checkpoint is a folder as save_adapter writes it, which load_adapter and PEFT read, with what
@@ -36,14 +32,14 @@ class AdapterCheckpoint(TrainerCallback):
     factors again; otherwise the weights are those of the run to within one rounding.)
 
     Args:
-        schedule: a lorafast.schedule.LaMDAFreeze of the model, or None. It is stepped after each
-            optimizer step, and set to the step of a run that resumes.
+        schedule: None, or a schedule as ScheduleCallback takes it: lorafast.schedule.LaMDAFreeze.
+        **options: further arguments of the schedule.
 
     Raises:
         TypeError: schedule is no schedule; or, once Trainer starts, the model is no transformers
             PreTrainedModel.
-        ValueError: the model is not adapted, the schedule is of another model, or a checkpoint is
-            of another adapter.
+        ValueError: the model is not adapted, a checkpoint is of another adapter, or as
+            ScheduleCallback.
         RuntimeError: the run resumed before the callback saw the model (add_callback, model_init).
         NotImplementedError: Trainer uses FSDP or DeepSpeed.
 
@@ -68,13 +64,8 @@ class AdapterCheckpoint(TrainerCallback):
             lorafast.load_adapter(model, f"{folder}/checkpoint-1")
     """
 
-    def __init__(self, schedule: Any = None) -> None:
-        needed = ("layers", "step", "load_state_dict")
-        if schedule is not None and not all(hasattr(schedule, name) for name in needed):
-            raise TypeError(
-                f"schedule={schedule!r} must be a lorafast.schedule.LaMDAFreeze of the model"
-            )
-        self.schedule = schedule
+    def __init__(self, schedule: Any = None, **options: Any) -> None:
+        super().__init__(schedule, **options)
 
     def on_init_end(
         self,
@@ -84,12 +75,9 @@ class AdapterCheckpoint(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Let the model save adapters and load what it saved.
-
-        The schedule is reset, because Trainer gives the optimizer only what trains now.
-        """
+        """Let the model save adapters and load what it saved."""
         _attach(model)
-        self._set_schedule(model, 0)
+        super().on_init_end(args, state, control, model=model, **kwargs)
 
     def on_train_begin(
         self,
@@ -99,10 +87,7 @@ class AdapterCheckpoint(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Set the schedule to the step of the run.
-
-        A model that Trainer made in train() (model_init) is first seen here.
-        """
+        """Begin the schedule. A model that Trainer made in train() (model_init) is new here."""
         if _ATTACHED not in vars(model):
             if state.global_step:
                 raise RuntimeError(
@@ -111,23 +96,7 @@ class AdapterCheckpoint(TrainerCallback):
                     "and the adapted model as model=, not model_init="
                 )
             _attach(model)
-        self._set_schedule(model, state.global_step)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Step the schedule."""
-        if self.schedule is not None:
-            self.schedule.step()
-
-    def _set_schedule(self, model: nn.Module, step: int) -> None:
-        if self.schedule is None:
-            return
-        if not set(self.schedule.layers) <= set(model.modules()):
-            raise ValueError(
-                "schedule is of another model than Trainer's; it needs model=, not model_init="
-            )
-        self.schedule.load_state_dict(self.schedule.state_dict() | {"last_step": step})
+        super().on_train_begin(args, state, control, model=model, **kwargs)
 
 
 def _attach(model: nn.Module) -> None:
@@ -140,12 +109,6 @@ def _attach(model: nn.Module) -> None:
             "PeftModel's adapters by itself)"
         )
     adapter_layers(inner)  # raises if there is none
-    state = AcceleratorState()
-    for plugin in ("fsdp_plugin", "deepspeed_plugin"):
-        if getattr(state, plugin, None) is not None:
-            raise NotImplementedError(
-                f"{plugin}: Trainer writes and loads sharded checkpoints by other ways than the "
-                "model's own"
-            )
+    refuse_sharded()
     trainer_files.register_hooks(model)
     vars(model)[_ATTACHED] = True

@@ -6,7 +6,6 @@ import copy
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from lorafast import functional
@@ -95,10 +94,7 @@ class AdapterLayer(AdapterState):
         self._start = None
         self.disabled = False
         self._removed_delta: DeltaFactors | None = None
-        # The number of columns of lora_B that no longer train; True if freezing all of them turned
-        # lora_B's gradient off; and the values of the columns.
-        self.frozen_columns, self._froze_B = 0, False
-        self.register_buffer("frozen_B", None, persistent=False)
+        self._register_columns()
         self._register_adapter(dtype)
         if start:
             self.reset_adapter()
@@ -250,41 +246,15 @@ class AdapterLayer(AdapterState):
         module._parameters = {name: getattr(self, name) for name in module._parameters}
         return module.train(self.training)
 
-    @torch.no_grad()
-    def freeze_columns(self, count: int) -> None:
-        """Freeze the first columns of lora_B at their values: no gradient, and no work for one.
+    def unfreeze(self) -> None:
+        """Let train again what a schedule froze: columns of lora_B, and whole factors."""
+        super().unfreeze()
+        for name in self.frozen_parts:
+            getattr(self, name).requires_grad_(True)
+        self.frozen_parts = frozenset()
 
-        An optimizer may still move them by momentum or weight decay; restore_columns() after its
-        step undoes that. Once all are frozen, lora_B.requires_grad is False and there is nothing
-        to restore. In a process group lora_B keeps its (zero) gradient, because a DDP reducer that
-        was built with it waits for it.
-
-        Args:
-            count: number of columns, from 0 to r.
-
-        Raises:
-            ValueError: count is out of range.
-        """
-        if not isinstance(count, int) or not 0 <= count <= self.r:
-            shape = tuple(self.lora_B.shape)
-            raise ValueError(f"count={count!r} must be between 0 and r={self.r} for lora_B {shape}")
-        whole = count == self.r and not (dist.is_available() and dist.is_initialized())
-        if whole and self.lora_B.requires_grad:
-            self.lora_B.requires_grad_(False)
-            self.lora_B.grad = None
-            self._froze_B = True
-        elif not whole and self._froze_B:
-            self.lora_B.requires_grad_(True)
-            self._froze_B = False
-        self.frozen_columns = count
-        keep = count > 0 and not whole
-        self.frozen_B = self.lora_B[:, :count].detach().clone() if keep else None
-
-    @torch.no_grad()
-    def restore_columns(self) -> None:
-        """Write the frozen columns of lora_B back, bit for bit."""
-        if self.frozen_B is not None:
-            self.lora_B[:, : self.frozen_columns].copy_(self.frozen_B)
+    def _factor_B(self) -> nn.Parameter:
+        return self.lora_B
 
     def reset_parameters(self) -> None:
         """Set a fresh weight and bias as torch does, and start the adapter from them.

@@ -7,28 +7,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorafast.nn.frozen_columns import FrozenColumns
 from lorafast.nn.residual_start import ResidualStart
 
 # Every adapter tensor a layer can have; those that its adapter does not use are None.
 NAMES = ("lora_A", "lora_B", "lora_core", "lora_magnitude", "lora_out_scale", "lora_bias")
 
 
-class AdapterState(ResidualStart):
+class AdapterState(FrozenColumns, ResidualStart):
     """Saving and loading of an adapter layer by torch's state dicts.
 
     A state dict with weight and bias but no adapter keys starts the adapter anew; one with some of
     the adapter's keys is an error.
     """
 
-    frozen_columns: int
-    frozen_B: torch.Tensor | None
-
     def reset_adapter(self) -> None:
         """Start the adapter anew from the base weight."""
-        raise NotImplementedError
-
-    def freeze_columns(self, count: int) -> None:
-        """Freeze the first columns of lora_B."""
         raise NotImplementedError
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

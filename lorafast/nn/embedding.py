@@ -100,7 +100,10 @@ class Embedding(AdapterLayer, nn.Embedding):
             factors, options = self._removed_delta
             scaling = options.scaling if factors.scale is None else factors.scale
             return y + self._delta(ids, factors, scaling)
-        y = y + self._delta(ids, self._tensors(), self.scaling)
+        tensors = self._tensors()
+        if self.freezing:
+            tensors = tensors._replace(lora_B=self._masked(tensors.lora_B))
+        y = y + self._delta(ids, tensors, self.scaling)
         if self.lora_magnitude is None:
             return y
         gain = gain_of(self.lora_magnitude, self._norm())

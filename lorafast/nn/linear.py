@@ -36,10 +36,13 @@ class AdapterLinearBase(AdapterLayer):
             )  # fmt: skip
         except KeyError:
             tensors = self._tensors()._replace(scale=None)
-        adapter, training = self.adapter, self.training
+        adapter, training, frozen_columns = self.adapter, self.training, 0
+        if self.freezing:
+            lora_B, frozen_columns = self._call_columns(tensors.lora_B)
+            tensors = tensors._replace(lora_B=lora_B)
         options = CallOptions(
             self.scaling, adapter.dropout, adapter.axis, adapter.dropout_on, adapter.keep,
-            self.frozen_columns,
+            frozen_columns,
         )  # fmt: skip
         if tensors.magnitude is None:
             return functional._linear_checked(x, tensors, options, training)

@@ -138,6 +138,15 @@ class AdaLoRA:
         """A flag per triplet and layer, True for the triplets that the last budget keeps."""
         return {name: flags.tolist() for name, flags in zip(self.names, self._flags(), strict=True)}
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the Parameters that the schedule scores: an optimizer must have all of them.
+
+        Returns:
+            lora_A, lora_core and lora_B of every layer that train.
+        """
+        tensors = [getattr(layer, name) for layer in self.layers for name in TRIPLET_TENSORS]
+        return [tensor for tensor in tensors if tensor.requires_grad]
+
     def penalty(self, squared: bool = False) -> torch.Tensor:
         """Return the regularization term that keeps A and B close to orthogonal.
 

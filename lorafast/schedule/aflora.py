@@ -108,6 +108,16 @@ class AFLoRA:
         """The names of the frozen matrices, in module order, such as "0.lora_A"."""
         return [name for name, matrix in self._matrices.items() if matrix.frozen]
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the Parameters that train at some time: an optimizer must have all of them.
+
+        Returns:
+            Every lora_A and lora_B, without those that were frozen before.
+        """
+        return [
+            matrix.parameter for matrix in self._matrices.values() if matrix.live or matrix.frozen
+        ]
+
     def keep(self, step: int) -> float:
         """Return v, the share of the scores that is above the threshold.
 
@@ -203,6 +213,7 @@ class AFLoRA:
         beta1: float,
         beta2: float,
     ) -> None:
+        checks.whole("last_step", last_step, 0)
         checks.whole("total_steps", total_steps)
         checks.whole("deltaT", deltaT)
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
@@ -325,6 +336,8 @@ class _Matrix:
             self.parameter.grad = self._frozen_value = None
 
     def _zero_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        if not self.frozen:  # after AdapterLayer.unfreeze()
+            return gradient
         # The value is copied in backward, so that one loaded since the last step is kept.
         self._frozen_value = self.parameter.detach().clone()
         return torch.zeros_like(gradient)

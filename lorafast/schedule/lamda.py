@@ -8,8 +8,9 @@ from torch import nn
 
 from lorafast.engine import checks
 from lorafast.methods.lamda import LaMDA
-from lorafast.models.module_names import require_module
-from lorafast.nn.linear import Linear
+from lorafast.models.module_names import canonical_name, unwrap
+from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.frozen_columns import FrozenColumns
 
 
 class LaMDAFreeze:
@@ -25,18 +26,17 @@ class LaMDAFreeze:
     it. Its gradient is 0 and is not computed. While some columns train, the values of the frozen
     ones are stored once more. When all are frozen, lora_B.requires_grad is False and the copy is
     deleted; in a process group both stay, because DDP waits for every gradient that it was built
-    with.
+    with. Make the schedule before torch.compile runs first: two graphs then serve the whole run,
+    one until all columns are frozen. They compute the gradient of every column and drop it.
 
     The exact formula could not be checked against the paper's text; fraction = 0.3 and the order
     are those of the authors' code.
 
     Args:
-        model: a model with LaMDA adapters in `lorafast.Linear` layers.
+        model: a model with LaMDA adapters: of lorafast.adapt, or of a LamdaConfig in PEFT.
         total_steps: T, the number of optimizer steps of the run, at least 1.
         fraction: the share of the run in (0, 1] after which all columns are frozen.
-        group: number of columns that freeze at a time, at least 1. Under torch.compile every change
-            compiles again, up to dynamo's recompile_limit of 8: choose r/4 there, or set
-            torch._dynamo.config.allow_unspec_int_on_nn_module = True, which needs 3 graphs.
+        group: number of columns that freeze at a time, at least 1.
 
     Raises:
         TypeError: model is no module.
@@ -62,17 +62,20 @@ class LaMDAFreeze:
     def __init__(
         self, model: nn.Module, total_steps: int, fraction: float = 0.3, group: int = 1
     ) -> None:
-        require_module(model)
-        self.layers = [
-            module
-            for module in model.modules()
-            if isinstance(module, Linear) and isinstance(module.adapter, LaMDA)
-        ]
+        self.layers = list(lamda_layers(model).values())
         if not self.layers:
-            raise ValueError(
-                f"model {type(model).__name__} has no lorafast.Linear with a LaMDA adapter"
-            )
+            raise ValueError(f"model {type(model).__name__} has no layer with a LaMDA adapter")
         self._configure(0, total_steps, fraction, group)
+        for layer in self.layers:
+            layer.begin_freezing()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the Parameters that train at some time: an optimizer must have all of them.
+
+        Returns:
+            Every lora_B, without those that were frozen before.
+        """
+        return [layer._factor_B() for layer in self.layers if layer.trains]
 
     def frozen_columns(self, r: int, step: int) -> int:
         """Return how many columns of a layer are frozen.
@@ -126,6 +129,7 @@ class LaMDAFreeze:
         self._freeze()
 
     def _configure(self, last_step: int, total_steps: int, fraction: float, group: int) -> None:
+        checks.whole("last_step", last_step, 0)
         checks.whole("total_steps", total_steps)
         checks.whole("group", group)
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
@@ -135,6 +139,23 @@ class LaMDAFreeze:
 
     def _freeze(self) -> None:
         for layer in self.layers:
-            due = self.frozen_columns(layer.r, self.last_step)
+            due = self.frozen_columns(layer._factor_B().shape[1], self.last_step)
             if due != layer.frozen_columns:
                 layer.freeze_columns(due)
+
+
+def lamda_layers(model: nn.Module) -> dict[str, FrozenColumns]:
+    """Return what holds the lora_B of every LaMDA adapter, by canonical name.
+
+    It is the adapted layer, or a part of PEFT's layer for an adapter of a LamdaConfig.
+    """
+    layers: dict[str, FrozenColumns] = {}
+    for name, module in unwrap(model).named_modules():
+        if isinstance(module, AdapterLayer):
+            found = isinstance(module.adapter, LaMDA)
+        else:
+            # PEFT has several adapters in a layer, and those that are not active do not train.
+            found = isinstance(module, FrozenColumns) and module.trains
+        if found:
+            layers[canonical_name(name)] = module
+    return layers

@@ -100,6 +100,14 @@ class LISA:
         self._closed = False
         self._activate(self._draw())
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the Parameters that train at some time: an optimizer must have all of them.
+
+        Returns:
+            The Parameters of the blocks, without those that were frozen before.
+        """
+        return list(_flatten(self._block_parameters))
+
     def step(self) -> None:
         """Count a step, and draw other blocks after every `every` steps.
 
@@ -171,6 +179,7 @@ class LISA:
         self._activate(tuple(chosen))
 
     def _configure(self, last_step: int, active: int, every: int) -> None:
+        checks.whole("last_step", last_step, 0)
         checks.whole("active", active)
         checks.whole("every", every)
         if active > len(self._block_parameters):

@@ -142,6 +142,7 @@ def test_what_the_user_froze_stays_frozen(name):
     frozen = model.up.lora_B if hasattr(model.up, "lora_B") else model.blocks[0].bias
     frozen.requires_grad_(False)
     planned = getattr(schedule, name)(model, **SCHEDULES[name][1])
+    assert not {frozen} & set(planned.parameters())
     early = copy.deepcopy(planned.state_dict())
     train(model, optimizer, planned, 0, STEPS)
     planned.load_state_dict(early)
@@ -163,6 +164,26 @@ def test_a_state_that_is_none_changes_nothing(name, change):
         planned.load_state_dict(wrong)
     assert str(planned.state_dict()) == str(before)
     assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+
+
+@each
+@pytest.mark.parametrize("step", [-1, 1.5, True, None])
+def test_a_state_after_no_number_of_steps_is_refused(name, step):
+    model, optimizer, planned = make(name)
+    train(model, optimizer, planned, 0, 5)
+    before = copy.deepcopy(planned.state_dict())
+    with pytest.raises(ValueError, match="last_step="):
+        planned.load_state_dict(before | {"last_step": step})
+    assert str(planned.state_dict()) == str(before)
+
+
+@each
+def test_parameters_are_what_an_optimizer_must_have(name):
+    model, optimizer, planned = make(name)
+    parameters = planned.parameters()
+    assert len(set(parameters)) == len(parameters) > 0
+    train(model, optimizer, planned, 0, STEPS)
+    assert planned.parameters() == parameters
 
 
 @each

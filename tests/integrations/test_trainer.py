@@ -37,7 +37,11 @@ from lorafast.checkpoint import trainer_files
 from lorafast.integrations.trainer import AdapterCheckpoint
 from lorafast.methods import svd
 
-pytestmark = pytest.mark.peft
+pytestmark = [
+    pytest.mark.peft,
+    # Some of the runs train a LaMDA without its schedule.
+    pytest.mark.filterwarnings("ignore:.* LaMDA adapters train without a schedule"),
+]
 
 runs = pytest.mark.parametrize("run", RUNS)
 

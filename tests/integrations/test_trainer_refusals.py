@@ -20,7 +20,7 @@ from torch import nn
 
 import lorafast
 from lorafast import DoRA, LaMDA, LoRA
-from lorafast.integrations import trainer as ours
+from lorafast.integrations import trainer_schedule
 from lorafast.integrations.trainer import AdapterCheckpoint
 from lorafast.schedule import LaMDAFreeze
 
@@ -76,7 +76,9 @@ def test_what_cannot_be_checkpointed_is_refused(tmp_path, monkeypatch):
         trainer_of(adapted(), tmp_path, AdapterCheckpoint(LaMDAFreeze(adapted(LaMDA()), STEPS)))
     for name in ("fsdp_plugin", "deepspeed_plugin"):
         monkeypatch.setattr(
-            ours, "AcceleratorState", lambda name=name: SimpleNamespace(**{name: object()})
+            trainer_schedule,
+            "AcceleratorState",
+            lambda name=name: SimpleNamespace(**{name: object()}),
         )
         with pytest.raises(NotImplementedError, match=name):
             AdapterCheckpoint().on_init_end(None, None, None, model=adapted())

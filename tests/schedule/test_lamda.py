@@ -6,8 +6,11 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.multiprocessing import spawn
+from transformers.pytorch_utils import Conv1D
 
 import lorafast
 from lorafast.schedule import LISA, AFLoRA, LaMDAFreeze
@@ -252,5 +255,90 @@ def test_bad_settings(settings, message):
         LaMDAFreeze(model_of(), **settings)
     with pytest.raises(TypeError, match="model must be a"):
         LaMDAFreeze([model_of()], total_steps=5)
-    with pytest.raises(ValueError, match=r"no lorafast\.Linear with a LaMDA adapter"):
+    with pytest.raises(ValueError, match=r"no layer with a LaMDA adapter"):
         LaMDAFreeze(nn.Linear(2, 2), total_steps=5)
+
+
+@pytest.mark.compile
+def test_compiled_two_graphs_serve_the_whole_schedule():
+    def run(compiled):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 12), nn.Linear(12, 20))
+        lorafast.adapt(model, lorafast.LaMDA(r=12), rank_pattern={"2": 11, "3": 5}, seed=1)
+        schedule = LaMDAFreeze(model, total_steps=40)
+        graphs = []
+
+        def counting(graph, inputs):
+            graphs.append(graph)
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(fw_compiler=counting)
+        call = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
+        optimizer = torch.optim.AdamW(lorafast.adapter_parameters(model), lr=1e-2, weight_decay=0.3)
+        counts = []
+        for step in range(16):
+            generator = torch.Generator().manual_seed(step)
+            call(torch.randn(8, 20, generator=generator)).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            counts.append([layer.frozen_columns for layer in schedule.layers])
+        return model, counts, graphs
+
+    torch.compiler.reset()
+    plain, counts, _ = run(compiled=False)
+    fast, compiled_counts, graphs = run(compiled=True)
+    assert compiled_counts == counts
+    assert len({tuple(count) for count in counts}) > 8  # dynamo's recompile limit
+    # A forward and a backward, while some columns train and when none does.
+    assert len(graphs) == 4
+    for name, parameter in fast.named_parameters():
+        torch.testing.assert_close(parameter, plain.get_parameter(name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.compile
+def test_compiled_the_gradient_of_a_frozen_column_is_zero():
+    model = model_of()
+    schedule = LaMDAFreeze(model, total_steps=10, fraction=1.0)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for step in range(8):
+        compiled(torch.randn(8, 10)).square().mean().backward()
+        columns = int(R * step / 10)
+        assert not model[0].lora_B.grad[:, :columns].any()
+        assert model[0].lora_B.grad[:, columns:].all()
+        model.zero_grad()
+        schedule.step()
+
+
+@pytest.mark.parametrize("kind", ["Conv1D", "Embedding"])
+def test_other_layers_freeze_too(kind):
+    torch.manual_seed(0)
+    if kind == "Conv1D":
+        model, x = nn.Sequential(Conv1D(9, 10)), torch.randn(4, 10)
+    else:
+        model, x = nn.Sequential(nn.Embedding(10, 9)), torch.arange(10)
+    lorafast.adapt(model, lorafast.LaMDA(r=4), target_modules=["0"])
+    optimizer, schedule = optimizer_of(model), LaMDAFreeze(model, total_steps=8, fraction=1.0)
+    held = {}
+    for step in range(8):
+        model(x).square().mean().backward()
+        grad = model[0].lora_B.grad
+        assert not grad[:, : step // 2].any()
+        assert grad[:, step // 2 :].all()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        for column in range(model[0].frozen_columns):
+            now = model[0].lora_B[:, column].detach().clone()
+            assert torch.equal(now, held.setdefault(column, now))
+    assert len(held) == 4
+    assert not model[0].lora_B.requires_grad
+
+
+def test_a_new_schedule_begins_anew():
+    model = model_of()
+    train(model, optimizer_of(model), LaMDAFreeze(model, total_steps=4), 4)
+    assert not model[0].lora_B.requires_grad
+    LaMDAFreeze(model, total_steps=4)
+    assert model[0].lora_B.requires_grad
+    assert model[0].frozen_columns == 0
