@@ -1,10 +1,11 @@
 """Adapter layers (LoRA, DoRA, LaMDA and their family) at the cost of the frozen layer."""
 
 import importlib
+import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
-from lorafast.runtime import moved_modules
+from lorafast.runtime import moved_modules, name_hints
 
 if TYPE_CHECKING:
     from lorafast import optim as optim
@@ -93,7 +94,11 @@ def __getattr__(name: str) -> object:
     if name in __all__:
         _import_all()
         return globals()[name]
-    return moved_modules.attribute(__name__, name)
+    if name.isidentifier() and importlib.util.find_spec(f"lorafast.{name}"):
+        return importlib.import_module(f"lorafast.{name}")
+    raise AttributeError(
+        f"module 'lorafast' has no attribute {name!r}{name_hints.name_hint(name, __all__)}"
+    )
 
 
 def __dir__() -> list[str]:

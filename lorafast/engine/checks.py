@@ -10,6 +10,7 @@ from lorafast.engine import philox
 from lorafast.engine.precision import activation_dtype
 from lorafast.engine.problem import CallOptions, LayerTensors, Scaling
 from lorafast.runtime import torch_internals
+from lorafast.runtime.name_hints import nearest
 
 AXES = ("out", "in")
 DROPOUT_ON = ("adapter", "both")
@@ -164,7 +165,9 @@ def words(axis: str, dropout_on: str, keep: str, dropout: float) -> None:
 def word(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Check that the value is one of the allowed words."""
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+        meant = nearest(value, allowed) if isinstance(value, str) else None
+        hint = f"; did you mean {meant!r}?" if meant else ""
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}{hint}")
 
 
 def probability(dropout: float) -> None:

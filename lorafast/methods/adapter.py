@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple, TypeGuard
@@ -9,16 +10,7 @@ from typing import ClassVar, NamedTuple, TypeGuard
 import torch
 
 from lorafast.engine import checks
-
-# PEFT's argument names, and the name of each here.
-_PEFT_NAMES = {
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "use_rslora": "rslora",
-    "init_lora_weights": "init",
-    "use_dora": "lorafast.DoRA(...)",
-    "rank": "r",
-}
+from lorafast.methods import peft_words
 
 
 class TensorSpec(NamedTuple):
@@ -58,8 +50,8 @@ class Adapter:
         r: rank R, at least 1.
 
     Raises:
-        TypeError: an argument has PEFT's name for it (the message gives the name here), or a flag
-            is not a bool.
+        TypeError: an argument is unknown or has PEFT's name for it (the message gives the name
+            here), or a flag is not a bool.
         ValueError: a field is out of range.
 
     Example:
@@ -100,11 +92,10 @@ class Adapter:
     cache_norm = False
 
     def __new__(cls, *args: object, **kwargs: object) -> Adapter:
-        for name in kwargs:
-            if name in _PEFT_NAMES:
-                raise TypeError(
-                    f"{cls.__name__}({name}=...): this is spelled {_PEFT_NAMES[name]} in lorafast"
-                )
+        unknown = next((name for name in kwargs if name not in cls.__dataclass_fields__), None)
+        if unknown is not None and not _has_argument(cls, unknown):
+            names = [field.name for field in fields(cls) if field.init]
+            raise TypeError(peft_words.argument_hint(cls.__name__, unknown, names))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -216,6 +207,15 @@ class ScaledAdapter(Adapter):
     def alpha_for(self, scaling: float) -> float:
         """Return the alpha that gives the scaling s."""
         return scaling * (math.sqrt(self.r) if self.rslora else self.r)
+
+
+def _has_argument(cls: type, name: str) -> bool:
+    """True if the constructor of a subclass takes an argument that is no field."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return any(
+        parameter.name == name or parameter.kind is parameter.VAR_KEYWORD
+        for parameter in parameters
+    )
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from lorafast.engine import checks
+from lorafast.methods import peft_words
 from lorafast.methods.adapter import ScaledAdapter, TensorSpec
 from lorafast.methods.weight_init import WeightInit
 
@@ -60,7 +60,7 @@ class LoRA(ScaledAdapter):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.init, WeightInit):
-            checks.word("init", self.init, INITS)
+            _check_init(self.init)
         elif self.alpha <= 0:
             raise ValueError(
                 f"alpha={self.alpha!r} must be positive for init={self.init!r}, "
@@ -102,3 +102,12 @@ class LoRA(ScaledAdapter):
         if self.lora_bias:
             tensors["lora_bias"] = torch.zeros(N, device=weight.device)
         return tensors
+
+
+def _check_init(init: object) -> None:
+    """Raise ValueError if the init is not one of the words, with what PEFT's word is here."""
+    if not isinstance(init, str) or init not in INITS:
+        raise ValueError(
+            f"init={init!r} must be one of {', '.join(map(repr, INITS))}, or PiSSA(...) or "
+            f"LoRAGA(...){peft_words.init_hint(init)}"
+        )

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from lorafast.models import expressions
-from lorafast.models.adapt_spec import AdaptSpec
+from lorafast.models.adapt_spec import ALL_LINEAR, AdaptSpec
 from lorafast.models.module_names import canonical_name, endings, similar_names
 from lorafast.nn import embedding, linear
 from lorafast.nn.adapter_layer import AdapterLayer
@@ -134,7 +134,7 @@ def _match_targets(spec: AdaptSpec, names: list[str]) -> set[str]:
         full = set(expressions.first_matches([targets], names, spec.untrusted))
         if not full:
             raise ValueError(
-                f"target_modules={targets!r} matches no module{similar_names(targets, names)}"
+                f"target_modules={targets!r} matches no module{_target_hint(targets, names)}"
             )
         return full
     wanted = set(targets)
@@ -144,9 +144,21 @@ def _match_targets(spec: AdaptSpec, names: list[str]) -> set[str]:
     unmatched = next((target for target in targets if target in unused), None)
     if unmatched is not None and not (spec.ignore_unmatched and matches):
         raise ValueError(
-            f"target_modules: {unmatched!r} matches no module{similar_names(unmatched, names)}"
+            f"target_modules: {unmatched!r} matches no module{_target_hint(unmatched, names)}"
         )
     return matches
+
+
+def _target_hint(target: str, names: list[str]) -> str:
+    """Return the end of a message about a target that matches nothing: what may be meant."""
+    if [part for part in re.split(r"[\W_]", target.lower()) if part] == ALL_LINEAR.split("-"):
+        return f"; say target_modules={ALL_LINEAR!r}"
+    if any(target in endings(name) for name in names):
+        return (
+            "; a string is a regular expression for whole names: say "
+            f"target_modules=[{target!r}] for every name that ends in it"
+        )
+    return similar_names(target, names)
 
 
 def _excluded_names(names: set[str], spec: AdaptSpec) -> set[str]:
