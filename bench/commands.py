@@ -49,9 +49,12 @@ def run(asked: argparse.Namespace, arguments: list[str]) -> int:
 def _linear(asked: argparse.Namespace, arguments: list[str]) -> int:
     device, dtype = _prepare(asked)
     tokens = asked.tokens or (_GPU_TOKENS if device.type == "cuda" else _CPU_TOKENS)
+    # Inference drops nothing.
+    dropouts = {"train": asked.dropout, "inference": (0.0,)}
     problems = tuple(
-        Problem(shape.K, shape.N, R, M, p, dtype, device, asked.bias)
-        for shape, R, p, M in itertools.product(asked.shape, asked.rank, asked.dropout, tokens)
+        Problem(shape.K, shape.N, R, M, p, dtype, device, asked.bias, one == "inference")
+        for one in asked.passes
+        for shape, R, p, M in itertools.product(asked.shape, asked.rank, dropouts[one], tokens)
     )
     plan = linear.Plan(
         problems=problems,

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import lorafast
 from lorafast.bench.cases import implementations, shapes
-from lorafast.bench.cases.choices import DROPOUT_ON, DTYPES, ENCODERS, LAYERS, METHODS
+from lorafast.bench.cases.choices import DROPOUT_ON, DTYPES, ENCODERS, LAYERS, METHODS, PASSES
 from lorafast.bench.spelling import did_you_mean, unknown
 
 # torch's own names of the dtypes.
@@ -76,6 +76,9 @@ def _linear(command: Command) -> None:
     help_text = "tokens per batch (default: 64,256,1024, on a GPU 512,2048,8192)"
     add("--tokens", type=_each(_count), metavar="M,…", help=help_text)
     _dropouts(command)
+    help_text = "train: forward and backward; inference: forward in eval mode without gradients"
+    words = {"type": _each(_one_of(PASSES)), "metavar": "PASS,…", "dest": "passes"}
+    add("--pass", **words, default="train", help=help_text)
     add("--bias", action="store_true", help="a layer with a bias")
     default = "frozen,full,lorafast,eager,peft; in half precision peft-bf16 too, on a GPU "
     default += "peft+compile"

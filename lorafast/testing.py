@@ -229,9 +229,11 @@ def run(
 
     wide: compute in float64 throughout.
     """
+    trained = tuple(trained)
     t = {name: leaf(name, value, wide, trained) for name, value in tensors.items()}
     y = function(case, t)
-    y.backward(t["dy"])
+    if trained:
+        y.backward(t["dy"])
     return {"y": y.detach()} | {name: t[name].grad for name in trained if t[name] is not None}
 
 

@@ -33,7 +33,10 @@ ARGUMENTS = {
 
 
 class Problem(NamedTuple):
-    """One layer with one number of tokens."""
+    """One layer with one number of tokens.
+
+    inference: a forward in eval mode without gradients; else a training step.
+    """
 
     K: int
     N: int
@@ -43,9 +46,11 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     bias: bool = False
+    inference: bool = False
 
     def __str__(self) -> str:
-        return f"{self.K}x{self.N} R={self.R} M={self.M} p={self.dropout:g} {SHORT[self.dtype]}"
+        what = "inference" if self.inference else f"p={self.dropout:g}"
+        return f"{self.K}x{self.N} R={self.R} M={self.M} {what} {SHORT[self.dtype]}"
 
 
 @dataclass
@@ -53,7 +58,7 @@ class Candidate:
     """A layer to check and to measure; module(x) is the call.
 
     parameters: every parameter that the truth has, by its name there.
-    trained: x and the parameters that must get a gradient.
+    trained: x and the parameters that must get a gradient; none in inference.
     wrongly_trained: the parameters that require a gradient although they must not.
     for_checking: the layer uses the truth's dropout mask instead of its own; it is not timed.
     frozen_columns: the number of frozen columns of lora_B.
@@ -82,6 +87,9 @@ class Candidate:
     ) -> dict[str, torch.Tensor]:
         """Return y and every gradient of one step, with the mask of first_seed(draw)."""
         self.load(tensors)
+        if not self.trained:
+            with torch.no_grad():
+                return {"y": self.module(tensors["x"])}
         x = tensors["x"].detach().requires_grad_()
         self.clear_grads()
         torch.manual_seed(draw)
@@ -123,6 +131,7 @@ def build(
     """
     linear = _linear(problem, weight, bias, trains=impl.base == "full")
     layer = _layer(impl, method, adapter, problem, linear, for_checking)
+    layer.train(not problem.inference)
     factors = adapter_parameters(layer)
     parameters = _parameters(layer, linear, factors)
     if impl.has_adapter:
@@ -131,6 +140,7 @@ def build(
         expected = frozenset(("weight", "bias") if impl.base == "full" else ())
     other_mask = for_checking and problem.dropout > 0 and impl.has_adapter
     other_mask = other_mask and (not impl.uses_lorafast or impl.compile)
+    trained = ("x", *(name for name in parameters if name in expected))
     path = route(layer, problem.M) if impl.uses_lorafast else "torch"
     return Candidate(
         impl,
@@ -139,7 +149,7 @@ def build(
         layer,
         _case(impl, method, adapter, problem, factors, has_bias=bias is not None),
         parameters,
-        trained=("x", *(name for name in parameters if name in expected)),
+        trained=() if problem.inference else trained,
         route="inductor" if impl.compile else path,
         wrongly_trained=tuple(
             name
@@ -169,6 +179,8 @@ def _layer(
     for_checking: bool,
 ) -> nn.Module:
     """Return the layer of an implementation on top of the linear layer."""
+    if impl.base == "full" and problem.inference:
+        raise Unavailable("unsupported", "in inference it is the frozen layer")
     if not impl.has_adapter:
         return linear
     if impl.built_by_peft:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 DTYPES = ("fp32", "bf16", "fp16")
 DROPOUT_ON = ("adapter", "both")
+# What `linear` measures: a training step, or a forward without gradients.
+PASSES = ("train", "inference")
 # In the order of lorafast.list_methods.
 METHODS = (
     *("lora", "rslora", "pissa", "lora-ga", "lora+", "lora-pro", "lora-fa"),

@@ -99,6 +99,7 @@ class _ProblemRun:
             p.K,
             p.bias,
             compile=impl.compile,
+            inference=p.inference,
         )
 
     def _build(
@@ -138,17 +139,18 @@ class _ProblemRun:
     def _count_bytes(
         self, candidate: Candidate, record: Record, tensors: dict[str, torch.Tensor]
     ) -> None:
-        x, dy, device = tensors["x"].detach().requires_grad_(), tensors["dy"], self.problem.device
-        step = _step(candidate, x, dy)
+        x, dy, device = self._input(tensors), tensors["dy"], self.problem.device
+        step = self._step(candidate, x, dy)
         step(lambda: None)  # compiles, and allocates what is allocated once
         candidate.clear_grads()
         x.grad = None
         constant = [*candidate.layer.parameters(), *candidate.layer.buffers()]
-        saved = testing.saved(lambda: candidate.module(x), {"x": x}, constant)
         sizes = {"x": x.numel() * x.itemsize, "y": dy.numel() * dy.itemsize}
+        with torch.set_grad_enabled(not self.problem.inference):
+            saved = testing.saved(lambda: candidate.module(x), {"x": x}, constant)
+            record.activation_bytes = memory.measure(lambda: candidate.module(x), device).held
         record.saved_bytes = saved.own
         record.saved_by_reference = {name: sizes[name] for name in sorted(saved.referenced)}
-        record.activation_bytes = memory.measure(lambda: candidate.module(x), device).held
         record.peak_bytes = memory.measure(lambda: step(lambda: None), device).peak
         candidate.clear_grads()
 
@@ -158,8 +160,7 @@ class _ProblemRun:
         # A wrong row shows no speed, so it is not timed.
         timed = {key: one for key, one in self.candidates.items() if self.records[key].ok}
         steps = {
-            key: _step(one, tensors["x"].detach().requires_grad_(), tensors["dy"])
-            for key, one in timed.items()
+            key: self._step(one, self._input(tensors), tensors["dy"]) for key, one in timed.items()
         }
         samples = interleave(
             steps,
@@ -173,7 +174,14 @@ class _ProblemRun:
         )
         for key, phases in samples.items():
             fill_record.set_times(self.records[key], phases, samples.get(FROZEN_KEY), plan.warmup)
-        self._set_lower_bounds([timed[key] for key in samples if key[0].has_adapter])
+        if not p.inference:
+            self._set_lower_bounds([timed[key] for key in samples if key[0].has_adapter])
+
+    def _input(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return tensors["x"].detach().requires_grad_(not self.problem.inference)
+
+    def _step(self, candidate: Candidate, x: torch.Tensor, dy: torch.Tensor) -> Step:
+        return _forward(candidate, x) if self.problem.inference else _step(candidate, x, dy)
 
     def _set_lower_bounds(self, timed: list[Candidate]) -> None:
         p, frozen_ms = self.problem, self.records[FROZEN_KEY].step_ms
@@ -201,6 +209,18 @@ def _step(candidate: Candidate, x: torch.Tensor, dy: torch.Tensor) -> Step:
         mark()
         y.backward(dy)
         mark()
+
+    return step
+
+
+def _forward(candidate: Candidate, x: torch.Tensor) -> Step:
+    """Return a step of one phase: forward without gradients."""
+
+    def step(mark: Mark) -> None:
+        with torch.no_grad():
+            mark()
+            candidate.module(x)
+            mark()
 
     return step
 

@@ -61,6 +61,12 @@ def first_seed(draw: int, device: torch.device) -> torch.Tensor:
     return philox.draw_seed(device)
 
 
+def _stages(candidate: Candidate) -> tuple[int, ...]:
+    if not candidate.trained:
+        return (0,)  # frozen columns change no output
+    return freezing_stages(candidate.impl, candidate.method, candidate.case.R)
+
+
 class Verifier:
     """Error ratios of the candidates of one problem.
 
@@ -80,10 +86,7 @@ class Verifier:
         if candidate.wrongly_trained:
             name = f"{candidate.wrongly_trained[0]}, which must not train,"
             return math.inf, name, candidate.case.M
-        found = worst_ratio(
-            self._at_stage(candidate, count)
-            for count in freezing_stages(candidate.impl, candidate.method, candidate.case.R)
-        )
+        found = worst_ratio(self._at_stage(candidate, count) for count in _stages(candidate))
         if candidate.frozen_columns:
             candidate.freeze(0)
         return found

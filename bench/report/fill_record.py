@@ -38,14 +38,13 @@ def set_times(
 ) -> None:
     """Enter the times of a record's rounds, and the ratio to the frozen step of the same round.
 
-    phases, frozen: for each round, the milliseconds of each phase.
+    phases, frozen: for each round, the milliseconds of each phase: forward and, in a training step,
+        backward and the optimizer.
     """
     steps = [sum(sample) for sample in phases]
-    values = {
-        "fwd_ms": [sample[0] for sample in phases],
-        "bwd_ms": [sample[1] for sample in phases],
-        "step_ms": steps,
-    }
+    values = {"fwd_ms": [sample[0] for sample in phases], "step_ms": steps}
+    if len(phases[0]) > 1:
+        values["bwd_ms"] = [sample[1] for sample in phases]
     if frozen and len(frozen) == len(steps):
         pairs = zip(steps, frozen, strict=True)
         values["ratio_to_frozen"] = [step / sum(base) for step, base in pairs]

@@ -60,7 +60,8 @@ def _subject(r: Record) -> str:
     """Return the shape of a layer, or the name of a model."""
     if r.bench != "linear":
         return r.model
-    return f"{r.K}→{r.N} with bias" if r.bias else f"{r.K}→{r.N}"
+    what = " with bias" if r.bias else ""
+    return f"{r.K}→{r.N}{what}{' in inference' if r.inference else ''}"
 
 
 def _kind(r: Record) -> tuple:

@@ -26,7 +26,7 @@ SPEEDS = (
 # Keys that were added after the first files were written. A file may lack them.
 LATER = (
     *("ratio_low", "ratio_high", "floor", "fused_floor", "bandwidth_bytes_per_s", "run"),
-    "frozen_spread",
+    *("frozen_spread", "inference"),
 )
 # A machine is busy if the frozen step's time scatters more than this: its p80 ÷ its p20.
 MAX_FROZEN_SPREAD = 1.5
@@ -49,6 +49,7 @@ class Record:
     peak_bytes: the most that is alive at once in a step, besides weights and x.
     error_ratio: max(e, f) / max(e_eager, f), the worst over y and the gradients (error_name). None
         if it is not measured or not finite.
+    inference: the row is a forward in eval mode without gradients, and step_ms its time.
     run: in a compact file, the key of env["runs"] that names the commit and the command.
     """
 
@@ -112,6 +113,7 @@ class Record:
     bandwidth_bytes_per_s: float | None = None
     run: str | None = None
     frozen_spread: float | None = None
+    inference: bool = False
 
     @property
     def busy(self) -> bool:

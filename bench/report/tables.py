@@ -57,8 +57,8 @@ LEGEND = (
     "gradient; above 2 a row is wrong and shows no speed. Of a model: over the logits and each "
     "kind of gradient, for 16 texts, with random adapter parameters and dropout.",
     "× frozen: time of a step ÷ the frozen one's of the same round, median, and the 95 % interval "
-    "of that median. A step is forward, and backward with dx; of a model, the optimizer's step "
-    "too, and its frozen row trains the head alone.",
+    "of that median. A step is forward, and backward with dx; in inference, forward alone; of a "
+    "model, the optimizer's step too, and its frozen row trains the head alone.",
     "floor, fused: computed lower bounds of × frozen, not measured. fused: the flops added to the "
     "frozen products, at their rate; floor: each added pass over x, y and W next to those "
     "products, at a copy's bandwidth where that takes longer.",
@@ -141,14 +141,15 @@ def _drawn(table: Table, heads: tuple[str, ...], space: int) -> RichTable:
 def _kind(r: Record) -> tuple:
     """Return what the rows of one table have in common."""
     if r.bench == "linear":
-        return "linear", r.K, r.N, r.R, r.dtype, r.dropout, r.bias, r.run
+        return "linear", r.K, r.N, r.R, r.dtype, r.dropout, r.bias, r.inference, r.run
     batch_size = r.batch_size if r.bench == "training" else None
     return r.bench, r.model, r.seq, r.R, r.dtype, r.dropout, batch_size, r.run
 
 
 def _linear(rows: list[Record]) -> Table:
     r = rows[0]
-    title = f"one layer {r.K} → {r.N}, R={r.R}, {r.dtype}, dropout {r.dropout:g}"
+    what = "inference" if r.inference else f"dropout {r.dropout:g}"
+    title = f"one layer {r.K} → {r.N}, R={r.R}, {r.dtype}, {what}"
     if r.bias:
         title += ", bias"
     return _table(title, _LINEAR, rows, lambda r: {"M": str(r.M)}, lambda r: r.M)
@@ -228,6 +229,8 @@ def _table(
     notes = dict.fromkeys([*hidden, *failed])
     sections = frozenset(end - 1 for end in ends)
     cells = [_cells(r) | more_cells(r) for r in shown]
+    # A column without a value in any row is left out, but for the main ones.
+    heads = tuple(h for h in heads if h in _MAIN or any(row[h] != NOTHING for row in cells))
     made = tuple(tuple(row[head] for head in heads) for row in cells)
     busy = frozenset(index for index, r in enumerate(shown) if r.busy)
     if busy:

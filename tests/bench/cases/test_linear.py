@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from helpers.bench_runs import K, N, R, by_label, run
+from helpers.planted_faults import FAULTS
 
 from lorafast.bench.cases import candidate, implementations, linear, peft_baseline, recipes
 from lorafast.bench.cases.candidate import Problem
@@ -158,6 +159,40 @@ def test_compiled_candidates_are_correct_and_marked(tmp_path):
     r = by_label(rows)["lorafast+compile lora"]
     assert (r.status, r.compile, r.route) == ("ok", True, "inductor")
     assert r.saved_bytes >= 8 * R * 4
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_inference_is_a_forward_without_gradients(dtype, tmp_path, capsys):
+    options = f"--pass train,inference --dropout 0,0.3 --tokens 1,8 --dtype {dtype}"
+    status, rows, out = run(tmp_path, f"{options} --impl full,lorafast,accelerated,peft")
+    assert status == 0
+    assert record.faults(json.loads(out.read_text())) == []
+    found = [r for r in rows if r.inference]
+    # Inference drops nothing, so that its rows are there once.
+    assert {(r.M, r.dropout) for r in found} == {(1, 0.0), (8, 0.0)}
+    assert len(rows) == len(found) * 3
+    for r in found:
+        if r.impl == "full":
+            assert (r.status, r.reason) == ("unsupported", "in inference it is the frozen layer")
+        elif r.ok:
+            assert (r.error_name, r.bwd_ms, r.floor) == ("y", None, None)
+            assert r.fwd_ms == r.step_ms > 0
+            assert (r.saved_bytes, r.saved_by_reference) == (0, {})
+            assert r.activation_bytes == r.M * N * (4 if dtype == "fp32" else 2)
+    printed = capsys.readouterr().out
+    assert f"one layer {K} → {N}, R={R}, {dtype}, inference" in printed
+
+
+@pytest.mark.parametrize("fault", ["y", "h_core"])
+def test_a_wrong_output_in_inference_is_found(fault, monkeypatch, tmp_path):
+    FAULTS[fault].plant(monkeypatch)
+    status, rows, _ = run(tmp_path, "--pass inference --impl lorafast --tokens 8 --rounds 1")
+    assert status == 1
+    assert {r.label: r.status for r in rows} == {
+        "frozen": "ok",
+        **dict.fromkeys(("lorafast lora", "lorafast dora", "lorafast lamda"), "wrong"),
+    }
 
 
 def test_progress_in_a_pipe_is_plain_lines(tmp_path, capsys):

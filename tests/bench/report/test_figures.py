@@ -4,7 +4,7 @@ import re
 
 from helpers import bench_records
 
-from lorafast.bench.report import html_report, plots
+from lorafast.bench.report import html_report, plots, tables
 from lorafast.bench.report.record import Results
 
 RESULTS = bench_records.results()
@@ -40,6 +40,13 @@ def test_rows_of_two_files_or_runs_are_in_different_figures():
     records = [bench_records.linear(run=run) for run in ("a", "b")]
     names = plots.figures([Results({"runs": {"a": {}, "b": {}}}, records)])
     assert {"a-4x6-r2-fp32-ratio", "b-4x6-r2-fp32-ratio"} <= set(names)
+
+
+def test_inference_has_figures_and_tables_of_its_own():
+    rows = [bench_records.linear(), bench_records.linear(inference=True)]
+    names = plots.figures([Results({}, rows)])
+    assert {"linear-4x6-r2-fp32-ratio", "linear-4x6-in-inference-r2-fp32-ratio"} <= set(names)
+    assert len(tables.tables([Results({}, rows)])) == 2
 
 
 def test_rows_without_percentiles_are_drawn():
