@@ -20,7 +20,7 @@ from lorafast.engine.kernels import configs, launch
 from lorafast.engine.kernels.grad_project import sum_over_rows
 from lorafast.engine.kernels.project import finish, project
 from lorafast.engine.kernels.scale_cast import scale_cast
-from lorafast.engine.precision import apply_core
+from lorafast.engine.precision import apply_core, low_rank_grad_dtype, scaled_to_fp16
 from lorafast.engine.problem import DownProj, OutputGrads, UpProjGrads, UpProjGradSpec
 
 
@@ -178,9 +178,7 @@ def _pass(
     (M, N), dtype = dy2.shape, dy2.dtype
     u_specs = [spec for spec in specs if _needs_u(spec)]
     P_specs = [spec for spec in specs if _needs_P(spec)]
-    factors = [
-        scale_cast(spec.B, dtype, spec.scaling, _product(gain, spec.out_scale)) for spec in u_specs
-    ]
+    factors, inverses = _factors(u_specs, gain, dtype)
     h_cores = [apply_core(spec.h, spec.core)[:, _skipped(spec) :] for spec in P_specs]
     u_ranks, P_ranks = sum(B.shape[1] for B in factors), sum(h.shape[1] for h in h_cores)
     column_sums = bool(P_ranks or sums_requested)
@@ -194,7 +192,7 @@ def _pass(
     if column_sums and N:
         B = _side_by_side(factors) if one_pass else None
         _launch(dy2, kept2, _side_by_side(h_cores), B, u, P, sums, sums_requested, split)
-    pairs = iter(_u_and_v(dy2, u, factors, u_specs))
+    pairs = iter(_u_and_v(dy2, u, factors, inverses, u_specs))
     P_firsts = itertools.accumulate((h.shape[1] for h in h_cores), initial=0)
     grads = []
     for spec in specs:
@@ -207,22 +205,45 @@ def _pass(
     return grads, sums
 
 
+def _factors(
+    specs: list[UpProjGradSpec], gain: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    """Return s·gain⊙out_scale⊙B of every adapter in dtype.
+
+    For fp16 each is multiplied by a power of two, and those by which u has to be multiplied follow.
+    """
+    wide = low_rank_grad_dtype(dtype)
+    factors = [
+        scale_cast(spec.B, wide, spec.scaling, _product(gain, spec.out_scale)) for spec in specs
+    ]
+    if wide == dtype:
+        return factors, None
+    scaled = [scaled_to_fp16(factor) for factor in factors]
+    return [factor for factor, _ in scaled], [inverse for _, inverse in scaled]
+
+
 def _u_and_v(
     dy2: torch.Tensor,
     parts: torch.Tensor | None,
     factors: list[torch.Tensor],
+    inverses: list[torch.Tensor] | None,
     specs: list[UpProjGradSpec],
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return u and v = u·core of every adapter, from parts [blocks,M,·] or by a pass over dy."""
     cores = [None if spec.core is None else spec.core.t() for spec in specs]
+    dtype = low_rank_grad_dtype(dy2.dtype)
     if parts is None:
         down_projs = [DownProj(B.t(), core) for B, core in zip(factors, cores, strict=True)]
-        return project(dy2, down_projs)
-    firsts = itertools.accumulate((B.shape[1] for B in factors), initial=0)
-    return [
-        finish(parts, first, B.shape[1], core, 1.0, dy2.dtype)
-        for first, B, core in zip(firsts, factors, cores, strict=False)
-    ]
+        pairs = project(dy2, down_projs, dtype)
+    else:
+        firsts = itertools.accumulate((B.shape[1] for B in factors), initial=0)
+        pairs = [
+            finish(parts, first, B.shape[1], core, 1.0, dtype)
+            for first, B, core in zip(firsts, factors, cores, strict=False)
+        ]
+    if inverses is None:
+        return pairs
+    return [(u * k, v * k) for (u, v), k in zip(pairs, inverses, strict=True)]
 
 
 def _launch(dy2, kept2, h_core, B, u, P, sums, sums_requested, split) -> None:

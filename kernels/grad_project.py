@@ -12,6 +12,7 @@ import triton.language as tl
 from lorafast.engine import philox
 from lorafast.engine.kernels import configs, launch
 from lorafast.engine.kernels.philox import keep_tile
+from lorafast.engine.precision import scaled_to_fp16
 from lorafast.engine.problem import LowRankTerm
 
 
@@ -57,7 +58,10 @@ def grad_project(x2: torch.Tensor, term: LowRankTerm) -> torch.Tensor:
 def sum_over_rows(
     x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0
 ) -> torch.Tensor:
-    """Return vᵀ drop(x) in fp32.  x [M,K], v [M,R] -> [R,K]"""
+    """Return vᵀ drop(x) in fp32.  x [M,K], v [M,R], which may be fp32 beside fp16 -> [R,K]"""
+    inverse = None
+    if v.dtype != x2.dtype and x2.dtype == torch.float16:
+        v, inverse = scaled_to_fp16(v)
     (M, K), R = x2.shape, v.shape[1]
     tile, splits, steps = configs.grad_project(M, K, R, x2.dtype, launch.arch_of(x2))
     out = x2.new_empty(splits, R, K, dtype=torch.float32)
@@ -69,4 +73,5 @@ def sum_over_rows(
             **tile.blocks("BLOCK_M", "BLOCK_K", "BLOCK_R"),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(0)
+    total = out[0] if splits == 1 else out.sum(0)
+    return total if inverse is None else total.mul_(inverse)

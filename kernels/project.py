@@ -106,16 +106,21 @@ def project_finish_kernel(
 
 
 def project(
-    x2: torch.Tensor, down_projs: list[DownProj]
+    x2: torch.Tensor, down_projs: list[DownProj], dtype: torch.dtype | None = None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return h = drop(x) Aᵀ, rounded to x's dtype, and h_core = core(h) of every down-projection.
+    """Return h = drop(x) Aᵀ, rounded to dtype, and h_core = core(h) of every down-projection.
 
-    x [M,K] -> h, h_core [M,R] each.
+    x [M,K] -> h, h_core [M,R] each. dtype: x's if not given.
     """
+    dtype = dtype or x2.dtype
     results: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for indices in _stacks(down_projs):
         stack = [down_projs[i] for i in indices]
-        pairs = [_project_one(x2, *stack)] if len(stack) == 1 else _project_stack(x2, stack)
+        pairs = (
+            [_project_one(x2, *stack, dtype)]
+            if len(stack) == 1
+            else _project_stack(x2, stack, dtype)
+        )
         results |= zip(indices, pairs, strict=True)
     return [results[i] for i in range(len(down_projs))]
 
@@ -135,20 +140,22 @@ def _stacks(down_projs: list[DownProj]) -> list[list[int]]:
     return stacks
 
 
-def _project_one(x2: torch.Tensor, down: DownProj) -> tuple[torch.Tensor, torch.Tensor]:
+def _project_one(
+    x2: torch.Tensor, down: DownProj, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     (M, K), R = x2.shape, down.A.shape[0]
     split = configs.project(M, K, R, x2.dtype, launch.arch_of(x2))
-    in_registers = down.core is not None and configs.core_in_registers(R, x2.dtype)
+    in_registers = down.core is not None and configs.core_in_registers(R, dtype)
     if split.splits > 1 or in_registers:
         parts = _partial_sums(x2, down, split)
-        return finish(parts, 0, R, down.core, philox.scale(down.p), x2.dtype)
-    h = x2.new_empty(M, R)
+        return finish(parts, 0, R, down.core, philox.scale(down.p), dtype)
+    h = x2.new_empty(M, R, dtype=dtype)
     _launch(x2, down, split, h)
     return h, apply_core(h, down.core)
 
 
 def _project_stack(
-    x2: torch.Tensor, down_projs: list[DownProj]
+    x2: torch.Tensor, down_projs: list[DownProj], dtype: torch.dtype
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     stack = down_projs[0]._replace(A=torch.cat([down.A for down in down_projs]))
     split = configs.project(*x2.shape, stack.A.shape[0], x2.dtype, launch.arch_of(x2))
@@ -156,7 +163,7 @@ def _project_stack(
     firsts = itertools.accumulate((down.A.shape[0] for down in down_projs), initial=0)
     scale = philox.scale(stack.p)
     return [
-        finish(parts, first, down.A.shape[0], down.core, scale, x2.dtype)
+        finish(parts, first, down.A.shape[0], down.core, scale, dtype)
         for first, down in zip(firsts, down_projs, strict=False)
     ]
 

@@ -6,6 +6,7 @@ stock torch ops.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable
@@ -79,16 +80,25 @@ class Case:
     scaling: float = 1.7
     adapter_dtype: torch.dtype | None = None
     transposed: bool = False
+    # Of dy: a mean over many tokens makes it small.
+    grad_scale: float = 1.0
 
     def __str__(self) -> str:
         flags = (
             [f"p{self.dropout}"] * bool(self.dropout)
             + ["bias"] * self.bias
             + ["transposed"] * self.transposed
+            + [f"dy{self.grad_scale:.0e}"] * (self.grad_scale != 1)
         )
         return "-".join(
             [self.form.name, f"M{self.M}-N{self.N}-K{self.K}-R{self.R}", SHORT[self.dtype], *flags]
         )
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype of the factors: adapter_dtype, else fp32, fp64 beside fp64."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return self.adapter_dtype or wide
 
     @property
     def works(self) -> bool:
@@ -106,16 +116,17 @@ def make(
     """
     generator = torch.Generator(device).manual_seed(seed)
     left, right = (1, 2) if sliced else (0, 0)
-    form, wide = case.form, torch.float64 if case.dtype == torch.float64 else torch.float32
-    factor = case.adapter_dtype or wide
+    form, factor = case.form, case.factor_dtype
 
     def normal(*shape: int, dtype: torch.dtype = factor, scale: float = 1.0) -> torch.Tensor:
         return (
             torch.randn(shape, generator=generator, dtype=torch.float64, device=device) * scale
         ).to(dtype)
 
-    def rows(width: int) -> torch.Tensor:
-        return normal(case.M, left + width + right, dtype=case.dtype)[:, left : left + width]
+    def rows(width: int, scale: float = 1.0) -> torch.Tensor:
+        return normal(case.M, left + width + right, dtype=case.dtype, scale=scale)[
+            :, left : left + width
+        ]
 
     weight = normal(case.N, case.K, dtype=case.dtype, scale=case.K**-0.5)
     core = {"none": None, "diagonal": (case.R,), "full": (case.R, case.R)}[form.core]
@@ -131,7 +142,7 @@ def make(
         "out_scale": normal(case.N) if form.out_scale else None,
         "lora_bias": normal(case.N) if form.lora_bias else None,
         "seed": torch.randint(0, 2**62, (1,), generator=generator, device=device),
-        "dy": rows(case.N),
+        "dy": rows(case.N, case.grad_scale),
     }
 
 
@@ -172,6 +183,7 @@ def chain(
     case: Case,
     t: dict[str, torch.Tensor | None],
     drop: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    factor_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return the output of the eager chain: stock torch ops, factors cast to x's dtype.
 
@@ -179,19 +191,24 @@ def chain(
     timed too.
 
     drop: drops elements of x, if not the mask of t["seed"].
+    factor_dtype: the dtype of all but the base product, if not x's. With fp32 it is what PEFT
+        computes with fp32 factors on a half-precision base: x is cast, not the factors.
     """
-    f, s, x, W, dtype = case.form, case.scaling, t["x"], t["weight"], t["x"].dtype
+    f, s, x, W, dtype = case.form, case.scaling, t["x"], t["weight"], factor_dtype or t["x"].dtype
     A, B, core, m, b_B = (
         None if t[name] is None else t[name].to(dtype)
         for name in ("lora_A", "lora_B", "core", "magnitude", "lora_bias")
     )
     out_scale = None if t["out_scale"] is None else t["out_scale"].to(dtype)
-    dropped = x
+    dropped = x.to(dtype)
     if case.dropout and drop:
-        dropped = drop(x)
+        dropped = drop(dropped)
     elif case.dropout:
         kept = philox.keep_mask(t["seed"], case.dropout, slice(0, x.shape[0]), x.shape[1])
-        dropped = x * (kept.to(dtype) * philox.scale(case.dropout))
+        dropped = dropped * (kept.to(dtype) * philox.scale(case.dropout))
+
+    def base(z: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(z, W.to(z.dtype), None if bias is None else bias.to(z.dtype))
 
     def low_rank(z: torch.Tensor) -> torch.Tensor:
         h = F.linear(z, A)
@@ -204,18 +221,19 @@ def chain(
         return low if s == 1 else low * s
 
     if m is None:
-        return F.linear(x, W, t["bias"]) + low_rank(dropped)
+        return (base(x, t["bias"]) + low_rank(dropped)).to(x.dtype)
     middle = A if core is None else (core[:, None] * A if core.dim() == 1 else core @ A)
     delta = B @ middle if out_scale is None else out_scale[:, None] * (B @ middle)
-    norm = (W + s * delta).norm(dim=1 if f.axis == "out" else 0)
+    norm = (W.to(dtype) + s * delta).norm(dim=1 if f.axis == "out" else 0)
     gain = m / (norm.detach() if f.detach_norm else norm)
     if f.axis == "in":
         base_x = x * gain if f.dropout_on == "adapter" else x + (gain - 1) * dropped
-        return F.linear(base_x, W, t["bias"]) + low_rank(dropped * gain)
+        return (base(base_x, t["bias"]) + low_rank(dropped * gain)).to(x.dtype)
     if f.dropout_on == "adapter":
-        y = gain * (F.linear(x, W) + low_rank(dropped))
-        return y if t["bias"] is None else y + t["bias"]
-    return F.linear(x, W, t["bias"]) + (gain - 1) * F.linear(dropped, W) + gain * low_rank(dropped)
+        y = gain * (base(x) + low_rank(dropped))
+        return (y if t["bias"] is None else y + t["bias"]).to(x.dtype)
+    y = base(x, t["bias"]) + (gain - 1) * base(dropped) + gain * low_rank(dropped)
+    return y.to(x.dtype)
 
 
 def run(
@@ -238,7 +256,14 @@ def run(
 
 
 class Yardstick:
-    """The float64 truth of a case over all seeds, and the eager chain's distance from it."""
+    """The float64 truth of a case over all seeds, and the eager chain's distance from it.
+
+    Where the factors are wider than x, the chain in their dtype is a second yardstick, because the
+    first one loses what x's dtype cannot hold, small gradients in fp16. What is kept for backward
+    has x's dtype, so that one rounding to it, eps/2, is the least error there.
+
+    function: the chain; it takes factor_dtype, as chain does.
+    """
 
     def __init__(
         self,
@@ -253,22 +278,35 @@ class Yardstick:
         for truth in self._truths:
             for name, value in truth.items():
                 self._rms[name] += value.square().sum().item()
-        self._errors = self._squares(lambda tensors: run(function, case, tensors, False, trained))
+        self._chains = [self._measured(functools.partial(run, function, trained=trained), 8)]
+        if torch.finfo(case.factor_dtype).bits > torch.finfo(case.dtype).bits:
+            wide = functools.partial(function, factor_dtype=case.factor_dtype)
+            self._chains.append(self._measured(functools.partial(run, wide, trained=trained), 2))
 
     def ratios(
         self, outcome: Callable[[dict[str, torch.Tensor | None]], dict[str, torch.Tensor]]
     ) -> dict[str, float]:
         """Return max(e, f) ÷ max(e_chain, f) for y and each gradient that outcome(tensors) gives.
 
-        e is the RMS error against float64 over all seeds, f = eps/8·rms(truth).
+        e is the RMS error against float64 over all seeds, f = eps/8·rms(truth). Of two yardsticks
+        the larger ratio counts; f of the second one is eps/2·rms(truth).
         """
-        floor, errors = torch.finfo(self.case.dtype).eps / 8, self._squares(outcome)
+        errors = self._squares(outcome)
         return {
-            name: ratio(
-                errors[name] ** 0.5, self._errors[name] ** 0.5, self._rms[name] ** 0.5, floor
+            name: max(
+                ratio(errors[name] ** 0.5, chain[name] ** 0.5, self._rms[name] ** 0.5, floor)
+                for chain, floor in self._chains
             )
             for name in self._rms
         }
+
+    def _measured(self, outcome: Callable, parts: int) -> tuple[dict[str, float], float]:
+        """The squared errors of a chain, and the floor eps/parts."""
+        case = self.case
+        return (
+            self._squares(lambda tensors: outcome(case, tensors)),
+            torch.finfo(case.dtype).eps / parts,
+        )
 
     def _squares(self, outcome: Callable) -> dict[str, float]:
         sums = {name: 0.0 for name in self._rms}

@@ -121,10 +121,15 @@ class Verifier:
     def _yardstick(self, candidate: Candidate, case: Case) -> Yardstick:
         frozen, has_adapter = candidate.frozen_columns, candidate.impl.has_adapter
 
-        def truth(case: Case, t: dict[str, torch.Tensor | None]) -> torch.Tensor:
+        def truth(
+            case: Case,
+            t: dict[str, torch.Tensor | None],
+            factor_dtype: torch.dtype | None = None,
+        ) -> torch.Tensor:
             if not has_adapter:
                 return F.linear(t["x"], t["weight"], t["bias"])
-            return chain(case, t | {"lora_B": detach_columns(t["lora_B"], frozen)})
+            t = t | {"lora_B": detach_columns(t["lora_B"], frozen)}
+            return chain(case, t, factor_dtype=factor_dtype)
 
         made = [self._make(case, draw) for draw in self._draws]
         return Yardstick(case, made, truth, candidate.trained)

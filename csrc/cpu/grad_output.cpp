@@ -16,7 +16,7 @@ void grad_output(int type, Address dy, int64_t M, int64_t N, int64_t dy_stride, 
     if (u) {
       request.F = factor(F, F_type, R, N, F_R, F_l);
       request.u_scale = {s, pointer<float>(gain), pointer<float>(scale)};
-      request.u = {pointer<T>(u), M, R, R};
+      request.u = {pointer<LowRankGrad<T>>(u), M, R, R};
     }
     if (live) {
       request.h_core = {pointer<const T>(h_core) + (R - live), M, live, h_core_stride};

@@ -12,15 +12,15 @@ constexpr int64_t GRAD_OUTPUT_TASK_COLUMNS = 1024;
 // The operands and results of one call. A result that is not requested has a null pointer.
 template <class T>
 struct GradOutputRequest {
-  Factor F{};                // [R,N], for u
-  ColumnScale u_scale{};     // of F's columns, except that s multiplies the sum
-  Matrix<T> u{};             // [M,R]
-  Matrix<const T> h_core{};  // [M,R]
-  ColumnScale P_scale{};     // of P's rows
-  Matrix<float> P{};         // [N,R]
-  float* d_bias = nullptr;   // [N]
-  Matrix<const T> kept{};    // [M,N]
-  float* dot = nullptr;      // [N]
+  Factor F{};                  // [R,N], for u
+  ColumnScale u_scale{};       // of F's columns, except that s multiplies the sum
+  Matrix<LowRankGrad<T>> u{};  // [M,R]
+  Matrix<const T> h_core{};    // [M,R]
+  ColumnScale P_scale{};       // of P's rows
+  Matrix<float> P{};           // [N,R]
+  float* d_bias = nullptr;     // [N]
+  Matrix<const T> kept{};      // [M,N]
+  float* dot = nullptr;        // [N]
 
   // The rows of sums over tokens: those of P, then one for d_bias, then one for dot.
   // grad_project_tile computes all of them but dot.
@@ -161,7 +161,9 @@ void grad_output(const Matrix<const T>& dy, const GradOutputRequest<T>& request,
   float *packed = work, *u = packed + sizes.factor, *sums = u + sizes.u;
   const Vector s = broadcast(request.u_scale.s);
   parallel(threads, [&] {
-    if (R) pack_for_project<T>(request.F, {1, request.u_scale.gain, request.u_scale.scale}, packed);
+    if (R)
+      pack_for_project<LowRankGrad<T>>(request.F, {1, request.u_scale.gain, request.u_scale.scale},
+                                       packed);
     parallel_for(partition.splits * partition.groups, [&](int64_t task) {
       const int64_t split = task / partition.groups, group = task % partition.groups;
       GradOutputTask<T> run_task(dy, request, packed);

@@ -10,8 +10,8 @@ void grad_project(int type, Address x, int64_t M, int64_t K, int64_t x_stride, A
   with_activation_type(type, [&](auto element) {
     using T = decltype(element);
     lorafast::grad_project<T>({pointer<const T>(x), M, K, x_stride},
-                              {pointer<const T>(v), M, R, v_stride}, dropout(seed, threshold),
-                              {pointer<float>(out), R, K, K}, threads);
+                              {pointer<const LowRankGrad<T>>(v), M, R, v_stride},
+                              dropout(seed, threshold), {pointer<float>(out), R, K, K}, threads);
   });
 }
 

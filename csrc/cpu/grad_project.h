@@ -87,8 +87,8 @@ inline void grad_project_tile(const float* v, int64_t v_stride, int64_t R, const
 
 // out = drop.scale·vᵀ (mask⊙x), in fp32. x [M,K], v [M,R], out [R,K].
 template <class T>
-void grad_project(const Matrix<const T>& x, const Matrix<const T>& v, const Dropout& drop,
-                  const Matrix<float>& out, int threads) {
+void grad_project(const Matrix<const T>& x, const Matrix<const LowRankGrad<T>>& v,
+                  const Dropout& drop, const Matrix<float>& out, int threads) {
   const int64_t R = v.columns, K = x.columns, Kp = round_up(K, STAGED_COLUMNS);
   const Partition partition(x.rows, K, STAGED_COLUMNS);
   const Vector scale = broadcast(drop.scale);

@@ -20,17 +20,18 @@ void project(int type, Address x, int64_t M, int64_t K, int64_t x_stride, int64_
 
 // out = gain⊙(out + mask⊙(h (s·scale⊙F))) + bias, in place; inner receives the sum before the gain.
 // out comes last so that a caller can prepare the other arguments before it makes out by a product.
-void low_rank_add(int type, Address h, int64_t M, int64_t h_stride, int64_t N, int64_t R, Address F,
-                  int F_type, int64_t F_R, int64_t F_l, float s, Address scale, Address seed,
-                  uint32_t threshold, Address gain, Address bias, Address inner, int threads,
-                  Address out);
+// h_type is type, or fp32 beside fp16.
+void low_rank_add(int type, int h_type, Address h, int64_t M, int64_t h_stride, int64_t N,
+                  int64_t R, Address F, int F_type, int64_t F_R, int64_t F_l, float s,
+                  Address scale, Address seed, uint32_t threshold, Address gain, Address bias,
+                  Address inner, int threads, Address out);
 
-// out = vᵀ drop(x), in fp32.
+// out = vᵀ drop(x), in fp32. v is fp32 for an fp16 x.
 void grad_project(int type, Address x, int64_t M, int64_t K, int64_t x_stride, Address v, int64_t R,
                   int64_t v_stride, Address seed, uint32_t threshold, Address out, int threads);
 
-// u = dy (s·gain⊙scale⊙F)ᵀ, P = s·gain⊙(dyᵀ h_core), d_bias = Σ dy, dot = Σ dy⊙kept. Only the last
-// `live` of the R columns of h_core and P are computed.
+// u = dy (s·gain⊙scale⊙F)ᵀ, fp32 for an fp16 dy, P = s·gain⊙(dyᵀ h_core), d_bias = Σ dy, dot = Σ
+// dy⊙kept. Only the last `live` of the R columns of h_core and P are computed.
 void grad_output(int type, Address dy, int64_t M, int64_t N, int64_t dy_stride, int64_t R,
                  Address F, int F_type, int64_t F_R, int64_t F_l, float s, Address gain,
                  Address scale, Address u, Address h_core, int64_t h_core_stride, int64_t live,

@@ -23,8 +23,8 @@ struct GainArguments {
 
 constexpr int64_t LOW_RANK_ADD_TASK_ROWS = 8 * LOW_RANK_ADD_ROWS, LOW_RANK_ADD_TASK_COLUMNS = 1024;
 
-// One task of `low_rank_add`: a block of rows and columns of out.
-template <class T, Epilogue epilogue>
+// One task of `low_rank_add`: a block of rows and columns of out. H is the type of h.
+template <class T, class H, Epilogue epilogue>
 class LowRankAddTask {
  public:
   LowRankAddTask(const Matrix<T>& out, const GainArguments<T>& gain_arguments, const Dropout& drop,
@@ -36,7 +36,7 @@ class LowRankAddTask {
         R(R),
         scale(broadcast(drop.scale)) {}
 
-  void operator()(const Matrix<const T>& h, int64_t m0, int64_t rows, int64_t n0, int64_t columns) {
+  void operator()(const Matrix<const H>& h, int64_t m0, int64_t rows, int64_t n0, int64_t columns) {
     const int64_t Rp = padded(R);
     stage_rows(h, m0, rows, R, h_cells, Rp);
     if (epilogue == Epilogue::dropout)
@@ -46,8 +46,8 @@ class LowRankAddTask {
       for (int64_t n = 0; n < columns; n += LOW_RANK_ADD_COLUMNS) {
         Vector sums[I][LOW_RANK_ADD_VECTORS];
         clear(sums);
-        multiply_broadcast<paired<T>>(h_cells + i * Rp, Rp, 1, packed + (n0 + n) * cells<T>(R),
-                                      LOW_RANK_ADD_COLUMNS, cells<T>(R), sums);
+        multiply_broadcast<paired<H>>(h_cells + i * Rp, Rp, 1, packed + (n0 + n) * cells<H>(R),
+                                      LOW_RANK_ADD_COLUMNS, cells<H>(R), sums);
         const bool full = n + LOW_RANK_ADD_COLUMNS <= columns;
 #pragma GCC unroll 12
         for (int ii = 0; ii < I; ++ii) {
@@ -111,20 +111,20 @@ class LowRankAddTask {
   alignas(64) uint8_t bits[LOW_RANK_ADD_TASK_ROWS * BITS_ROW + PHILOX_SLACK];
 };
 
-// low_rank_add with one epilogue. h [M,R]; F [R,N], multiplied by column_scale and rounded to T;
+// low_rank_add with one epilogue. h [M,R]; F [R,N], multiplied by column_scale and rounded to H;
 // out [M,N], which holds the base term.
-template <class T, Epilogue epilogue>
-void low_rank_add_as(const Matrix<const T>& h, const Factor& F, const ColumnScale& column_scale,
+template <class T, class H, Epilogue epilogue>
+void low_rank_add_as(const Matrix<const H>& h, const Factor& F, const ColumnScale& column_scale,
                      const Dropout& drop, const GainArguments<T>& gain_arguments,
                      const Matrix<T>& out, int threads) {
   const int64_t across = ceil_div(out.columns, LOW_RANK_ADD_TASK_COLUMNS);
   const Workspace work(low_rank_add_pack_size(out.columns, F.R));
   parallel(threads, [&] {
-    pack_for_low_rank_add<T>(F, column_scale, work);
+    pack_for_low_rank_add<H>(F, column_scale, work);
     parallel_for(across * ceil_div(out.rows, LOW_RANK_ADD_TASK_ROWS), [&](int64_t task) {
       const int64_t m0 = task / across * LOW_RANK_ADD_TASK_ROWS,
                     n0 = task % across * LOW_RANK_ADD_TASK_COLUMNS;
-      LowRankAddTask<T, epilogue> add_block(out, gain_arguments, drop, work, F.R);
+      LowRankAddTask<T, H, epilogue> add_block(out, gain_arguments, drop, work, F.R);
       add_block(h, m0, min(LOW_RANK_ADD_TASK_ROWS, out.rows - m0), n0,
                 min(LOW_RANK_ADD_TASK_COLUMNS, out.columns - n0));
     });
@@ -132,16 +132,17 @@ void low_rank_add_as(const Matrix<const T>& h, const Factor& F, const ColumnScal
 }
 
 // Picks the epilogue. drop and a gain exclude each other.
-template <class T>
-void low_rank_add(const Matrix<const T>& h, const Factor& F, const ColumnScale& column_scale,
+template <class T, class H>
+void low_rank_add(const Matrix<const H>& h, const Factor& F, const ColumnScale& column_scale,
                   const Dropout& drop, const GainArguments<T>& gain_arguments, const Matrix<T>& out,
                   int threads) {
   if (drop)
-    low_rank_add_as<T, Epilogue::dropout>(h, F, column_scale, drop, gain_arguments, out, threads);
+    low_rank_add_as<T, H, Epilogue::dropout>(h, F, column_scale, drop, gain_arguments, out,
+                                             threads);
   else if (gain_arguments.gain)
-    low_rank_add_as<T, Epilogue::gain>(h, F, column_scale, drop, gain_arguments, out, threads);
+    low_rank_add_as<T, H, Epilogue::gain>(h, F, column_scale, drop, gain_arguments, out, threads);
   else
-    low_rank_add_as<T, Epilogue::add>(h, F, column_scale, drop, gain_arguments, out, threads);
+    low_rank_add_as<T, H, Epilogue::add>(h, F, column_scale, drop, gain_arguments, out, threads);
 }
 
 }  // namespace lorafast

@@ -20,6 +20,18 @@ struct fp16 {
 // The numbers are those of lorafast/engine/backends/cpu.py.
 enum class Type : int { fp32 = 0, bf16 = 1, fp16 = 2 };
 
+// The type of u and v beside an activation of type T. fp16's range is too narrow for them.
+template <class T>
+struct LowRankGradOf {
+  using type = T;
+};
+template <>
+struct LowRankGradOf<fp16> {
+  using type = float;
+};
+template <class T>
+using LowRankGrad = typename LowRankGradOf<T>::type;
+
 // A rows × columns matrix with unit stride along a row. stride counts elements.
 template <class T>
 struct Matrix {

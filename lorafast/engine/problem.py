@@ -128,7 +128,9 @@ class UpProjGradSpec(NamedTuple):
 
 
 class UpProjGrads(NamedTuple):
-    """v = u·core [M,R] in dy's dtype, with s; sums in the accumulator's dtype; None: not needed."""
+    """v = u·core [M,R], with s, in the dtype of precision.low_rank_grad_dtype; sums in the
+    accumulator's dtype; None: not needed.
+    """
 
     v: torch.Tensor | None
     dB: torch.Tensor | None

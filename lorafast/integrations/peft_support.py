@@ -224,14 +224,6 @@ def _why_not_input(layer: PeftLinear, names: list[str], x: torch.Tensor) -> str 
     )
     if dtype not in checks.DTYPES or (weight.dtype != dtype and not autocasts):
         return "x and its base layer have different dtypes"
-    if (
-        dtype == torch.float16
-        and not autocasts
-        and any(layer.lora_A[name].weight.dtype != dtype for name in names)
-    ):
-        return (
-            "an fp16 base with wider adapters, whose products PEFT keeps from fp16's narrow range"
-        )
     if torch_internals.transforms_active():
         return "torch.func or forward-mode AD is at work"
     return None

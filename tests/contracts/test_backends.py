@@ -23,6 +23,7 @@ from helpers.triton_interpreter import SEED, draws, far_apart, within_twice
 from torch import nn
 
 import lorafast
+from lorafast import testing
 from lorafast.engine import dispatch, philox
 from lorafast.engine.backends import Backend
 from lorafast.engine.problem import (
@@ -34,6 +35,7 @@ from lorafast.engine.problem import (
     UpProjGradSpec,
 )
 from lorafast.runtime.devices import Arch
+from lorafast.testing import FORMS
 
 HALF = 0.5
 # M, N, K, R: one token, ragged ends of every tile, a long sum over tokens.
@@ -240,6 +242,19 @@ def test_what_is_unknown_is_refused_in_words(name, primitive, monkeypatch):
         assert all(isinstance(reason, str) and reason for reason in reasons)
         # eager is what everything falls back on: it never refuses.
         assert bool(reasons) == (name != "eager")
+
+
+SMALL = [form for form in FORMS if form.name in ("lora", "lamda", "vera", "dora-inner")]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("form", SMALL, ids=lambda form: form.name)
+@backends.each_name(tuple(backends.DTYPES))
+def test_small_gradients_are_not_lost_in_fp16(name, form, p, monkeypatch):
+    monkeypatch.setenv("LORAFAST_BACKEND", name)
+    case = testing.Case(form, 33, 70, 40, 6, torch.float16, p, grad_scale=2.0**-20)
+    ratios = testing.error_ratios(case)
+    assert max(ratios.values()) <= 2, ratios
 
 
 ADAPTERS = [

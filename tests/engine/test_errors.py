@@ -86,6 +86,18 @@ def test_error_ratio_of_long_sums(form, dtype):
     assert_within(testing.error_ratios(case, seeds=range(6)), case)
 
 
+@pytest.mark.parametrize("grad_scale", [2.0**-14, 2.0**-20], ids=str)
+@pytest.mark.parametrize("case", list(cases(HALVES)), ids=str)
+def test_error_ratio_of_small_gradients(case, grad_scale):
+    """As a mean over thousands of tokens gives: fp16 cannot hold s·dy·B, whatever dy is."""
+    case = replace(case, grad_scale=grad_scale)
+    ratios = testing.error_ratios(case)
+    if case.form.axis == "in":
+        # The sum of x times a gradient [M,K], which has dy's dtype, as in any layer of torch.
+        del ratios["magnitude"]
+    assert_within(ratios, case)
+
+
 IN_FLOAT64 = list(cases((torch.float64,), ((9, 14, 21, 3),), count=2, step=2))
 
 

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.triton_interpreter import SEED
 from lorafast.engine import philox
+from lorafast.engine.precision import low_rank_grad_dtype
 from lorafast.engine.problem import BaseTerm, DownProj, LowRankTerm, UpProj, UpProjGradSpec
 
 HALF = 0.5
@@ -179,11 +180,12 @@ def assert_up_proj_grads(found, dy, back, gain):
     s, B = float(back.scaling), back.B.double()
     g = dy.double() if gain is None else dy.double() * gain.double()
     out_scale = torch.ones(B.shape[0]) if back.out_scale is None else back.out_scale
-    u = (s * (g * out_scale.double()) @ B).to(dy.dtype)
+    dtype = low_rank_grad_dtype(dy.dtype)
+    u = (s * (g * out_scale.double()) @ B).to(dtype)
     core = torch.eye(B.shape[1], dtype=torch.float64) if back.core is None else back.core.double()
     exact = dict.fromkeys(("v", "dB", "d_core", "d_out_scale"))
     if back.want_v:
-        exact["v"] = (u.double() * core if core.dim() == 1 else u.double() @ core).to(dy.dtype)
+        exact["v"] = (u.double() * core if core.dim() == 1 else u.double() @ core).to(dtype)
     if back.want_core:
         exact["d_core"] = (
             (u.double() * back.h).sum(0) if core.dim() == 1 else u.double().t() @ back.h.double()

@@ -341,20 +341,6 @@ def test_autocast_touches_no_fp64():
         )
 
 
-def test_an_fp16_base_keeps_pefts_wide_products():
-    """PEFT's default fp32 adapters on fp16: a gradient that fp16 would lose must not be lost."""
-    model = peft_model(torch.float16, targets=["up"])
-    layer, x = model.base_model.model.up, X.half()
-    why = "an fp16 base with wider adapters, whose products PEFT keeps from fp16's narrow range"
-    assert peft_support.why_not_call(layer, x, (), {}, "both", "inner") == why
-    with torch.autocast("cpu", torch.float16):
-        assert peft_support.why_not_call(layer, x, (), {}, "both", "inner") is None
-    narrow = peft_model(
-        torch.float16, autocast_adapter_dtype=False, targets=["up"]
-    ).base_model.model.up
-    assert peft_support.why_not_call(narrow, x, (), {}, "both", "inner") is None
-
-
 def test_a_layer_somebody_else_took_over_is_left(calls):
     model = peft_model()
     up = model.base_model.model.up

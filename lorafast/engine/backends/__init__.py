@@ -21,10 +21,11 @@ from lorafast.engine.problem import (
 class Backend(Protocol):
     """The six primitives, dropout itself, and the reasons for which a backend cannot serve.
 
-    Each function makes one pass over its large operand, never one per adapter. h and u are
-    rounded once to the activation's dtype; sums over tokens stay in the accumulator's dtype
-    (fp32; fp64 for fp64). Outputs are fresh tensors. Operands may have any strides and no rows.
-    A backend may lack a primitive; another one then computes it.
+    Each function makes one pass over its large operand, never one per adapter. h is rounded once
+    to the activation's dtype, and so are u and v, but not to fp16: they are fp32 there. Sums over
+    tokens stay in the accumulator's dtype (fp32; fp64 for fp64). Outputs are fresh tensors.
+    Operands may have any strides and no rows. A backend may lack a primitive; another one then
+    computes it.
     """
 
     def why_not(self, primitive: str, problem: Problem) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from lorafast.engine import philox
 from lorafast.engine.backends import eager
-from lorafast.engine.precision import apply_core
+from lorafast.engine.precision import apply_core, low_rank_grad_dtype
 from lorafast.engine.problem import (
     BaseTerm,
     DownProj,
@@ -111,7 +111,9 @@ def linear(
     if ups or gain is not None:
         up = ups[0] if len(ups) == 1 else _concatenated(ups, x, N)
         h_core, B, scaling, scale = up
-        addition = _low_rank_add(h_core, B, scaling, scale, None, 0.0, gain, last_bias, z)
+        addition = _low_rank_add(
+            h_core, B, dtype, scaling, scale, gain=gain, bias=last_bias, inner=z
+        )
     large = M * N * K >= _SMALL
     if large and gemm_bias is not None and onednn.is_available(x, weight):
         y = onednn.linear(x, weight, gemm_bias)
@@ -153,7 +155,7 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
     first, *more = bases
     dx = torch.empty(*first.dy.shape[:-1], first.weight.shape[1], dtype=first.dy.dtype)
     dx2 = dx if dx.dim() == 2 else flatten_tokens(dx)
-    additions = [_low_rank_add(v, A.t(), seed=seed, p=p) for v, A, seed, p in low_ranks]
+    additions = [_low_rank_add(v, A.t(), dx.dtype, seed=seed, p=p) for v, A, seed, p in low_ranks]
     torch.mm(*_gained_operands(first), out=dx2)
     for base in more:
         dx2.addmm_(*_gained_operands(base))
@@ -262,6 +264,7 @@ class _Addition(NamedTuple):
 def _low_rank_add(
     h: torch.Tensor,
     factor: torch.Tensor,
+    dtype: torch.dtype,
     scaling: Scaling = 1.0,
     scale: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
@@ -272,9 +275,9 @@ def _low_rank_add(
 ) -> _Addition:
     """Prepare out = gain⊙(out + mask⊙(h (scaling·scale⊙factor)ᵀ)) + bias.
 
-    The sum before gain and bias goes to inner, if there is one. h [M,R], factor [N,R]; inner [M,N]
-    is dense, as out has to be, whose address is the last argument. All is prepared before the GEMM
-    that fills out; the operands must live until the call.
+    The sum before gain and bias goes to inner, if there is one. h [M,R], fp32 or of out's dtype,
+    factor [N,R]; inner [M,N] is dense, as out has to be, whose address is the last argument. All is
+    prepared before the GEMM that fills out; the operands must live until the call.
     """
     (M, R), N = h.shape, factor.shape[0]
     if h.stride(1) != 1:
@@ -290,7 +293,7 @@ def _low_rank_add(
     along_N, along_R = factor.stride()
     work = M * N * R
     arguments = (
-        _TYPES[h.dtype], h.data_ptr(), M, h.stride(0), N, R,
+        _TYPES[dtype], _TYPES[h.dtype], h.data_ptr(), M, h.stride(0), N, R,
         factor.data_ptr(), _TYPES[factor.dtype], along_R, along_N, float(scaling),
         0 if scale is None else scale.data_ptr(),
         seed.data_ptr() if p else 0, philox.threshold(p) if p else 0,
@@ -306,7 +309,7 @@ def _grad_project(
     x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0
 ) -> torch.Tensor:
     """vᵀ drop(x) in fp32, v [M,R] -> [R,K]"""
-    (M, K), R, v = x2.shape, v.shape[1], _dense_rows(v)
+    (M, K), R, v = x2.shape, v.shape[1], _dense_rows(v.to(low_rank_grad_dtype(x2.dtype)))
     out = torch.empty(R, K, dtype=torch.float32)
     library().grad_project(
         _TYPES[x2.dtype], x2.data_ptr(), M, K, x2.stride(0), v.data_ptr(), R, v.stride(0),
@@ -364,7 +367,8 @@ def _up_proj_grads(
 ) -> UpProjGrads:
     """What one adapter needs of dy; d_bias and dot are filled where they are given."""
     (M, N), R = dy2.shape, spec.B.shape[1]
-    u = torch.empty(M, R, dtype=dy2.dtype) if spec.want_v or spec.want_core else None
+    u_dtype = low_rank_grad_dtype(dy2.dtype)
+    u = torch.empty(M, R, dtype=u_dtype) if spec.want_v or spec.want_core else None
     P, h_core, columns = None, None, 0
     if spec.want_B or spec.want_out_scale:
         skipped = 0 if spec.want_out_scale else spec.frozen_columns

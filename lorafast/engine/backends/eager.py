@@ -12,7 +12,12 @@ from collections.abc import Iterable
 import torch
 
 from lorafast.engine import philox, row_blocks
-from lorafast.engine.precision import accumulator, apply_core
+from lorafast.engine.precision import (
+    accumulator,
+    apply_core,
+    low_rank_grad_dtype,
+    scaled_to_fp16,
+)
 from lorafast.engine.problem import (
     BaseTerm,
     DownProj,
@@ -115,15 +120,19 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
     dy, K = bases[0].dy, bases[0].weight.shape[1]
     dx = dy.new_empty(*dy.shape[:-1], K)
     dx2 = flatten_tokens(dx)
-    masked = [term for term in low_ranks if term.p]
-    products = [(v, A.to(dy.dtype)) for v, A, _, p in low_ranks if not p]
+    if devices.has_mixed_gemm(dy.device):
+        # What is too small for fp16 here does not count in dx, which is fp16 itself.
+        low_ranks = [term._replace(v=term.v.to(dy.dtype)) for term in low_ranks]
+    # By blocks of rows goes what torch.addmm cannot add: masked terms, and v wider than dy.
+    added = [term for term in low_ranks if term.p or term.v.dtype != dy.dtype]
+    products = [(v, A.to(dy.dtype)) for v, A, _, p in low_ranks if not p and v.dtype == dy.dtype]
     products += map(gained_operands, bases)
     if _rounds_often(dx2):
-        started = _add_masked(dx2, masked, started=False)
+        started = _add_low_ranks(dx2, added, started=False)
         add_products(dx2, products, started, low_rank_first=True)
     else:
         add_products(dx2, products, started=False, low_rank_first=False)
-        _add_masked(dx2, masked, started=True)
+        _add_low_ranks(dx2, added, started=True)
     return dx
 
 
@@ -218,12 +227,14 @@ def _rounds_often(out: torch.Tensor) -> bool:
     return out.dtype.itemsize == 2
 
 
-def _add_masked(out: torch.Tensor, low_ranks: list[LowRankTerm], started: bool) -> bool:
+def _add_low_ranks(out: torch.Tensor, low_ranks: list[LowRankTerm], started: bool) -> bool:
     """out = out (if started) + Σ mask⊙(v A); return True if out has been written."""
     for v, A, seed, p in low_ranks:
         for rows in _blocks(out):
-            part = _wide_mm(v[rows], A.to(out.dtype)).mul_(philox.scale(p))
-            part.masked_fill_(~philox.keep_mask(seed, p, rows, out.shape[1]), 0)
+            part = _wide_mm(v[rows], A.to(v.dtype))
+            if p:
+                part.mul_(philox.scale(p))
+                part.masked_fill_(~philox.keep_mask(seed, p, rows, out.shape[1]), 0)
             out[rows] = part.add_(out[rows]) if started else part
         started = True
     return started
@@ -242,18 +253,21 @@ def _sum_over_tokens(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Without a mixed GEMM, as on a CPU, a bf16 result is rounded once before it is widened. A
     full-precision sum is pairwise, because a GEMM adds its terms one after another, and a long sum
-    would lie far from what torch.sum makes of it.
+    would lie far from what torch.sum makes of it. a may be fp32 beside an fp16 b.
     """
-    wide, M = _WIDE[a.dtype], a.shape[0]
-    if a.dtype != wide and devices.has_mixed_gemm(a.device):
-        return torch.mm(a.t(), b, out_dtype=wide)
-    if a.dtype == torch.float16:
+    wide, M = _WIDE[b.dtype], a.shape[0]
+    if b.dtype != wide and devices.has_mixed_gemm(b.device):
+        if a.dtype == b.dtype:
+            return torch.mm(a.t(), b, out_dtype=wide)
+        scaled, inverse = scaled_to_fp16(a)
+        return torch.mm(scaled.t(), b, out_dtype=wide).mul_(inverse)
+    if b.dtype == torch.float16:
         # The sum may exceed fp16's range before the scaling that brings it back.
         out = torch.zeros(a.shape[1], b.shape[1], dtype=wide, device=a.device)
         for rows in _blocks(a):
             out += _sum_over_tokens(a[rows].to(wide), b[rows].to(wide))
         return out
-    if a.dtype != wide:
+    if b.dtype != wide:
         return torch.mm(a.t(), b).to(wide)
     if M <= _SUM_ROWS:
         return torch.mm(a.t(), b)
@@ -288,10 +302,7 @@ def _up_proj_grads(
         row_gain = gain if row_gain is None else gain * row_gain
     v = dB = d_core = d_out_scale = None
     if spec.want_v or spec.want_core:
-        # Bᵀ dyᵀ rather than dy B: with the long sum along its contiguous side a BLAS sums a few
-        # rows in vector lanes, not one by one.
-        factor = _scaled(spec.B, spec.scaling, dy2.dtype, row_gain).t().contiguous()
-        u = torch.mm(factor, dy2.t()).t().contiguous()
+        u = _project_grad(dy2, spec, row_gain)
         if spec.want_core:
             d_core = _core_grad(u, spec)
         if spec.want_v:
@@ -299,6 +310,25 @@ def _up_proj_grads(
     if spec.want_B or spec.want_out_scale:
         dB, d_out_scale = _factor_grads(dy2, spec, gain)
     return UpProjGrads(v, dB, d_core, d_out_scale)
+
+
+def _project_grad(
+    dy2: torch.Tensor, spec: UpProjGradSpec, row_gain: torch.Tensor | None
+) -> torch.Tensor:
+    """u = dy (s·row_gain⊙B)  [M,R]"""
+    dtype = low_rank_grad_dtype(dy2.dtype)
+    factor = _scaled(spec.B, spec.scaling, dtype, row_gain)
+    if dtype == dy2.dtype:
+        # Bᵀ dyᵀ rather than dy B: with the long sum along its contiguous side a BLAS sums a few
+        # rows in vector lanes, not one by one.
+        return torch.mm(factor.t().contiguous(), dy2.t()).t().contiguous()
+    if devices.has_mixed_gemm(dy2.device):
+        scaled, inverse = scaled_to_fp16(factor)
+        return torch.mm(dy2, scaled, out_dtype=dtype).mul_(inverse)
+    u, factor = dy2.new_empty(dy2.shape[0], factor.shape[1], dtype=dtype), factor.t().contiguous()
+    for rows in _blocks(dy2):
+        u[rows] = torch.mm(factor, dy2[rows].to(dtype).t()).t()
+    return u
 
 
 def _core_grad(u: torch.Tensor, spec: UpProjGradSpec) -> torch.Tensor:

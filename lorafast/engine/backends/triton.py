@@ -147,6 +147,8 @@ def grad_output(
 
 def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Tensor:
     dy, K = bases[0].dy, bases[0].weight.shape[1]
+    # v may be fp32 beside fp16: what is too small for fp16 does not count in dx, which is fp16.
+    low_ranks = [term._replace(v=term.v.to(dy.dtype)) for term in low_ranks]
     M, R = tokens(dy), sum(term.A.shape[0] for term in low_ranks)
     plain = [term for term in low_ranks if not term.p]
     dropped = [term for term in low_ranks if term.p]
