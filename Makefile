@@ -65,7 +65,7 @@ mutants: env
 
 # The C++ kernels ahead of their first use, for every instruction set the compiler knows.
 build: env
-	$(BIN)/python -m lorafast.runtime.extension
+	$(BIN)/python -m lorafast build --all
 
 # The tests of the C++ kernels with a guard on every access. The runtimes come first because Python
 # was not linked with them, and libstdc++ with them, or a C++ exception finds no handler. Built

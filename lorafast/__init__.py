@@ -35,12 +35,13 @@ if TYPE_CHECKING:
     from lorafast.nn.embedding import Embedding
     from lorafast.nn.linear import Linear
     from lorafast.registry import list_methods
+    from lorafast.runtime.fallback import FallbackWarning
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AFLoRA", "AdaLoRA", "DoRA", "Embedding", "LaMDA", "Linear", "LoRA", "LoRAGA", "PiSSA",
-    "VeRA", "accelerate", "adapt", "adapter_parameters", "adapter_state_dict",
+    "AFLoRA", "AdaLoRA", "DoRA", "Embedding", "FallbackWarning", "LaMDA", "Linear", "LoRA",
+    "LoRAGA", "PiSSA", "VeRA", "accelerate", "adapt", "adapter_parameters", "adapter_state_dict",
     "adapters_without_gradient", "disable_adapter", "estimate_gradients", "explain", "linear",
     "list_methods", "load_adapter", "merge", "merge_and_unload", "patch_peft", "reference_model",
     "restore", "save_adapter", "spectral_ranks", "trainable_summary", "unload",
@@ -73,6 +74,7 @@ _DEFINED_IN = {
     "nn.embedding": ("Embedding",),
     "nn.linear": ("Linear",),
     "registry": ("list_methods",),
+    "runtime.fallback": ("FallbackWarning",),
 }
 _PUBLIC_MODULES = ("optim", "reference", "schedule")
 # Modules that register themselves with others when they are imported.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import math
 import sys
 from typing import TYPE_CHECKING, cast
@@ -13,7 +14,8 @@ import torch
 
 from lorafast.engine.backends import Backend
 from lorafast.engine.problem import CallOptions, LayerTensors, Problem
-from lorafast.runtime import devices, env, symlinks
+from lorafast.runtime import devices, env, fallback, symlinks
+from lorafast.runtime.fallback import Remediable
 
 if TYPE_CHECKING:
     from lorafast.engine.backends import cpu, eager, triton
@@ -38,7 +40,8 @@ def load(backend: str) -> Backend | str:
         return cast(Backend, importlib.import_module(name))
     except Exception as error:
         missing = symlinks.why_missing(_SOURCES[backend]) if backend in _SOURCES else None
-        return missing or f"cannot be loaded: {type(error).__name__}: {error}"
+        reason = missing or f"cannot be loaded: {type(error).__name__}: {error}"
+        return Remediable(reason) if backend == "cpu" else reason
 
 
 def why_not(backend: str, primitive: str, problem: Problem) -> tuple[str, ...]:
@@ -160,11 +163,19 @@ def _choose(primitive: str, problem: Problem, asked: str, log: bool) -> Backend:
         if not refusals[backend]:
             if log:
                 _announce(primitive, problem, backend, refusals)
+            if problem.arch.vendor == "cpu":
+                _warn_of_remediable(refusals)
             return cast(Backend, load(backend))
     raise RuntimeError(
         f"{env.BACKEND.name}={asked} cannot {primitive}: {'; '.join(refusals[asked])} "
         "(a forced backend serves all or nothing; auto falls back)"
     )
+
+
+def _warn_of_remediable(refusals: dict[str, tuple[str, ...]]) -> None:
+    for reason in itertools.chain(*refusals.values()):
+        if isinstance(reason, Remediable):
+            fallback.warn_of_eager(reason)
 
 
 def _announce(

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-_AVX2 = ("avx2", "fma", "f16c", "bmi2")
-_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
-# The features that an instruction set needs, by their names in /proc/cpuinfo; fastest first.
-ISAS = {"avx512bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2, "scalar": ()}
 
 
 class Arch(NamedTuple):
@@ -49,17 +43,3 @@ def has_mixed_gemm(device: torch.device) -> bool:
 def has_fp64(device: torch.device) -> bool:
     """True if the device computes in float64."""
     return device.type not in ("mps", "xla")
-
-
-@functools.cache
-def isas(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
-    """The names in ISAS that this machine runs, fastest first; `scalar` alone if it is unknown."""
-    features: frozenset[str] = frozenset()
-    try:
-        with cpuinfo.open() as lines:
-            features = next(
-                (frozenset(line.split()) for line in lines if line.startswith("flags")), features
-            )
-    except OSError:
-        pass
-    return tuple(isa for isa, needed in ISAS.items() if features.issuperset(needed))

@@ -29,12 +29,14 @@ CPU_ISA = Variable(
     "LORAFAST_CPU_ISA",
     "auto",
     "the instruction set of the C++ kernels, read when they are first needed: `auto` takes the "
-    "best that the machine runs; a name (`scalar`, `avx2`, `avx512`, `avx512bf16`) forces that one",
+    "best that the machine runs; a name (`scalar`, `avx2`, `avx512`, `avx512bf16`) forces that "
+    "one, which raises if the machine lacks it",
 )
 CACHE = Variable(
     "LORAFAST_CACHE",
     "~/.cache/lorafast",
-    "the folder for compiled kernels; `XDG_CACHE_HOME` is honoured where this is not set",
+    "the folder for compiled kernels; `XDG_CACHE_HOME` is honoured where this is not set. If it "
+    "cannot be written, a private temporary folder takes its place",
 )
 CXXFLAGS = Variable(
     "LORAFAST_CXXFLAGS",

@@ -3,8 +3,8 @@
 Every failure is a reason in words, never a traceback.
 
 A module is named after a hash of its sources, its flags and Python's ABI. The compiler and pybind11
-that made it are not part of the name, so that a module built ahead (`make build`) serves where
-neither is installed; the log beside it names them.
+that made it are not part of the name, so that a module built ahead (`python -m lorafast build`)
+serves where neither is installed; the log beside it names them.
 """
 
 from __future__ import annotations
@@ -14,51 +14,61 @@ import functools
 import hashlib
 import importlib.machinery
 import importlib.util
+import os
 import shlex
 import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from lorafast.runtime import devices, env, symlinks, toolchain
+from lorafast.runtime import build_cache, env, fallback, instruction_sets, symlinks, toolchain
+from lorafast.runtime.build_cache import is_complete
+from lorafast.runtime.fallback import Remediable
 from lorafast.runtime.toolchain import Failure, Toolchain, UnknownFlags
 
-ISAS = tuple(devices.ISAS)
 SOURCES = Path(__file__).parent.parent / "engine" / "csrc" / "cpu"
+# What a compiler needs for the kernels on one core, to say how long a build will take.
+_COMPILE_SECONDS = 28
+
+
+class NeverBuilt(Failure):
+    """No kernels are built on this platform, whatever the user does."""
 
 
 def cpu(isa: str | None = None, sources: Path = SOURCES) -> ModuleType | str:
     """Return the module of the CPU kernels, or why there is none.
 
     The first call may compile, and blocks meanwhile; every answer is kept for the life of the
-    process.
+    process. A reason that the user can remove is a Remediable. ValueError and RuntimeError for an
+    instruction set that is unknown or that this machine lacks.
 
-    isa: one of ISAS, or "auto" for the best that this machine runs; None reads LORAFAST_CPU_ISA.
+    isa: a name in instruction_sets.ISAS, or "auto" for the best that this machine runs; None reads
+        LORAFAST_CPU_ISA.
     """
-    return _cpu(isa or env.cpu_isa(), sources, env.cache(), env.cxx(), env.cxxflags())
+    candidates = instruction_sets.candidates(isa or env.cpu_isa())
+    return _cpu(candidates, sources, env.cache(), env.cxx(), env.cxxflags())
 
 
 @functools.cache
-def _cpu(isa: str, sources: Path, cache: str, cxx: str, extra: str) -> ModuleType | str:
-    here = devices.isas()
-    if isa not in ("auto", *ISAS):
-        return f"{env.CPU_ISA.name}={isa} is not one of auto, {', '.join(ISAS)}"
-    if isa not in ("auto", *here):
-        return f"{env.CPU_ISA.name}={isa}: this machine has {', '.join(here)}"
+def _cpu(
+    candidates: tuple[str, ...], sources: Path, cache: str, cxx: str, extra: str
+) -> ModuleType | str:
     reason = ""
-    for one in here if isa == "auto" else (isa,):
+    for isa in candidates:
         try:
-            return _load(Module.of(one, sources, cache, extra), cxx)
+            return _load(Module.of(isa, sources, cache, extra), cxx)
+        except NeverBuilt as failure:
+            return str(failure)
         except UnknownFlags as unknown:
             # An old compiler still serves the instruction sets it knows.
             reason = str(unknown)
         except Failure as failure:
-            return str(failure)
-    return reason
+            return Remediable(failure)
+    return Remediable(reason)
 
 
 class Module(NamedTuple):
@@ -77,22 +87,25 @@ class Module(NamedTuple):
         A Failure if it cannot be built here.
         """
         if sys.platform != "linux":
-            raise Failure(f"the C++ kernels are built on Linux only, not on {sys.platform}")
-        if cache.startswith("~"):
-            raise Failure(f"there is no home folder to keep builds in: set {env.CACHE.name}")
+            raise NeverBuilt(f"the C++ kernels are built on Linux only, not on {sys.platform}")
         try:
-            flags = (*toolchain.FLAGS, *machine_flags(isa), *shlex.split(extra))
+            own = (*toolchain.FLAGS, *instruction_sets.compiler_flags(isa))
+            flags = (*own, *shlex.split(extra))
         except ValueError as error:
-            raise Failure(f"{env.CXXFLAGS.name}={extra} cannot be read: {error}") from error
+            raise Failure(
+                f"{env.CXXFLAGS.name}={extra} cannot be read: {error}; correct or unset it"
+            ) from error
         files = sorted(path for path in sources.glob("*") if path.suffix in (".cpp", ".h"))
         if not any(path.suffix == ".cpp" for path in files):
-            raise Failure(symlinks.why_missing("csrc") or f"there is no C++ in {sources}")
+            why = f"there is no C++ in {sources}: install lorafast again"
+            raise Failure(symlinks.why_missing("csrc") or why)
         try:
             contents = [
                 (path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
             ]
         except OSError as error:
-            raise Failure(f"the C++ sources cannot be read: {error}") from error
+            why = f"the C++ sources cannot be read: {error}; install lorafast again"
+            raise Failure(why) from error
         runtime = toolchain.mangled_openmp()
         parts = (
             flags,
@@ -105,29 +118,112 @@ class Module(NamedTuple):
         # The name differs from every other in this process, because pybind11 returns the module it
         # made first for a name it has seen.
         name = f"lorafast_cpu_{isa}_{digest}"
-        return cls(isa, sources, flags, Path(cache).absolute(), name)
+        # Without a home folder it stays as it is, for `build` to refuse.
+        folder = Path(cache) if cache.startswith("~") else Path(cache).absolute()
+        return cls(isa, sources, flags, folder, name)
 
     @property
     def path(self) -> Path:
         """The file of the module."""
         return self.cache / f"{self.name}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
+    def beside(self, suffix: str) -> Path:
+        """A file of the module's name with another suffix."""
+        return self.cache / f"{self.name}{suffix}"
 
-def machine_flags(isa: str) -> tuple[str, ...]:
-    """Return the compiler's flags for an instruction set."""
-    return tuple(f"-m{feature.replace('_', '')}" for feature in devices.ISAS[isa])
+
+def build(module: Module, cxx: str, again: bool = False, retry: bool = False) -> None:
+    """Build the module into its cache, unless another process has just done so.
+
+    Failure if it cannot be built, OSError if the cache cannot be written.
+
+    again: build it even if it is there. retry: build it even if these tools have failed before.
+    """
+    if str(module.cache).startswith("~"):
+        raise FileNotFoundError(2, "there is no home folder")
+    module.cache.mkdir(parents=True, exist_ok=True)
+    with build_cache.locked(module.beside(".lock")):
+        if not again and is_complete(module.path):
+            return
+        for left in module.cache.glob(f"{module.name}.build-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        tools, record = Toolchain.find(cxx), module.beside(".failed")
+        if flags := instruction_sets.compiler_flags(module.isa):
+            tools.check(flags)
+        reason = None if retry else build_cache.remembered_failure(record, tools.fingerprint)
+        if reason:
+            raise Failure(f"{reason} (it failed before; to try again, delete {record})")
+        try:
+            _compile(module, tools)
+        except Failure as failure:
+            build_cache.remember_failure(record, tools.fingerprint, str(failure))
+            raise
+        record.unlink(missing_ok=True)
+
+
+def _compile(module: Module, tools: Toolchain) -> None:
+    cores = len(os.sched_getaffinity(0))
+    _say(
+        f"compiling its CPU kernels for {module.isa}, once, into {module.cache} "
+        f"(about {-(-_COMPILE_SECONDS // min(cores, 4))} s)"
+    )
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(
+        prefix=f"{module.name}.build-", dir=module.cache, ignore_cleanup_errors=True
+    ) as folder:
+        made = Path(folder) / "module.so"
+        named = f"-DLORAFAST_MODULE={module.name}"
+        tools.compile(module.sources, (*module.flags, named), made, module.beside(".log"))
+        build_cache.seal(made)
+        made.replace(module.path)
+    _say(f"compiled in {time.monotonic() - begin:.1f} s")
+
+
+def _say(line: str) -> None:
+    print(f"lorafast: {line}", file=sys.stderr, flush=True)
 
 
 def _load(module: Module, cxx: str) -> ModuleType:
-    with _cache_errors(module.cache):
-        stale = is_complete(module.path)
-        if stale:
-            # Complete and yet unusable, such as one built for a newer C library in a home folder
-            # that two machines share: it is built again here.
-            with contextlib.suppress(Failure):
-                return _import(module)
-        _build(module, cxx, again=stale)
+    """Return the module from its cache, or from a temporary folder where that is unusable."""
+    try:
+        return _load_from_cache(module, cxx)
+    except OSError as error:
+        unusable = f"{env.CACHE.name}: {module.cache} cannot be used: {error.strerror or error}"
+    remedy = f"set {env.CACHE.name} to a folder that can be written and lasts"
+    try:
+        temporary = module._replace(cache=build_cache.temporary_folder())
+        new = not is_complete(temporary.path)
+        if new:
+            _say(f"{unusable}; a temporary folder serves")
+        loaded = _load_from_cache(temporary, cxx)
+    except OSError as error:
+        raise Failure(
+            f"{unusable}, and neither can a temporary folder: {error.strerror or error}; {remedy}"
+        ) from error
+    except Failure as failure:
+        raise type(failure)(f"{failure} ({unusable})") from failure
+    if new:
+        fallback.warn_once(
+            f"{unusable}. lorafast's CPU kernels were compiled into {temporary.cache}, and will be "
+            f"again when that is emptied: {remedy}."
+        )
+    return loaded
+
+
+def _load_from_cache(module: Module, cxx: str) -> ModuleType:
+    stale = is_complete(module.path)
+    if stale:
+        # Complete and yet unusable, such as one built for a newer C library in a home folder that
+        # two machines share: it is built again here.
+        with contextlib.suppress(Failure):
+            return _import(module)
+    build(module, cxx, again=stale)
+    try:
         return _import(module)
+    except Failure as failure:
+        tools = Toolchain.find(cxx).fingerprint
+        build_cache.remember_failure(module.beside(".failed"), tools, str(failure))
+        raise
 
 
 def _import(module: Module) -> ModuleType:
@@ -138,101 +234,8 @@ def _import(module: Module) -> ModuleType:
         )
         loader.exec_module(loaded)
     except Exception as error:
-        raise Failure(f"{module.path} cannot be loaded: {' '.join(str(error).split())}") from error
-    return loaded
-
-
-def _build(module: Module, cxx: str, again: bool = False) -> None:
-    """Build the module, unless another process has just done so."""
-    module.cache.mkdir(parents=True, exist_ok=True)
-    with _locked(module.cache / f"{module.name}.lock"):
-        if not again and is_complete(module.path):
-            return
-        for left in module.cache.glob(f"{module.name}.build-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        tools = Toolchain.find(cxx)
-        if flags := machine_flags(module.isa):
-            tools.check(flags)
-        print(
-            f"lorafast: compiling its CPU kernels for {module.isa}, once, into {module.cache}",
-            file=sys.stderr,
-            flush=True,
-        )
-        with tempfile.TemporaryDirectory(
-            prefix=f"{module.name}.build-", dir=module.cache, ignore_cleanup_errors=True
-        ) as folder:
-            made = Path(folder) / "module.so"
-            named = f"-DLORAFAST_MODULE={module.name}"
-            tools.compile(
-                module.sources, (*module.flags, named), made, module.cache / f"{module.name}.log"
-            )
-            seal(made)
-            made.replace(module.path)
-
-
-def seal(path: Path) -> None:
-    """Append the file's hash, which the loader of shared objects ignores."""
-    content = path.read_bytes()
-    path.write_bytes(content + hashlib.sha256(content).digest())
-
-
-def is_complete(path: Path) -> bool:
-    """True if the file exists and ends with its hash.
-
-    A file that a full disk or a crash has cut short would kill the process that loads it.
-    """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return False
-    return hashlib.sha256(content[:-32]).digest() == content[-32:]
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock among processes, and among threads too, since each opens the file itself."""
-    # Not on every system, while lorafast is imported on all.
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            # Closing is not enough: a process forked meanwhile holds the file open too.
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-@contextlib.contextmanager
-def _cache_errors(cache: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
+        why = " ".join(str(error).split())
         raise Failure(
-            f"{env.CACHE.name}: {cache} cannot be used: {error.strerror or error}"
+            f"{module.path} cannot be loaded: {why}; set CXX to another compiler"
         ) from error
-
-
-def main() -> int:
-    """Build the module of every instruction set that the compiler knows; print one line each.
-
-    Returns 1 if one of them could not be built.
-    """
-    failed = False
-    for isa in ISAS:
-        try:
-            module = Module.of(isa, SOURCES, env.cache(), env.cxxflags())
-            with _cache_errors(module.cache):
-                if not is_complete(module.path):
-                    _build(module, env.cxx())
-            print(f"{isa}: {module.path}")
-        except UnknownFlags as unknown:
-            print(f"{isa}: {unknown}")
-        except Failure as failure:
-            failed = True
-            print(f"{isa}: {failure}")
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return loaded

@@ -6,6 +6,7 @@ It needs a compiler, ninja, pybind11 and Python's headers; a missing one is a Fa
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import re
 import shlex
@@ -14,8 +15,6 @@ import subprocess
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 # No code reads errno or the floating-point flags after these loops; saying so lets sqrt and selects
 # vectorise. Not -ffast-math: NaN, infinity and the order of sums are promised.
@@ -31,8 +30,12 @@ FLAGS = (
 )
 
 
+# What to do about a compiler that does not serve.
+_ANOTHER = "install g++ or set CXX to another compiler"
+
+
 class Failure(Exception):
-    """No module could be made; the message says why in one line."""
+    """No module could be made; the message says why, and what to do about it, in one line."""
 
 
 class UnknownFlags(Failure):
@@ -40,8 +43,13 @@ class UnknownFlags(Failure):
 
 
 @functools.cache
-def mangled_openmp(packages: Path = Path(torch.__file__).parent.parent) -> Path | None:
-    """The libgomp that torch's wheel has renamed (libgomp-a1b2c3.so.1), or None."""
+def mangled_openmp(packages: Path | None = None) -> Path | None:
+    """The libgomp that torch's wheel has renamed (libgomp-a1b2c3.so.1), or None.
+
+    packages: the folder that torch is installed in; None looks for it without importing torch.
+    """
+    if packages is None:
+        packages = Path(importlib.util.find_spec("torch").origin).parent.parent
     return next(
         (
             path
@@ -83,10 +91,22 @@ class Toolchain(NamedTuple):
         version = _run([*command, "--version"])
         if version.returncode:
             raise Failure(
-                f"the compiler {shlex.join(command)} does not run: {_first_line(version.stdout)}"
+                f"the compiler {shlex.join(command)} does not run: {_first_line(version.stdout)}; "
+                f"{_ANOTHER}"
             )
         identity = f"{_first_line(version.stdout)}, pybind11 {pybind11.__version__}"
         return cls(command, _ninja(), (pybind11.get_include(), *python), identity)
+
+    @property
+    def fingerprint(self) -> str:
+        """One line that changes with the compiler: its path, size, age and version."""
+        program = shutil.which(self.cxx[0]) or self.cxx[0]
+        try:
+            found = os.stat(program)
+            file = f"{found.st_size} bytes of {found.st_mtime_ns}"
+        except OSError:
+            file = "no file"
+        return f"{program} ({file}), {shlex.join(self.cxx)}, {self.identity}"
 
     def check(self, flags: tuple[str, ...]) -> None:
         """Raise UnknownFlags if the compiler does not take the flags."""
@@ -94,7 +114,7 @@ class Toolchain(NamedTuple):
         if done.returncode:
             raise UnknownFlags(
                 f"the compiler {shlex.join(self.cxx)} does not take {shlex.join(flags)}: "
-                f"{_error_line(done.stdout)}"
+                f"{_error_line(done.stdout)}; {_ANOTHER}"
             )
 
     def compile(self, sources: Path, flags: tuple[str, ...], target: Path, log: Path) -> None:
@@ -114,7 +134,9 @@ class Toolchain(NamedTuple):
                     f"the compiler {shlex.join(self.cxx)} has no OpenMP "
                     f"(install libgomp, or libomp for clang): {why}"
                 )
-            raise Failure(f"{why} (all of it: {log})")
+            else:
+                why = f"the compiler {shlex.join(self.cxx)} fails: {why}"
+            raise Failure(f"{why} (all of it: {log}); {_ANOTHER}")
 
     def _build_file(self, sources: Path, flags: tuple[str, ...], target: Path) -> str:
         includes = [word for folder in self.includes for word in ("-isystem", folder)]
@@ -156,16 +178,17 @@ def _compiler(cxx: str) -> tuple[str, ...]:
     try:
         asked = shlex.split(cxx)
     except ValueError as error:
-        raise Failure(f"CXX={cxx} cannot be read: {error}") from error
+        raise Failure(f"CXX={cxx} cannot be read: {error}; {_ANOTHER}") from error
     if asked:
         if not shutil.which(asked[0]):
-            raise Failure(f"CXX={cxx}: there is no such program")
+            raise Failure(f"CXX={cxx}: there is no such program; {_ANOTHER}")
         return tuple(asked)
     for name in ("c++", "g++", "clang++"):
         if found := shutil.which(name):
             return (found,)
     raise Failure(
-        "there is no C++ compiler: CXX is not set, and none of c++, g++, clang++ is on the PATH"
+        "there is no C++ compiler: CXX is not set, and none of c++, g++, clang++ is on the PATH; "
+        "install g++ (apt install g++, dnf install gcc-c++), or set CXX"
     )
 
 
@@ -203,10 +226,15 @@ def _first_line(output: str) -> str:
 def _error_line(output: str) -> str:
     """Return the line of a compiler's, linker's or ninja's output that names the error."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it says nothing"]
-    return next(
-        (line for line in lines if re.search(r"\berror:|cannot find -l|undefined reference", line)),
-        lines[-1],
-    )
+    for line in lines:
+        if re.search(r"\berror:|cannot find -l|undefined reference", line):
+            return line
+    for line, command, said in zip(lines, lines[1:], lines[2:], strict=False):
+        # ninja's own lines: what failed, its command, then what that has said.
+        if line.startswith("FAILED:") and command:
+            silent = said.startswith(("[", "FAILED:", "ninja:"))
+            return "it stops without a message" if silent else said
+    return lines[-1]
 
 
 def _escaped(path: str) -> str:

@@ -12,7 +12,7 @@ from helpers.integer_problems import CHECKS, DTYPES, LAYOUTS, GuardedAllocations
 from helpers.nan_spread import assert_spreads
 
 from lorafast.engine.backends import cpu
-from lorafast.runtime import devices, env, extension
+from lorafast.runtime import env, extension, instruction_sets
 from lorafast.runtime.toolchain import Toolchain, UnknownFlags
 
 pytestmark = needs_compiler
@@ -22,7 +22,7 @@ SHAPES = [(1, 1, 1, 1), (7, 130, 257, 12), (25, 1049, 35, 9), (131, 19, 531, 5),
 
 
 # The best one, which every other test of the C++ kernels runs on, and each of the others.
-BEST, *OTHERS = devices.isas()
+BEST, *OTHERS = instruction_sets.available()
 ISAS = [BEST, *(pytest.param(isa, marks=pytest.mark.slow) for isa in OTHERS)]
 
 
@@ -30,7 +30,7 @@ ISAS = [BEST, *(pytest.param(isa, marks=pytest.mark.slow) for isa in OTHERS)]
 def compiled(request, monkeypatch):
     """The backend on this instruction set's kernels."""
     try:
-        Toolchain.find(env.cxx()).check(extension.machine_flags(request.param))
+        Toolchain.find(env.cxx()).check(instruction_sets.compiler_flags(request.param))
     except UnknownFlags as unknown:
         pytest.skip(str(unknown))
     module = extension.cpu(request.param)

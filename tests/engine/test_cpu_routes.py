@@ -8,7 +8,7 @@ from helpers.cpp_compiler import needs_compiler
 import lorafast
 from lorafast.engine import dispatch
 from lorafast.engine.backends import cpu
-from lorafast.runtime import devices, env, extension
+from lorafast.runtime import extension, instruction_sets
 from lorafast.runtime.devices import Arch
 
 pytestmark = needs_compiler
@@ -105,10 +105,14 @@ def test_what_cannot_be_built_is_a_reason_and_auto_runs_on_eager(anew, tmp_path)
         layer(torch.randn(3, 24))
 
 
-@pytest.mark.parametrize("asked", ["sse9", "avx512bf16"])
-def test_an_instruction_set_there_is_not_is_a_reason(asked, anew, monkeypatch):
-    monkeypatch.setattr(devices, "isas", lambda: ("avx2", "scalar"))
+@pytest.mark.parametrize(("asked", "error"), [("sse9", ValueError), ("avx512bf16", RuntimeError)])
+def test_an_instruction_set_there_is_not_raises_as_a_backend_does(asked, error, anew, monkeypatch):
+    monkeypatch.setattr(instruction_sets, "available", lambda: ("avx2", "scalar"))
     anew(LORAFAST_CPU_ISA=asked)
-    (reason,) = cpu.why_not("linear", problem())
-    assert reason.startswith(f"{env.CPU_ISA.name}={asked}")
-    assert cpu.describe_route("linear", problem()) is None
+    layer = lorafast.Linear(24, 32, adapter=lorafast.LoRA(r=4))
+    for _ in range(2):
+        with pytest.raises(error, match=f"^LORAFAST_CPU_ISA={asked} .* avx2, scalar"):
+            layer(torch.randn(3, 24))
+    # It is of no interest to another backend.
+    anew(LORAFAST_BACKEND="eager")
+    assert layer(torch.randn(3, 24)).isfinite().all()

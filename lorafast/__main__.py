@@ -1,0 +1,101 @@
+"""The command line of python -m lorafast, which builds the C++ kernels ahead of their first use."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from lorafast.runtime import env, extension, instruction_sets
+from lorafast.runtime.build_cache import is_complete
+from lorafast.runtime.extension import Module
+from lorafast.runtime.toolchain import Failure, UnknownFlags
+
+_BUILD = f"""\
+Build the C++ kernels of the CPU backend ahead of their first use, for example in the image of a
+container or on a node that has a compiler. A build that failed before is tried again.
+
+{env.CACHE.name} is the folder that they go to ({env.CACHE.default} unless set), CXX names the
+compiler, and {env.CXXFLAGS.name} adds flags. The run that uses them needs the same folder and
+flags, and no compiler."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m lorafast", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser(
+        "build",
+        help="build the C++ kernels",
+        description=_BUILD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    which = build.add_mutually_exclusive_group()
+    which.add_argument(
+        "--isa",
+        choices=("auto", *instruction_sets.ISAS),
+        help="the instruction set; auto is the best that this machine runs; "
+        f"{env.CPU_ISA.name} says it where this does not",
+    )
+    which.add_argument(
+        "--all", action="store_true", help="every instruction set that the compiler knows"
+    )
+    options = parser.parse_args(arguments)
+    if options.all:
+        return build_all()
+    # Another machine may run what is named here; what the environment names is for this one.
+    if options.isa not in (None, "auto"):
+        return build_first((options.isa,))
+    try:
+        return build_first(instruction_sets.candidates(options.isa or env.cpu_isa()))
+    except (ValueError, RuntimeError) as error:
+        build.error(str(error))
+
+
+def build_all() -> int:
+    """Build every instruction set; return 1 if one failed that the compiler knows."""
+    status = 0
+    for isa in instruction_sets.ISAS:
+        try:
+            print(_built(isa))
+        except UnknownFlags as unknown:
+            print(f"{isa}: {unknown}")
+        except Failure as failure:
+            print(f"{isa}: {failure}")
+            status = 1
+    return status
+
+
+def build_first(isas: tuple[str, ...]) -> int:
+    """Build the first instruction set that the compiler knows; return 1 if that fails."""
+    for isa in isas:
+        try:
+            print(_built(isa))
+            return 0
+        except UnknownFlags as unknown:
+            print(f"{isa}: {unknown}")
+        except Failure as failure:
+            print(f"{isa}: {failure}")
+            return 1
+    return 1
+
+
+def _built(isa: str) -> str:
+    """Build one instruction set and return a line that says where it is and how long it took."""
+    begin = time.monotonic()
+    module = Module.of(isa, extension.SOURCES, env.cache(), env.cxxflags())
+    try:
+        there = is_complete(module.path)
+        if not there:
+            extension.build(module, env.cxx(), retry=True)
+    except OSError as error:
+        raise Failure(
+            f"{env.CACHE.name}: {module.cache} cannot be used: {error.strerror or error}; "
+            f"set {env.CACHE.name} to a folder that can be written"
+        ) from error
+    took = "built before" if there else f"built in {time.monotonic() - begin:.1f} s"
+    return f"{isa}: {module.path} ({took})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

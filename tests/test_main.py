@@ -1,0 +1,109 @@
+"""python -m lorafast: its help without torch, and kernels built ahead of their first use."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.cpp_compiler import needs_compiler
+from helpers.tiny_extension import compiler, dies, refuses, write_sources
+
+from lorafast import __main__ as command_line
+from lorafast.runtime import env, extension, instruction_sets
+from lorafast.runtime.extension import Module
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A tiny module in place of the kernels, on a machine with AVX2, and an empty cache."""
+    monkeypatch.setattr(extension, "SOURCES", write_sources(tmp_path / "sources"))
+    monkeypatch.setattr(instruction_sets, "available", lambda: ("avx2", "scalar"))
+    monkeypatch.setenv("LORAFAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORAFAST_CXXFLAGS", "-O0")
+    for name in ("CXX", "LORAFAST_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    return extension.SOURCES
+
+
+def path_of(isa):
+    return Module.of(isa, extension.SOURCES, env.cache(), env.cxxflags()).path
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["compile"], []])
+def test_the_command_line_answers_without_torch(arguments):
+    probe = (
+        "import runpy, sys\n"
+        f"sys.argv = ['lorafast', *{arguments}]\n"
+        "try:\n    runpy.run_module('lorafast', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end:\n    print(end.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ("0 False" if "--help" in arguments else "2 False")
+    assert "build" in done.stdout + done.stderr
+
+
+@needs_compiler
+def test_it_builds_what_this_machine_would_use(sources, capsys, monkeypatch):
+    assert command_line.main(["build"]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"avx2: {path_of('avx2')} (built in ")
+    assert line.endswith(" s)\n")
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert command_line.main(["build", "--isa", "auto"]) == 0
+    assert capsys.readouterr().out == f"avx2: {path_of('avx2')} (built before)\n"
+    assert not path_of("scalar").exists()
+
+
+@needs_compiler
+def test_the_environment_or_the_option_names_another(sources, capsys, monkeypatch):
+    monkeypatch.setenv("LORAFAST_CPU_ISA", "scalar")
+    assert command_line.main(["build"]) == 0
+    assert path_of("scalar").exists()
+    # One that this machine lacks, for another machine.
+    assert command_line.main(["build", "--isa", "avx512"]) == 0
+    assert path_of("avx512").exists()
+    for asked in ("avx512", "sse9"):
+        monkeypatch.setenv("LORAFAST_CPU_ISA", asked)
+        with pytest.raises(SystemExit) as end:
+            command_line.main(["build"])
+        assert end.value.code == 2
+        assert f"error: LORAFAST_CPU_ISA={asked}" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_an_old_compiler_builds_what_it_knows(sources, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", compiler(tmp_path, refuses("-mavx*")))
+    assert command_line.main(["build"]) == 0
+    unknown, built = capsys.readouterr().out.splitlines()
+    assert unknown.startswith("avx2: ")
+    assert "does not take -mavx2 -mfma -mf16c -mbmi2" in unknown
+    assert built.startswith(f"scalar: {path_of('scalar')} (built in ")
+    # All of them: what it does not know is no failure.
+    assert command_line.main(["build", "--all"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == list(instruction_sets.ISAS)
+    assert said[-1] == f"scalar: {path_of('scalar')} (built before)"
+    assert command_line.main(["build", "--isa", "avx512"]) == 1
+
+
+@needs_compiler
+def test_what_fails_is_said_and_tried_again_each_time(sources, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", compiler(tmp_path, dies("exit 1")))
+    for _ in range(2):
+        assert command_line.main(["build"]) == 1
+        said = capsys.readouterr()
+        assert "it stops without a message" in said.out
+        assert "failed before" not in said.out
+        assert "compiling" in said.err
+    assert command_line.main(["build", "--all"]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == len(instruction_sets.ISAS)
+
+
+@pytest.mark.parametrize("cache", ["/proc/nowhere", "~no-such-user/cache"])
+def test_a_cache_that_cannot_be_written_is_an_error(sources, capsys, monkeypatch, cache):
+    monkeypatch.setenv("LORAFAST_CACHE", cache)
+    assert command_line.main(["build"]) == 1
+    said = capsys.readouterr().out
+    assert f"LORAFAST_CACHE: {cache} cannot be used" in said
+    assert "set LORAFAST_CACHE to a folder that can be written" in said
+    assert not Path("~no-such-user").exists()
