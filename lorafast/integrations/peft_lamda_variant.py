@@ -19,6 +19,7 @@ from torch import nn
 from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling
 from lorafast.methods.lamda import INITS, LaMDA
 from lorafast.nn import merge_math
+from lorafast.nn.frozen_columns import FrozenColumns
 from lorafast.runtime import extras
 
 with extras.required("peft"):
@@ -53,16 +54,27 @@ def core(layer: PeftLinear, name: str) -> nn.Parameter | None:
     return layer.lora_core[name] if type(layer.lora_variant.get(name)) is LamdaVariant else None
 
 
+def call_columns(layer: PeftLinear, name: str) -> tuple[torch.Tensor, int]:
+    """Return an adapter's B for a call, and how many of its first columns get no gradient."""
+    B = layer._modules["lora_B"]._modules[name]
+    if type(B) is UpProjection and B.freezing:
+        return B._call_columns(B.weight)
+    return B.weight, 0
+
+
 def has_residual(layer: PeftLinear) -> bool:
     """True if an init has changed the base weight, through this layer or one that shares it."""
     return hasattr(layer.get_base_layer().weight, "lorafast_residual")
 
 
 def freeze(layer: PeftLinear) -> None:
-    """Freeze A of every LaMDA adapter of the layer."""
+    """Freeze A of every LaMDA adapter of the layer, and a B whose columns are all frozen."""
     for name in layer.lora_A:
         if core(layer, name) is not None:
             layer.lora_A[name].requires_grad_(False)
+            B = layer.lora_B[name]
+            if type(B) is UpProjection and B._froze_B:
+                B.requires_grad_(False)
 
 
 def delta(layer: PeftLinear, name: str) -> torch.Tensor:
@@ -105,6 +117,31 @@ class Cores(nn.ParameterDict):
         super().__setitem__(name, value)
 
 
+class UpProjection(FrozenColumns, nn.Linear):
+    """The lora_B of a LaMDA: an nn.Linear whose first columns LaMDAFreeze can freeze.
+
+    PEFT's nn.Linear becomes one by a change of its class, so that its weight is the same Parameter.
+    """
+
+    @classmethod
+    def convert(cls, linear: nn.Linear) -> None:
+        """Change the class of a plain nn.Linear."""
+        linear.__class__ = cls
+        linear._register_columns()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x Bᵀ [...,N], whose gradient for frozen columns is 0.  x [...,R]"""
+        return F.linear(x, self._masked(self.weight) if self.freezing else self.weight, self.bias)
+
+    def _factor_B(self) -> nn.Parameter:
+        return self.weight
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        if self.frozen_B is not None:
+            self.freeze_columns(self.frozen_columns)
+
+
 class LamdaVariant(LoraVariant):
     """The methods that PEFT calls of a variant. init and svd_niter are those of lorafast.LaMDA."""
 
@@ -132,6 +169,7 @@ class LamdaVariant(LoraVariant):
         if "lora_core" not in module.adapter_layer_names:
             module.lora_core = Cores()
             module.adapter_layer_names = (*module.adapter_layer_names, "lora_core")
+        UpProjection.convert(module.lora_B[adapter_name])
         A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
         r = module.r[adapter_name]
         module.lora_core[adapter_name] = nn.Parameter(A.new_empty(r, r))

@@ -86,12 +86,12 @@ class Linear(PeftLinear):
         super().reset_lora_parameters(adapter_name, init_lora_weights)
 
     def set_adapter(self, *args, **kwargs) -> None:
-        """Set the active adapters, as PEFT does. The A of a LaMDA stays frozen."""
+        """Set the active adapters, as PEFT does. What of a LaMDA is frozen stays so."""
         super().set_adapter(*args, **kwargs)
         peft_lamda_variant.freeze(self)
 
     def set_requires_grad(self, *args, **kwargs) -> None:
-        """Set requires_grad, as PEFT does. The A of a LaMDA stays frozen."""
+        """Set requires_grad, as PEFT does. What of a LaMDA is frozen stays so."""
         super().set_requires_grad(*args, **kwargs)
         peft_lamda_variant.freeze(self)
 
@@ -122,6 +122,7 @@ def op_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor:
         return functional.several(x, weight, bias, adapters)
     name = names[0]
     factors = adapter_factors(layer, name)
+    lora_B, frozen_columns = peft_lamda_variant.call_columns(layer, name)
     norm, dropout_on, keep = None, "adapter", "auto"
     magnitude = _magnitude(layer, name)
     if magnitude is not None:
@@ -132,7 +133,7 @@ def op_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor:
         weight,
         bias,
         factors.lora_A,
-        factors.lora_B,
+        lora_B,
         peft_lamda_variant.core(layer, name),
         magnitude,
         norm,
@@ -141,6 +142,7 @@ def op_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor:
         dropout=factors.dropout,
         dropout_on=dropout_on,
         keep=keep,
+        frozen_columns=frozen_columns,
     )
 
 
@@ -169,6 +171,7 @@ def _explained_call(layer: Linear, name: str) -> LayerCall:
     options = CallOptions(
         dropout=dropout.p if peft_support.can_drop(dropout) else 0.0,
         dropout_on=layer.lorafast_dropout_on,
+        frozen_columns=getattr(B, "frozen_columns", 0),
     )
     why = peft_support.why_not_state(layer, *_dora_options(layer))
     if "forward" in vars(layer):

@@ -136,7 +136,7 @@ def _why_not_base(layer: PeftLinear) -> str | None:
 
 def _why_not_adapter(layer: PeftLinear, name: str) -> str | None:
     A, B, dropout = adapter_modules(layer, name)
-    if type(A) is not nn.Linear or type(B) is not nn.Linear:
+    if type(A) is not nn.Linear or type(B) not in (nn.Linear, peft_lamda_variant.UpProjection):
         return f"its lora_A and lora_B are a {type_name(A)} and a {type_name(B)}"
     if A.bias is not None:
         return "its lora_A has a bias"
