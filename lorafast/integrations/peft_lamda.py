@@ -40,7 +40,8 @@ class LamdaConfig(LoraConfig):
     """PEFT's LoraConfig for LaMDA: every targeted nn.Linear and Conv1D gets a trained core.
 
     y = x Wᵀ + s·((drop(x) Aᵀ) Sᵀ) Bᵀ + bias; S (lora_core [R,R]) and B train, A is frozen. Rank,
-    alpha, rslora, dropout, patterns and bias are LoraConfig's.
+    alpha, rslora, dropout, patterns and bias are LoraConfig's. lorafast.schedule.LaMDAFreeze
+    freezes the columns of B.
 
     With lamda_init="residual" the base weight changes, as with PEFT's PiSSA: a disabled, deleted or
     unloaded adapter leaves the residual behind, and a saved one belongs to the original weights. An
