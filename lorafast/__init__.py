@@ -78,7 +78,7 @@ _DEFINED_IN = {
 }
 _PUBLIC_MODULES = ("optim", "reference", "schedule")
 # Modules that register themselves with others when they are imported.
-_REGISTERING_MODULES = ("checkpoint.pretrained",)
+_REGISTERING_MODULES = ("checkpoint.pretrained", "models.resize")
 
 moved_modules.install()
 

@@ -7,7 +7,6 @@ Imports no transformers.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import warnings
@@ -21,34 +20,31 @@ from torch import nn
 from lorafast.checkpoint import files, trainer_files
 from lorafast.checkpoint.save_load import file_content
 from lorafast.models import observers
+from lorafast.models.instance_methods import (
+    adapted_transformers,
+    replace_method,
+    restore_method,
+)
 from lorafast.models.merge import merged_copies
-from lorafast.models.module_names import adapter_layers, is_pretrained_model
+from lorafast.models.module_names import adapter_layers
 from lorafast.runtime.torch_internals import storage_key
 
 # The folders from which Trainer resumes.
 _TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
-_ATTRIBUTE = "save_pretrained"
+_METHOD = "save_pretrained"
 
 
 def _attach(model: nn.Module) -> None:
-    """Let every transformers model in it that has adapters save them.
-
-    The method of the instance is replaced, and not that of its class, whose other models save as
-    before. It is a partial, because copy.deepcopy and pickle then give a copy that saves itself. A
-    method that someone else has put there stays.
-    """
-    for module in model.modules():
-        if is_pretrained_model(module) and adapter_layers(module, required=False):
-            vars(module).setdefault(_ATTRIBUTE, functools.partial(_save_pretrained, module))
-            trainer_files.register_hooks(module)
+    """Let every transformers model in it that has adapters save them."""
+    for module in adapted_transformers(model):
+        replace_method(module, _METHOD, _save_pretrained)
+        trainer_files.register_hooks(module)
 
 
 def _detach(model: nn.Module) -> None:
     """Undo _attach."""
     for module in model.modules():
-        method = vars(module).get(_ATTRIBUTE)
-        if isinstance(method, functools.partial) and method.func is _save_pretrained:
-            del vars(module)[_ATTRIBUTE]
+        restore_method(module, _METHOD, _save_pretrained)
         trainer_files.remove_hooks(module)
 
 

@@ -153,6 +153,11 @@ def _set_trainable(module: nn.Module, trainable: bool) -> None:
             parameter.requires_grad_(trainable)
 
 
+def has_initial_values(module: nn.Module) -> bool:
+    """True if a tensor of the module itself trains beside adapters."""
+    return _INITIAL in vars(module)
+
+
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that train as a whole, by canonical name."""
     return {

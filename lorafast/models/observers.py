@@ -1,7 +1,7 @@
 """Functions that are told when a model gets adapters, and when it is plain again.
 
-The checkpoint package registers what lets an adapted transformers model save itself; adapt and
-merge, which it imports, cannot import it.
+The modules that give an adapted transformers model methods of its own register here: adapt and
+merge cannot import those that import them.
 """
 
 from __future__ import annotations
