@@ -95,6 +95,7 @@ class AdapterLayer(AdapterState):
         self.disabled = False
         self._removed_delta: DeltaFactors | None = None
         self._register_columns()
+        self._has_values = False
         self._register_adapter(dtype)
         if start:
             self.reset_adapter()
@@ -209,6 +210,7 @@ class AdapterLayer(AdapterState):
                 parameter = nn.Parameter(fresh, requires_grad=parameter.requires_grad)
                 setattr(self, name, parameter)
             parameter.copy_(value)
+        self._has_values = True
         if base is None:
             return
         if residual:

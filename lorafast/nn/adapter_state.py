@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from lorafast.nn import merge_math
 from lorafast.nn.frozen_columns import FrozenColumns
+from lorafast.nn.merge_mixin import with_weight
 from lorafast.nn.residual_start import ResidualStart
+from lorafast.runtime.torch_internals import running_load
 
 # Every adapter tensor a layer can have; those that its adapter does not use are None.
 NAMES = ("lora_A", "lora_B", "lora_core", "lora_magnitude", "lora_out_scale", "lora_bias")
@@ -17,9 +21,12 @@ NAMES = ("lora_A", "lora_B", "lora_core", "lora_magnitude", "lora_out_scale", "l
 class AdapterState(FrozenColumns, ResidualStart):
     """Saving and loading of an adapter layer by torch's state dicts.
 
-    A state dict with weight and bias but no adapter keys starts the adapter anew; one with some of
-    the adapter's keys is an error.
+    A state dict with weight and bias but no adapter keys starts the adapter anew, but for a trained
+    adapter under strict=False, which stays. One with some of the adapter's keys is an error.
     """
+
+    # True once the adapter has values. False on the meta device, and after to_empty() from there.
+    _has_values: bool = True
 
     def reset_adapter(self) -> None:
         """Start the adapter anew from the base weight."""
@@ -43,7 +50,7 @@ class AdapterState(FrozenColumns, ResidualStart):
         names = [name for name in NAMES if self._parameters.get(name) is not None]
         given = [name for name in names if prefix + name in state_dict]
         has_weight = prefix + "weight" in state_dict
-        arguments, before = (state_dict, prefix, metadata, strict), len(errors)
+        arguments = (state_dict, prefix, metadata, strict)
         if self._merged is not None:
             errors.append(f"{prefix}weight: the layer is merged; unmerge() before loading")
         elif given and len(given) < len(names):
@@ -64,12 +71,42 @@ class AdapterState(FrozenColumns, ResidualStart):
                 f"{prefix}weight without adapter keys would start the adapter anew: {why}"
             )
         else:
-            lacking: list[str] = []
-            super()._load_from_state_dict(*arguments, lacking, unexpected, errors)
-            missing.extend(key for key in lacking if key[len(prefix) :] not in names)
-            if len(errors) == before:
-                assigned = metadata.get("assign_to_params_buffers", False)
-                self._start_from_loaded_weight(assigned)
+            self._load_base(arguments, missing, unexpected, errors, names)
+
+    def _load_base(self, arguments, missing, unexpected, errors, names) -> None:
+        """Load a base weight, and start the adapter from it.
+
+        With strict=False a trained adapter stays, and its keys are missing.
+        """
+        prefix, metadata = arguments[1:3]
+        trained = self._may_be_trained()
+        strict, level = running_load()
+        kept = trained and not strict
+        if kept and self._residual and self._start is None:
+            errors.append(
+                f"{prefix}weight: what the adapter's start took out of the weight is not known; "
+                "strict=True starts the adapter anew"
+            )
+            return
+        lacking: list[str] = []
+        before = len(errors)
+        super()._load_from_state_dict(*arguments, lacking, unexpected, errors)
+        missing.extend(key for key in lacking if kept or key[len(prefix) :] not in names)
+        if len(errors) > before:
+            return
+        if metadata.get("assign_to_params_buffers", False) and self.adapter.residual:
+            self._own_weight()
+        if kept:
+            self._take_start_out()
+            return
+        if trained:
+            warnings.warn(
+                "a state dict without adapter keys is loaded with strict=True: trained adapters "
+                "start anew (strict=False keeps them)",
+                stacklevel=level,
+            )
+        self._set_residual(False)
+        self.reset_adapter()
 
     def _load_adapter(self, arguments, missing, unexpected, errors, given, has_weight) -> None:
         """Load a whole adapter, or nothing of this layer."""
@@ -79,6 +116,7 @@ class AdapterState(FrozenColumns, ResidualStart):
         load(*arguments, missing, unexpected, errors)
         if not given:
             return
+        self._has_values = self._has_values or len(errors) == before
         if has_weight and len(errors) == before:
             # An equal residual, as when a run goes on from the same base, has the same start.
             if old is None or not self._residual or not torch.equal(old, self.weight):
@@ -95,10 +133,31 @@ class AdapterState(FrozenColumns, ResidualStart):
             return str(error)
         return None
 
-    def _start_from_loaded_weight(self, assigned: bool) -> None:
-        self._set_residual(False)
-        if assigned and self.adapter.residual:
-            # The weight is the caller's own tensor, and the start is going to change it.
-            copied = self.weight.detach().clone()
-            self.weight = nn.Parameter(copied, requires_grad=self.weight.requires_grad)
-        self.reset_adapter()
+    def _may_be_trained(self) -> bool:
+        """Return True if the adapter has values, and others than a start gives."""
+        if not self._has_values or self.weight.is_meta or hasattr(self.weight, "full_tensor"):
+            return False
+        values = {name: self._parameters.get(name) for name in NAMES}
+        if self._residual:
+            return not self._has_start({k: v for k, v in values.items() if v is not None})
+        bias, magnitude = values.pop("lora_bias"), values.pop("lora_magnitude")
+        if all(value is None or value.any() for value in values.values()):
+            return True
+        if bias is not None and bias.any():
+            return True
+        return magnitude is not None and not torch.equal(magnitude, self._norm().to(magnitude))
+
+    def _own_weight(self) -> None:
+        """Replace the weight by a copy: it is the caller's own tensor, and a start changes it."""
+        copied = self.weight.detach().clone()
+        self.weight = nn.Parameter(copied, requires_grad=self.weight.requires_grad)
+
+    def _take_start_out(self) -> None:
+        """Take what the adapter started with out of the base weight that has been loaded."""
+        start = self.start_factors()
+        if start is None:
+            return
+        tensors = with_weight(self._W(), start.factors)
+        with torch.no_grad():
+            self._W().copy_(merge_math.subtract_delta(tensors, start.options))
+        self._set_residual(True)

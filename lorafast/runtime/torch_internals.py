@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -201,6 +202,21 @@ def function_apply(function: type[torch.autograd.Function]) -> Callable:
 def version_of(tensor: torch.Tensor) -> int:
     """Return how often the tensor has been written in place, as autograd counts it."""
     return tensor._version
+
+
+def running_load() -> tuple[bool, int]:
+    """Return the strict of the load_state_dict that calls this, and the stacklevel of its caller.
+
+    torch passes a module's _load_from_state_dict True whatever the user said, so the arguments are
+    read from the frame of nn.Module.load_state_dict. Without such a frame it counts as strict.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame is not None:
+        level += 1
+        if frame.f_code is torch.nn.Module.load_state_dict.__code__:
+            return bool(frame.f_locals.get("strict", True)), level
+        frame = frame.f_back
+    return True, 2
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -193,3 +193,62 @@ def test_a_flattened_weight_does_not_hinder_loading():
     state["weight"] = torch.ones(7)
     layer.load_state_dict(state)
     assert torch.equal(shard, torch.ones(7))
+
+
+@each_adapter
+def test_a_trained_adapter_survives_a_base_weight_under_strict_false(adapter):
+    layer = nn.Sequential(trained_layer(adapter)).eval()
+    again = nn.Sequential(copy.deepcopy(layer[0]))
+    trained, base = copy.deepcopy(layer.state_dict()), nn.Linear(K, N)
+    names = {name for name in trained if "lora_" in name}
+    given = {f"0.{name}": value for name, value in base.state_dict().items()}
+    for _ in range(2):
+        keys = layer.load_state_dict(given, strict=False)
+        assert set(keys.missing_keys) == names
+        assert not keys.unexpected_keys
+    for name in names:
+        assert torch.equal(layer.state_dict()[name], trained[name])
+    # Its weight is W, or W less what the start takes out.
+    lorafast.unload(layer)
+    torch.testing.assert_close(layer[0].weight, base.weight, rtol=1e-5, atol=1e-6)
+    with pytest.warns(UserWarning, match=r"trained adapters start anew .*strict=False") as told:
+        again.load_state_dict(given)
+    assert told[0].filename == __file__
+    x = inputs()
+    torch.testing.assert_close(again(x), base(x), rtol=1e-5, atol=1e-6)
+
+
+@each_adapter
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("error")
+def test_an_untrained_adapter_starts_from_any_base_weight(adapter, strict):
+    base, x = nn.Linear(K, N), inputs()
+    for layer in (
+        lorafast.Linear(K, N, adapter=adapter),
+        lorafast.Linear(K, N, adapter=adapter, device="meta").to_empty(device="cpu"),
+    ):
+        keys = layer.load_state_dict(base.state_dict(), strict=strict)
+        assert not keys.missing_keys
+        torch.testing.assert_close(layer.eval()(x), base(x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_adapter_first_and_then_the_base():
+    source = trained_layer(DoRA(r=3))
+    state = source.state_dict()
+    layer = nn.Sequential(lorafast.Linear(K, N, adapter=DoRA(r=3))).eval()
+    for of_adapter in (True, False):
+        part = {f"0.{n}": value for n, value in state.items() if ("lora_" in n) == of_adapter}
+        layer.load_state_dict(part, strict=False)
+    x = inputs()
+    assert torch.equal(layer(x), source(x))
+
+
+def test_a_base_weight_under_an_unknown_start_is_an_error():
+    state = trained_layer(LaMDA(r=3)).state_dict()
+    layer = lorafast.Linear(K, N, adapter=LaMDA(r=3))
+    layer.load_state_dict(state)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match="took out of the weight is not known; strict=True"):
+        layer.load_state_dict(nn.Linear(K, N).state_dict(), strict=False)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
