@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lorafast.checkpoint import base_weights
 from lorafast.checkpoint.tensor_values import TensorValues
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.vera import VeRA
 from lorafast.models import adalora_format, extra_trainables
-from lorafast.models.module_names import adapter_layers
+from lorafast.models.module_names import adapter_layers, canonical_name
 from lorafast.nn.adapter_layer import NAMES, AdapterLayer
 from lorafast.nn.embedding import Embedding
 
@@ -123,7 +124,10 @@ def layer_tensors(
 
 
 def extra_tensors(model: nn.Module, values: TensorValues) -> dict[str, torch.Tensor]:
-    """Return the tensors of modules to save and trained biases, under PEFT's keys."""
+    """Return the tensors of modules to save, trained biases and base weights that came from a file.
+
+    Their keys are PEFT's.
+    """
     tensors = {}
     for name, module in extra_trainables.saved_modules(model).items():
         for key, tensor in module.state_dict().items():
@@ -136,19 +140,27 @@ def extra_tensors(model: nn.Module, values: TensorValues) -> dict[str, torch.Ten
     for name, module in extra_trainables.trained_biases(model).items():
         base = ".base_layer" if isinstance(module, AdapterLayer) else ""
         tensors[f"{PREFIX}{name}{base}.bias"] = values.read(f"{name}.bias", module.bias)
+    for name, module, key in base_weights.from_file(model):
+        base = ".base_layer" if isinstance(module, AdapterLayer) else ""
+        tensors[f"{PREFIX}{name}{base}.{key}"] = values.read(f"{name}.{key}", getattr(module, key))
     return tensors
 
 
 def group_keys(keys: Iterable[str]) -> KeyGroups:
-    """Return a file's keys by what they mean. They may lack PEFT's prefix."""
+    """Return a file's keys by what they mean. They may lack PEFT's prefix.
+
+    ValueError if two keys mean the same tensor.
+    """
     keys = set(keys)
     groups = KeyGroups({}, {}, {}, {})
     shared = {key: name for name, key in VERA_SHARED.items()}
     for key in sorted(keys):
-        name = key.removeprefix(PREFIX)
+        # A model that was saved inside torch.compile or FSDP has their parts in its names.
+        canonical = canonical_name(key)
+        name = canonical.removeprefix(PREFIX)
         peft_name = next((end for end in _OWN_NAMES if name.endswith(f".{end}")), None)
-        if key in shared:
-            groups.shared[shared[key]] = key
+        if canonical in shared:
+            groups.shared[shared[canonical]] = key
         elif any(part in key and key.replace(part, ".") in keys for part in _DUPLICATE_PARTS):
             continue
         elif peft_name is not None:
@@ -161,6 +173,8 @@ def group_keys(keys: Iterable[str]) -> KeyGroups:
             groups.bases[name.removesuffix(".base_layer.weight")] = key
         elif name.endswith(".base_layer.bias"):
             groups.extra[name.removesuffix(".base_layer.bias") + ".bias"] = key
+        elif name in groups.extra:
+            raise ValueError(f"{groups.extra[name]} and {key} are the same tensor of the model")
         else:
             groups.extra[name] = key
     return groups

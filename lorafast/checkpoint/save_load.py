@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorafast.checkpoint import export_lora, file_format, files, keys
+from lorafast.checkpoint import base_weights, export_lora, file_format, files, keys
 from lorafast.checkpoint.file_spec import refuse_other_base, spec_of_file
 from lorafast.checkpoint.tensor_values import TensorValues
 from lorafast.checkpoint.validate import CheckedTensors, check_tensors
@@ -137,8 +137,10 @@ def load_adapter(
     """Load an adapter that save_adapter or PEFT wrote, in place, and return the model.
 
     A plain model is adapted as the file's config says. A model that is adapted already must have
-    the same layers, method, rank and scaling as the file; its adapter gets the file's values. Only
-    safetensors files are read, and everything is checked before the model changes.
+    the same layers, method, rank and scaling as the file; its adapter gets the file's values. So do
+    embeddings and the output head where the file has other base weights of the same sizes, as PEFT
+    writes them after the vocabulary grew. Only safetensors files are read, and everything is
+    checked before the model changes.
 
     Args:
         model: a plain or an adapted model; load before wrapping it in DDP or sharding it.
@@ -182,6 +184,7 @@ def load_adapter(
 
     def finish() -> None:
         _load_extra(inner, tensors.extra)
+        base_weights.load(inner, tensors.bases)
         set_trainable(inner, trainable)
 
     if present:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lorafast.checkpoint import file_format, files, keys
+from lorafast.checkpoint import base_weights, file_format, files, keys
 from lorafast.checkpoint.keys import KeyGroups
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.adapter import Adapter
@@ -37,12 +37,14 @@ class CheckedTensors(NamedTuple):
 
     values: {layer name: {Parameter name: trained value}}. initial: {layer name: what the init took
     out of the weight, or None}. extra: {tensor name in the model: value} of modules to save and
-    biases. untie: two tensors of extra are one tensor in the model and differ in the file.
+    biases. bases: {tensor name: value} of base weights that replace the model's. untie: two tensors
+    of extra are one tensor in the model and differ in the file.
     """
 
     values: dict[str, Tensors]
     initial: dict[str, Tensors | None]
     extra: Tensors
+    bases: Tensors
     untie: bool
 
     def of_layer(self, name: str) -> tuple[Tensors, Tensors | None]:
@@ -88,10 +90,10 @@ def check_tensors(
         adapter = file_format.stacked_adapter(adapters[name]) if stacked else adapters[name]
         _check_layer(name, module, adapter, file, groups)
         _check_shared(module, adapter, file, groups)
-    groups = _separate_bases(groups, extra, model)
+    groups = base_weights.separate(groups, extra, model)
     _check_extra(file, groups, extra)
     tensors = file.tensors()
-    _check_bases(groups, model, {} if stacked else adapters, tensors)
+    bases = base_weights.check(groups, model, {} if stacked else adapters, tensors)
     given = {name: tensors[key] for name, key in groups.extra.items()}
     untie = _must_untie(given, extra, model, bool(present))
     values: dict[str, Tensors] = {}
@@ -108,7 +110,7 @@ def check_tensors(
     cast_extra = {
         name: _cast(name, {"": tensor}, extra[name].dtype)[""] for name, tensor in given.items()
     }
-    return CheckedTensors(values, initial, cast_extra, untie)
+    return CheckedTensors(values, initial, cast_extra, bases, untie)
 
 
 def _model_parts(
@@ -251,54 +253,12 @@ def _check_shared(
         _refuse_shape(key, shape, expected)
 
 
-def _separate_bases(groups: KeyGroups, extra: Tensors, model: nn.Module) -> KeyGroups:
-    """Return the groups with base weights moved from extra to bases, all by tensor name.
-
-    PEFT also saves a model's embeddings and output head where they may have changed.
-    """
-    names = {canonical_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    bases = {name: key for name, key in groups.extra.items() if name not in extra and name in names}
-    return groups._replace(
-        extra={name: key for name, key in groups.extra.items() if name not in bases},
-        bases={f"{name}.weight": key for name, key in groups.bases.items()} | bases,
-    )
-
-
 def _check_extra(file: files.AdapterFile, groups: KeyGroups, extra: Tensors) -> None:
     """Check the names, shapes and dtypes of modules to save and biases."""
     _refuse_names("tensor", groups.extra, extra)
     for name, key in groups.extra.items():
         _refuse_shape(key, file.entries[key].shape, tuple(extra[name].shape))
         _refuse_dtype(key, file.entries[key], extra[name].dtype)
-
-
-def _check_bases(
-    groups: KeyGroups, model: nn.Module, adapters: dict[str, Adapter], tensors: Tensors
-) -> None:
-    """Raise ValueError if the file has base weights that are not the model's.
-
-    adapters: of the layers. One whose init changes the weight will compute its own base weight.
-    """
-    if not groups.bases:
-        return
-    parameters = {
-        canonical_name(name): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    for name, key in groups.bases.items():
-        if name not in parameters:
-            raise ValueError(
-                f"the file has {key}, which the model has not{similar_names(name, parameters)}"
-            )
-        adapter = adapters.get(name.removesuffix(".weight"))
-        if adapter is not None and adapter.residual:
-            continue
-        expected, given = parameters[name], tensors[key]
-        if expected.shape != given.shape or not torch.equal(given.to(expected), expected):
-            raise ValueError(
-                f"{key} {tuple(given.shape)} is another weight than the model's own "
-                f"{tuple(expected.shape)}: put it there first"
-            )
 
 
 def _must_untie(given: Tensors, extra: Tensors, model: nn.Module, adapted: bool) -> bool:

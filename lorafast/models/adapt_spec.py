@@ -32,6 +32,7 @@ class AdaptSpec:
             these letters, as in PEFT ("norm" selects input_layernorm).
         untrusted: regular expressions come from a file.
         untie: a module to save that is tied to another module gets its own tensors, as in PEFT.
+        keep_ties: modules tied to a module to save train and are saved with it.
     """
 
     adapter: Adapter
@@ -49,6 +50,7 @@ class AdaptSpec:
     match_any_ending: bool = False
     untrusted: bool = False
     untie: bool = False
+    keep_ties: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.adapter, Adapter):

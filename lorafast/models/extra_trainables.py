@@ -88,11 +88,25 @@ def _select_saved(model: nn.Module, spec: AdaptSpec) -> dict[str, nn.Module]:
                 f"modules_to_save: {target!r} matches no module{similar_names(target, modules)}"
             )
         selected |= named
+    if spec.keep_ties:
+        selected |= _tied_modules(model, selected)
     return {
         name: module
         for name, module in selected.items()
         if not any(name.startswith(f"{other}.") for other in selected)
     }
+
+
+def _tied_modules(model: nn.Module, selected: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the modules that hold a Parameter of a selected one, by name."""
+    owners = parameter_owners(model)
+    keys = {
+        storage_key(parameter)
+        for module in selected.values()
+        for parameter in module.parameters()
+        if not parameter.is_meta
+    }
+    return {name.rpartition(".")[0]: module for key in keys for module, name in owners[key].items()}
 
 
 def _copy_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -46,6 +46,8 @@ _IGNORED_FIELDS = (
 # Inits of PEFT's that leave the weight unchanged, so that their files load like any LoRA; and the
 # fields that configure an init.
 _FOREIGN_INITS = ("eva", "orthogonal")
+# Inits that change the weight, and that PEFT repeats when it loads a file of theirs.
+_WEIGHT_CHANGING_INITS = ("corda", "lora_ga", "olora")
 _INIT_CONFIGS = ("eva_config", "lora_ga_config")
 # Fields of an AdaptSpec that a config has under the same name.
 _SPEC_FIELDS = (
@@ -123,6 +125,7 @@ def spec_from_config(config: dict[str, Any], loading: bool = False) -> AdaptSpec
         fields["rank_pattern"] = adalora_format.rank_pattern_from_peft(
             fields["rank_pattern"], adapter.init_r
         )
+    keep_ties = _Fields(fields).pop("ensure_weight_tying", False, bool)
     arguments = _take_spec_fields(fields)
     _refuse_unknown_fields(fields, loading)
     if not isinstance(config.get("task_type"), str | None):
@@ -134,7 +137,8 @@ def spec_from_config(config: dict[str, Any], loading: bool = False) -> AdaptSpec
         ignore_unmatched=True,
         match_any_ending=True,
         untrusted=loading,
-        untie=True,
+        untie=not keep_ties,
+        keep_ties=keep_ties,
     )
 
 
@@ -212,19 +216,20 @@ def _read_init(init: bool | str, loading: bool) -> str | PiSSA:
                 "path_initial_model_for_weight_conversion"
             )
         return PiSSA(int(niter[1]))
-    if init == "lora_ga":
+    if loading and init in _WEIGHT_CHANGING_INITS:
         why = (
-            "what PEFT took out of the weights is not in the file; save it with "
+            "what PEFT took out of the weights is not in the file; save it from PEFT with "
             "path_initial_model_for_weight_conversion"
-            if loading
-            else "no config holds gradients; adapt with "
+        )
+    elif init == "lora_ga":
+        why = (
+            "no config holds gradients; adapt with "
             "lorafast.LoRA(init=lorafast.LoRAGA(gradients, compat='peft'))"
         )
-        raise ValueError(f"init_lora_weights='lora_ga': {why}")
-    raise ValueError(
-        f"init_lora_weights={init!r} is not lorafast's: start the model in PEFT, and "
-        "lorafast.accelerate it"
-    )
+    else:
+        verb = "load" if loading else "start"
+        why = f"lorafast has no such init: {verb} the model in PEFT, and lorafast.accelerate it"
+    raise ValueError(f"init_lora_weights={init!r}: {why}")
 
 
 def _read_dora_in(fields: _Fields, loading: bool) -> Adapter:

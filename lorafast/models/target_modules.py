@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import cast
 
 from torch import nn
 
@@ -47,6 +48,8 @@ def find_targets(model: nn.Module, spec: AdaptSpec) -> Targets:
         if module in selected:
             targets.setdefault(module, []).append(name)
     _refuse_unused_patterns(spec, [names[0] for names in targets.values()])
+    if spec.keep_ties:
+        _refuse_tied(model, targets)
     return targets
 
 
@@ -204,6 +207,19 @@ def _refuse_adapted(modules: Iterable[tuple[str, nn.Module]]) -> None:
             raise ValueError(
                 f"model carries PEFT adapters already: {name or 'it'} is a "
                 f"{type(module).__qualname__}"
+            )
+
+
+def _refuse_tied(model: nn.Module, targets: Targets) -> None:
+    """Raise ValueError if a target's weight is another module's too, where ties are to be kept."""
+    owners = parameter_owners(model)
+    for module in targets:
+        weight = cast(nn.Parameter, module.weight)
+        holders = {} if weight.is_meta else owners[storage_key(weight)]
+        if len(holders) > 1:
+            raise ValueError(
+                f"ensure_weight_tying=True: {' and '.join(holders.values())} are one tensor, and "
+                "lorafast has no tied adapters: use the model in PEFT, and lorafast.accelerate it"
             )
 
 
