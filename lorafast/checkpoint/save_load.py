@@ -17,8 +17,15 @@ from lorafast.checkpoint import base_weights, export_lora, file_format, files, k
 from lorafast.checkpoint.file_spec import refuse_other_base, spec_of_file
 from lorafast.checkpoint.tensor_values import TensorValues
 from lorafast.checkpoint.validate import CheckedTensors, check_tensors
+from lorafast.models import fused_experts
 from lorafast.models.adapt import install, refuse_parallel, set_trainable
-from lorafast.models.module_names import adapter_layers, canonical_name, names_by_layer, unwrap
+from lorafast.models.module_names import (
+    adapter_layers,
+    canonical_name,
+    format_names,
+    names_by_layer,
+    unwrap,
+)
 from lorafast.models.target_modules import find_targets
 from lorafast.nn.adapter_layer import AdapterLayer
 
@@ -71,6 +78,7 @@ def save_adapter(
         content = FileContent(export.tensors, export.config, {})
     else:
         content = file_content(model)
+    _warn_about_experts(unwrap(model), layers, content.config)
     if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
         files.write_adapter(Path(path), *content)
         if export is not None:
@@ -105,6 +113,21 @@ def _warn_about_shared_layers(model: nn.Module) -> None:
                 stacklevel=3,
             )
             return
+
+
+def _warn_about_experts(
+    model: nn.Module, layers: Mapping[str, AdapterLayer], config: Mapping[str, Any]
+) -> None:
+    """Warn if PEFT, loading the file, may put an adapter on fused experts instead of its layer."""
+    names = fused_experts.taken_for_experts(model, layers)
+    if names and config["peft_type"] == "LORA":
+        warnings.warn(
+            "lorafast.load_adapter reads this file as it is; PEFT may take these layers for fused "
+            "experts or routers, which have the same names in its configs, and then gives other "
+            f"outputs: {format_names(names)}. For a file that PEFT reads, leave them out with "
+            "exclude_modules",
+            stacklevel=3,
+        )
 
 
 def _file_tensors(

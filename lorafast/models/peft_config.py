@@ -1,6 +1,7 @@
 """PEFT's configs to and from AdaptSpec: the dict that adapter_config.json holds.
 
-PEFT is not imported, except for its default target modules where a PEFT config names none.
+PEFT is not imported, except where a PEFT config is given: for its default target modules, and for
+the fused experts that it means.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lorafast.methods.lamda import LaMDA
 from lorafast.methods.lora import LoRA
 from lorafast.methods.pissa import PiSSA
 from lorafast.methods.vera import VeRA
-from lorafast.models import adalora_format, task_heads
+from lorafast.models import adalora_format, fused_experts, task_heads
 from lorafast.models.adapt_spec import AdaptSpec
 
 # peft_type of methods that PEFT lacks, so that PEFT refuses them instead of reading another method.
@@ -70,8 +71,10 @@ def is_peft_config(adapter: object) -> bool:
 def complete_config(config: Any, model: nn.Module) -> dict[str, Any]:
     """Return a PEFT config as a dict, with what PEFT fills in from the model.
 
-    That is target_modules, if None, and the heads that a task trains.
+    That is target_modules, if None, and the heads that a task trains. ValueError if it means fused
+    experts.
     """
+    fused_experts.refuse_in_config(config, model)
     values = {key: getattr(value, "value", value) for key, value in config.to_dict().items()}
     if values.get("use_lamda"):
         values["peft_type"] = LAMDA
@@ -164,7 +167,8 @@ def _refuse_unknown_fields(fields: dict[str, Any], loading: bool) -> None:
     )
     if unknown:
         shown = ", ".join(f"{key}={fields[key]!r}" for key in unknown)
-        raise ValueError(f"{shown}: lorafast has no such thing")
+        no_layers = f", {fused_experts.NO_LAYERS}" if "target_parameters" in unknown else ""
+        raise ValueError(f"{shown}: lorafast has no such thing{no_layers}")
 
 
 class _Fields:

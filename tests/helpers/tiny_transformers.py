@@ -31,7 +31,7 @@ def llama(**fields):
         num_key_value_heads=2,
         **SIZES | {"num_hidden_layers": 2} | fields,
     )
-    return _made(transformers.LlamaForCausalLM, config)
+    return made(transformers.LlamaForCausalLM, config)
 
 
 def gpt2():
@@ -45,7 +45,7 @@ def gpt2():
         bos_token_id=1,
         eos_token_id=2,
     )
-    return _made(transformers.GPT2LMHeadModel, config)
+    return made(transformers.GPT2LMHeadModel, config)
 
 
 def bart():
@@ -61,7 +61,7 @@ def bart():
         decoder_start_token_id=2,
         **SIZES,
     )
-    return _made(transformers.BartForConditionalGeneration, config)
+    return made(transformers.BartForConditionalGeneration, config)
 
 
 def minilm():
@@ -80,13 +80,14 @@ def classifier():
         num_labels=3,
         **SIZES,
     )
-    return _made(transformers.LlamaForSequenceClassification, config)
+    return made(transformers.LlamaForSequenceClassification, config)
 
 
 KINDS = {"minilm": minilm, "gpt2": gpt2, "bart": bart, "llama": llama}
 
 
-def _made(kind, config):
+def made(kind, config):
+    """Return a model of a class and its config, with the same weights at every call."""
     torch.manual_seed(0)
     return kind(config).eval()
 

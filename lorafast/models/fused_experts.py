@@ -1,0 +1,51 @@
+"""Fused experts of transformers' models, which PEFT reaches by the names of layers they once were.
+
+Where a model's experts became one Parameter gate_up_proj [experts, N, K] and its router a module of
+its own, PEFT takes the former names in a config's target_modules for these, also where a layer of
+such a name still exists, as among shared experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+# What target_parameters are, for messages.
+NO_LAYERS = "which are fused experts and routers, no layers that lorafast can replace"
+# The last parts of the former names.
+_FORMER_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
+def refuse_in_config(config: Any, model: nn.Module) -> None:
+    """Raise ValueError if a PEFT config's target_modules mean fused experts or routers in PEFT."""
+    if getattr(config, "target_modules", None) is None:
+        return
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # a PEFT that knows no fused experts, or a transformers that has none
+        return
+    converted = copy.deepcopy(config)
+    conversion.convert_peft_config_for_transformers(converted, model, conversions=None)
+    if parameters := getattr(converted, "target_parameters", None):
+        raise ValueError(
+            f"target_modules={config.target_modules!r}: in PEFT they mean target_parameters="
+            f"{sorted(parameters)} of this model too, {NO_LAYERS}. Name other modules, or adapt it "
+            "with PEFT"
+        )
+
+
+def taken_for_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the names of layers that PEFT may take for fused experts or routers of the model."""
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return []
+    if not any(_holds_experts(module) for module in model.modules()):
+        return []
+    return [name for name in names if name.rpartition(".")[2] in _FORMER_NAMES]
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    weight = module._parameters.get("gate_up_proj")
+    return weight is not None and weight.dim() == 3
