@@ -127,7 +127,9 @@ def test_pefts_own_files_are_refused_in_words_or_read(tmp_path):
     theirs.save_pretrained(tmp_path / "start")
     theirs = perturbed(theirs)
     theirs.save_pretrained(tmp_path / "now")
-    with pytest.raises(ValueError, match="save it with path_initial_model_for_weight_conversion"):
+    with pytest.raises(
+        ValueError, match="save it from PEFT with path_initial_model_for_weight_conversion"
+    ):
         lorafast.load_adapter(net(torch.float32), tmp_path / "now")
     want = theirs(x).detach()
     theirs.save_pretrained(
