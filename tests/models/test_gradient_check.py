@@ -35,6 +35,7 @@ def test_a_layer_that_nothing_calls_is_named(adapter):
     assert lorafast.adapters_without_gradient(model) == []
 
 
+@pytest.mark.compile
 def test_wrappers_are_looked_through_and_other_parameters_are_not_named():
     model = lorafast.adapt(Reader(), LoRA(r=2), target_modules=["up"], modules_to_save=["down"])
     compiled = torch.compile(model, backend="eager")
