@@ -1,10 +1,8 @@
 """adapters_without_gradient: the layers that a backward pass did not reach are named."""
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.peft_models import Net, config
 from torch import nn
 
 import lorafast
@@ -54,6 +52,9 @@ def test_a_frozen_B_is_no_adapter_without_a_gradient():
 
 @pytest.mark.peft
 def test_pefts_layers_are_named():
+    import peft
+    from helpers.peft_models import Net, config
+
     for prepare in (lambda model: None, lorafast.accelerate):
         model = peft.get_peft_model(Net(), config())
         prepare(model)
