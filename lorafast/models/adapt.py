@@ -32,7 +32,7 @@ from lorafast.models.target_modules import (
     parameter_owners,
 )
 from lorafast.nn.adapter_layer import AdapterLayer
-from lorafast.runtime.torch_internals import storage_key
+from lorafast.runtime.torch_internals import share_call_hooks, storage_key
 
 # Gives an adapted layer its values. Called with the layer's name in the model and the layer.
 SetValues = Callable[[str, AdapterLayer], None]
@@ -89,7 +89,8 @@ def adapt(
         ValueError: a name or pattern matches nothing, task_type is unknown or its head not found, a
             weight that an init would change is tied to another, or the model is adapted already or
             inside DistributedDataParallel.
-        TypeError: a match is no plain nn.Linear, Conv1D or nn.Embedding, or carries hooks.
+        TypeError: a match is no plain nn.Linear, Conv1D or nn.Embedding, is quantised, or has a
+            patched forward (offloading). Hooks of its call move to the adapted layer.
 
     Example:
         import torch, lorafast
@@ -189,6 +190,7 @@ def install(
             layers[module] = layer_class._from(
                 module, adapters[module], adapter_dtype, start=set_values is None
             )
+            share_call_hooks(module, layers[module])
             if set_values is not None:
                 set_values(names[0], layers[module])
         for parameter, _ in flags:

@@ -11,6 +11,7 @@ from torch import nn
 from lorafast.models import expressions
 from lorafast.models.adapt_spec import ALL_LINEAR, AdaptSpec
 from lorafast.models.module_names import canonical_name, endings, similar_names
+from lorafast.models.replaceable import why_not_replaceable
 from lorafast.nn import embedding, linear
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.runtime.torch_internals import storage_key
@@ -40,7 +41,9 @@ def find_targets(model: nn.Module, spec: AdaptSpec) -> Targets:
         )
     names = select_names(model, spec)
     for name, module in modules:
-        if name in names and (why := _why_not_replaceable(model, name, module)):
+        if name not in names:
+            continue
+        if why := why_not_replaceable(model, name, module, layer_class_for(module)[1]):
             raise TypeError(f"target_modules={spec.target_modules!r} matches {name}, which {why}")
     selected = {module for name, module in modules if name in names}
     targets: Targets = {}
@@ -232,38 +235,3 @@ def _refuse_unused_patterns(spec: AdaptSpec, names: list[str]) -> None:
             raise ValueError(
                 f"{argument}: {unused!r} matches no adapted layer{similar_names(unused, names)}"
             )
-
-
-def _why_not_replaceable(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    _, why = layer_class_for(module)
-    return why or _why_state_is_lost(module) or _why_not_called(model, name)
-
-
-def _why_state_is_lost(module: nn.Module) -> str | None:
-    """Return what a replacement would lose: hooks, a patched forward, other tensors. None if none.
-
-    Hooks are found by the names of nn.Module's attributes, all of which end in "_hooks".
-    """
-    has_hooks = any(value for key, value in vars(module).items() if key.endswith("_hooks"))
-    if has_hooks or "forward" in vars(module):
-        return (
-            "has hooks or a patched forward (offloading, pruning?) that its replacement would lose"
-        )
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    if others := [name for name, _ in tensors if name not in ("weight", "bias")]:
-        return (
-            f"holds {', '.join(others)} besides weight and bias, which its replacement would lose"
-        )
-    return None
-
-
-def _why_not_called(model: nn.Module, name: str) -> str | None:
-    """Return why the parent reads the module's weight without calling it, or None if it does not.
-
-    An adapter on such a module would be skipped.
-    """
-    parent, _, child = name.rpartition(".")
-    is_encoder = isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer)
-    if is_encoder and child in ("linear1", "linear2"):
-        return "nn.TransformerEncoderLayer does not call in eval, but reads its weight"
-    return None

@@ -16,6 +16,10 @@ from lorafast.engine.problem import CallOptions, LayerTensors
 from lorafast.methods.adapter import Adapter
 from lorafast.nn.adapter_layer import AdapterLayer
 
+# The modules and names of classes with a forward of their own that is a linear's. Falcon's adds the
+# bias in a second step.
+_PLAIN_FORWARDS = (("modeling_falcon", "FalconLinear"),)
+
 
 class AdapterLinearBase(AdapterLayer):
     """A layer whose output is y = gain⊙(x Wᵀ + s·h' Bᵀ) + bias."""
@@ -179,10 +183,16 @@ class Conv1D(AdapterLinearBase):
 def why_not_plain(linear: nn.Module) -> str | None:
     """Return why a lorafast.Linear cannot replace this module, or None."""
     kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
-    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+    if not isinstance(linear, nn.Linear) or not _has_plain_forward(type(linear)):
         return f"is a {kind}"
     if isinstance(linear, NonDynamicallyQuantizableLinear):
         return f"is a {kind}, whose weight nn.MultiheadAttention reads without calling it"
     if isinstance(linear.weight, nn.Parameter):
         return None
     return f"is a {kind} whose weight is no Parameter"
+
+
+def _has_plain_forward(kind: type[nn.Linear]) -> bool:
+    """True if the forward of a class computes x Wᵀ + bias, and nothing else."""
+    names = (kind.__module__.rpartition(".")[2], kind.__qualname__)
+    return kind.forward is nn.Linear.forward or names in _PLAIN_FORWARDS

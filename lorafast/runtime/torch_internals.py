@@ -275,3 +275,30 @@ def has_gradient_hooks(tensor: torch.Tensor) -> bool:
     """Return True if something is to be called when the tensor gets its gradient."""
     names = ("_backward_hooks", "_post_accumulate_grad_hooks")
     return any(getattr(tensor, name, None) for name in names)
+
+
+# The attributes of nn.Module that hold the hooks of its call, and how these are called.
+CALL_HOOKS = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def share_call_hooks(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Let the call of target run the hooks of source. Their handles then remove them from both."""
+    for name in (*CALL_HOOKS, "_is_full_backward_hook"):
+        if name in vars(source):
+            vars(target)[name] = vars(source)[name]
+
+
+def is_foreign_subclass(tensor: torch.Tensor) -> bool:
+    """True if another library computes with the tensor, as torchao does with a quantised weight."""
+    return any(
+        "__torch_dispatch__" in vars(base) and base.__module__.partition(".")[0] != "torch"
+        for base in type(tensor).__mro__
+    )

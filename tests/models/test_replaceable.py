@@ -1,0 +1,179 @@
+"""Which modules adapt replaces with all that belongs to them, and what it says of the others."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+import transformers
+from helpers import tiny_transformers
+from helpers.tiny_transformers import outputs
+from torch import nn
+
+import lorafast
+from lorafast import LoRA
+
+
+class Codes(torch.Tensor):
+    """A weight that another library computes with, as torchao's are."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"Codes dispatch: {function}")
+
+
+def codes(weight):
+    """Return a Parameter of foreign class with the shape and dtype of a weight."""
+    wrapped = torch.Tensor._make_wrapper_subclass(Codes, weight.shape, dtype=weight.dtype)
+    return nn.Parameter(wrapped, requires_grad=False)
+
+
+def net():
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+X = torch.arange(24.0).reshape(3, 8) / 24
+
+
+def test_falcons_linear_computes_what_a_linear_does():
+    config = transformers.FalconConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=99, bias=True
+    )
+    torch.manual_seed(0)
+    base = transformers.FalconForCausalLM(config).eval()
+    model = lorafast.adapt(copy.deepcopy(base), LoRA(r=2))
+    layer = model.transformer.h[0].mlp.dense_h_to_4h
+    assert isinstance(layer, lorafast.Linear)
+    torch.testing.assert_close(outputs(model), outputs(base))
+    tiny_transformers.perturb(model)
+    want = outputs(model)
+    merged = lorafast.merge(model)
+    assert type(merged.transformer.h[0].mlp.dense_h_to_4h) is type(
+        base.transformer.h[0].mlp.dense_h_to_4h
+    )
+    torch.testing.assert_close(outputs(merged), want, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_of_the_call_stay_where_they_are():
+    model, seen = net(), []
+    handles = [
+        model[0].register_forward_hook(lambda m, x, y: seen.append(("forward", m, y.detach()))),
+        model[0].register_forward_pre_hook(lambda m, x: seen.append(("before", m, x[0]))),
+        model[0].register_full_backward_hook(lambda m, dx, dy: seen.append(("backward", m, dy[0]))),
+        model[0].register_forward_hook(
+            lambda m, x, kwargs, y: seen.append(("kwargs", m, kwargs)), with_kwargs=True
+        ),
+    ]
+    lorafast.adapt(model, LoRA(r=2))
+    model[0].lora_B.data.normal_()
+    model(X).sum().backward()
+    assert [kind for kind, *_ in seen] == ["before", "forward", "kwargs", "backward"]
+    assert {module for _, module, _ in seen} == {model[0]}
+    handles[0].remove()
+    handles[1].remove()
+    seen.clear()
+    model(X).sum().backward()
+    assert [kind for kind, *_ in seen] == ["kwargs", "backward"]
+    model = lorafast.merge(model)
+    seen.clear()
+    model(X)
+    assert [(kind, module) for kind, module, _ in seen] == [("kwargs", model[0])]
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    model(X)
+    assert seen == []
+
+
+def test_a_hook_that_changes_the_output_changes_the_adapted_layers():
+    model = net()
+    model[0].register_forward_hook(lambda m, x, y: 2 * y)
+    want = model(X)
+    lorafast.adapt(model, LoRA(r=2))
+    torch.testing.assert_close(model(X), want)
+
+
+def test_gradients_of_inputs_that_transformers_asks_for_go_on_after_adapting_embeddings():
+    model = tiny_transformers.llama()
+    model.enable_input_require_grads()
+    lorafast.adapt(model, LoRA(r=2), ["embed_tokens", "q_proj"])
+    assert isinstance(model.model.embed_tokens, lorafast.Embedding)
+    model(input_ids=tiny_transformers.IDS).logits.sum().backward()
+    assert model.model.embed_tokens.lora_B.grad is not None
+    model.disable_input_require_grads()
+    assert not model.model.embed_tokens._forward_hooks
+
+
+def test_a_failed_adapt_leaves_hooks_where_they_were():
+    model, seen = net(), []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(Exception, match=r"(?i)svd|nan|converge"):
+        lorafast.adapt(model, lorafast.LaMDA(r=2))
+    model(X)
+    assert seen == [1]
+
+
+def test_a_foreign_weight_is_quantised_and_both_ways_are_named():
+    model = net()
+    model[2].weight = codes(model[2].weight)
+    with pytest.raises(TypeError, match=r"matches 2, which is a .*Linear with a quantised weight"):
+        lorafast.adapt(model, LoRA(r=2))
+    with pytest.raises(TypeError, match=r"load the model unquantised .*lorafast\.accelerate"):
+        lorafast.adapt(model, LoRA(r=2))
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_narrow_weights_are_quantised(dtype):
+    model = net()
+    narrow = torch.zeros(4, 8, dtype=dtype)
+    model[2].weight = nn.Parameter(narrow, requires_grad=False)
+    with pytest.raises(TypeError, match="quantised weight: load the model unquantised"):
+        lorafast.adapt(model, LoRA(r=2))
+
+
+def test_layers_of_other_packages_that_hold_codes_are_quantised():
+    class QuantLinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(4, 8, dtype=torch.int32))
+
+    model = nn.Sequential(nn.Linear(8, 8), QuantLinear())
+    with pytest.raises(TypeError, match=r"matches 1, which is a .*QuantLinear with a quantised"):
+        lorafast.adapt(model, LoRA(r=2), ["1"])
+
+
+def test_layers_that_accelerate_placed_are_refused_and_the_way_that_is_named_works(tmp_path):
+    model = net()
+    want = model(X)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(TypeError, match=r"placed or offloaded by accelerate \(device_map\)"):
+        lorafast.adapt(model, LoRA(r=2))
+    accelerate.hooks.remove_hook_from_submodules(model)
+    lorafast.adapt(model, LoRA(r=2))
+    torch.testing.assert_close(model(X), want)
+    model[0].lora_B.data.normal_()
+    want = model(X)
+    accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    assert model[0].weight.is_meta
+    torch.testing.assert_close(model(X), want)
+
+
+@pytest.mark.peft
+def test_layers_that_accelerate_placed_may_be_left_to_peft():
+    peft = pytest.importorskip("peft")
+    model = net()
+    hook = accelerate.hooks.AlignDevicesHook(execution_device="cpu")
+    accelerate.hooks.add_hook_to_module(model[2], hook)
+    with pytest.raises(TypeError, match=r"placed or offloaded .* call lorafast\.accelerate"):
+        lorafast.adapt(model, LoRA(r=2))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0", "2"]))
+    want = model(X)
+    with pytest.warns(UserWarning, match="1 of 2 PEFT layers run on lorafast"):
+        report = lorafast.accelerate(model)
+    assert report.taken == ("base_model.model.0",)
+    torch.testing.assert_close(model(X), want)
