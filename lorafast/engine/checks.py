@@ -62,7 +62,7 @@ def call(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.
             and type(frozen_columns) is int
             and 0 <= frozen_columns <= R
         )
-    except (AttributeError, TypeError, ValueError, IndexError):
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
         usual = False
     return dtype if usual else _check_call(x, tensors, options)
 
@@ -78,6 +78,7 @@ def _is_core(core: torch.Tensor, R: int, device: torch.device) -> bool:
 
 def _check_call(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.dtype:
     words(options.axis, options.dropout_on, options.keep, options.dropout)
+    _has_shape(x)
     floating("x", x)
     N, K, R = factors(tensors, options.axis)
     if x.dim() == 0 or x.shape[-1] != K:
@@ -220,6 +221,14 @@ def shaped(
         forms = " or ".join(map(str, map(tuple, shapes)))
         raise ValueError(
             f"{name} {tuple(tensor.shape)} must be {forms} for weight {weight} and rank {R}"
+        )
+
+
+def _has_shape(x: torch.Tensor) -> None:
+    if isinstance(x, torch.Tensor) and x.is_nested and x.layout is torch.strided:
+        raise TypeError(
+            "x is a nested tensor of strided layout, which has no shape: use layout=torch.jagged, "
+            "or padding"
         )
 
 

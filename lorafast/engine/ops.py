@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 import torch
 
-from lorafast.engine import formula, weight_norm
+from lorafast.engine import formula, reference, weight_norm
 from lorafast.engine.precision import accumulator
 from lorafast.engine.problem import (
     CallOptions,
     GradMask,
     LayerTensors,
     SavedMask,
+    scaling_of,
     tokens,
 )
 from lorafast.engine.weight_norm import NormPolicy
@@ -44,7 +45,7 @@ _ROW_NORM_BACKWARD = (
 )
 
 _NO_TRANSFORM = (
-    "lorafast ops have no torch.func transforms and no forward-mode AD; "
+    "lorafast ops have no torch.func transforms, no batched gradients and no forward-mode AD; "
     "use lorafast.reference.linear there"
 )
 _MODIFIED = (
@@ -61,9 +62,12 @@ _NO_DOUBLE = "double backward unsupported, use lorafast.reference.linear, which 
 def linear(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.Tensor:
     """Return y [...,N] by lorafast::linear; as a plain function where no observer is active.
 
-    Checks nothing: lorafast.functional does.
+    Where the op would be foreign, the formula runs in torch's ops. Checks nothing:
+    lorafast.functional does.
     """
     if not torch_internals.bypasses_dispatcher(x, tensors):
+        if torch_internals.needs_plain_ops((x, *tensors)):
+            return _plain_linear(x, tensors, options)
         return torch.ops.lorafast.linear(x, *tensors, *options)[0]
     if torch.is_grad_enabled() and torch_internals.any_requires_grad(x, *tensors):
         return _apply_linear(tensors, options, x, *tensors)
@@ -71,15 +75,33 @@ def linear(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torc
 
 
 def row_norm(tensors: LayerTensors, options: CallOptions, policy: NormPolicy) -> torch.Tensor:
-    """Return the norm [N] or [K] by lorafast::row_norm; as linear does, where no gradient is due.
+    """Return the norm [N] or [K] by lorafast::row_norm; otherwise as linear does.
 
     Checks nothing: lorafast.functional does.
     """
     detached = policy.detach or not torch.is_grad_enabled()
     if not detached or not torch_internals.bypasses_dispatcher(tensors.weight, tensors):
+        if torch_internals.needs_plain_ops(tensors):
+            norm = _plain_norm(tensors, options)
+            return norm.detach() if policy.detach else norm
         return torch.ops.lorafast.row_norm(*tensors, *options, *policy)
     with below_autograd():
         return weight_norm.row_norm(tensors, options, policy.cache)
+
+
+def _plain_linear(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.Tensor:
+    _, p, axis, dropout_on, keep, frozen_columns = options
+    return reference.linear(
+        x, *tensors[:7], axis, tensors.out_scale, tensors.lora_bias, scaling_of(tensors, options),
+        p, dropout_on, keep, frozen_columns, tensors.seed,
+    )  # fmt: skip
+
+
+def _plain_norm(tensors: LayerTensors, options: CallOptions) -> torch.Tensor:
+    return reference.row_norm(
+        tensors.weight, tensors.lora_A, tensors.lora_B, tensors.core, tensors.out_scale,
+        scaling_of(tensors, options), options.axis,
+    )  # fmt: skip
 
 
 def _call_directly(function: Callable, *args):
@@ -302,6 +324,8 @@ def register(schema: str, kernel: Callable, fake: Callable, autograd: Callable) 
     _LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
     _LIBRARY.impl(op, autograd, "Autograd")
     _LIBRARY.impl(op, _no_batching, "FuncTorchBatched")
+    # The batched tensors of torch.autograd.grad(..., is_grads_batched=True).
+    _LIBRARY.impl(op, _no_batching, "Batched")
     torch.library.register_fake(f"lorafast::{op}", fake, lib=_LIBRARY)
 
 

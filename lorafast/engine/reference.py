@@ -116,12 +116,11 @@ def row_norm(
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    # The meta device knows no autocast, on or off.
-    return (
-        contextlib.nullcontext()
-        if device.type == "meta"
-        else torch.autocast(device.type, enabled=False)
-    )
+    # The meta device knows no autocast, on or off; and an exported program should hold no region
+    # without it where it is off anyway.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _factor(lora_B: torch.Tensor, scaling: Scaling, out_scale: torch.Tensor | None) -> torch.Tensor:

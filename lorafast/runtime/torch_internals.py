@@ -35,7 +35,7 @@ def _find(path: str) -> Any:
     return found
 
 
-_functorch_wrapped = _find("_functorch.is_functorch_wrapped_tensor")
+_has_storage = _find("_has_storage")
 _dispatch_modes = _find("_len_torch_dispatch_stack")
 _function_modes = _find("_len_torch_function_stack")
 _transforms_active = _find("_are_functorch_transforms_active")
@@ -48,7 +48,7 @@ _below_autograd = _find("_AutoDispatchBelowAutograd")
 _mkldnn_enabled = _find("_get_mkldnn_enabled")
 
 _NEEDED = (
-    _functorch_wrapped,
+    _has_storage,
     _dispatch_modes,
     _function_modes,
     _transforms_active,
@@ -85,6 +85,7 @@ def bypasses_dispatcher(x: torch.Tensor, tensors: tuple[torch.Tensor | None, ...
 
     No observer is active, nothing compiles, and all tensors are plain ones on one CPU or GPU: no
     subclass, no meta tensor, nothing that the dispatcher would unwrap, negate or fill in first.
+    Batched and sparse tensors have no storage, by which they are known.
     """
     # One function with everything written out: it runs at every call of a layer.
     if (
@@ -104,7 +105,7 @@ def bypasses_dispatcher(x: torch.Tensor, tensors: tuple[torch.Tensor | None, ...
     on_cpu = x.is_cpu
     if not (on_cpu or x.is_cuda):
         return False
-    if x.is_neg() or x._is_zerotensor() or _functorch_wrapped(x):
+    if x.is_neg() or x._is_zerotensor() or not _has_storage(x):
         return False
     for tensor in tensors:
         if tensor is None:
@@ -115,10 +116,31 @@ def bypasses_dispatcher(x: torch.Tensor, tensors: tuple[torch.Tensor | None, ...
             or (not tensor.is_cpu if on_cpu else tensor.device != x.device)
             or tensor.is_neg()
             or tensor._is_zerotensor()
-            or _functorch_wrapped(tensor)
+            or not _has_storage(tensor)
         ):
             return False
     return True
+
+
+def needs_plain_ops(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """True if an op of lorafast would be foreign to what comes next: torch's own ops are not.
+
+    torch.export, torch.jit.trace and the ONNX exporters write programs for places without lorafast.
+    A sparse or nested tensor, and a subclass that computes its ops itself, know torch's ops alone.
+    """
+    if torch.compiler.is_exporting():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch.jit.is_tracing() or any(t is not None and _is_foreign(t) for t in tensors)
+
+
+def _is_foreign(tensor: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return True
+    own = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    # torch's fake and functional tensors serve any op that is registered.
+    return own and not type(tensor).__module__.startswith("torch._subclasses")
 
 
 def transforms_active() -> bool:

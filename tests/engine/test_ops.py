@@ -5,8 +5,8 @@ import torch
 from torch.autograd import forward_ad
 
 import lorafast
-from lorafast import functional, testing
-from lorafast.engine import reference, row_blocks
+from lorafast import DoRA, LaMDA, functional, testing
+from lorafast.engine import multi_adapter, reference, row_blocks
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors
 from lorafast.testing import FORMS, GRADIENTS, Case
 
@@ -237,6 +237,27 @@ def test_vmap_and_forward_ad_say_what_to_use():
         function(forward_ad.make_dual(x, x))
     by_rows = torch.func.vmap(lambda x: reference.linear(x, **weight))(x)
     torch.testing.assert_close(by_rows, function(x))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("adapter", [DoRA(r=2), DoRA(r=2, detach_norm=False), LaMDA(r=2)], ids=repr)
+def test_batched_gradients_say_what_to_use(adapter, create_graph):
+    layer, x = lorafast.Linear(6, 5, adapter=adapter), torch.randn(3, 6, requires_grad=True)
+    given = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    with pytest.raises(NotImplementedError, match=r"no batched gradients.*lorafast\.reference"):
+        torch.autograd.grad(
+            layer(x), given, torch.randn(4, 3, 5), is_grads_batched=True, create_graph=create_graph
+        )
+    with pytest.raises(NotImplementedError, match=r"lorafast\.reference"):
+        torch.autograd.functional.jacobian(layer, x, create_graph=create_graph, vectorize=True)
+
+
+def test_batched_gradients_of_several_adapters_say_what_to_use():
+    x, weight = torch.randn(3, 6, requires_grad=True), torch.randn(5, 6)
+    pairs = [multi_adapter.Factors(torch.randn(2, 6), torch.randn(5, 2)) for _ in range(2)]
+    y = functional.several(x, weight, None, pairs)
+    with pytest.raises(NotImplementedError, match=r"lorafast\.reference"):
+        torch.autograd.grad(y, x, torch.randn(4, 3, 5), is_grads_batched=True)
 
 
 def test_the_bare_op_refuses_what_it_has_no_gradient_for():

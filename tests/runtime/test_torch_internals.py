@@ -171,11 +171,6 @@ def _profiled():
     assert "lorafast::linear" in {event.key for event in profile.key_averages()}
 
 
-def _traced():
-    graph = torch.jit.trace(layer_of(), X, check_trace=False).graph
-    assert "lorafast::linear" in {node.kind() for node in graph.nodes()}
-
-
 def _fake():
     with FakeTensorMode() as mode:
         layer = layer_of()
@@ -198,7 +193,7 @@ def _meta():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("look", [_profiled, _traced, _fake, _asked, _device, _meta])
+@pytest.mark.parametrize("look", [_profiled, _fake, _asked, _device, _meta])
 def test_whoever_looks_on_sees_the_op(look, called):
     look()
     assert called == {"linear"}
