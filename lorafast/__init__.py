@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lorafast.models.merge import merge, merge_and_unload, unload
     from lorafast.models.ranks import spectral_ranks
     from lorafast.models.reference_model import reference_model
+    from lorafast.models.start import start_adapters
     from lorafast.models.summary import adapter_parameters, trainable_summary
     from lorafast.nn.embedding import Embedding
     from lorafast.nn.linear import Linear
@@ -44,7 +45,7 @@ __all__ = [
     "LoRAGA", "PiSSA", "VeRA", "accelerate", "adapt", "adapter_parameters", "adapter_state_dict",
     "adapters_without_gradient", "disable_adapter", "estimate_gradients", "explain", "linear",
     "list_methods", "load_adapter", "merge", "merge_and_unload", "patch_peft", "reference_model",
-    "restore", "save_adapter", "spectral_ranks", "trainable_summary", "unload",
+    "restore", "save_adapter", "spectral_ranks", "start_adapters", "trainable_summary", "unload",
 ]  # fmt: skip
 
 # The module below lorafast that defines each name. Importing torch takes seconds, which a command
@@ -70,6 +71,7 @@ _DEFINED_IN = {
     "models.merge": ("merge", "merge_and_unload", "unload"),
     "models.ranks": ("spectral_ranks",),
     "models.reference_model": ("reference_model",),
+    "models.start": ("start_adapters",),
     "models.summary": ("adapter_parameters", "trainable_summary"),
     "nn.embedding": ("Embedding",),
     "nn.linear": ("Linear",),

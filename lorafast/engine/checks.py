@@ -86,9 +86,11 @@ def _check_call(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) ->
     _seed(tensors.seed, x)
     for name, tensor in tensors._asdict().items():
         if tensor is not None and tensor.device != x.device:
+            waits = tensor.is_meta and not tensors.weight.is_meta
             raise ValueError(
                 f"{name} {tuple(tensor.shape)} is on {tensor.device}, "
                 f"x {tuple(x.shape)} on {x.device}"
+                + ("; lorafast.start_adapters(model) starts it from its weight" if waits else "")
             )
     if tensors.norm is not None and tensors.magnitude is None:
         raise ValueError(f"norm {tuple(tensors.norm.shape)} is given without magnitude")

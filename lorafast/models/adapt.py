@@ -195,7 +195,7 @@ def install(
                 set_values(names[0], layers[module])
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        _share_tensors(layers.values())
+        share_tensors(layers.values())
         for module, names in targets.items():
             magnitude: Any = layers[module].lora_magnitude
             if magnitude is not None:
@@ -268,7 +268,7 @@ def weight_matrix(module: Any) -> torch.Tensor:
     return weight if isinstance(module, nn.Linear) else weight.t()
 
 
-def _share_tensors(layers: Collection[AdapterLayer]) -> None:
+def share_tensors(layers: Collection[AdapterLayer]) -> None:
     """Let the layers hold one Parameter for every tensor that they have in common (VeRA)."""
     shared: dict[tuple, nn.Parameter] = {}
     for layer in layers:

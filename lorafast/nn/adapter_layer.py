@@ -225,6 +225,15 @@ class AdapterLayer(AdapterState):
     def _initial_values(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.adapter.init_tensors(weight)
 
+    def awaits_start(self) -> bool:
+        """Return True if the weight has left the meta device and the adapter has not."""
+        return not self.weight.is_meta and self.lora_A.is_meta
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        if self.awaits_start():
+            self.reset_adapter()
+        return super()._apply(fn, recurse)
+
     def disable(self) -> None:
         """Run as the base layer until enable().
 
