@@ -19,7 +19,7 @@ from torch import nn
 
 from lorafast.checkpoint import files, trainer_files
 from lorafast.checkpoint.save_load import file_content
-from lorafast.models import observers
+from lorafast.models import adapt_record, observers
 from lorafast.models.instance_methods import (
     adapted_transformers,
     replace_method,
@@ -110,6 +110,7 @@ def _save_adapter(
             f"state_dict is empty: no adapter is written into {os.fspath(folder)!r}", stacklevel=4
         )
         return
+    adapt_record.warn_about_lost(model)
     content = file_content(model, state_dict)
     if not is_main_process:
         return

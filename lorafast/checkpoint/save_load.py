@@ -17,7 +17,7 @@ from lorafast.checkpoint import base_weights, export_lora, file_format, files, k
 from lorafast.checkpoint.file_spec import refuse_other_base, spec_of_file
 from lorafast.checkpoint.tensor_values import TensorValues
 from lorafast.checkpoint.validate import CheckedTensors, check_tensors
-from lorafast.models import fused_experts
+from lorafast.models import adapt_record, fused_experts
 from lorafast.models.adapt import install, refuse_parallel, set_trainable
 from lorafast.models.module_names import (
     adapter_layers,
@@ -72,6 +72,7 @@ def save_adapter(
         )
     layers = adapter_layers(model, require_enabled=True)
     _warn_about_shared_layers(unwrap(model))
+    adapt_record.warn_about_lost(model)
     export = None
     if as_lora:
         export = export_lora.as_lora(model, layers, rank)

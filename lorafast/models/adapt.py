@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lorafast.methods.adapter import Adapter
 from lorafast.models import (
+    adapt_record,
     adapt_warnings,
     extra_trainables,
     observers,
@@ -213,6 +214,7 @@ def install(
             parameter.requires_grad_(flag)
         raise
     model.__dict__[TASK_TYPE_ATTRIBUTE] = spec.task_type
+    adapt_record.remember(model)
     for tell in observers.on_adapted:
         tell(model)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lorafast.engine import dispatch
+from lorafast.engine import checks, dispatch
 from lorafast.engine.formula import resolve_keep, saved_mask
 from lorafast.engine.problem import (
     PRIMITIVES,
@@ -16,11 +16,13 @@ from lorafast.engine.problem import (
     LayerTensors,
     Problem,
 )
+from lorafast.models import adapt_record
 from lorafast.models.explanation import Explanation, Row
 from lorafast.models.module_names import require_module
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.embedding import Embedding
 from lorafast.runtime import env, symlinks
+from lorafast.runtime.torch_internals import is_foreign_subclass
 
 
 class LayerCall(NamedTuple):
@@ -100,7 +102,11 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
         for name, module in model.named_modules()
         for call in _calls(module)
     )
-    return Explanation(tuple(rows), tuple(reason for reason in reasons if reason))
+    lost = (
+        f"{name}: its adapter is gone, {kind} is there now"
+        for name, kind in adapt_record.lost_layers(model).items()
+    )
+    return Explanation(tuple(rows), tuple(reason for reason in reasons if reason), tuple(lost))
 
 
 def _calls(module: nn.Module) -> list[LayerCall]:
@@ -122,6 +128,8 @@ def _adapter_layer_call(layer: AdapterLayer) -> LayerCall:
     bypass = None
     if layer.disabled:
         bypass = "disabled: the layer runs as its base"
+    elif is_foreign_subclass(layer.weight):
+        bypass = f"calls are refused: {checks.foreign_weight(layer.weight)}"
     elif isinstance(layer, Embedding):
         bypass = "a lookup on plain torch, no product with the table"
     return LayerCall(

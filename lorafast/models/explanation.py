@@ -71,10 +71,12 @@ class Explanation(NamedTuple):
     Attributes:
         rows: one Row for each adapted layer, in module order.
         missing: folders that this checkout of lorafast lacks, and how to restore each.
+        lost: adapted layers that another tool has replaced since, and what is in their place.
     """
 
     rows: tuple[Row, ...]
     missing: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -106,7 +108,7 @@ class Explanation(NamedTuple):
 
     def __str__(self) -> str:
         if not self.rows:
-            return "no adapted layer"
+            return "\n".join(["no adapted layer", *self.lost])
         header, lines = self._table()
         table = text_table(header, lines, _NUMBERS)
         parent = _common_parent([line[0] for line in lines[:-1]])
@@ -117,7 +119,7 @@ class Explanation(NamedTuple):
 
     def _repr_html_(self) -> str:
         if not self.rows:
-            return "<p>no adapted layer</p>"
+            return f"<p>no adapted layer</p>{html_list(self.lost)}"
         header, lines = self._table()
         return f"{html_table(header, lines, _NUMBERS)}\n{html_list(self._remarks())}"
 
@@ -134,7 +136,7 @@ class Explanation(NamedTuple):
         """Return what is said below the table."""
         notes = dict.fromkeys(note for row in self.rows for note in row.notes)
         legend = _legend(self.referenced_bytes)
-        return [*legend, *_refusals(self.rows), *sorted(_joined(notes)), *self.missing]
+        return [*self.lost, *legend, *_refusals(self.rows), *sorted(_joined(notes)), *self.missing]
 
 
 def _legend(referenced: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lorafast.models import extra_trainables, observers
+from lorafast.models import adapt_record, extra_trainables, observers
 from lorafast.models.adapt import replace_module, weight_matrix
 from lorafast.models.module_names import names_by_layer, require_module
 from lorafast.models.target_modules import parameter_owners
@@ -147,6 +147,7 @@ def _tied_weights(model: nn.Module, layers: LayerNames) -> dict[int, str]:
 def _put_plain_modules(model: nn.Module, layers: LayerNames) -> None:
     for layer, names in layers.items():
         replace_module(model, names, layer.plain())
+    adapt_record.forget(model)
     for tell in observers.on_plain:
         tell(model)
 

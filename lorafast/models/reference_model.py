@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from lorafast.models import extra_trainables, observers
+from lorafast.models import adapt_record, extra_trainables, observers
 from lorafast.models.adapt import replace_module
 from lorafast.models.adapt_spec import TASK_TYPE_ATTRIBUTE
 from lorafast.models.disable import disable_adapter
@@ -60,6 +60,7 @@ def reference_model(model: nn.Module) -> nn.Module:
         reference = copy.deepcopy(inner, shared)
     extra_trainables.stop_training(reference, restore=False)
     vars(reference).pop(TASK_TYPE_ATTRIBUTE, None)
+    adapt_record.forget(reference)
     for layer, names in names_by_layer(reference).items():
         if layer._removed_delta is None and layer is not reference:
             replace_module(reference, names, layer.plain())

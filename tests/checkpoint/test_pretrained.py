@@ -316,4 +316,4 @@ def test_models_of_other_libraries_are_left_alone(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4))
     before = set(vars(model))
     lorafast.adapt(model, LoRA(r=2))
-    assert vars(model).keys() - before == {"_lorafast_task_type"}
+    assert vars(model).keys() - before == {"_lorafast_layers", "_lorafast_task_type"}
