@@ -89,16 +89,25 @@ class VeRA(Adapter):
         }
 
 
-@functools.lru_cache(maxsize=1)
 def projections(r: int, N: int, K: int, key: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the shared A [r, K] and B [N, r] of a key, on the CPU.
+    """Return the shared A [r, K] and B [N, r] of a key, fp32 on the CPU.
 
-    A is drawn before B, as in PEFT. The last pair is cached, because every layer of a model asks
-    for it.
+    They depend on the arguments alone, not on torch's default dtype. A is drawn before B, as in
+    PEFT. The last pair is cached, because every layer of a model asks for it.
     """
+    # A mode that replaces tensors, such as FakeTensorMode, must not leave its own in the cache.
+    plain = type(torch.empty(0, device="cpu")) is torch.Tensor
+    return _cached_projections(r, N, K, key) if plain else _draw_projections(r, N, K, key)
+
+
+def _draw_projections(r: int, N: int, K: int, key: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(key)
-    A, B = torch.empty(r, K, device="cpu"), torch.empty(N, r, device="cpu")
+    A = torch.empty(r, K, device="cpu", dtype=torch.float32)
+    B = torch.empty(N, r, device="cpu", dtype=torch.float32)
     for tensor in (A, B):
         bound = math.sqrt(6 / tensor.shape[1])
         tensor.uniform_(-bound, bound, generator=generator)
     return A, B
+
+
+_cached_projections = functools.lru_cache(maxsize=1)(_draw_projections)

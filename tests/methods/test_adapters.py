@@ -6,10 +6,11 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import lorafast
 from lorafast import DoRA, LaMDA, LoRA, PiSSA, VeRA
-from lorafast.methods import svd
+from lorafast.methods import svd, vera
 
 
 def test_defaults_are_pefts():
@@ -238,6 +239,27 @@ def test_pissa_is_pefts():
     torch.testing.assert_close(
         ours.lora_A.abs(), theirs.lora_A["default"].weight.abs(), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_veras_projections_depend_on_their_key_and_shapes_alone(dtype):
+    vera._cached_projections.cache_clear()
+    want = vera.projections(3, 8, 6, 5)
+    vera._cached_projections.cache_clear()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        under = vera.projections(3, 8, 6, 5)
+    finally:
+        torch.set_default_dtype(default)
+    with FakeTensorMode():
+        vera.projections(3, 8, 6, 6)
+    after = vera.projections(3, 8, 6, 5)
+    for found in (under, after):
+        for one, other in zip(found, want, strict=True):
+            assert (type(one), one.dtype) == (torch.Tensor, torch.float32)
+            assert torch.equal(one, other)
+    assert type(vera.projections(3, 8, 6, 6)[0]) is torch.Tensor
 
 
 @pytest.mark.peft
