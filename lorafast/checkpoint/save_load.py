@@ -183,8 +183,8 @@ def load_adapter(
         TypeError: model is no module, a field of the config has a wrong type, or a target cannot
             be adapted.
         FileNotFoundError: path is no folder and no id on the hub, or a file is missing.
-        RuntimeError: the model's adapters are merged or disabled, or what an init took out of a
-            weight is not known.
+        RuntimeError: the model's adapters are merged or disabled, a factor is parametrized, or what
+            an init took out of a weight is not known.
         NotImplementedError: the model's weights are sharded.
 
     Example:
@@ -199,6 +199,10 @@ def load_adapter(
     present = adapter_layers(inner, required=False, require_enabled=True)
     if not present:
         refuse_parallel(model)
+    for layer in present.values():
+        layer.refuse_computed_factors(
+            "cannot take values through that: remove the parametrization before load_adapter()"
+        )
     with files.open_adapter(files.locate(path, revision)) as file:
         if check_base:
             refuse_other_base(inner, file.config)

@@ -39,7 +39,8 @@ def merge(model: nn.Module, untie: bool = False) -> nn.Module:
     Raises:
         ValueError: the model has no adapted layer, an adapted weight is tied and untie is False, a
             merged weight would not be finite, or a layer has a lora_bias and no bias.
-        RuntimeError: the adapters are disabled, or a weight is on the meta device.
+        RuntimeError: the adapters are disabled, a weight is on the meta device, or a weight or bias
+            is computed from other tensors (a parametrization, pruning, weight norm).
         TypeError: model is no module, or is itself an adapted layer (use its merge() or plain()).
 
     Example:
@@ -50,6 +51,8 @@ def merge(model: nn.Module, untie: bool = False) -> nn.Module:
         assert type(model[0]) is torch.nn.Linear
     """
     layers = _collect_layers(model)
+    for layer in layers:
+        layer.refuse_computed_weight("merge()")
     tied = _tied_weights(model, layers)
     if tied and not untie:
         names = next(iter(tied.values()))
@@ -98,7 +101,8 @@ def unload(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model has no adapted layer.
-        RuntimeError: the adapters are disabled, or initial values are not known.
+        RuntimeError: the adapters are disabled, initial values are not known, or a weight or bias
+            is computed from other tensors.
         TypeError: model is no module, or is itself an adapted layer (use its plain()).
 
     Example:
@@ -111,6 +115,7 @@ def unload(model: nn.Module) -> nn.Module:
     """
     layers = _collect_layers(model)
     for layer in layers:
+        layer.refuse_computed_weight("unload()")
         layer.start_factors()  # raises if they are not known
     with extra_trainables.initial_values(model):  # raises if they are not known
         pass

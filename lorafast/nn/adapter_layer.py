@@ -160,11 +160,7 @@ class AdapterLayer(AdapterState):
         if self.weight.is_meta:
             return
         specs = self._tensor_specs()
-        if parametrized := sorted(name for name in specs if name not in self._parameters):
-            raise RuntimeError(
-                f"{', '.join(parametrized)} of this layer is parametrized, and cannot be started "
-                "anew through that"
-            )
+        self.refuse_computed_factors("cannot be started anew through that")
         self._refuse_residual_of_another()
         base = self._base_weight()
         # Nothing of the layer has changed yet: an SVD may still fail.
@@ -187,6 +183,7 @@ class AdapterLayer(AdapterState):
         again; without it a residual start is computed anew.
         """
         self._refuse_if_merged("take()")
+        self.refuse_computed_factors("cannot take values through that")
         if self.adapter.residual and start is None:
             self.reset_adapter()
         elif self.adapter.residual and not self._has_start(start):
@@ -195,6 +192,14 @@ class AdapterLayer(AdapterState):
         columns = self.frozen_columns
         self._write_values(values, None, residual=self.adapter.residual)
         self.freeze_columns(columns)
+
+    def refuse_computed_factors(self, why: str) -> None:
+        """Raise RuntimeError if a factor is parametrized: what is written into it is lost."""
+        specs = self._tensor_specs()
+        if parametrized := sorted(name for name in specs if name not in self._parameters):
+            raise RuntimeError(
+                f"{', '.join(parametrized)} of this layer is parametrized, and {why}"
+            )
 
     def _write_values(
         self, values: dict[str, torch.Tensor], base: torch.Tensor | None, residual: bool

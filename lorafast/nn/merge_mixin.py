@@ -84,7 +84,8 @@ class MergeMixin(nn.Module):
                 more, and refuses a gain of 0.
 
         Raises:
-            RuntimeError: the adapter is disabled, or the weight is on the meta device.
+            RuntimeError: the adapter is disabled, the weight is on the meta device, or the weight
+                or bias is computed from other tensors (a parametrization, pruning, weight norm).
             NotImplementedError: the weight is sharded.
             ValueError: W' would not be finite, could not be unmerged, or a lora_bias has no bias
                 to be added to. Nothing has changed then.
@@ -113,6 +114,7 @@ class MergeMixin(nn.Module):
         """Return what merge(keep) would write, W' [N,K] among it. Raises as merge does."""
         if self.disabled:
             raise RuntimeError("the adapter is disabled: merge outside disable_adapter()")
+        self.refuse_computed_weight("merge()")
         if self.weight.is_meta:
             shape = tuple(self.weight.shape)
             raise RuntimeError(f"weight {shape} is on the meta device: load it before merge()")
@@ -159,6 +161,7 @@ class MergeMixin(nn.Module):
         """
         if self._merged is None:
             return
+        self.refuse_computed_weight("unmerge()")
         bias, weight, delta = self._merged
         if weight is None:
             tensors = with_weight(self._W(), delta.factors)
@@ -168,6 +171,20 @@ class MergeMixin(nn.Module):
         if bias is not None:
             self.bias.copy_(bias)
         self._merged = None
+
+    def refuse_computed_weight(self, action: str) -> None:
+        """Raise RuntimeError if weight or bias is computed anew in every call.
+
+        What is written into it is lost then.
+        """
+        for name in ("weight", "bias"):
+            tensor = getattr(self, name, None)
+            if tensor is not None and name not in self._parameters:
+                raise RuntimeError(
+                    f"{name} {tuple(tensor.shape)} is computed from other tensors (a "
+                    "parametrization, pruning, weight or spectral norm), and what is written into "
+                    f"it would be lost: remove that before {action}"
+                )
 
     def _refuse_if_merged(self, action: str) -> None:
         if self._merged is not None:

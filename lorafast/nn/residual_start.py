@@ -46,6 +46,8 @@ class ResidualStart(MergeMixin):
 
     def _refuse_residual_of_another(self) -> None:
         self._refuse_if_sharded("starting an adapter")
+        if self.adapter.residual or self._residual:
+            self.refuse_computed_weight("starting an adapter that changes the weight")
         if self.adapter.residual and not self._residual and self.weight in _residual_weights:
             raise ValueError(
                 f"weight {tuple(self.weight.shape)} already holds the residual of another layer "

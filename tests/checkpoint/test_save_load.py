@@ -238,6 +238,23 @@ def test_a_load_that_fails_midway_leaves_the_old_adapter(plain, tmp_path, monkey
         torch.testing.assert_close(value, before[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_parametrized_factors_are_refused_before_anything_changes(factor, trainable, tmp_path):
+    def model():
+        layers = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        return tiny_transformers.perturb(lorafast.adapt(layers, LoRA(r=2)))
+
+    lorafast.save_adapter(model(), tmp_path)
+    loaded, x = model(), torch.randn(3, 6)
+    nn.utils.parametrizations.weight_norm(loaded[1], factor)
+    want, flags = loaded(x), [parameter.requires_grad for parameter in loaded.parameters()]
+    with pytest.raises(RuntimeError, match=rf"{factor} of this layer is parametrized.*remove"):
+        lorafast.load_adapter(loaded, tmp_path, trainable=trainable)
+    assert torch.equal(loaded(x), want)
+    assert [parameter.requires_grad for parameter in loaded.parameters()] == flags
+
+
 def test_the_meta_device_has_nothing_to_save_and_nowhere_to_load(tmp_path):
     lorafast.save_adapter(
         tiny_transformers.adapted(tiny_transformers.llama(), LoRA(r=4), target_modules=["q_proj"]),

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from helpers.adapter_layers import K, N, trained_layer
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import lorafast
 from lorafast import DoRA, LoRA
@@ -87,3 +89,55 @@ def test_eval_never_merges():
     before = layer.weight.clone()
     layer.train().eval()
     assert torch.equal(layer.weight, before)
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
+COMPUTED = {
+    "weight_norm": parametrizations.weight_norm,
+    "old weight_norm": nn.utils.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "old spectral_norm": nn.utils.spectral_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "parametrized": lambda layer: parametrize.register_parametrization(layer, "weight", Doubled()),
+    "parametrized bias": lambda layer: parametrize.register_parametrization(
+        layer, "bias", Doubled()
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm", "ignore:.*spectral_norm")
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_a_weight_that_is_computed_is_refused_before_anything_changes(compute):
+    layer = trained_layer(LoRA(r=3))
+    compute(layer)
+    model, x = nn.Sequential(layer).eval(), torch.randn(5, K)
+    want = model(x)
+    for action in (layer.merge, lambda: lorafast.merge(model), lambda: lorafast.unload(model)):
+        with pytest.raises(RuntimeError, match=r"(weight|bias) \(14.*is computed from other"):
+            action()
+        assert not layer.merged
+        torch.testing.assert_close(model(x), want, rtol=0, atol=0)
+
+
+def test_a_merged_weight_that_is_computed_now_is_not_unmerged():
+    layer = trained_layer(LoRA(r=3))
+    layer.merge()
+    prune.l1_unstructured(layer, "weight", 0.3)
+    with pytest.raises(RuntimeError, match=r"remove that before unmerge\(\)"):
+        layer.unmerge()
+    assert layer.merged
+
+
+def test_a_start_that_changes_the_weight_is_refused_on_a_computed_one():
+    layer = trained_layer(lorafast.LaMDA(r=3))
+    parametrizations.weight_norm(layer)
+    before = layer.lora_core.clone()
+    with pytest.raises(RuntimeError, match="starting an adapter that changes the weight"):
+        layer.reset_adapter()
+    assert torch.equal(layer.lora_core, before)
