@@ -136,10 +136,7 @@ class GaLore(Optimizer):
                     f"rank={rank}: params has a {tuple(parameter.shape)}, too small to be projected"
                 )
         if self._per_layer:
-            # By the index of the group, because load_state_dict replaces the dict.
-            index = len(self.param_groups) - 1
-            for parameter in group["params"]:
-                weights.register_gradient_hook(self, parameter, GaLore._step_parameter, index)
+            self._register_hooks(len(self.param_groups) - 1)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -173,6 +170,24 @@ class GaLore(Optimizer):
             for group, parameters in ready:
                 self._update_parameters(group, parameters)
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_per_layer": self._per_layer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy's Parameters have no hooks. load_state_dict comes here too, without that key.
+        if state.get("_per_layer"):
+            for index in range(len(self.param_groups)):
+                self._register_hooks(index)
+
+    def _register_hooks(self, index: int) -> None:
+        """Update the parameters of a group in backward.
+
+        By the index of the group, because load_state_dict replaces the dict.
+        """
+        for parameter in self.param_groups[index]["params"]:
+            weights.register_gradient_hook(self, parameter, GaLore._step_parameter, index)
 
     def _step_parameter(self, parameter: nn.Parameter, index: int) -> None:
         group = self.param_groups[index]

@@ -123,13 +123,7 @@ class LoRAAsOptimizer(Optimizer):
         for parameter in unwrap(model).parameters():
             parameter.requires_grad_(parameter in kept)
         # After that, because a hook needs a tensor that requires grad.
-        self._hooks = [
-            weights.register_gradient_hook(
-                self, factored.weight, LoRAAsOptimizer._accumulate, factored
-            )
-            for factored in factored_weights
-            if per_layer
-        ]
+        self._register_hooks()
 
     def _init_groups(
         self,
@@ -276,6 +270,25 @@ class LoRAAsOptimizer(Optimizer):
                 raise ValueError(
                     f"state has {shapes} for {factored.target.name}, this optimizer {expected}"
                 )
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_factored_weights", "_scaling", "_per_layer", "_factor_optimizer")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy's Parameters have no hooks. load_state_dict comes here too, without that key.
+        if "_per_layer" in state:
+            self._register_hooks()
+
+    def _register_hooks(self) -> None:
+        self._hooks = [
+            weights.register_gradient_hook(
+                self, factored.weight, LoRAAsOptimizer._accumulate, factored
+            )
+            for factored in self._factored_weights
+            if self._per_layer
+        ]
 
     def _accumulate(self, parameter: nn.Parameter, factored: _FactoredWeight) -> None:
         factored.accumulate_gradients(self._scaling)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -94,6 +95,28 @@ def equal(some, others):
 
 def test_every_optimizer_there_is_is_tested():
     assert set(USUAL) == set(optim.__all__) == {name for name, *_ in RESUMED}
+
+
+@pytest.mark.parametrize(
+    ("name", "model_for", "settings"),
+    RESUMED,
+    ids=[f"{name}-{i}" for i, (name, *_) in enumerate(RESUMED)],
+)
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_goes_on_alike_and_by_itself(name, model_for, settings, way):
+    model, optimizer = make(name, model_for(), **settings)
+    train(model, optimizer, shrinking(optimizer), 3)
+    if way == "deepcopy":
+        other, copied = copy.deepcopy((model, optimizer))
+    else:
+        other, copied = pickle.loads(pickle.dumps((model, optimizer)))
+    before = copy.deepcopy(other.state_dict())
+    train(model, optimizer, shrinking(optimizer), 3, 3)
+    assert equal(before, other.state_dict())
+    assert not equal(before, model.state_dict())
+    train(other, copied, shrinking(copied), 3, 3)
+    assert equal(model.state_dict(), other.state_dict())
+    assert type(copied) is type(optimizer)
 
 
 @pytest.mark.parametrize(
