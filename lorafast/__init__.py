@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
+from lorafast.integrations import peft_registry
 from lorafast.runtime import moved_modules, name_hints
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ _PUBLIC_MODULES = ("optim", "reference", "schedule")
 _REGISTERING_MODULES = ("checkpoint.pretrained", "models.resize")
 
 moved_modules.install()
+peft_registry.install()
 
 
 def _import_all() -> None:

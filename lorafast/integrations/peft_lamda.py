@@ -69,8 +69,7 @@ class LamdaConfig(LoraConfig):
         model = peft.get_peft_model(base(), config)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            config = LamdaConfig.from_pretrained(folder)
-            model = peft.PeftModel.from_pretrained(base(), folder, config=config)
+            model = peft.PeftModel.from_pretrained(base(), folder)
 
     Source:
         arXiv:2406.12832
@@ -93,7 +92,8 @@ class LamdaConfig(LoraConfig):
     def to_dict(self) -> dict:
         """Return the content of adapter_config.json.
 
-        Its peft_type is one that PEFT alone refuses; it would read the file as a LoRA without core.
+        Its peft_type is one that PEFT refuses unless lorafast is imported (peft_registry); it would
+        read the file as a LoRA without core.
         """
         if self.init_lora_weights != peft_lamda_variant.encode(self.lamda_init, self.svd_niter):
             raise ValueError(

@@ -25,7 +25,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lorafast
+from lorafast.integrations import peft_registry
 from lorafast.integrations.peft_lamda import LamdaConfig
+from lorafast.models import peft_config
 
 pytestmark = pytest.mark.peft
 
@@ -133,6 +135,75 @@ def test_a_peft_without_lorafast_refuses_the_file(tmp_path):
         [sys.executable, "-c", lone, tmp_path], capture_output=True, text=True, check=True
     )
     assert told.stdout.strip() == "'LAMDA'"
+
+
+def _run(code, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "imports", ["lorafast, torch, peft", "peft, lorafast", "torch, lorafast, peft"]
+)
+@pytest.mark.parametrize("written_by", ["peft", "lorafast"])
+def test_with_lorafast_imported_peft_reads_the_file(imports, written_by, tmp_path):
+    model = lamda_model(targets=["up"], lamda_init="zero")
+    model.save_pretrained(tmp_path)
+    if written_by == "lorafast":
+        native = lorafast.load_adapter(Net(), tmp_path)
+        lorafast.save_adapter(native, tmp_path)
+    code = (
+        f"import sys, {imports}\n"
+        "assert not [name for name in sys.modules if 'peft_lamda' in name]\n"
+        "import torch\n"
+        f"def base(): return torch.nn.ModuleDict({{'up': torch.nn.Linear({K}, {N})}})\n"
+        "model = peft.PeftModel.from_pretrained(base(), sys.argv[1])\n"
+        "layer = model.base_model.model['up']\n"
+        "print(type(model.peft_config['default']).__name__, layer.lora_core['default'].tolist())\n"
+        "config = peft.PeftConfig.from_pretrained(sys.argv[1])\n"
+        "assert type(config).__name__ == 'LamdaConfig'\n"
+        "model.load_adapter(sys.argv[1], 'other')\n"
+    )
+    core = model.base_model.model.up.lora_core["default"].tolist()
+    assert _run(code, tmp_path) == f"LamdaConfig {core}"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "told"),
+    [(lorafast.DoRA(r=2, axis="in"), r"DoRA\(axis='in'\)"), (lorafast.AFLoRA(r=2), "AFLoRA")],
+    ids=str,
+)
+def test_peft_says_what_reads_the_files_of_other_methods(adapter, told, tmp_path):
+    lorafast.save_adapter(lorafast.adapt(Net(), adapter, target_modules=["up"]), tmp_path)
+    for read in (
+        lambda: peft.PeftModel.from_pretrained(Net(), tmp_path),
+        lambda: peft.PeftConfig.from_pretrained(tmp_path),
+    ):
+        with pytest.raises(ValueError, match=rf"is a {told} of lorafast.*load_adapter\("):
+            read()
+
+
+def test_the_entries_are_those_of_the_files():
+    own = {peft_config.LAMDA, peft_config.DORA_IN, peft_config.AFLORA}
+    assert set(peft_registry.ENTRIES) == own
+    assert own <= set(peft.PEFT_TYPE_TO_CONFIG_MAPPING)
+
+
+def test_peft_is_found_as_before():
+    code = (
+        "import lorafast, importlib.util, sys\n"
+        "assert 'peft' not in sys.modules\n"
+        "spec = importlib.util.find_spec('peft')\n"
+        "assert 'peft' not in sys.modules\n"
+        "import peft, inspect\n"
+        "assert 'exec_module' not in vars(peft.__spec__.loader)\n"
+        "assert peft.__spec__.origin == spec.origin == inspect.getfile(peft)\n"
+        "print('LAMDA' in peft.PEFT_TYPE_TO_CONFIG_MAPPING)"
+    )
+    assert _run(code) == "True"
 
 
 def test_a_config_reads_its_own_kind_alone(tmp_path):
