@@ -1,22 +1,143 @@
-// The Python module: the entry points of kernels.h.
-#include <pybind11/pybind11.h>
+// The Python module: the entry points of kernels.h, in Python's own C interface. A library for
+// bindings would take a quarter of the time of the whole build.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <exception>
+#include <limits>
+#include <new>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 #include "vector.h"
 #include "workspace.h"
 
-namespace py = pybind11;
+namespace lorafast {
+namespace {
 
-PYBIND11_MODULE(LORAFAST_MODULE, m) {
-  using namespace lorafast;
-  using ReleaseGil = py::call_guard<py::gil_scoped_release>;
-  m.attr("ISA") = ISA;
-  m.def("largest_workspace", &Workspace::largest);
-  m.def("project", &entries::project, ReleaseGil());
-  m.def("low_rank_add", &entries::low_rank_add, ReleaseGil());
-  m.def("grad_project", &entries::grad_project, ReleaseGil());
-  m.def("grad_output", &entries::grad_output, ReleaseGil());
-  m.def("row_norm", &entries::row_norm, ReleaseGil());
-  m.def("drop", &entries::drop, ReleaseGil());
-  m.def("scale", &entries::scale, ReleaseGil());
+// Reads arguments until one does not fit; a Python error is set then.
+class ArgumentReader {
+ public:
+  template <class T>
+  T read(PyObject* object) {
+    if (failed) return T{};
+    if constexpr (std::is_same_v<T, float>) {
+      const double value = PyFloat_AsDouble(object);
+      failed = value == -1 && PyErr_Occurred();
+      return static_cast<float>(value);
+    } else if constexpr (std::is_same_v<T, bool>) {
+      const int value = PyObject_IsTrue(object);
+      failed = value < 0;
+      return value > 0;
+    } else {
+      using Widest = std::conditional_t<std::is_unsigned_v<T>, unsigned long long, long long>;
+      Widest value;
+      if constexpr (std::is_unsigned_v<T>)
+        value = PyLong_AsUnsignedLongLong(object);
+      else
+        value = PyLong_AsLongLong(object);
+      failed = value == static_cast<Widest>(-1) && PyErr_Occurred();
+      if (!failed &&
+          (value < std::numeric_limits<T>::min() || value > std::numeric_limits<T>::max())) {
+        PyErr_SetString(PyExc_OverflowError, "the number is too large for its argument");
+        failed = true;
+      }
+      return static_cast<T>(value);
+    }
+  }
+
+  bool failed = false;
+};
+
+// Other threads of Python run while it lives.
+class ReleasedGil {
+ public:
+  ReleasedGil() : state(PyEval_SaveThread()) {}
+  ~ReleasedGil() { PyEval_RestoreThread(state); }
+  ReleasedGil(const ReleasedGil&) = delete;
+  ReleasedGil& operator=(const ReleasedGil&) = delete;
+
+ private:
+  PyThreadState* state;
+};
+
+// A C++ function as a function of Python.
+template <auto function>
+struct Bound;
+
+template <class Result, class... Arguments, Result (*function)(Arguments...)>
+struct Bound<function> {
+  static PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    if (count != static_cast<Py_ssize_t>(sizeof...(Arguments)))
+      return PyErr_Format(PyExc_TypeError, "takes %zu arguments, not %zd", sizeof...(Arguments),
+                          count);
+    return call_with(given, std::index_sequence_for<Arguments...>{});
+  }
+
+ private:
+  template <size_t... i>
+  static PyObject* call_with(PyObject* const* given, std::index_sequence<i...>) {
+    ArgumentReader reader;
+    // Braces, unlike parentheses, read from left to right.
+    const std::tuple<Arguments...> arguments{reader.read<Arguments>(given[i])...};
+    if (reader.failed) return nullptr;
+    try {
+      if constexpr (std::is_void_v<Result>) {
+        run(arguments);
+        Py_RETURN_NONE;
+      } else {
+        const Result result = run(arguments);
+        if constexpr (std::is_same_v<Result, bool>) return PyBool_FromLong(result);
+        return PyLong_FromLongLong(result);
+      }
+    } catch (const std::bad_alloc&) {
+      return PyErr_NoMemory();
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+      return nullptr;
+    }
+  }
+
+  static Result run(const std::tuple<Arguments...>& arguments) {
+    const ReleasedGil released;
+    return std::apply(function, arguments);
+  }
+};
+
+template <auto function>
+PyMethodDef method(const char* name) {
+  // METH_FASTCALL says that the function has this other signature.
+  const auto call = reinterpret_cast<void (*)()>(&Bound<function>::call);
+  return {name, reinterpret_cast<PyCFunction>(call), METH_FASTCALL, nullptr};
+}
+
+#define LORAFAST_TEXT(name) #name
+#define LORAFAST_TEXT_OF(name) LORAFAST_TEXT(name)
+#define LORAFAST_INIT(name) PyInit_##name
+#define LORAFAST_INIT_OF(name) LORAFAST_INIT(name)
+
+PyMethodDef methods[] = {
+    method<&Workspace::largest>("largest_workspace"),
+    method<&entries::project>("project"),
+    method<&entries::low_rank_add>("low_rank_add"),
+    method<&entries::grad_project>("grad_project"),
+    method<&entries::grad_output>("grad_output"),
+    method<&entries::row_norm>("row_norm"),
+    method<&entries::drop>("drop"),
+    method<&entries::scale>("scale"),
+    {},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, LORAFAST_TEXT_OF(LORAFAST_MODULE), nullptr, -1,
+                      methods};
+
+}  // namespace
+}  // namespace lorafast
+
+PyMODINIT_FUNC LORAFAST_INIT_OF(LORAFAST_MODULE)() {
+  PyObject* made = PyModule_Create(&lorafast::module);
+  if (made && PyModule_AddStringConstant(made, "ISA", lorafast::ISA) < 0) Py_CLEAR(made);
+  return made;
 }

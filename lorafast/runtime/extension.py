@@ -2,9 +2,9 @@
 
 Every failure is a reason in words, never a traceback.
 
-A module is named after a hash of its sources, its flags and Python's ABI. The compiler and pybind11
-that made it are not part of the name, so that a module built ahead (`python -m lorafast build`)
-serves where neither is installed; the log beside it names them.
+A module is named after a hash of its sources, its flags and Python's ABI. The compiler that made it
+is not part of the name, so that a module built ahead (`python -m lorafast build`) serves where none
+is installed; the log beside it names it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Module(NamedTuple):
 
     @classmethod
     def of(cls, isa: str, sources: Path, cache: str, extra: str) -> Module:
-        """Return the module's name and place; needs no compiler, ninja or pybind11.
+        """Return the module's name and place; needs no compiler and no ninja.
 
         A Failure if it cannot be built here.
         """
@@ -115,8 +115,8 @@ class Module(NamedTuple):
             runtime and runtime.name,
         )
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-        # The name differs from every other in this process, because pybind11 returns the module it
-        # made first for a name it has seen.
+        # The function that makes the module has this name too, so that no other module of this
+        # process can be taken for it.
         name = f"lorafast_cpu_{isa}_{digest}"
         # Without a home folder it stays as it is, for `build` to refuse.
         folder = Path(cache) if cache.startswith("~") else Path(cache).absolute()

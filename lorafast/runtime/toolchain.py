@@ -1,6 +1,6 @@
 """The compilation of a folder of C++ into one shared object.
 
-It needs a compiler, ninja, pybind11 and Python's headers; a missing one is a Failure.
+It needs a compiler, ninja and Python's headers; a missing one is a Failure.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def mangled_openmp(packages: Path | None = None) -> Path | None:
 class Toolchain(NamedTuple):
     """What a build needs.
 
-    identity: the first line of the compiler's --version, and pybind11's version.
+    identity: the first line of the compiler's --version.
     """
 
     cxx: tuple[str, ...]
@@ -78,10 +78,6 @@ class Toolchain(NamedTuple):
         cxx: the value of CXX.
         """
         command = _compiler(cxx)
-        try:
-            import pybind11
-        except ImportError as error:
-            raise Failure(f"pybind11 cannot be imported ({error}): pip install pybind11") from error
         python = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
         if not any((Path(folder) / "Python.h").is_file() for folder in python):
             raise Failure(
@@ -94,8 +90,7 @@ class Toolchain(NamedTuple):
                 f"the compiler {shlex.join(command)} does not run: {_first_line(version.stdout)}; "
                 f"{_ANOTHER}"
             )
-        identity = f"{_first_line(version.stdout)}, pybind11 {pybind11.__version__}"
-        return cls(command, _ninja(), (pybind11.get_include(), *python), identity)
+        return cls(command, _ninja(), tuple(python), _first_line(version.stdout))
 
     @property
     def fingerprint(self) -> str:
