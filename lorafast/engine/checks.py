@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
-from torch.nn import Parameter
 
 from lorafast.engine import philox
 from lorafast.engine.precision import activation_dtype
@@ -36,7 +37,6 @@ def call(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.
             not torch.compiler.is_compiling()
             and x.dtype in _DTYPES
             and weight.dtype in _DTYPES
-            and (type(weight) is Parameter or type(weight) is torch.Tensor)
             and (dtype is weight.dtype or _fits(weight, x, dtype))
             and x.shape[-1] == K
             and A.shape == (R, K)
@@ -82,8 +82,6 @@ def _check_call(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) ->
     words(options.axis, options.dropout_on, options.keep, options.dropout)
     _has_shape(x)
     floating("x", x)
-    if not torch.compiler.is_compiling() and torch_internals.is_foreign_subclass(tensors.weight):
-        raise TypeError(foreign_weight(tensors.weight))
     N, K, R = factors(tensors, options.axis)
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x {tuple(x.shape)} must end in K={K} for weight {(N, K)}")
@@ -114,14 +112,18 @@ def _check_call(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) ->
     return dtype
 
 
-def foreign_weight(weight: torch.Tensor) -> str:
-    """Return why the products cannot read a weight that another library computes with."""
-    kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
-    return (
-        f"weight {tuple(weight.shape)} is a {kind}, which the products cannot read; was the model "
-        "quantised after it was adapted? Keep adapted layers out of the quantising, or leave the "
-        "model to PEFT"
-    )
+@contextlib.contextmanager
+def readable(weight: torch.Tensor) -> Iterator[None]:
+    """Return a context in which a weight that lacks an operation is refused in words."""
+    try:
+        yield
+    except NotImplementedError as error:
+        kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
+        raise TypeError(
+            f"weight {tuple(weight.shape)} is a {kind}, which lacks an operation that this adapter "
+            "needs; was the model quantised after it was adapted? Keep the adapted layers out of "
+            "that, or leave the model to PEFT"
+        ) from error
 
 
 def norm(tensors: LayerTensors, axis: str) -> None:

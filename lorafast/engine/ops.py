@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from lorafast.engine import formula, reference, weight_norm
+from lorafast.engine import checks, formula, reference, weight_norm
 from lorafast.engine.precision import accumulator
 from lorafast.engine.problem import (
     CallOptions,
@@ -91,17 +91,19 @@ def row_norm(tensors: LayerTensors, options: CallOptions, policy: NormPolicy) ->
 
 def _plain_linear(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.Tensor:
     _, p, axis, dropout_on, keep, frozen_columns = options
-    return reference.linear(
-        x, *tensors[:7], axis, tensors.out_scale, tensors.lora_bias, scaling_of(tensors, options),
-        p, dropout_on, keep, frozen_columns, tensors.seed,
-    )  # fmt: skip
+    with checks.readable(tensors.weight):
+        return reference.linear(
+            x, *tensors[:7], axis, tensors.out_scale, tensors.lora_bias,
+            scaling_of(tensors, options), p, dropout_on, keep, frozen_columns, tensors.seed,
+        )  # fmt: skip
 
 
 def _plain_norm(tensors: LayerTensors, options: CallOptions) -> torch.Tensor:
-    return reference.row_norm(
-        tensors.weight, tensors.lora_A, tensors.lora_B, tensors.core, tensors.out_scale,
-        scaling_of(tensors, options), options.axis,
-    )  # fmt: skip
+    with checks.readable(tensors.weight):
+        return reference.row_norm(
+            tensors.weight, tensors.lora_A, tensors.lora_B, tensors.core, tensors.out_scale,
+            scaling_of(tensors, options), options.axis,
+        )  # fmt: skip
 
 
 def _call_directly(function: Callable, *args):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lorafast.engine import checks, dispatch
+from lorafast.engine import dispatch
 from lorafast.engine.formula import resolve_keep, saved_mask
 from lorafast.engine.problem import (
     PRIMITIVES,
@@ -129,7 +129,8 @@ def _adapter_layer_call(layer: AdapterLayer) -> LayerCall:
     if layer.disabled:
         bypass = "disabled: the layer runs as its base"
     elif is_foreign_subclass(layer.weight):
-        bypass = f"calls are refused: {checks.foreign_weight(layer.weight)}"
+        kind = f"{type(layer.weight).__module__}.{type(layer.weight).__qualname__}"
+        bypass = f"torch's own operations, because the weight is a {kind}"
     elif isinstance(layer, Embedding):
         bypass = "a lookup on plain torch, no product with the table"
     return LayerCall(

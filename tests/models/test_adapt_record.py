@@ -79,4 +79,4 @@ def test_a_weight_quantised_after_adapt_is_refused_in_words(adapter):
     for context in (torch.enable_grad(), torch.no_grad()):
         with context, pytest.raises(TypeError, match=r"weight \(4, 8\) is a .*Codes.*quantised"):
             model(X)
-    assert "calls are refused: weight (4, 8) is a " in str(lorafast.explain(model))
+    assert "torch's own operations, because the weight is a " in str(lorafast.explain(model))
