@@ -90,7 +90,8 @@ class AdapterState(FrozenColumns, ResidualStart):
             return
         lacking: list[str] = []
         before = len(errors)
-        super()._load_from_state_dict(*arguments, lacking, unexpected, errors)
+        load: Any = super()._load_from_state_dict
+        load(*arguments, lacking, unexpected, errors)
         missing.extend(key for key in lacking if kept or key[len(prefix) :] not in names)
         if len(errors) > before:
             return

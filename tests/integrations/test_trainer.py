@@ -27,14 +27,12 @@ from helpers.trainer_runs import (
 from safetensors.torch import load_file
 from torch import nn
 from torch.multiprocessing import spawn
-from transformers import (
-    LlamaForCausalLM,
-)
+from transformers import LlamaForCausalLM, TrainerCallback
 
 import lorafast
-from lorafast import LoRA, PiSSA
+from lorafast import AdaLoRA, LoRA, PiSSA, schedule
 from lorafast.checkpoint import trainer_files
-from lorafast.integrations.trainer import AdapterCheckpoint
+from lorafast.integrations.trainer import AdapterCheckpoint, ScheduleCallback
 from lorafast.methods import svd
 
 pytestmark = [
@@ -335,7 +333,49 @@ def _save_and_resume(rank, folder):
     assert_same(again.model, straight.model)
     assert losses(again) == losses(straight)
     assert written == ([] if rank else ["checkpoint-3", "checkpoint-6", "checkpoint-6"])
+    _penalty_in_a_group(folder)
     torch.distributed.barrier()
+
+
+class FirstGradients(TrainerCallback):
+    """Notes the gradients of the first step as the optimizer gets them."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not state.global_step:
+            named = model.named_parameters()
+            self.taken = {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def _penalty_in_a_group(folder):
+    """AdaLoRA's penalty enters the mean of the ranks' gradients once, and its run resumes."""
+
+    def run(name, *more, resume=None, weight=0.7):
+        model = adapted(AdaLoRA(r=4, target_r=2))
+        seen = FirstGradients()
+        callback = ScheduleCallback(schedule.AdaLoRA, orth_reg_weight=weight)
+        trainer = trainer_of(
+            model, folder / name, callback, seen, *more, ddp_backend="gloo", max_grad_norm=0.0,
+            gradient_accumulation_steps=2,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, seen, callback.schedule
+
+    straight, with_penalty, planned = run("straight")
+    _, without, _ = run("without", weight=0.0)
+    fresh = adapted(AdaLoRA(r=4, target_r=2))
+    schedule.AdaLoRA(fresh, STEPS, orth_reg_weight=0.7).penalty().backward()
+    added = {name: g - without.taken[name] for name, g in with_penalty.taken.items()}
+    for name, parameter in fresh.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(added[name], parameter.grad, rtol=1e-4, atol=1e-5)
+    half = str(folder / "straight" / f"checkpoint-{HALF}")
+    again, _, resumed = run("again", resume=half)
+    assert_same(again.model, straight.model)
+    assert str(resumed.state_dict()) == str(planned.state_dict())
+    for parameter in again.model.parameters():
+        theirs = parameter.detach().clone()
+        torch.distributed.broadcast(theirs, 0)
+        assert torch.equal(theirs, parameter)
 
 
 @pytest.mark.distributed
