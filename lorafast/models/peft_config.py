@@ -35,6 +35,7 @@ _IGNORED_FIELDS = (
     "inference_mode",
     "init_weights",
     "megatron_core",
+    "merge_weights",  # of PEFT before 0.3, which merged in eval
     "peft_type",
     "peft_version",
     "qalora_group_size",
@@ -49,7 +50,9 @@ _IGNORED_FIELDS = (
 _FOREIGN_INITS = ("eva", "orthogonal")
 # Inits that change the weight, and that PEFT repeats when it loads a file of theirs.
 _WEIGHT_CHANGING_INITS = ("corda", "lora_ga", "olora")
-_INIT_CONFIGS = ("eva_config", "lora_ga_config")
+_INIT_CONFIGS = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")
+# Fields that change how an adapter trains, and not what a file of it computes.
+_TRAINING_FIELDS = ("velora_config",)
 # Fields of an AdaptSpec that a config has under the same name.
 _SPEC_FIELDS = (
     "target_modules",
@@ -160,11 +163,9 @@ def _take_spec_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_unknown_fields(fields: dict[str, Any], loading: bool) -> None:
     """Raise ValueError if a field that no reader took has a value."""
-    unknown = sorted(
-        key
-        for key, value in fields.items()
-        if value and key not in _SPEC_FIELDS and not (loading and key in _INIT_CONFIGS)
-    )
+    # The readers have refused the inits that lorafast lacks; without its init a field does nothing.
+    harmless = (*_SPEC_FIELDS, *_INIT_CONFIGS, *(_TRAINING_FIELDS if loading else ()))
+    unknown = sorted(key for key, value in fields.items() if value and key not in harmless)
     if unknown:
         shown = ", ".join(f"{key}={fields[key]!r}" for key in unknown)
         no_layers = f", {fused_experts.NO_LAYERS}" if "target_parameters" in unknown else ""
