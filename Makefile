@@ -13,12 +13,18 @@ PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 .PHONY: bench test quick test-slow coverage lint types imports docs readme-table mutants micro
 .PHONY: build sanitize conformance dist env clean
 
-# One layer, then a real encoder, then one page of both. A wrong row stops it.
+# One layer, a real encoder, a few tokens at a time, text generation; then one page of all. A wrong
+# row stops it.
 bench: env
 	$(BIN)/lorafast-bench linear --seconds 5 --warmup 1 --json $(RESULTS)/linear.json
 	$(BIN)/lorafast-bench model --seconds 5 --warmup 1 --json $(RESULTS)/model.json
-	$(BIN)/lorafast-bench report $(RESULTS)/linear.json $(RESULTS)/model.json \
-		--html $(RESULTS)/report.html
+	$(BIN)/lorafast-bench linear --pass train,inference --tokens 1,8,16 --shape 1024x1024 \
+		--methods lora,dora --impl lorafast,accelerated,peft --dropout 0 --seconds 2 --warmup 1 \
+		--json $(RESULTS)/few-tokens.json
+	$(BIN)/lorafast-bench generate --methods lora --seconds 10 --warmup 1 \
+		--json $(RESULTS)/generate.json
+	$(BIN)/lorafast-bench report --html $(RESULTS)/report.html \
+		$(patsubst %,$(RESULTS)/%.json,linear model few-tokens generate)
 
 # Everything but the slow tests, in at most 8 minutes on two cores.
 test: env

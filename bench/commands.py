@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 
 from lorafast.bench import machine, output
-from lorafast.bench.cases import implementations, linear, model
+from lorafast.bench.cases import generate, implementations, linear, model
 from lorafast.bench.cases.candidate import Problem
+from lorafast.bench.cases.generate_task import Size
 from lorafast.bench.errors import BenchError
 from lorafast.bench.options import STDOUT
 from lorafast.bench.report import html_report, plots, tables
@@ -38,9 +39,8 @@ def run(asked: argparse.Namespace, arguments: list[str]) -> int:
     0: no row is wrong. 1: a row is wrong. 2: the request cannot be served, or a file cannot be
     written. 130: interrupted; finished rows are kept.
     """
-    commands = {"linear": _linear, "model": _model, "tune": _tune, "report": _report, "env": _env}
     try:
-        return commands[asked.command](asked, arguments)
+        return _COMMANDS[asked.command](asked, arguments)
     except BenchError as error:
         output.complain(f"lorafast-bench {asked.command}: {error}", style=None)
         return FAILED
@@ -95,6 +95,26 @@ def _model(asked: argparse.Namespace, arguments: list[str]) -> int:
         return _collect(model.run(plan, progress), asked, device, arguments, progress)
 
 
+def _generate(asked: argparse.Namespace, arguments: list[str]) -> int:
+    device, dtype = _prepare(asked)
+    plan = generate.Plan(
+        size=Size(asked.layers, asked.hidden),
+        prompt=asked.prompt,
+        tokens=asked.tokens,
+        impls=asked.impl,
+        methods=asked.methods,
+        R=asked.rank,
+        device=device,
+        dtype=dtype,
+        rounds=asked.rounds,
+        seconds=asked.seconds or math.inf,
+        warmup=asked.warmup,
+        seed=asked.seed,
+    )
+    with Progress(generate.progress_total(plan)) as progress:
+        return _collect(generate.run(plan, progress), asked, device, arguments, progress)
+
+
 def _tune(asked: argparse.Namespace, arguments: list[str]) -> int:
     device, dtype = _prepare(asked)
     try:
@@ -146,7 +166,8 @@ def _env(asked: argparse.Namespace, arguments: list[str]) -> int:
 def _prepare(asked: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """Return device and dtype, after checking the files to write and the dropout."""
     output.check_files(asked.json, getattr(asked, "html", None))
-    for p in asked.dropout if isinstance(asked.dropout, tuple) else (asked.dropout,):
+    dropout = getattr(asked, "dropout", ())
+    for p in dropout if isinstance(dropout, tuple) else (dropout,):
         try:
             checks.probability(p)
         except ValueError as error:
@@ -213,3 +234,13 @@ def _verdict(records: list[Record]) -> int:
     for record in wrong:
         output.complain(f"WRONG {record.label}: {record.reason}")
     return WRONG if wrong else RIGHT
+
+
+_COMMANDS = {
+    "linear": _linear,
+    "model": _model,
+    "generate": _generate,
+    "tune": _tune,
+    "report": _report,
+    "env": _env,
+}

@@ -102,6 +102,24 @@ def _model(command: Command) -> None:
     _common(command, METHODS, 7, "frozen,lorafast,peft")
 
 
+def _generate(command: Command) -> None:
+    add = command.add_argument
+    add("--layers", type=_count, default=4, metavar="L", help="layers of the Llama")
+    help_text = "its width, a multiple of 64; 64 to a head"
+    add("--hidden", type=_width, default=512, metavar="WIDTH", help=help_text)
+    add("--prompt", type=_count, default=16, metavar="TOKENS", help="tokens of the prompt")
+    add("--tokens", type=_count, default=32, metavar="TOKENS", help="tokens to generate")
+    add("--rank", type=_count, default=16, metavar="R", help="one rank; alpha is 2R")
+    _methods(command, LAYERS)
+    help_text = f"some of {', '.join(implementations.GENERATING)}; frozen, the model without "
+    help_text += "adapters, always runs"
+    parse = _each(implementations.parse_generating)
+    default = "frozen,lorafast,accelerated,peft,merged"
+    add("--impl", type=parse, default=default, metavar="NAME,…", help=help_text)
+    _measured(command, 15)
+    _page(command)
+
+
 def _tune(command: Command) -> None:
     _shapes(command, "4096x4096")
     add = command.add_argument
@@ -150,9 +168,7 @@ def _common(
 ) -> None:
     """Add the options that linear and model share."""
     add = command.add_argument
-    help_text = f"all, or some of {', '.join(methods)}"
-    each = _each(_one_of(methods, everything="all"))
-    add("--methods", type=each, default="lora,dora,lamda", metavar="NAME,…", help=help_text)
+    _methods(command, methods)
     help_text = f"some of {', '.join(implementations.BASES)}, each also as NAME+compile; "
     help_text += f"frozen always runs (default: {default_implementations})"
     add("--impl", type=_each(implementations.parse), metavar="NAME,…", help=help_text)
@@ -161,6 +177,14 @@ def _common(
     add("--dropout-on", **words, default="adapter", help=help_text)
     _measured(command, rounds)
     _page(command)
+
+
+def _methods(command: Command, methods: tuple[str, ...]) -> None:
+    help_text = f"all, or some of {', '.join(methods)}"
+    each = _each(_one_of(methods, everything="all"))
+    command.add_argument(
+        "--methods", type=each, default="lora,dora,lamda", metavar="NAME,…", help=help_text
+    )
 
 
 def _measured(command: Command, rounds: int) -> None:
@@ -231,6 +255,13 @@ def _count(text: str) -> int:
     return _number(text, int, 1, "a whole number of at least 1")
 
 
+def _width(text: str) -> int:
+    value = _number(text, int, 64, "a multiple of 64")
+    if value % 64:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a multiple of 64")
+    return value
+
+
 def _whole(text: str) -> int:
     return _number(text, int, 0, "a whole number of at least 0")
 
@@ -282,6 +313,11 @@ _COMMANDS = {
         _model,
         "Train a whole pretrained model, then step it by batch size. "
         "Lists are separated by commas.",
+    ),
+    "generate": (
+        _generate,
+        "Let a small Llama with random weights generate text, next to the same model without "
+        "adapters. Lists are separated by commas.",
     ),
     "tune": (
         _tune,

@@ -7,13 +7,15 @@ from typing import NamedTuple
 from lorafast.bench.spelling import unknown
 
 BASES = ("frozen", "full", "lorafast", "accelerated", "eager", "peft", "peft-bf16")
+# Those that generate text; merged: lorafast's model after lorafast.merge.
+GENERATING = ("frozen", "lorafast", "accelerated", "peft", "peft-bf16", "merged")
 WITHOUT_ADAPTER = ("frozen", "full")
 
 
 class Impl(NamedTuple):
     """An implementation.
 
-    base: one of BASES.
+    base: one of BASES or GENERATING.
     """
 
     base: str
@@ -52,6 +54,13 @@ def parse(text: str) -> Impl:
     if base not in BASES or (plus and tail != "compile"):
         raise ValueError(unknown(text, BASES, ", nor one of them with +compile"))
     return Impl(base, bool(plus))
+
+
+def parse_generating(text: str) -> Impl:
+    """Return the implementation of a name, for generating text. ValueError for any other text."""
+    if text not in GENERATING:
+        raise ValueError(unknown(text, GENERATING))
+    return Impl(text)
 
 
 def candidates(impls: tuple[Impl, ...], methods: tuple[str, ...]) -> tuple[tuple[Impl, str], ...]:

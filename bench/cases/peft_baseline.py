@@ -67,7 +67,12 @@ def is_peft_linear(module: nn.Module) -> bool:
     )
 
 
-def peft_config(method: str, adapter: Adapter, target_modules: str | list[str]) -> LoraConfig:
+def peft_config(
+    method: str,
+    adapter: Adapter,
+    target_modules: str | list[str],
+    task_type: str | None = None,
+) -> LoraConfig:
     """Return PEFT's config for a spec of lorafast."""
     from peft import LoraConfig
 
@@ -77,12 +82,18 @@ def peft_config(method: str, adapter: Adapter, target_modules: str | list[str]) 
         lora_dropout=adapter.dropout,
         target_modules=target_modules,
         bias="none",
+        task_type=task_type,
         **METHOD_OPTIONS[method],
     )
 
 
 def peft_model(
-    base: nn.Module, impl: Impl, method: str, adapter: Adapter, target_modules: str | list[str]
+    base: nn.Module,
+    impl: Impl,
+    method: str,
+    adapter: Adapter,
+    target_modules: str | list[str],
+    task_type: str | None = None,
 ) -> nn.Module:
     """Return the result of get_peft_model, accelerated if the implementation says so.
 
@@ -94,7 +105,7 @@ def peft_model(
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of transformers
         made = get_peft_model(
             base,
-            peft_config(method, adapter, target_modules),
+            peft_config(method, adapter, target_modules, task_type),
             autocast_adapter_dtype=impl.base != "peft-bf16",
         )
     if impl.base == "accelerated":

@@ -15,9 +15,15 @@ from torch import nn
 import lorafast
 from lorafast import testing
 from lorafast.bench.cases import peft_baseline, recipes
-from lorafast.bench.cases.candidate import ARGUMENTS, adapter_parameters, form_of
+from lorafast.bench.cases.adapted_model import (
+    adapted_layers,
+    eager_linear,
+    init_A,
+    randomize,
+)
+from lorafast.bench.cases.candidate import ARGUMENTS, adapter_parameters
 from lorafast.bench.cases.encoder import Classifier, Encoder
-from lorafast.bench.cases.expected_grads import TRAINED, EagerLinear, with_eager_layers
+from lorafast.bench.cases.expected_grads import TRAINED, with_eager_layers
 from lorafast.bench.cases.implementations import Impl
 from lorafast.bench.errors import Unavailable
 from lorafast.bench.measure import compiled, correctness
@@ -131,14 +137,17 @@ class TrainTask:
         layers = {path: copied.get_submodule(path) for path in self.layers}
         if self.trains_base:
             copied.requires_grad_(True)  # a schedule may have frozen some of it
-        _randomize(layers, seed)
+        randomize(layers, seed)
         # Ranks may differ by layer: every layer freezes the same share of its columns.
         share = frozen / R if frozen else 0.0
         columns = {
             path: round(share * adapter_parameters(layer)["lora_A"].shape[0])
             for path, layer in layers.items()
         }
-        eager = {path: self._eager_linear(layer, columns[path]) for path, layer in layers.items()}
+        eager = {
+            path: eager_linear(self.impl, self.method, self.adapter, layer, columns[path])
+            for path, layer in layers.items()
+        }
         trained = TRAINED[self.method] if self.adapter else frozenset()
         if self.adapter and frozen == R:
             trained -= {"lora_B"}
@@ -165,26 +174,6 @@ class TrainTask:
         }
         worst = max(ratios, key=ratios.get)
         return ratios[worst], correctness.stage_name(worst, frozen, R)
-
-    def _eager_linear(self, layer: nn.Module, frozen_columns: int) -> EagerLinear:
-        factors = adapter_parameters(layer)
-        form = form_of(self.impl, self.method, self.adapter, factors)
-        if isinstance(layer, lorafast.Linear):
-            scaling, base = float(layer.scaling), layer
-        else:
-            scaling, base = self.adapter.scaling, layer.base_layer
-        dropout = self.adapter.dropout
-        return EagerLinear(form, scaling, dropout, base, factors, frozen_columns=frozen_columns)
-
-
-@torch.no_grad()
-def _randomize(layers: dict[str, nn.Module], seed: int) -> None:
-    """Add noise to every adapter parameter: where B is 0, A has no gradient to check."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers.values():
-        for parameter in adapter_parameters(layer).values():
-            noise = torch.randn(parameter.shape, generator=generator) * 0.02
-            parameter.add_(noise.to(parameter.device, parameter.dtype))
 
 
 def _logits_and_grads(model: nn.Module, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
@@ -246,9 +235,9 @@ def build(
         if not impl.built_by_peft and impl.has_adapter and adapter is not None:
             _adapt(model, adapter, recipe, batches)
         model.train()
-        layers = {path: module for path, module in model.named_modules() if _is_adapted(module)}
+        layers = adapted_layers(model)
         if method in peft_baseline.METHOD_OPTIONS:
-            _init_A(layers, seed)
+            init_A(layers, seed)
         optimizers = _optimizers(model, recipe, lr, R)
         schedule = _schedule(model, recipe, optimizers[-1], total_steps, impl.compile)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -273,10 +262,6 @@ def _classifier(impl: Impl, adapter: Adapter | None, encoder: Encoder, seed: int
     base.enable_input_require_grads()
     base.requires_grad_(impl.base == "full" or (impl.has_adapter and adapter is None))
     return Classifier(base, base.config.hidden_size, seed, next(base.parameters()).device)
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    return isinstance(module, lorafast.Linear) or peft_baseline.is_peft_linear(module)
 
 
 def _adapt(
@@ -327,17 +312,6 @@ def _schedule(
         # Every new number of frozen columns compiles the model again, which takes half a minute.
         schedule.group = max(1, schedule.layers[0].r // 4)
     return schedule
-
-
-@torch.no_grad()
-def _init_A(layers: dict[str, nn.Module], seed: int) -> None:
-    """Set every trained lora_A to the same values in all implementations."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers.values():
-        A = adapter_parameters(layer)["lora_A"]
-        if A.requires_grad:
-            values = (torch.rand(A.shape, generator=generator) * 2 - 1) / A.shape[1] ** 0.5
-            A.copy_(values)
 
 
 def _loss(module: nn.Module, batch: Batch) -> torch.Tensor:

@@ -22,6 +22,7 @@ STYLE = {
     "accelerated": ("#e9a23b", "P"),
     "eager": ("#6a994e", "X"),
     "peft": ("#2e6f95", "^"),
+    "merged": ("#7b5ea7", "*"),
     "peft-bf16": ("#58a4b0", "v"),
 }
 # A compiled implementation has the same colour, dashed.
@@ -73,6 +74,8 @@ def _kind(r: Record) -> tuple:
 def _drawn(bench: str, rows: list[Record]) -> dict[str, Figure]:
     if bench == "training":
         return {"loss": _losses(rows)}
+    if bench == "generate":
+        return {}  # the rows have one size, which a table shows better
     peak = "peak memory of a step, MiB"
     if bench == "step":
         across = "batch size"

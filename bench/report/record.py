@@ -14,7 +14,7 @@ from lorafast.bench.errors import BenchError
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "oom", "wrong", "unsupported", "missing")
-BENCHES = ("linear", "step", "training")
+BENCHES = ("linear", "step", "training", "generate")
 TIMES = ("fwd_ms", "bwd_ms", "step_ms", "ratio_to_frozen")
 SPEEDS = (
     *(f"{time}{tail}" for time in TIMES for tail in ("", "_p20", "_p80")),
@@ -38,7 +38,8 @@ class Record:
 
     Times are medians over rounds, with their 20th and 80th percentiles. Bytes are exact counts.
 
-    bench: "linear" (one layer), "step" (a model's step at one batch size) or "training".
+    bench: "linear" (one layer), "step" (a model's step at one batch size), "training", or
+        "generate" (M new tokens after a prompt of seq, whose time is step_ms).
     ratio_low, ratio_high: the 95 % interval of the median of ratio_to_frozen over rounds.
     frozen_spread: the 80th percentile of the frozen step's time over its 20th, in the same rounds.
     floor, fused_floor: computed lower bounds of ratio_to_frozen: by flops and by bytes at

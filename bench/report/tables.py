@@ -40,6 +40,7 @@ _BYTES = ("saved", "by reference", "activations")
 _TIMES = ("fwd ms", "bwd ms", "tokens/s")
 _LINEAR = ("M", "impl", "method", *_MAIN, "step ms", *_BYTES, *_TIMES, "floor", "fused")
 _STEP = ("batch", "impl", "method", *_MAIN, "step ms", *_BYTES, *_TIMES)
+_GENERATE = ("impl", "method", *_MAIN, "ms", "tokens/s")
 _LOSSES = ("loss: first 10", "last 10", "held-out accuracy")
 _TRAINED = ("step ms", "lr", "trained params", "optimizer", "optimizer state")
 _TRAINING = ("impl", "method", "× frozen", "peak", "err ratio", *_LOSSES, *_TRAINED)
@@ -58,7 +59,8 @@ LEGEND = (
     "kind of gradient, for 16 texts, with random adapter parameters and dropout.",
     "× frozen: time of a step ÷ the frozen one's of the same round, median, and the 95 % interval "
     "of that median. A step is forward, and backward with dx; in inference, forward alone; of a "
-    "model, the optimizer's step too, and its frozen row trains the head alone.",
+    "model, the optimizer's step too, and its frozen row trains the head alone. generate: the time "
+    "of a whole call of generate() ÷ that of the model without adapters.",
     "floor, fused: computed lower bounds of × frozen, not measured. fused: the flops added to the "
     "frozen products, at their rate; floor: each added pass over x, y and W next to those "
     "products, at a copy's bandwidth where that takes longer.",
@@ -73,7 +75,7 @@ LEGEND = (
 
 def tables(results: Iterable[Results]) -> list[Table]:
     """Return a table for each kind of problem of each file, rows in the order of measurement."""
-    makers = {"linear": _linear, "step": _step, "training": _training}
+    makers = {"linear": _linear, "step": _step, "training": _training, "generate": _generate}
     found, titles = [], set()
     for one in results:
         kinds: dict[tuple, list[Record]] = {}
@@ -142,8 +144,8 @@ def _kind(r: Record) -> tuple:
     """Return what the rows of one table have in common."""
     if r.bench == "linear":
         return "linear", r.K, r.N, r.R, r.dtype, r.dropout, r.bias, r.inference, r.run
-    batch_size = r.batch_size if r.bench == "training" else None
-    return r.bench, r.model, r.seq, r.R, r.dtype, r.dropout, batch_size, r.run
+    size = {"training": r.batch_size, "generate": r.M}.get(r.bench)
+    return r.bench, r.model, r.seq, r.R, r.dtype, r.dropout, size, r.run
 
 
 def _linear(rows: list[Record]) -> Table:
@@ -171,6 +173,12 @@ def _training(rows: list[Record]) -> Table:
     title += f", dropout {r.dropout:g}"
     table = _table(title, _TRAINING, rows, _learned, lambda r: 0)
     return table._replace(notes=(*_loss_gaps(rows), *table.notes))
+
+
+def _generate(rows: list[Record]) -> Table:
+    r = rows[0]
+    title = f"{r.model} generates {r.M} tokens after {r.seq}, one text, R={r.R}, {r.dtype}"
+    return _table(title, _GENERATE, rows, lambda r: {"ms": _milliseconds(r.step_ms)}, lambda r: 0)
 
 
 def _learned(r: Record) -> dict[str, str]:
@@ -223,7 +231,7 @@ def _table(
     failed = []
     for r in shown:
         if not r.ok:
-            where = f"M={r.M}" if r.batch_size is None else f"batch {r.batch_size}"
+            where = f"M={r.M}" if r.bench in ("linear", "generate") else f"batch {r.batch_size}"
             failed.append(f"{where}, {r.label}: {r.status}: {r.reason}")
     # One note for what cannot be measured at any size.
     notes = dict.fromkeys([*hidden, *failed])

@@ -85,7 +85,7 @@ def test_an_invalid_option_is_named(words, message, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["liner"], "'liner' is none of linear, model"),
+        (["liner"], "'liner' is none of linear, model, generate"),
         (["raport", "a.json"], "; did you mean report?"),
         (["--help", "modl"], "; did you mean model?"),
         ([], "the following arguments are required: COMMAND"),

@@ -1,4 +1,4 @@
-"""Short runs of lorafast-bench linear and lorafast-bench model."""
+"""Short runs of lorafast-bench linear, model and generate."""
 
 import functools
 from unittest import mock
@@ -14,6 +14,8 @@ K, N, R = 24, 40, 4
 LINEAR = ["linear", "--shape", f"{K}x{N}", "--rank", str(R), "--tokens", "8,3"]
 LINEAR += ["--rounds", "2", "--warmup", "1", "--device", "cpu"]
 MODEL = ["model", "--device", "cpu", "--seq", "8", "--rounds", "1", "--warmup", "1"]
+GENERATE = ["generate", "--device", "cpu", "--layers", "1", "--hidden", "64", "--rank", "4"]
+GENERATE += ["--prompt", "5", "--tokens", "3", "--rounds", "1", "--warmup", "1"]
 
 
 def run(tmp_path, options):
@@ -27,6 +29,11 @@ def run(tmp_path, options):
 def run_model(tmp_path, options):
     """Run `model` with these options. Returns the exit status and the rows."""
     return _run(tmp_path, MODEL, options)[:2]
+
+
+def run_generate(tmp_path, options):
+    """Run `generate` with these options. Returns the exit status, the rows and the file."""
+    return _run(tmp_path, GENERATE, options)
 
 
 def _run(tmp_path, command, options):
