@@ -26,6 +26,15 @@ def poisoned_and_seeded():
 
 
 @pytest.fixture
+def few_tokens_by_op(monkeypatch):
+    """Calls of few tokens run on the op too, for tests of what the op itself does."""
+    from lorafast.engine import plain_products
+
+    monkeypatch.setattr(plain_products, "MOST_ELEMENTS", -1)
+    monkeypatch.setattr(plain_products, "MOST_ELEMENTS_COPIED", -1)
+
+
+@pytest.fixture
 def calls(monkeypatch):
     """How many calls of PEFT's layers ran on lorafast's ops, and why the others did not."""
     from lorafast.integrations import peft_linear as ours

@@ -185,4 +185,9 @@ def _announce(
     route = describe_route(backend, primitive, problem)
     chosen = f"{backend} ({route})" if route else backend
     not_others = f"; not {others}" if others else ""
-    print(f"lorafast: {primitive} -> {chosen}{not_others}; {problem}", file=sys.stderr)
+    announce(f"{primitive} -> {chosen}{not_others}; {problem}")
+
+
+def announce(choice: str) -> None:
+    """Print a choice, for LORAFAST_LOG."""
+    print(f"lorafast: {choice}", file=sys.stderr)

@@ -57,6 +57,9 @@ class Linear(PeftLinear):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Return the output [...,N] for x [...,K]. With further arguments PEFT's forward runs."""
+        # Before the checks, which take longer than few tokens do.
+        if peft_support.is_small_call(self, x):
+            return peft_forward(self, peft_support.SMALL_CALL, x, *args, **kwargs)
         why = peft_support.why_not_call(self, x, args, kwargs, *_dora_options(self))
         return peft_forward(self, why, x, *args, **kwargs) if why else op_forward(self, x)
 
@@ -183,6 +186,7 @@ def _explained_call(layer: Linear, name: str) -> LayerCall:
         layer.lorafast_keep,
         merged=layer.merged,
         bypass=why and f"PEFT's own forward: {why}",
+        few_tokens="PEFT's own forward",
     )
 
 

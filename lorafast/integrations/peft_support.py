@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lorafast.engine import checks, philox
+from lorafast.engine import checks, philox, plain_products
 from lorafast.engine.precision import activation_dtype
+from lorafast.engine.problem import tokens
 from lorafast.integrations import peft_lamda_variant
-from lorafast.runtime import extras, torch_internals
+from lorafast.runtime import env, extras, torch_internals
 
 with extras.required("peft"):
     from peft.tuners.lora import dora
@@ -23,6 +24,8 @@ with extras.required("peft"):
 _TENSOR_TYPES = ("Tensor", "Parameter", "FakeTensor")
 # Arguments that PEFT passes with every call; None means that they are not used.
 _UNUSED_IF_NONE = ("adapter_names", "alora_offsets")
+# The reason for a call that is_small_call leaves to PEFT.
+SMALL_CALL = "few tokens, for which PEFT's forward is quicker"
 
 
 def active_adapters(layer: PeftLinear) -> list[str]:
@@ -47,6 +50,23 @@ def method_name(layer: PeftLinear, name: str) -> str:
     if name in layer.lora_magnitude_vector:
         return "DoRA"
     return "LoRA" if peft_lamda_variant.core(layer, name) is None else "LaMDA"
+
+
+def is_small_call(layer: PeftLinear, x: torch.Tensor) -> bool:
+    """Return True if PEFT's own forward is expected to be quicker for a LoRA on this input.
+
+    By the rule of lorafast's own layers; DoRA and LaMDA are always quicker on the ops.
+    """
+    # A variant is what PEFT calls an adapter other than a plain LoRA.
+    if layer.lora_variant or torch.compiler.is_compiling() or not getattr(x, "is_cpu", False):
+        return False
+    names = active_adapters(layer)
+    if not names or not plain_products.is_auto(env.raw_get(env.BACKEND_KEY)):
+        return False
+    A, _, dropout = adapter_modules(layer, names[0])
+    copies_x = (dropout.training and can_drop(dropout)) or A.weight.dtype != x.dtype
+    M = x.shape[0] if x.dim() == 2 else tokens(x)
+    return plain_products.few_tokens(M, layer.out_features, layer.in_features, copies_x)
 
 
 def why_not_call(

@@ -211,7 +211,8 @@ class ScaledAdapter(Adapter):
 
 def _has_argument(cls: type, name: str) -> bool:
     """True if the constructor of a subclass takes an argument that is no field."""
-    parameters = inspect.signature(cls.__init__).parameters.values()
+    init = cls.__init__  # type: ignore[misc]  # a class's own, and its signature is asked for
+    parameters = inspect.signature(init).parameters.values()
     return any(
         parameter.name == name or parameter.kind is parameter.VAR_KEYWORD
         for parameter in parameters

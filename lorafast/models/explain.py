@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lorafast.engine import dispatch
+from lorafast.engine import dispatch, plain_products
 from lorafast.engine.formula import resolve_keep, saved_mask
 from lorafast.engine.problem import (
     PRIMITIVES,
@@ -36,6 +36,8 @@ class LayerCall(NamedTuple):
         detach_norm: the adapter's detach_norm.
         merged: the layer is merged and runs as a plain linear.
         bypass: why no op of lorafast runs, or None.
+        few_tokens: what runs instead of the op where engine.plain_products expects it to be
+            quicker.
     """
 
     method: str
@@ -45,6 +47,7 @@ class LayerCall(NamedTuple):
     detach_norm: bool = True
     merged: bool = False
     bypass: str | None = None
+    few_tokens: str = "plain torch products"
 
     @property
     def runs_op(self) -> bool:
@@ -121,7 +124,7 @@ def _calls(module: nn.Module) -> list[LayerCall]:
 def _adapter_layer_call(layer: AdapterLayer) -> LayerCall:
     adapter = layer.adapter
     options = layer._options()._replace(
-        dropout=adapter.dropout,
+        dropout=getattr(getattr(layer, "lora_dropout", None), "p", 0.0),
         dropout_on=adapter.dropout_on,
         frozen_columns=layer.frozen_columns,
     )
@@ -147,15 +150,18 @@ def _adapter_layer_call(layer: AdapterLayer) -> LayerCall:
 def _row(name: str, call: LayerCall, tokens: int) -> Row:
     tensors, needs = call.tensors, call.needed_grads()
     options = call.resolved_options(needs)
-    (N, K), R = tensors.weight.shape, tensors.lora_A.shape[0]
+    weight = tensors.weight
+    (N, K), R = weight.shape, tensors.lora_A.shape[0]
     saved: int | None = 0 if call.merged else None
     referenced: dict[str, int] = {}
     backends: dict[str, str] = {}
     why_not: dict[str, tuple[str, ...]] = {}
     notes = _notes(call, options)
-    if call.runs_op:
+    if call.runs_op and not plain_products.why_not(tokens, tensors, options, weight.dtype):
+        notes += (f"{tokens} tokens are few: {call.few_tokens} instead of the op",)
+    elif call.runs_op:
         mask = saved_mask(needs, options, tensors.magnitude is not None)
-        element_size = tensors.weight.element_size()
+        element_size = weight.element_size()
         saved = (R * mask.h + N * mask.z) * element_size
         sizes = {"x": K * element_size, "y": N * element_size}
         referenced = {key: size for key, size in sizes.items() if getattr(mask, key)}
@@ -167,7 +173,7 @@ def _row(name: str, call: LayerCall, tokens: int) -> Row:
     name = name or "(this layer)"
     return Row(
         name, call.method, (N, K), R, saved, tuple(referenced), backends, why_not, notes,
-        referenced, tensors.weight.device.type,
+        referenced, weight.device.type,
     )  # fmt: skip
 
 

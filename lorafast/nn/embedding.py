@@ -91,8 +91,9 @@ class Embedding(AdapterLayer, nn.Embedding):
             )
         return cls._from(embedding, adapter, adapter_dtype)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return y [...,N] for ids [...]."""
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return y [...,N] for input, the ids [...]."""
+        ids = input
         y = self._lookup(ids, self.weight)
         if self._merged is not None or self.disabled:
             if self._removed_delta is None:

@@ -22,12 +22,20 @@ _PLAIN_FORWARDS = (("modeling_falcon", "FalconLinear"),)
 
 
 class AdapterLinearBase(AdapterLayer):
-    """A layer whose output is y = gain⊙(x Wᵀ + s·h' Bᵀ) + bias."""
+    """A layer whose output is y = gain⊙(x Wᵀ + s·h' Bᵀ) + bias.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return y [...,N] for x [...,K], by lorafast.functional."""
+    Attributes:
+        lora_dropout: an nn.Dropout, or an nn.Identity if the adapter has no dropout. It is never
+            called, but its p and its training flag decide: tools turn dropout off and on by walking
+            modules.
+    """
+
+    lora_dropout: nn.Module
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return y [...,N] for input x [...,K], by lorafast.functional."""
         if self._merged is not None or self.disabled:
-            return self._base_forward(x)
+            return self._base_forward(input)
         # Reading the dict takes a tenth of the time of nn.Module's attributes, at every call.
         # Instead of an entry there may be a property (a parametrization) or a view (a flattened
         # parameter), and a sharding library's dict may gather an entry when it is read.
@@ -40,18 +48,31 @@ class AdapterLinearBase(AdapterLayer):
             )  # fmt: skip
         except KeyError:
             tensors = self._tensors()._replace(scale=None)
-        adapter, training, frozen_columns = self.adapter, self.training, 0
+        adapter, dropout, p, frozen_columns = self.adapter, self._modules["lora_dropout"], 0.0, 0
+        if type(dropout) is not nn.Identity:
+            p = _probability(dropout)
         if self.freezing:
             lora_B, frozen_columns = self._call_columns(tensors.lora_B)
             tensors = tensors._replace(lora_B=lora_B)
         options = CallOptions(
-            self.scaling, adapter.dropout, adapter.axis, adapter.dropout_on, adapter.keep,
-            frozen_columns,
-        )  # fmt: skip
+            self.scaling, p, adapter.axis, adapter.dropout_on, adapter.keep, frozen_columns
+        )
         if tensors.magnitude is None:
-            return functional._linear_checked(x, tensors, options, training)
+            return functional._linear_checked(input, tensors, options)
         policy = weight_norm.policy_of(adapter.detach_norm, adapter.cache_norm)
-        return functional._linear_checked(x, tensors, options, training, policy)
+        return functional._linear_checked(input, tensors, options, norm_policy=policy)
+
+    def _attach(
+        self, adapter: Adapter | None, adapter_dtype: torch.dtype | None, start: bool = True
+    ) -> None:
+        super()._attach(adapter, adapter_dtype, start)
+        self.lora_dropout = _dropout_module(self.adapter).train(self.training)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        # A layer pickled by version 0.1.
+        if "lora_dropout" not in self._modules:
+            self.lora_dropout = _dropout_module(self.adapter).train(self.training)
 
     def _base_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output of the merged or disabled layer."""
@@ -168,6 +189,10 @@ class Linear(AdapterLinearBase, nn.Linear):
 class Conv1D(AdapterLinearBase):
     """transformers' Conv1D (GPT-2's linear, its weight [K,N]) with an adapter, made by adapt."""
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return y [...,N] for x [...,K]."""
+        return super().forward(x)
+
     def _adopt(self, base: Any) -> None:
         self.nx, self.nf = base.weight.shape
         self.weight, self.bias = base.weight, base.bias
@@ -178,6 +203,18 @@ class Conv1D(AdapterLinearBase):
     def extra_repr(self) -> str:
         """Return the line of repr()."""
         return f"nx={self.nx}, nf={self.nf}{super().extra_repr()}"
+
+
+def _dropout_module(adapter: Adapter) -> nn.Module:
+    return nn.Dropout(adapter.dropout) if adapter.dropout else nn.Identity()
+
+
+def _probability(dropout: nn.Module) -> float:
+    """The probability that a layer's lora_dropout drops with now."""
+    if not isinstance(dropout, nn.Dropout):
+        kind = f"{type(dropout).__module__}.{type(dropout).__qualname__}"
+        raise TypeError(f"lora_dropout must be an nn.Dropout or an nn.Identity, not a {kind}")
+    return dropout.p if dropout.training else 0.0
 
 
 def why_not_plain(linear: nn.Module) -> str | None:

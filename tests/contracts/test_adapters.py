@@ -203,7 +203,9 @@ KEEPING = [DoRA(r=3, keep="recompute"), DoRA(r=3, freeze_A=True), DoRA(r=3, deta
 @pytest.mark.parametrize(
     ("dtype", "bias"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)]
 )
-def test_the_bytes_that_explain_names_are_those_autograd_keeps(adapter, dtype, bias):
+def test_the_bytes_that_explain_names_are_those_autograd_keeps(
+    adapter, dtype, bias, few_tokens_by_op
+):
     layer = lorafast.Linear(K, N, bias=bias, adapter=adapter, dtype=dtype)
     (row,) = lorafast.explain(layer).rows
     x = torch.randn(7, K).to(dtype).requires_grad_()

@@ -7,6 +7,8 @@ import lorafast
 from lorafast import testing
 from lorafast.testing import FORMS, Case
 
+pytestmark = pytest.mark.usefixtures("few_tokens_by_op")
+
 BY_NAME = {form.name: form for form in FORMS}
 M, N, K, R = 12, 10, 14, 3
 

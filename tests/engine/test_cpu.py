@@ -19,7 +19,7 @@ from helpers.integer_problems import (
 from lorafast.engine.backends import cpu
 from lorafast.engine.problem import DownProj, UpProj, UpProjGradSpec
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.usefixtures("few_tokens_by_op")]
 # M, N, K, R: ragged ends of every tile, one beyond every block, as few of everything as there can
 # be; last, so many tokens that the sums over them are cut, and columns of which each task takes
 # several blocks.

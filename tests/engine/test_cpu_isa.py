@@ -15,7 +15,7 @@ from lorafast.engine.backends import cpu
 from lorafast.runtime import env, extension, instruction_sets
 from lorafast.runtime.toolchain import Toolchain, UnknownFlags
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.usefixtures("few_tokens_by_op")]
 
 # M, N, K, R: ends of 16 lanes, of 8 and of pairs; rows for every tile and one that is left.
 SHAPES = [(1, 1, 1, 1), (7, 130, 257, 12), (25, 1049, 35, 9), (131, 19, 531, 5), (3, 33, 40, 101)]

@@ -8,7 +8,7 @@ from helpers.nan_spread import assert_spreads
 
 from lorafast.engine.backends import cpu
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.usefixtures("few_tokens_by_op")]
 
 
 @pytest.mark.parametrize(

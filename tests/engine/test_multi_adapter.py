@@ -9,6 +9,8 @@ from lorafast import functional, testing
 from lorafast.engine import philox
 from lorafast.engine.multi_adapter import Factors
 
+pytestmark = pytest.mark.usefixtures("few_tokens_by_op")
+
 RANKS, SCALINGS = (3, 1, 8), (0.5, 2.0, 1.3)
 NAMES = ("lora_A", "lora_B", "lora_bias")
 

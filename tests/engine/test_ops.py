@@ -10,6 +10,8 @@ from lorafast.engine import multi_adapter, reference, row_blocks
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors
 from lorafast.testing import FORMS, GRADIENTS, Case
 
+pytestmark = pytest.mark.usefixtures("few_tokens_by_op")
+
 BY_NAME = {form.name: form for form in FORMS}
 N, K, R, M = 6, 7, 2, 5
 

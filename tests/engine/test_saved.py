@@ -12,6 +12,8 @@ from lorafast import testing
 from lorafast.engine import reference
 from lorafast.testing import FORMS, Case
 
+pytestmark = pytest.mark.usefixtures("few_tokens_by_op")
+
 M, N, K, R = 24, 40, 56, 4
 BY_NAME = {form.name: form for form in FORMS}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

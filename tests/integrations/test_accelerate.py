@@ -32,7 +32,7 @@ from lorafast import testing
 from lorafast.engine import formula, philox
 from lorafast.integrations import peft_linear as ours
 
-pytestmark = pytest.mark.peft
+pytestmark = [pytest.mark.peft, pytest.mark.usefixtures("few_tokens_by_op")]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from lorafast.bench.cases.corpus import corpus
 from lorafast.bench.cases.encoder import Classifier, Encoder
 from lorafast.integrations import peft_linear as ours
 
-pytestmark = pytest.mark.peft
+pytestmark = [pytest.mark.peft, pytest.mark.usefixtures("few_tokens_by_op")]
 
 STEPS, BATCH, SEQ = 50, 4, 16
 CONFIGS = {

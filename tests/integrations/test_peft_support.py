@@ -19,7 +19,7 @@ import lorafast
 from lorafast.integrations import peft_linear as ours
 from lorafast.integrations import peft_support
 
-pytestmark = pytest.mark.peft
+pytestmark = [pytest.mark.peft, pytest.mark.usefixtures("few_tokens_by_op")]
 
 
 def hooked(model):

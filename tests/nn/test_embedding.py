@@ -216,4 +216,4 @@ def test_conv1d_is_the_transposed_linear(adapter):
     plain = a.plain()
     assert type(plain) is Conv1D
     torch.testing.assert_close(plain(x), y)
-    assert repr(a) == f"Conv1D(nx=11, nf=6, adapter={a.adapter}, merged)"
+    assert f"nx=11, nf=6, adapter={a.adapter}, merged\n" in repr(a)

@@ -101,6 +101,8 @@ def linear(
     (N, K), M, dtype = weight.shape, x.shape[0] if x.dim() == 2 else tokens(x), x.dtype
     if weight.dtype != dtype:
         weight = weight.to(dtype)
+    if K % 2 and dtype is torch.bfloat16:
+        x = x.contiguous()  # see _gained_operands
     # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start
     # changes no bit.
     gemm_bias, last_bias = (bias, None) if gain is None else (None, bias)
@@ -323,6 +325,9 @@ def _gained_operands(base: BaseTerm) -> tuple[torch.Tensor, torch.Tensor]:
     """The operands of (gain⊙dy) W, the gain in the smaller one."""
     dy, weight = base.dy, base.weight
     dy2 = dy if dy.dim() == 2 else flatten_tokens(dy)
+    if dy2.shape[1] % 2 and dy2.dtype is torch.bfloat16:
+        # On AMX tiles torch 2.13 multiplies the element behind an odd row by 0; a NaN stays one.
+        dy2 = dy2.contiguous()
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
     if base.gain is None:

@@ -1,0 +1,253 @@
+"""Calls of few tokens as plain products: right, with the op's dropout, where they serve alone."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lorafast
+from lorafast import testing
+from lorafast.engine import formula, ops, plain_products
+from lorafast.engine.problem import CallOptions, LayerTensors
+from lorafast.runtime import env
+from lorafast.testing import FORMS, GRADIENTS, Case
+
+BY_NAME = {form.name: form for form in FORMS}
+M, N, K, R = 5, 11, 13, 3
+SERVED = ("lora", "lora-bias")
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = [
+    (torch.float32, None),
+    *((dtype, factors) for dtype in HALVES for factors in (None, dtype)),
+]
+
+
+@pytest.fixture(autouse=True)
+def auto(monkeypatch):
+    monkeypatch.delenv(env.BACKEND.name, raising=False)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The routes of the calls, "plain" or "op", in order."""
+    routes, plain, op = [], plain_products.linear, formula.forward
+
+    def record(name, function):
+        return lambda *args: (routes.append(name), function(*args))[1]
+
+    monkeypatch.setattr(plain_products, "linear", record("plain", plain))
+    monkeypatch.setattr(formula, "forward", record("op", op))
+    return routes
+
+
+def problem(form="lora", dtype=torch.float32, M=M, **settings):
+    case = Case(BY_NAME[form], M, N, K, R, dtype, **settings)
+    return case, testing.make(case)
+
+
+@pytest.mark.parametrize("form", SERVED)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_error_rule(form, dtypes, p, bias, taken):
+    dtype, factors = dtypes
+    case, _ = problem(form, dtype, dropout=p, bias=bias, adapter_dtype=factors)
+    ratios = testing.error_ratios(case, seeds=range(20))
+    assert taken
+    assert set(taken) == {"plain"}
+    assert max(ratios.values()) <= 2, ratios
+
+
+@pytest.mark.parametrize("form", SERVED)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_without_gradients_the_bits_are_the_same(form, dtypes, p, taken):
+    dtype, factors = dtypes
+    case, t = problem(form, dtype, dropout=p, adapter_dtype=factors)
+    with torch.no_grad():
+        y = testing.ours(case, t)
+    assert torch.equal(y, testing.run(testing.ours, case, t)["y"])
+    assert set(taken) == {"plain"}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_biases_of_another_dtype(dtype, taken):
+    case, t = problem("lora-bias", dtype)
+    t |= {"bias": t["bias"].float(), "lora_bias": t["lora_bias"].double()}
+    grads = testing.run(testing.ours, case, t)
+    assert grads["bias"].dtype == torch.float32
+    assert grads["lora_bias"].dtype == torch.float64
+    assert set(taken) == {"plain"}
+
+
+LAYOUTS = {
+    "one dim": lambda: torch.randn(K, dtype=torch.float64),
+    "three dims": lambda: torch.randn(2, 5, K, dtype=torch.float64),
+    "transposed": lambda: torch.randn(5, 2, K, dtype=torch.float64).transpose(0, 1),
+    "strided": lambda: torch.randn(4, 3, 2 * K, dtype=torch.float64)[::2, :, ::2],
+    "expanded": lambda: torch.randn(1, 3, K, dtype=torch.float64).expand(4, 3, K),
+    "no rows": lambda: torch.randn(3, 0, 2, K, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_any_layout_of_x_gives_a_fresh_output_and_the_ops_numbers(layout, p, bias, taken):
+    case, t = problem(dtype=torch.float64, dropout=p, bias=bias)
+    x = LAYOUTS[layout]()
+    t |= {"x": x, "dy": torch.randn(*x.shape[:-1], N, dtype=x.dtype)}
+    plain = testing.run(testing.ours, case, t)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(env.BACKEND.name, "eager")
+        op = testing.run(testing.ours, case, t)
+    assert taken == ["plain", "op"]
+    for name, value in op.items():
+        torch.testing.assert_close(plain[name], value, rtol=1e-11, atol=1e-12)
+    with torch.no_grad():
+        assert not testing.ours(case, t)._is_view()
+    assert not testing.ours(case, t | {"x": x.requires_grad_()})._is_view()
+
+
+@pytest.mark.parametrize("needed", [("x",), ("lora_A",), ("lora_B",), ("bias", "x")], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_any_subset_of_gradients(needed, p, taken):
+    case, t = problem(dtype=torch.float64, dropout=p)
+    some = testing.run(testing.ours, case, t, trained=needed)
+    every = testing.run(testing.ours, case, t, trained=GRADIENTS)
+    for name in needed:
+        torch.testing.assert_close(some[name], every[name])
+    assert set(taken) == {"plain"}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_x_and_h_alone_are_saved(dtype, p, taken):
+    case, t = problem(dtype=dtype, dropout=p)
+    t = {name: testing.leaf(name, tensor) for name, tensor in t.items()}
+    constant = [t[name] for name in ("weight", "bias", "lora_A", "lora_B")]
+    named = {"x": t["x"], "seed": t["seed"]}
+    kept = testing.saved(lambda: testing.ours(case, t), named, constant)
+    assert taken == ["plain"]
+    assert kept.own == M * R * dtype.itemsize
+    assert kept.referenced == ({"x", "seed"} if p else {"x"})
+
+
+def test_a_wider_factor_saves_a_copy_of_x_in_its_dtype(taken):
+    case, t = problem(dtype=torch.bfloat16)
+    t = {name: testing.leaf(name, tensor) for name, tensor in t.items()}
+    constant = [t[name] for name in ("weight", "bias", "lora_A", "lora_B")]
+    kept = testing.saved(lambda: testing.ours(case, t), {"x": t["x"]}, constant)
+    assert taken == ["plain"]
+    assert kept.own == M * (K + R) * torch.float32.itemsize
+
+
+def test_an_adapter_at_its_start_changes_no_bit(taken):
+    plain = nn.Linear(K, N)
+    layer, x = lorafast.Linear.from_linear(plain, lorafast.LoRA(r=R)), torch.randn(M, K)
+    assert torch.equal(layer(x), plain(x))
+    assert taken == ["plain"]
+
+
+def tensors_of(case, t):
+    names = ("weight", "bias", "lora_A", "lora_B", "core", "magnitude")
+    tensors = LayerTensors(*(t[name] for name in names), None, t["out_scale"], t["lora_bias"])
+    return tensors, CallOptions(case.scaling, case.dropout)
+
+
+@pytest.mark.parametrize("name", [form.name for form in FORMS])
+def test_which_forms_are_served(name):
+    case, t = problem(name)
+    tensors, options = tensors_of(case, t)
+    served = plain_products.why_not(M, tensors, options, torch.float32) is None
+    assert served == (name in SERVED)
+
+
+def test_what_the_op_keeps_to_itself():
+    case, t = problem()
+    tensors, options = tensors_of(case, t)
+
+    def why_not(M=M, tensors=tensors, options=options, dtype=torch.float32):
+        return plain_products.why_not(M, tensors, options, dtype)
+
+    assert why_not() is None
+    assert "no LoRA" in why_not(options=options._replace(frozen_columns=1))
+    assert "no LoRA" in why_not(tensors=tensors._replace(scale=torch.ones(1)))
+    assert "another dtype" in why_not(dtype=torch.bfloat16)
+    assert "CPUs only" in why_not(tensors=tensors._replace(weight=t["weight"].to("meta")))
+    most = plain_products.MOST_ELEMENTS // (N + K)
+    assert why_not(most) is None
+    assert f"{most + 1} tokens" in why_not(most + 1)
+    # A copy of x, for dropout or for wider factors, makes the products dearer.
+    assert "tokens" in why_not(most, options=options._replace(dropout=0.1))
+    half = tensors._replace(weight=t["weight"].bfloat16())
+    assert "tokens" in why_not(most, tensors=half, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["eager", " EAGER "])
+def test_a_forced_backend_is_not_left(backend, taken, monkeypatch):
+    monkeypatch.setenv(env.BACKEND.name, backend)
+    case, t = problem()
+    testing.ours(case, t)
+    assert taken == ["op"]
+
+
+def test_many_tokens_autocast_and_observers_get_the_op(taken):
+    case, t = problem(M=plain_products.MOST_ELEMENTS // (N + K) + 1)
+    testing.ours(case, t)
+    case, t = problem()
+    with torch.autocast("cpu"):
+        testing.ours(case, t)
+    assert taken == ["op", "op"]
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    with Seen():
+        testing.ours(case, t)
+    assert torch.ops.lorafast.linear.default in seen
+
+
+def test_the_log_tells(monkeypatch, capsys):
+    monkeypatch.setenv(env.LOG.name, "1")
+    case, t = problem()
+    testing.ours(case, t)
+    assert f"linear -> plain products for {M} tokens" in capsys.readouterr().err
+
+
+def test_explain_tells():
+    layer = lorafast.Linear(K, N, adapter=lorafast.LoRA(r=R))
+    (row,) = lorafast.explain(layer, tokens=M).rows
+    assert "5 tokens are few: plain torch products instead of the op" in row.notes
+    assert row.saved is None
+    (row,) = lorafast.explain(layer, tokens=plain_products.MOST_ELEMENTS).rows
+    assert not any("few" in note for note in row.notes)
+    assert row.saved == R * 4
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_draws_the_same_dropout(reentrant, taken):
+    layer = lorafast.Linear(K, N, adapter=lorafast.LoRA(r=R, dropout=0.5))
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(M, K, requires_grad=True)
+
+    def gradients(function):
+        torch.manual_seed(3)
+        x.grad = layer.lora_A.grad = layer.lora_B.grad = None
+        function(x).sum().backward()
+        return x.grad, layer.lora_A.grad, layer.lora_B.grad
+
+    again = gradients(lambda x: checkpoint(layer, x, use_reentrant=reentrant))
+    for one, same in zip(gradients(layer), again, strict=True):
+        assert torch.equal(one, same)
+    assert set(taken) == {"plain"}
+
+
+def test_no_op_of_ours_is_called(monkeypatch):
+    monkeypatch.setattr(ops, "_apply_linear", None)
+    layer = lorafast.Linear(K, N, adapter=lorafast.LoRA(r=R))
+    layer(torch.randn(M, K, requires_grad=True)).sum().backward()
+    assert layer.lora_B.grad is not None
