@@ -244,6 +244,8 @@ def _why_not_input(layer: PeftLinear, names: list[str], x: torch.Tensor) -> str 
     )
     if dtype not in checks.DTYPES or (weight.dtype != dtype and not autocasts):
         return "x and its base layer have different dtypes"
+    if len(names) > 1 and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        return "several active adapters where a program for other places is written"
     if torch_internals.transforms_active():
         return "torch.func or forward-mode AD is at work"
     return None

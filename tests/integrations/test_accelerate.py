@@ -161,6 +161,20 @@ def test_a_half_precision_base_keeps_no_wide_copy_of_x_and_errs_little(
     assert kept.own == 63 * 4 * 2 + dora * (63 * N * 2 + N * 4)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_an_exported_model_has_torchs_ops_alone(several):
+    model = peft_model()
+    if several:
+        add_second_adapter(model)
+        model.base_model.set_adapter(["default", "other"])
+    lorafast.accelerate(model)
+    program = torch.export.export(model.eval(), (X,))
+    ops = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert ops
+    assert not [op for op in ops if "lorafast" in str(op)]
+    assert_same({"y": program.module()(X)}, {"y": model(X)})
+
+
 def test_several_active_adapters_share_a_call(calls):
     model = peft_model()
     add_second_adapter(model)
