@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 from helpers.bench_runs import K, N, R, by_label, run
-from helpers.planted_faults import FAULTS
 
+import lorafast
 from lorafast.bench.cases import candidate, implementations, linear, peft_baseline, recipes
 from lorafast.bench.cases.candidate import Problem
 from lorafast.bench.measure import correctness
@@ -184,9 +184,9 @@ def test_inference_is_a_forward_without_gradients(dtype, tmp_path, capsys):
     assert f"one layer {K} → {N}, R={R}, {dtype}, inference" in printed
 
 
-@pytest.mark.parametrize("fault", ["y", "h_core"])
-def test_a_wrong_output_in_inference_is_found(fault, monkeypatch, tmp_path):
-    FAULTS[fault].plant(monkeypatch)
+def test_a_wrong_output_in_inference_is_found(monkeypatch, tmp_path):
+    right = lorafast.Linear.forward
+    monkeypatch.setattr(lorafast.Linear, "forward", lambda layer, x: right(layer, x) * 1.001)
     status, rows, _ = run(tmp_path, "--pass inference --impl lorafast --tokens 8 --rounds 1")
     assert status == 1
     assert {r.label: r.status for r in rows} == {
