@@ -139,7 +139,7 @@ def build(
     else:
         expected = frozenset(("weight", "bias") if impl.base == "full" else ())
     other_mask = for_checking and problem.dropout > 0 and impl.has_adapter
-    other_mask = other_mask and (not impl.uses_lorafast or impl.compile)
+    other_mask = other_mask and (impl.compile or not _drops_as_lorafast(impl, problem, layer))
     trained = ("x", *(name for name in parameters if name in expected))
     path = route(layer, problem.M) if impl.uses_lorafast else "torch"
     return Candidate(
@@ -186,7 +186,7 @@ def _layer(
     if impl.built_by_peft:
         peft_baseline.check_available(impl, method, problem.dtype)
         layer = peft_baseline.peft_layer(linear, impl, method, adapter)
-        if for_checking and not impl.uses_lorafast:
+        if for_checking and not _drops_as_lorafast(impl, problem, layer):
             peft_baseline.use_seeded_dropout(layer)
         return layer
     try:
@@ -197,6 +197,13 @@ def _layer(
         factors = adapter_parameters(layer)
         return _eager_layer(impl, method, adapter, linear, factors, for_checking)
     return layer
+
+
+def _drops_as_lorafast(impl: Impl, problem: Problem, layer: nn.Module) -> bool:
+    """True if the layer's dropout draws lorafast's bits."""
+    if impl.base != "accelerated" or problem.device.type != "cpu":
+        return impl.uses_lorafast
+    return not peft_baseline.runs_pefts_forward(layer, problem.M, problem.dtype)
 
 
 def _eager_layer(
@@ -289,7 +296,10 @@ def form_of(
 
 
 def route(layer: nn.Module, M: int) -> str:
-    """Return the backend of every primitive, as one word if all have the same."""
+    """Return the backend of every primitive, as one word if all have the same.
+
+    "torch" where no primitive runs, as on few tokens.
+    """
     (row,) = lorafast.explain(layer, tokens=M).rows
-    used = set(row.backends.values())
+    used = set(row.backends.values()) or {"torch"}
     return used.pop() if len(used) == 1 else ", ".join(f"{p}: {b}" for p, b in row.backends.items())

@@ -118,6 +118,16 @@ def peft_layer(base: nn.Linear, impl: Impl, method: str, adapter: Adapter) -> nn
     return peft_model(nn.Sequential(base), impl, method, adapter, ["0"]).base_model.model[0]
 
 
+def runs_pefts_forward(layer: nn.Module, M: int, dtype: torch.dtype) -> bool:
+    """True if an accelerated layer leaves a call of M tokens to PEFT's own forward."""
+    from lorafast.integrations import peft_support
+
+    # SeededDropout, which only PEFT's forward takes, may be in place already.
+    if isinstance(layer.lora_dropout["default"], SeededDropout):
+        return True
+    return peft_support.is_small_call(layer, torch.empty(M, layer.in_features, dtype=dtype))
+
+
 class SeededDropout(nn.Module):
     """Dropout with the mask that lorafast draws from the same seed.
 

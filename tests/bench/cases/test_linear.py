@@ -46,7 +46,7 @@ def test_every_candidate_is_measured_next_to_the_frozen_layer(dtype, tmp_path, c
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_saved_bytes_are_exact(dtype, tmp_path):
+def test_saved_bytes_are_exact(dtype, tmp_path, few_tokens_by_op):
     options = f"--dropout 0,0.3 --dtype {dtype} --impl frozen,full,lorafast --rounds 1"
     _, rows, _ = run(tmp_path, options)
     e = 4 if dtype == "fp32" else 2
@@ -78,7 +78,7 @@ def test_peft_is_compared_with_the_truth_of_its_own_dropout(tmp_path):
 
 @pytest.mark.peft
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_accelerated_layers_are_pefts_on_lorafasts_operations(dtype, tmp_path):
+def test_accelerated_layers_are_pefts_on_lorafasts_operations(dtype, tmp_path, few_tokens_by_op):
     options = "--dropout 0,0.3 --dropout-on both --methods lora,dora --tokens 64 --rounds 1"
     status, rows, _ = run(tmp_path, f"{options} --dtype {dtype} --impl lorafast,accelerated,peft")
     assert status == 0
@@ -165,7 +165,9 @@ def test_compiled_candidates_are_correct_and_marked(tmp_path):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_inference_is_a_forward_without_gradients(dtype, tmp_path, capsys):
     options = f"--pass train,inference --tokens 1,8 --dtype {dtype}"
-    status, rows, out = run(tmp_path, f"{options} --impl full,lorafast,peft --dropout 0,0.3")
+    status, rows, out = run(
+        tmp_path, f"{options} --impl full,lorafast,accelerated,peft --dropout 0,0.3"
+    )
     assert status == 0
     assert record.faults(json.loads(out.read_text())) == []
     found = [r for r in rows if r.inference]

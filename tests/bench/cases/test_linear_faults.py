@@ -18,7 +18,9 @@ ONE_LORA = "--dropout 0 --impl lorafast --methods lora"
 
 @pytest.mark.peft
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found_in_its_methods_alone(fault, monkeypatch, tmp_path):
+def test_a_planted_fault_is_found_in_its_methods_alone(
+    fault, monkeypatch, tmp_path, few_tokens_by_op
+):
     FAULTS[fault].plant(monkeypatch)
     status, rows, _ = run(tmp_path, "--dropout 0.3 --impl lorafast,peft --tokens 37 --rounds 1")
     assert status == commands.WRONG == 1
@@ -42,7 +44,7 @@ def test_a_fault_of_lorafast_is_found_in_accelerated_layers_too(monkeypatch, tmp
     assert found == {"frozen": "ok", "accelerated lora": "wrong", "peft lora": "ok"}
 
 
-def test_a_wrong_row_is_reported_everywhere(monkeypatch, tmp_path, capsys):
+def test_a_wrong_row_is_reported_everywhere(monkeypatch, tmp_path, capsys, few_tokens_by_op):
     FAULTS["dA"].plant(monkeypatch)
     page = tmp_path / "page.html"
     _, _, out = run(tmp_path, f"{ONE_LORA} --tokens 8 --html {page}")
