@@ -11,7 +11,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from lorafast.engine import dispatch
+from lorafast.engine import dispatch, philox
 from lorafast.engine.problem import CallOptions, DownProj, LayerTensors, LowRankTerm, tokens
 from lorafast.engine.row_blocks import flatten_tokens
 from lorafast.runtime import env, torch_internals
@@ -59,6 +59,8 @@ def why_not(M: int, tensors: LayerTensors, options: CallOptions, dtype: torch.dt
         return "no LoRA with a number as its scaling"
     if weight.dtype != dtype:
         return "a weight of another dtype"
+    if dtype == A.dtype == torch.float16:
+        return "fp16 throughout, in which plain autograd loses small gradients"
     N, K = weight.shape
     copies_x = options.dropout > 0 or A.dtype.itemsize > dtype.itemsize
     return None if few_tokens(M, N, K, copies_x) else f"{M} tokens are not few"
@@ -70,8 +72,14 @@ def serves(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> bool
     if torch_internals.any_autocast() or why_not(M, tensors, options, x.dtype):
         return False
     if env.parse_log(env.raw_get(env.LOG_KEY)):
-        dispatch.announce(f"linear -> plain products for {M} tokens, x {tuple(x.shape)}")
+        _announce(M, tuple(tensors.weight.shape), x.dtype)
     return True
+
+
+@functools.cache
+def _announce(M: int, weight: tuple[int, int], dtype: torch.dtype) -> None:
+    """Print the choice once for each problem."""
+    dispatch.announce(f"linear -> plain products; M={M}, weight {weight}, {dtype}")
 
 
 def linear(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.Tensor:
@@ -85,35 +93,49 @@ def linear(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torc
     if bias is not None and bias.dtype is not dtype:
         bias = bias.to(dtype)
     y = F.linear(x, weight, bias)
-    if A.dtype is not dtype or B.dtype is not dtype:
-        wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), dtype)
-        x, A, B = x.to(wide), A.to(wide), B.to(wide)
+    wide = A.dtype is not dtype or B.dtype is not dtype
+    if wide:
+        common = torch.promote_types(torch.promote_types(A.dtype, B.dtype), dtype)
+        x, A, B = x.to(common), A.to(common), B.to(common)
+    h = F.linear(x, A) if seed is None else _drop_project(x, A, seed, options.dropout, routes)
     if lora_bias is not None and lora_bias.dtype is not B.dtype:
         lora_bias = lora_bias.to(B.dtype)
-    h = F.linear(x, A) if seed is None else _drop_project(x, A, seed, options.dropout, routes)
-    low_rank = F.linear(h, B, lora_bias)
-    if low_rank.dtype is not dtype:
-        low_rank = low_rank.to(dtype)
-    # Out of place, because the product of an x of more than two dimensions may be a view.
-    return torch.add(y, low_rank, alpha=options.scaling)  # type: ignore[arg-type]  # a number
+    if not wide:
+        # Out of place, because the product of an x of more than two dimensions may be a view.
+        low_rank = F.linear(h, B, lora_bias)
+        return torch.add(y, low_rank, alpha=options.scaling)  # type: ignore[arg-type]  # a number
+    # The scaling multiplies h, so that no gradient times it is rounded to x's dtype.
+    if lora_bias is not None:
+        lora_bias = lora_bias * options.scaling
+    return y + F.linear(h * options.scaling, B, lora_bias).to(dtype)
 
 
 class _DropProject(torch.autograd.Function):
-    """h = drop(x) Aᵀ with the op's dropout bits. Saves x and A by reference, and the seed."""
+    """h = drop(x) Aᵀ with the op's dropout bits.
+
+    Saves A and the seed by reference, and x if A trains.
+    """
 
     @staticmethod
     def forward(ctx, x, A, seed, p, routes):
         ctx.p, ctx.routes = p, routes
-        ctx.save_for_backward(x, A, seed)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, A, seed)
         ((h, _),) = routes["project"].project(x, [DownProj(A, None, seed, p)])
         return h.view(*x.shape[:-1], A.shape[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dh):
         (x, A, seed), p, routes = ctx.saved_tensors, ctx.p, ctx.routes
         needs_x, needs_A, *_ = ctx.needs_input_grad
         dx = dA = None
+        if torch.is_grad_enabled() or not torch_internals.bypasses_dispatcher(dh, (x, A, seed)):
+            # A backward that is differentiated again, batched or traced: torch's operations alone.
+            if needs_x:
+                dx = philox.differentiable_drop(torch.matmul(dh, A), seed, p)
+            if needs_A:
+                dropped = philox.differentiable_drop(x, seed, p)
+                dA = torch.matmul(flatten_tokens(dh).t(), flatten_tokens(dropped))
+            return dx, dA, None, None, None
         with torch_internals.below_autocast():
             if needs_x:
                 dx = routes["grad_input"].drop(torch.matmul(dh, A), seed, p)

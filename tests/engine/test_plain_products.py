@@ -18,7 +18,9 @@ SERVED = ("lora", "lora-bias")
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = [
     (torch.float32, None),
-    *((dtype, factors) for dtype in HALVES for factors in (None, dtype)),
+    (torch.bfloat16, None),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, None),
 ]
 
 
@@ -149,6 +151,57 @@ def test_an_adapter_at_its_start_changes_no_bit(taken):
     assert taken == ["plain"]
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("scaling", [1 / 16, 16.0])
+@pytest.mark.parametrize("size", [2.0**-20, 2.0**11])
+def test_gradients_beyond_fp16_are_not_lost(scaling, size, p, taken):
+    """As large as a gradient scaler makes them, and as small as a mean does."""
+    case, _ = problem("lora-bias", torch.float16, dropout=p, scaling=scaling)
+    made = [testing.make(case, seed) for seed in range(20)]
+    for tensors in made:
+        tensors["dy"] = tensors["dy"] * size
+    # The large gradient of x itself is beyond fp16.
+    trained = ("bias", "lora_A", "lora_B", "lora_bias")
+    yardstick = testing.Yardstick(case, made, trained=trained)
+    ratios = yardstick.ratios(lambda t: testing.run(testing.ours, case, t, trained=trained))
+    assert max(ratios.values()) <= 2, ratios
+    assert set(taken) == {"plain"}
+
+
+def test_fp16_throughout_stays_on_the_op(taken):
+    case, t = problem(dtype=torch.float16, adapter_dtype=torch.float16)
+    testing.ours(case, t)
+    assert taken == ["op"]
+
+
+def test_x_may_be_overwritten_where_A_is_frozen(taken):
+    adapter = lorafast.LoRA(r=R, dropout=0.3, freeze_A=True)
+    layer, x = lorafast.Linear(K, N, adapter=adapter), torch.randn(M, K)
+    y = layer(x)
+    x.zero_()
+    y.sum().backward()
+    assert layer.lora_B.grad is not None
+    assert set(taken) == {"plain"}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_second_and_batched_gradients(p, taken):
+    case, t = problem(dtype=torch.float64, dropout=p)
+    t = {name: testing.leaf(name, tensor) for name, tensor in t.items()}
+    leaves = [t["x"], t["lora_A"], t["lora_B"]]
+    found = []
+    for function in (testing.ours, testing.chain):
+        y = function(case, t)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        y = function(case, t)
+        dys = torch.stack([t["dy"], 2 * t["dy"]])
+        found.append([*second, *torch.autograd.grad(y, leaves, dys, is_grads_batched=True)])
+    for one, same in zip(*found, strict=True):
+        torch.testing.assert_close(one, same, rtol=1e-10, atol=1e-10)
+    assert set(taken) == {"plain"}
+
+
 def tensors_of(case, t):
     names = ("weight", "bias", "lora_A", "lora_B", "core", "magnitude")
     tensors = LayerTensors(*(t[name] for name in names), None, t["out_scale"], t["lora_bias"])
@@ -214,8 +267,10 @@ def test_many_tokens_autocast_and_observers_get_the_op(taken):
 def test_the_log_tells(monkeypatch, capsys):
     monkeypatch.setenv(env.LOG.name, "1")
     case, t = problem()
-    testing.ours(case, t)
-    assert f"linear -> plain products for {M} tokens" in capsys.readouterr().err
+    for _ in range(3):
+        testing.ours(case, t)
+    told = capsys.readouterr().err
+    assert told.count(f"linear -> plain products; M={M}, weight {(N, K)}") == 1
 
 
 def test_explain_tells():
