@@ -112,12 +112,24 @@ def _check_call(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) ->
     return dtype
 
 
+def maskable(x: torch.Tensor) -> None:
+    """Check that dropout has a mask for x: one is drawn for every element of a dense tensor."""
+    if x.is_nested or x.layout is not torch.strided:
+        form = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise NotImplementedError(
+            f"x {tuple(x.shape)} is a {form} tensor, for which there is no dropout: "
+            "use dropout=0.0, eval(), or a dense x"
+        )
+
+
 @contextlib.contextmanager
 def readable(weight: torch.Tensor) -> Iterator[None]:
     """Return a context in which a weight that lacks an operation is refused in words."""
     try:
         yield
     except NotImplementedError as error:
+        if not torch_internals.is_foreign(weight):
+            raise
         kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
         raise TypeError(
             f"weight {tuple(weight.shape)} is a {kind}, which lacks an operation that this adapter "

@@ -99,6 +99,8 @@ def row_norm(tensors: LayerTensors, options: CallOptions, policy: NormPolicy) ->
 
 def _plain_linear(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.Tensor:
     _, p, axis, dropout_on, keep, frozen_columns = options
+    if p:
+        checks.maskable(x)
     with checks.readable(tensors.weight):
         return reference.linear(
             x, *tensors[:7], axis, tensors.out_scale, tensors.lora_bias,

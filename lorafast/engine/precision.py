@@ -46,6 +46,14 @@ def activation_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
+def narrowest_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The narrowest dtype that holds every value: a cast to it and back has rounded nothing."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return dtype
+    return tensor.dtype
+
+
 def apply_core(h: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
     """h' = h coreᵀ, or h⊙core for a diagonal, rounded once to h's dtype.  h [...,R]"""
     if core is None:

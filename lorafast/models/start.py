@@ -14,7 +14,8 @@ def start_adapters(model: nn.Module) -> nn.Module:
     A model that is adapted on the meta device starts its adapters when load_state_dict brings the
     weights. Some loaders put them in one by one instead (accelerate's load_checkpoint_in_model with
     a device_map): then call this before the model is dispatched or gets an optimizer, which needs
-    the started Parameters. model.to(...) does the same.
+    the started Parameters. model.to(...) starts them too, but each layer gets projections of its
+    own where layers share them (VeRA).
 
     Args:
         model: a model that lorafast.adapt adapted. Adapters that have started stay as they are.

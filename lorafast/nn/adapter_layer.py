@@ -161,6 +161,9 @@ class AdapterLayer(AdapterState):
             return
         specs = self._tensor_specs()
         self.refuse_computed_factors("cannot be started anew through that")
+        if self.awaits_start():
+            # A weight that came after the meta device is whole: a start took nothing out of it.
+            self._set_residual(False)
         self._refuse_residual_of_another()
         base = self._base_weight()
         # Nothing of the layer has changed yet: an SVD may still fail.
@@ -237,7 +240,10 @@ class AdapterLayer(AdapterState):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         if self.awaits_start():
             self.reset_adapter()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self.lora_A.is_meta:
+            self._has_values = False
+        return self
 
     def disable(self) -> None:
         """Run as the base layer until enable().

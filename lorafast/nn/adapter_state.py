@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorafast.engine.precision import narrowest_dtype
 from lorafast.nn import merge_math
 from lorafast.nn.frozen_columns import FrozenColumns
 from lorafast.nn.merge_mixin import with_weight
@@ -112,7 +113,8 @@ class AdapterState(FrozenColumns, ResidualStart):
     def _load_adapter(self, arguments, missing, unexpected, errors, given, has_weight) -> None:
         """Load a whole adapter, or nothing of this layer."""
         before = len(errors)
-        old = self.weight.detach().clone() if given and self._start is not None else None
+        known = given and self._start is not None and not self.weight.is_meta
+        old = self.weight.detach().clone() if known else None
         load: Any = super()._load_from_state_dict
         load(*arguments, missing, unexpected, errors)
         if not given:
@@ -146,7 +148,7 @@ class AdapterState(FrozenColumns, ResidualStart):
             return True
         if bias is not None and bias.any():
             return True
-        return magnitude is not None and not torch.equal(magnitude, self._norm().to(magnitude))
+        return magnitude is not None and not _is_norm(magnitude.detach(), self._norm())
 
     def _own_weight(self) -> None:
         """Replace the weight by a copy: it is the caller's own tensor, and a start changes it."""
@@ -162,3 +164,12 @@ class AdapterState(FrozenColumns, ResidualStart):
         with torch.no_grad():
             self._W().copy_(merge_math.subtract_delta(tensors, start.options))
         self._set_residual(True)
+
+
+def _is_norm(magnitude: torch.Tensor, norm: torch.Tensor) -> bool:
+    """True if the magnitude is the norm to within the rounding of a cast of the layer.
+
+    A cast rounds weight and magnitude, each by half a unit; 2⁻¹⁸ is for the order of the sum.
+    """
+    kind = torch.finfo(narrowest_dtype(magnitude))
+    return torch.allclose(magnitude.to(norm), norm, rtol=kind.eps + 2**-18, atol=kind.tiny)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lorafast.engine.precision import narrowest_dtype
 from lorafast.methods.adapter import Adapter
 from lorafast.nn import merge_math
 from lorafast.nn.merge_mixin import DeltaFactors, MergeMixin, with_weight
@@ -39,7 +40,7 @@ class ResidualStart(MergeMixin):
             return False
         own = (factors.lora_A, factors.lora_B, factors.core, factors.out_scale)
         return all(
-            torch.equal(start[name].to(part), part)
+            _is_rounded(start[name], part)
             for name, part in zip(_DELTA_NAMES, own, strict=True)
             if part is not None
         )
@@ -96,3 +97,8 @@ class ResidualStart(MergeMixin):
         elif self._residual:  # only the layer that marked a shared weight may clear it
             _residual_weights.pop(self.weight, None)
         self._residual = residual
+
+
+def _is_rounded(value: torch.Tensor, kept: torch.Tensor) -> bool:
+    """True if the value is what was kept, or what a cast such as layer.bfloat16() made of it."""
+    return torch.equal(value.to(kept), kept.to(narrowest_dtype(value)).to(kept))

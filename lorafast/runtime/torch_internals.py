@@ -132,10 +132,11 @@ def needs_plain_ops(tensors: tuple[torch.Tensor | None, ...]) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    return torch.jit.is_tracing() or any(t is not None and _is_foreign(t) for t in tensors)
+    return torch.jit.is_tracing() or any(t is not None and is_foreign(t) for t in tensors)
 
 
-def _is_foreign(tensor: torch.Tensor) -> bool:
+def is_foreign(tensor: torch.Tensor) -> bool:
+    """True if the tensor is sparse, nested, or of a subclass that computes its ops itself."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         return True
     own = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__

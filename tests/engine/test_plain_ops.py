@@ -87,6 +87,31 @@ def test_a_jagged_x_gives_what_its_parts_give(adapter):
     assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("form", ["jagged", "sparse_coo", "sparse_csr"])
+@pytest.mark.parametrize("adapter", [LoRA(r=2, dropout=0.3), DoRA(r=2, dropout=0.3)], ids=repr)
+def test_dropout_of_an_x_without_a_mask_is_refused_in_words(adapter, form):
+    x = torch.randn(3, 6)
+    if form == "jagged":
+        x = torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)
+    else:
+        x = x.to_sparse(layout=getattr(torch, form))
+    layer = trained(adapter)
+    layer(x)
+    with pytest.raises(NotImplementedError, match=r"^x \(.*\) is a .* tensor, .* no dropout"):
+        layer.train()(x)
+
+
+def test_a_plain_weight_is_not_blamed_for_what_x_lacks():
+    class Poor(Wrapped):
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise NotImplementedError("of x")
+
+    with pytest.raises(NotImplementedError, match=r"^of x$"):
+        trained(LoRA(r=2))(Poor(torch.randn(3, 6)))
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_nested_x_without_a_shape_is_refused_in_words():
     with pytest.raises(TypeError, match="x is a nested tensor of strided layout"):

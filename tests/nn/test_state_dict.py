@@ -8,7 +8,7 @@ from helpers.adapter_layers import K, N, each_adapter, inputs, trained_layer
 from torch import nn
 
 import lorafast
-from lorafast import DoRA, LaMDA, LoRA
+from lorafast import DoRA, LaMDA, LoRA, PiSSA
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*now holds the residual")
 
@@ -230,6 +230,63 @@ def test_an_untrained_adapter_starts_from_any_base_weight(adapter, strict):
         keys = layer.load_state_dict(base.state_dict(), strict=strict)
         assert not keys.missing_keys
         torch.testing.assert_close(layer.eval()(x), base(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "adapter", [DoRA(r=3), DoRA(r=3, axis="in"), LoRA(r=3, init=PiSSA()), LaMDA(r=3)], ids=repr
+)
+@pytest.mark.parametrize(
+    "dtypes",
+    [[torch.bfloat16], [torch.float16], [torch.float64], [torch.bfloat16, torch.float32]],
+    ids=str,
+)
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("error")
+def test_a_cast_does_not_train_an_adapter(adapter, dtypes, strict):
+    layer, base = lorafast.Linear(K, N, adapter=adapter), nn.Linear(K, N).to(dtypes[-1])
+    for dtype in dtypes:
+        layer.to(dtype)
+    with torch.no_grad():
+        base.weight.mul_(3)
+    assert not layer.load_state_dict(base.state_dict(), strict=strict).missing_keys
+    x = inputs().to(dtypes[-1])
+    rounding = 4 * torch.finfo(dtypes[0]).eps
+    torch.testing.assert_close(layer.eval()(x), base(x), rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_magnitude_trained_alone_stays(dtype):
+    layer = lorafast.Linear(K, N, adapter=DoRA(r=3)).to(dtype)
+    with torch.no_grad():
+        layer.lora_magnitude[0] *= 1 + 4 * torch.finfo(dtype).eps + 2**-16
+    trained = layer.lora_magnitude.detach().clone()
+    layer.load_state_dict(nn.Linear(K, N).to(dtype).state_dict(), strict=False)
+    assert torch.equal(layer.lora_magnitude, trained)
+
+
+@each_adapter
+@pytest.mark.filterwarnings("error")
+def test_values_left_on_the_meta_device_are_no_trained_adapter(adapter):
+    base, x = nn.Linear(K, N), inputs()
+    layer = trained_layer(adapter).to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(7.0)
+    assert not layer.load_state_dict(base.state_dict(), strict=False).missing_keys
+    torch.testing.assert_close(layer.eval()(x), base(x), rtol=1e-5, atol=1e-6)
+
+
+@each_adapter
+def test_a_layer_that_went_to_the_meta_device_comes_back(adapter):
+    source, base, x = trained_layer(adapter), nn.Linear(K, N), inputs()
+    layer = copy.deepcopy(source).to("meta")
+    layer.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(layer(x), source(x))
+    layer.to("meta")
+    layer.weight, layer.bias = base.weight, base.bias
+    wanted = base(x)
+    layer.to("cpu")
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_adapter_first_and_then_the_base():
