@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 from lorafast.runtime import env, extension, instruction_sets
 from lorafast.runtime.build_cache import is_complete
@@ -85,9 +87,12 @@ def _built(isa: str) -> str:
     begin = time.monotonic()
     module = Module.of(isa, extension.SOURCES, env.cache(), env.cxxflags())
     try:
-        there = is_complete(module.path)
+        complete = is_complete(module.path)
+        there = complete and not _why_unusable(module)
         if not there:
-            extension.build(module, env.cxx(), retry=True)
+            extension.build(module, env.cxx(), again=complete, retry=True)
+            if why := _why_unusable(module):
+                raise Failure(why)
     except OSError as error:
         raise Failure(
             f"{env.CACHE.name}: {module.cache} cannot be used: {error.strerror or error}; "
@@ -95,6 +100,25 @@ def _built(isa: str) -> str:
         ) from error
     took = "built before" if there else f"built in {time.monotonic() - begin:.1f} s"
     return f"{isa}: {module.path} ({took})"
+
+
+def _why_unusable(module: Module) -> str:
+    """Return why this machine cannot load the module; "" if it can, or lacks the instructions."""
+    if module.isa not in instruction_sets.available():
+        return ""
+    # The module's OpenMP runtime may be one that only torch's wheel has.
+    import torch  # noqa: F401
+
+    # A new name each time: the loader takes a name that it knows for the file it has loaded, even
+    # where a build has replaced that.
+    with tempfile.TemporaryDirectory() as folder:
+        link = module._replace(cache=Path(folder))
+        link.path.symlink_to(module.path)
+        try:
+            extension.import_module(link)
+        except Failure as failure:
+            return str(failure).replace(folder, str(module.cache))
+    return ""
 
 
 if __name__ == "__main__":

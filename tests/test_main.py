@@ -9,7 +9,7 @@ from helpers.cpp_compiler import needs_compiler
 from helpers.tiny_extension import compiler, dies, refuses, write_sources
 
 from lorafast import __main__ as command_line
-from lorafast.runtime import env, extension, instruction_sets
+from lorafast.runtime import build_cache, env, extension, instruction_sets
 from lorafast.runtime.extension import Module
 
 
@@ -97,6 +97,35 @@ def test_what_fails_is_said_and_tried_again_each_time(sources, tmp_path, capsys,
         assert "compiling" in said.err
     assert command_line.main(["build", "--all"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == len(instruction_sets.ISAS)
+
+
+@needs_compiler
+def test_a_module_that_cannot_be_loaded_is_built_again(sources, capsys):
+    for isa, said in (("avx2", "(built in "), ("avx512", "(built before)")):
+        path_of(isa).parent.mkdir(exist_ok=True)
+        path_of(isa).write_bytes(b"made for another machine")
+        build_cache.seal(path_of(isa))
+        # Whether one loads that this machine cannot run is not known here.
+        assert command_line.main(["build", "--isa", isa]) == 0
+        assert said in capsys.readouterr().out
+    assert command_line.main(["build", "--isa", "avx2"]) == 0
+    assert "(built before)" in capsys.readouterr().out
+
+
+@needs_compiler
+def test_a_module_that_never_loads_is_a_failure_until_it_does(
+    sources, tmp_path, capsys, monkeypatch
+):
+    renames = 'case $word in -DLORAFAST_MODULE=*) set -- "$@" -DLORAFAST_MODULE=other;; esac'
+    monkeypatch.setenv("CXX", compiler(tmp_path, renames))
+    for _ in range(2):
+        assert command_line.main(["build"]) == 1
+        said = capsys.readouterr()
+        assert f"avx2: {path_of('avx2')} cannot be loaded: " in said.out
+        assert "compiling" in said.err
+    monkeypatch.delenv("CXX")
+    assert command_line.main(["build"]) == 0
+    assert "(built in " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cache", ["/proc/nowhere", "~no-such-user/cache"])

@@ -65,9 +65,8 @@ def remembered_failure(record: Path, tools: str) -> str | None:
 def temporary_folder() -> Path:
     """Return a temporary folder that only this user can write: an earlier process's, or a new one.
 
-    A module is code, so one that another user could have written must never be loaded: the name
-    cannot be foreseen, and a folder counts only if this user owns it and nobody else has access.
-    OSError if there is none.
+    A module is code, so one that another user could have written must never be loaded: a folder
+    counts only if this user owns it and nobody else has access. OSError if there is none.
     """
     parent = Path(tempfile.gettempdir())
     found = parent.stat()
@@ -78,7 +77,13 @@ def temporary_folder() -> Path:
     for folder in sorted(parent.glob(f"{_PREFIX}*")):
         if _is_private(folder):
             return folder
-    # Its mode is 0700.
+    # One name for the processes that begin together: the first makes it, the others find it.
+    folder = parent / f"{_PREFIX}{os.geteuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if _is_private(folder):
+        return folder
+    # Another user has taken that name; the mode of this one is 0700 too.
     return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
 
 
@@ -87,5 +92,6 @@ def _is_private(folder: Path) -> bool:
         found = folder.lstat()
     except OSError:
         return False
-    private = stat.S_ISDIR(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o700
+    # Without the setgid bit, which a folder may inherit and which gives nobody access.
+    private = stat.S_ISDIR(found.st_mode) and found.st_mode & 0o777 == 0o700
     return private and found.st_uid == os.geteuid()

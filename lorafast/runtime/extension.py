@@ -216,17 +216,18 @@ def _load_from_cache(module: Module, cxx: str) -> ModuleType:
         # Complete and yet unusable, such as one built for a newer C library in a home folder that
         # two machines share: it is built again here.
         with contextlib.suppress(Failure):
-            return _import(module)
+            return import_module(module)
     build(module, cxx, again=stale)
     try:
-        return _import(module)
+        return import_module(module)
     except Failure as failure:
         tools = Toolchain.find(cxx).fingerprint
         build_cache.remember_failure(module.beside(".failed"), tools, str(failure))
         raise
 
 
-def _import(module: Module) -> ModuleType:
+def import_module(module: Module) -> ModuleType:
+    """Return the module at its path; a Failure if it cannot be loaded."""
     loader = importlib.machinery.ExtensionFileLoader(module.name, str(module.path))
     try:
         loaded = importlib.util.module_from_spec(

@@ -1,5 +1,6 @@
 """Where modules are kept: unusable caches, the temporary folder, failures that are remembered."""
 
+import errno
 import os
 import stat
 import tempfile
@@ -82,7 +83,17 @@ def test_an_unusable_cache_is_replaced_by_a_private_folder(
 
 def test_a_module_that_is_there_is_used_where_the_cache_can_only_be_read(sources, monkeypatch):
     built = anew(sources)
-    monkeypatch.setattr(extension, "build", lambda *_: pytest.fail("built again"))
+    opened = Path.open
+
+    def read_only(path, mode="r", *rest, **named):
+        if path.is_relative_to(env.cache()) and set(mode) & set("wax+"):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return opened(path, mode, *rest, **named)
+
+    # Root may write whatever the modes say.
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(OSError, match="Read-only"):
+        extension.build(Module.of("scalar", sources, env.cache(), env.cxxflags()), env.cxx())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert anew(sources).__file__ == built.__file__
@@ -124,6 +135,24 @@ def test_a_folder_that_others_could_have_written_is_passed_by(sources, tmp_path,
     assert found not in (planted, private)
     assert build_cache._is_private(found)
     assert build_cache.temporary_folder() == found
+
+
+def test_a_folder_below_a_setgid_one_is_found_again(sources, tmp_path):
+    (tmp_path / "temporary").chmod(0o2700)
+    found = build_cache.temporary_folder()
+    assert build_cache._is_private(found)
+    assert build_cache.temporary_folder() == found
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_processes_that_begin_together_share_one_folder(sources, tmp_path, monkeypatch, taken):
+    # Each has looked before another made one.
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    first = build_cache.temporary_folder()
+    if taken:
+        # By another user: then a folder whose name nobody can foresee.
+        first.chmod(0o755)
+    assert (build_cache.temporary_folder() == first) != taken
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770])
