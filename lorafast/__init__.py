@@ -1,12 +1,14 @@
 """Adapter layers (LoRA, DoRA, LaMDA and their family) at the cost of the frozen layer."""
 
+import contextlib
 import importlib
 import importlib.util
 import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lorafast.integrations import peft_registry
-from lorafast.runtime import moved_modules, name_hints
+from lorafast.runtime import import_hooks, moved_modules, name_hints
 
 if TYPE_CHECKING:
     from lorafast import optim as optim
@@ -80,8 +82,6 @@ _DEFINED_IN = {
     "runtime.fallback": ("FallbackWarning",),
 }
 _PUBLIC_MODULES = ("optim", "reference", "schedule")
-# Modules that register themselves with others when they are imported.
-_REGISTERING_MODULES = ("checkpoint.pretrained", "models.resize")
 
 moved_modules.install()
 peft_registry.install()
@@ -89,7 +89,7 @@ peft_registry.install()
 
 def _import_all() -> None:
     """Import every public name, and with them the operators of torch.ops.lorafast."""
-    for module in (*_PUBLIC_MODULES, *_REGISTERING_MODULES):
+    for module in _PUBLIC_MODULES:
         importlib.import_module(f"lorafast.{module}")
     for module, names in _DEFINED_IN.items():
         defined = importlib.import_module(f"lorafast.{module}")
@@ -111,6 +111,23 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_PUBLIC_MODULES})
 
 
+def _import_all_after(torch: ModuleType) -> None:
+    """Import every public name once torch is imported later, as import lorafast does after it.
+
+    Operators are looked up at torch.ops.lorafast, without a name of this package.
+    """
+    own = [module for name, module in sys.modules.items() if name.startswith("lorafast.")]
+    specs = (getattr(module, "__spec__", None) for module in own)
+    # A module of lorafast that is importing torch would be found half executed.
+    if any(getattr(spec, "_initializing", False) for spec in specs):
+        return
+    # import torch does not fail for lorafast: the first use of a name raises the error again.
+    with contextlib.suppress(Exception):
+        _import_all()
+
+
 # Where torch is imported already, nothing is left to save.
 if "torch" in sys.modules:
     _import_all()
+else:
+    import_hooks.after_import("torch", _import_all_after)

@@ -71,6 +71,27 @@ def test_after_torch_everything_is_imported_at_once():
     )
 
 
+def test_once_torch_is_imported_later_so_is_everything():
+    run(f"""{LAZY}
+import torch
+assert torch.ops.lorafast.linear.default and torch.ops.lorafast.several.default
+assert {{*lorafast.__all__, "optim", "reference", "schedule"}} <= {{*vars(lorafast)}}
+""")
+
+
+def test_torch_is_imported_where_lorafast_cannot_be():
+    run(f"""{LAZY}
+sys.modules["lorafast.registry"] = None
+import torch
+try:
+    lorafast.list_methods
+except ModuleNotFoundError as error:
+    assert error.name == "lorafast.registry"
+else:
+    raise AssertionError
+""")
+
+
 def test_names_are_first_used_in_several_threads():
     run(f"""{LAZY}
 import threading

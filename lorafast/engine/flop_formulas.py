@@ -7,18 +7,15 @@ that a kernel computes again in backward count only for DoRA's keep="recompute".
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import math
-import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors
+from lorafast.runtime.import_hooks import after_import
 
-_COUNTER = "torch.utils.flop_counter"
 _T, _O = len(LayerTensors._fields), len(CallOptions._fields)
 
 Shape = Sequence[int]
@@ -119,10 +116,7 @@ def install() -> None:
 
     Importing it here would import Triton.
     """
-    if _COUNTER in sys.modules:
-        _register(sys.modules[_COUNTER])
-    elif not any(isinstance(finder, _CounterFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _CounterFinder())
+    after_import("torch.utils.flop_counter", _register)
 
 
 def _register(counter: ModuleType) -> None:
@@ -130,36 +124,3 @@ def _register(counter: ModuleType) -> None:
         op = getattr(torch.ops.lorafast, name)
         if op not in counter.flop_registry:
             counter.register_flop_formula(op)(formula)
-
-
-class _CounterFinder(importlib.abc.MetaPathFinder):
-    """Finds torch's counter as the other finders do, with a loader that registers the formulas."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _COUNTER:
-            return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _RegisteringLoader(spec.loader)
-                return spec
-        return None
-
-
-class _RegisteringLoader(importlib.abc.Loader):
-    """The loader of a module, which registers the formulas once the module has been executed."""
-
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        _register(module)

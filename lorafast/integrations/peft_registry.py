@@ -8,12 +8,10 @@ neither PEFT nor torch.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
-import sys
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
+
+from lorafast.runtime.import_hooks import after_import
 
 
 class LamdaEntry:
@@ -63,13 +61,10 @@ ENTRIES = {"LAMDA": LamdaEntry, "LORAFAST_DORA_IN": DoraInEntry, "LORAFAST_AFLOR
 
 def install() -> None:
     """Add the entries to PEFT's table, now or when PEFT is imported."""
-    if "peft" in sys.modules:
-        _register(sys.modules["peft"])
-    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _PeftFinder())
+    after_import("peft", _register)
 
 
-def _register(peft: ModuleType | None) -> None:
+def _register(peft: ModuleType) -> None:
     table = getattr(peft, "PEFT_TYPE_TO_CONFIG_MAPPING", None)
     if table is not None:
         for peft_type, entry in ENTRIES.items():
@@ -78,29 +73,3 @@ def _register(peft: ModuleType | None) -> None:
 
 def _lamda_config() -> Any:
     return importlib.import_module("lorafast.integrations.peft_lamda").LamdaConfig
-
-
-class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Finds PEFT as all other finders do, and adds the entries once it has been executed."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "peft":
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        specs = (finder.find_spec(fullname, path, target) for finder in others)
-        spec = next((spec for spec in specs if spec is not None), None)
-        loader: Any = spec.loader if spec is not None else None
-        if loader is None:
-            return spec
-        execute = loader.exec_module
-
-        def execute_and_register(module: ModuleType) -> None:
-            del loader.exec_module
-            execute(module)
-            _register(module)
-
-        # On this loader alone, which stays the one that others know.
-        loader.exec_module = execute_and_register
-        return spec

@@ -215,8 +215,7 @@ def install(
         raise
     model.__dict__[TASK_TYPE_ATTRIBUTE] = spec.task_type
     adapt_record.remember(model)
-    for tell in observers.on_adapted:
-        tell(model)
+    observers.tell_adapted(model)
 
 
 def _bind_adapters(

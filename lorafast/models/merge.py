@@ -153,8 +153,7 @@ def _put_plain_modules(model: nn.Module, layers: LayerNames) -> None:
     for layer, names in layers.items():
         replace_module(model, names, layer.plain())
     adapt_record.forget(model)
-    for tell in observers.on_plain:
-        tell(model)
+    observers.tell_plain(model)
 
 
 @contextlib.contextmanager

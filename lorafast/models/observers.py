@@ -1,11 +1,12 @@
 """Functions that are told when a model gets adapters, and when it is plain again.
 
 The modules that give an adapted transformers model methods of its own register here: adapt and
-merge cannot import those that import them.
+merge cannot import those that import them when they are imported themselves.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 from torch import nn
@@ -13,5 +14,22 @@ from torch import nn
 # Called with the model that adapt, load_adapter, merge or unload has changed.
 Observer = Callable[[nn.Module], None]
 
+# Imported before the first model is adapted, whichever module of lorafast was imported first.
+_REGISTERING_MODULES = ("lorafast.checkpoint.pretrained", "lorafast.models.resize")
+
 on_adapted: list[Observer] = []
 on_plain: list[Observer] = []
+
+
+def tell_adapted(model: nn.Module) -> None:
+    """Tell all that register that the model got adapters."""
+    for module in _REGISTERING_MODULES:
+        importlib.import_module(module)
+    for tell in on_adapted:
+        tell(model)
+
+
+def tell_plain(model: nn.Module) -> None:
+    """Tell all that registered that the model is plain again."""
+    for tell in on_plain:
+        tell(model)

@@ -64,8 +64,7 @@ def reference_model(model: nn.Module) -> nn.Module:
     for layer, names in names_by_layer(reference).items():
         if layer._removed_delta is None and layer is not reference:
             replace_module(reference, names, layer.plain())
-    for tell in observers.on_plain:
-        tell(reference)
+    observers.tell_plain(reference)
     _freeze(reference)
     return reference.eval()
 

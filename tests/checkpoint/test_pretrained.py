@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -317,3 +319,31 @@ def test_models_of_other_libraries_are_left_alone(tmp_path):
     before = set(vars(model))
     lorafast.adapt(model, LoRA(r=2))
     assert vars(model).keys() - before == {"_lorafast_layers", "_lorafast_task_type"}
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "from lorafast.models.adapt import adapt\n"
+        "from lorafast.methods.lora import LoRA\n"
+        "apply = lambda model, folder: adapt(model, LoRA(r=2))",
+        "from lorafast.checkpoint.save_load import load_adapter as apply",
+    ],
+    ids=["adapt", "load_adapter"],
+)
+def test_the_adapter_is_saved_where_one_module_is_imported_before_torch(tmp_path, use):
+    base = gpt2()
+    base.config.save_pretrained(tmp_path)
+    lorafast.save_adapter(adapted(base, LoRA(r=2)), tmp_path)
+    program = f"""
+{use}
+import sys, transformers
+model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_pretrained(sys.argv[1]))
+apply(model, sys.argv[1])
+assert "resize_token_embeddings" in vars(model)
+model.save_pretrained(sys.argv[1] + "/saved")
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path / "saved") == ADAPTER_FILES
