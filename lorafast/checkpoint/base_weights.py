@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from lorafast.methods.adapter import Adapter
-from lorafast.models.module_names import canonical_name, similar_names, unwrap
+from lorafast.models import file_weights
+from lorafast.models.module_names import canonical_name, similar_names
 from lorafast.runtime.torch_internals import storage_key
 
 if TYPE_CHECKING:
@@ -20,13 +21,10 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, torch.Tensor]
 
-# Attribute of a module: the names of those of its tensors that an adapter's file brought.
-_FROM_FILE = "_lorafast_from_file"
-
 
 def separate(groups: KeyGroups, extra: Tensors, model: nn.Module) -> KeyGroups:
     """Return the groups with base weights moved from extra to bases, all by tensor name."""
-    parameters = _parameters(model)
+    parameters = file_weights.parameters_by_name(model)
     bases = {
         name: key for name, key in groups.extra.items() if name not in extra and name in parameters
     }
@@ -39,7 +37,9 @@ def separate(groups: KeyGroups, extra: Tensors, model: nn.Module) -> KeyGroups:
 def check(
     groups: KeyGroups, model: nn.Module, adapters: dict[str, Adapter], tensors: Tensors
 ) -> Tensors:
-    """Return the tables and heads of a file that differ from the model's, by tensor name.
+    """Return the tables and heads of a file that are not the base's, by tensor name.
+
+    They differ from the model's, or are those that another file brought.
 
     Args:
         groups: the file's keys, as separate returns them.
@@ -52,7 +52,8 @@ def check(
     """
     if not groups.bases:
         return {}
-    parameters, words = _parameters(model), _word_weights(model)
+    parameters, words = file_weights.parameters_by_name(model), _word_weights(model)
+    from_file = {f"{name}.{tensor}" for name, _, tensor in file_weights.from_file(model)}
     differing: Tensors = {}
     of_storage: dict[int, str] = {}
     for name, key in groups.bases.items():
@@ -75,6 +76,8 @@ def check(
             if not value.isfinite().all():
                 raise ValueError(f"{key} {tuple(given.shape)} is not finite in {own.dtype}")
             differing[name] = value
+        elif name in from_file:
+            differing[name] = value
         first = of_storage.setdefault(storage_key(own), name)
         if not torch.equal(value, tensors[groups.bases[first]].to(own)):
             raise ValueError(
@@ -82,40 +85,6 @@ def check(
                 "the file"
             )
     return differing
-
-
-@torch.no_grad()
-def load(model: nn.Module, weights: Tensors) -> None:
-    """Write base weights into the model, all or none, and remember that a file brought them."""
-    parameters = _parameters(model)
-    before = {name: parameters[name].detach().clone() for name in weights}
-    try:
-        for name, value in weights.items():
-            parameters[name].copy_(value)
-    except BaseException:
-        for name, value in before.items():
-            parameters[name].copy_(value)
-        raise
-    modules = {canonical_name(name): module for name, module in model.named_modules()}
-    for name in weights:
-        module, _, tensor = name.rpartition(".")
-        vars(modules[module]).setdefault(_FROM_FILE, set()).add(tensor)
-
-
-def from_file(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Return what load wrote, each as the module's name, the module and the tensor's name in it."""
-    return [
-        (canonical_name(name), module, tensor)
-        for name, module in unwrap(model).named_modules()
-        for tensor in sorted(vars(module).get(_FROM_FILE, ()))
-    ]
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {
-        canonical_name(name): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
 
 
 def _word_weights(model: nn.Module) -> set[str]:

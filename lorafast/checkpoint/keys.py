@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lorafast.checkpoint import base_weights
 from lorafast.checkpoint.tensor_values import TensorValues
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.vera import VeRA
-from lorafast.models import adalora_format, extra_trainables
+from lorafast.models import adalora_format, extra_trainables, file_weights
 from lorafast.models.module_names import adapter_layers, canonical_name
 from lorafast.nn.adapter_layer import NAMES, AdapterLayer
 from lorafast.nn.embedding import Embedding
@@ -140,7 +139,7 @@ def extra_tensors(model: nn.Module, values: TensorValues) -> dict[str, torch.Ten
     for name, module in extra_trainables.trained_biases(model).items():
         base = ".base_layer" if isinstance(module, AdapterLayer) else ""
         tensors[f"{PREFIX}{name}{base}.bias"] = values.read(f"{name}.bias", module.bias)
-    for name, module, key in base_weights.from_file(model):
+    for name, module, key in file_weights.from_file(model):
         base = ".base_layer" if isinstance(module, AdapterLayer) else ""
         tensors[f"{PREFIX}{name}{base}.{key}"] = values.read(f"{name}.{key}", getattr(module, key))
     return tensors

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lorafast.checkpoint import base_weights, export_lora, file_format, files, keys
+from lorafast.checkpoint import export_lora, file_format, files, keys
 from lorafast.checkpoint.file_spec import refuse_other_base, spec_of_file
 from lorafast.checkpoint.tensor_values import TensorValues
 from lorafast.checkpoint.validate import CheckedTensors, check_tensors
-from lorafast.models import adapt_record, fused_experts
+from lorafast.models import adapt_record, file_weights, fused_experts
 from lorafast.models.adapt import install, refuse_parallel, set_trainable
 from lorafast.models.module_names import (
     adapter_layers,
@@ -163,8 +163,9 @@ def load_adapter(
     A plain model is adapted as the file's config says. A model that is adapted already must have
     the same layers, method, rank and scaling as the file; its adapter gets the file's values. So do
     embeddings and the output head where the file has other base weights of the same sizes, as PEFT
-    writes them after the vocabulary grew. Only safetensors files are read, and everything is
-    checked before the model changes.
+    writes them after the vocabulary grew; lorafast.unload, and a file without them, puts back those
+    that the model had. Only safetensors files are read, and everything is checked before the model
+    changes.
 
     Args:
         model: a plain or an adapted model; load before wrapping it in DDP or sharding it.
@@ -212,7 +213,7 @@ def load_adapter(
 
     def finish() -> None:
         _load_extra(inner, tensors.extra)
-        base_weights.load(inner, tensors.bases)
+        file_weights.load(inner, tensors.bases)
         set_trainable(inner, trainable)
 
     if present:

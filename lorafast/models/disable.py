@@ -17,7 +17,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
     Adapters are skipped, and modules and biases that train have their initial values. What an init
     took out of a weight (LaMDA residual, PiSSA, LoRA-GA) is added to the product again, at the
-    price of a low-rank product. Contexts may be nested.
+    price of a low-rank product. An embedding or a head that load_adapter took from a file stays: it
+    is part of the base that the file's adapter was trained on. Contexts may be nested.
 
     Args:
         model: a model that lorafast.adapt adapted.

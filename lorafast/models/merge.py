@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lorafast.models import adapt_record, extra_trainables, observers
+from lorafast.models import adapt_record, extra_trainables, file_weights, observers
 from lorafast.models.adapt import replace_module, weight_matrix
 from lorafast.models.module_names import names_by_layer, require_module
 from lorafast.models.target_modules import parameter_owners
@@ -90,8 +90,9 @@ def unload(model: nn.Module) -> nn.Module:
     """Drop every adapter, in place, put plain modules back, and return the base model, frozen.
 
     A weight that an init changed is restored to within one rounding; modules and biases that
-    trained get their initial values back. A merged layer is unmerged first, as by unmerge(). All
-    checks run before the first change.
+    trained get their initial values back, and so does an embedding or a head that load_adapter took
+    from a file. A merged layer is unmerged first, as by unmerge(). All checks run before the first
+    change.
 
     Args:
         model: a model that lorafast.adapt adapted.
@@ -119,9 +120,11 @@ def unload(model: nn.Module) -> nn.Module:
         layer.start_factors()  # raises if they are not known
     with extra_trainables.initial_values(model):  # raises if they are not known
         pass
+    file_weights.refuse_sharded(model)
     for layer in layers:
         layer.unmerge()
         layer.restore_base()
+    file_weights.restore(model)
     extra_trainables.stop_training(model, restore=True)
     _put_plain_modules(model, layers)
     return model

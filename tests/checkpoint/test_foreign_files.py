@@ -117,7 +117,51 @@ def test_tables_saved_beside_after_the_vocabulary_grew(tie, targets, tmp_path):
         ),
     ):
         assert_same(again, loaded)
-    assert_same(lorafast.unload(loaded), base)
+    assert_same(lorafast.unload(loaded), make())
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
+def test_the_models_own_tables_come_back(tie, targets, tmp_path):
+    make = lambda: grown(tie_word_embeddings=tie)  # noqa: E731
+    for folder, change in (("a", trained_elsewhere), ("c", trained_elsewhere), ("b", lambda m: m)):
+        torch.manual_seed(len(list(tmp_path.iterdir())))
+        written = change(peft_adapted(make(), config(target_modules=targets)))
+        written.save_pretrained(tmp_path / folder, save_embedding_layers=folder != "b")
+    want = {folder: outputs(lorafast.load_adapter(make(), tmp_path / folder)) for folder in "abc"}
+    own = tiny_transformers.copied_tensors(make())
+    model = make()
+    for folder in "aacbcab":
+        lorafast.load_adapter(model, tmp_path / folder)
+        assert torch.equal(outputs(model), want[folder])
+    for folder in "bac":
+        lorafast.load_adapter(model, tmp_path / folder)
+        lorafast.unload(model)
+        assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+    # What is adapted after that saves no table, and the base of its file is the model's own.
+    lorafast.adapt(model, lorafast.LoRA(r=4), ["q_proj"])
+    lorafast.save_adapter(tiny_transformers.perturb(model), tmp_path / "d")
+    keys = safetensors.torch.load_file(tmp_path / "d" / WEIGHTS)
+    assert not any("embed_tokens" in key or "lm_head" in key for key in keys)
+    assert torch.equal(outputs(lorafast.load_adapter(make(), tmp_path / "d")), outputs(model))
+
+
+def test_a_reference_and_a_merged_model_keep_the_files_tables(tmp_path):
+    written = trained_elsewhere(peft_adapted(grown(), config()))
+    written.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = lorafast.load_adapter(grown(), tmp_path)
+    reference = lorafast.reference_model(model)
+    with lorafast.disable_adapter(model):
+        assert torch.equal(outputs(model), outputs(reference))
+    assert torch.equal(reference.lm_head.weight, written.base_model.model.lm_head.weight)
+    with pytest.raises(ValueError, match=r"embed_tokens and lm_head, made for 105 tokens"):
+        model.resize_token_embeddings(110)
+    want = outputs(model)
+    lorafast.merge(model)
+    torch.testing.assert_close(outputs(model), want)
+    merged = tiny_transformers.copied_tensors(model)
+    lorafast.unload(lorafast.adapt(model, lorafast.LoRA(r=4), ["q_proj"]))
+    assert all(torch.equal(value, merged[name]) for name, value in model.state_dict().items())
 
 
 def test_tables_of_another_size_say_what_to_do(tmp_path):

@@ -3,9 +3,20 @@
 import copy
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
-from helpers.tiny_transformers import adapted, bart, copied_tensors, gpt2, llama, outputs, perturb
+import transformers
+from helpers.tiny_transformers import (
+    adapted,
+    bart,
+    copied_tensors,
+    gpt2,
+    llama,
+    made,
+    outputs,
+    perturb,
+)
 from helpers.trainer_runs import assert_same
 
 import lorafast
@@ -71,3 +82,41 @@ def test_the_order_that_the_message_gives_works():
     assert "resize_token_embeddings" not in vars(model)
     lorafast.adapt(model, LoRA(r=4), target_modules=["embed_tokens", "lm_head"])
     assert outputs(perturb(model)).shape[-1] == 110
+
+
+def t5():
+    """Return a T5, whose encoder and decoder have embeddings of their own on one tensor."""
+    config = transformers.T5Config(
+        vocab_size=99,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    return made(transformers.T5ForConditionalGeneration, config)
+
+
+@pytest.mark.parametrize("place", ["encoder.embed_tokens", "decoder.embed_tokens", "shared"])
+@pytest.mark.parametrize("saved", [False, True], ids=["adapted", "saved"])
+def test_every_table_of_an_encoder_and_decoder_is_looked_at(place, saved):
+    model = t5()
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q"] if saved else ["q", place],
+        modules_to_save=[place] if saved else None,
+    )
+    lorafast.adapt(model, config)
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match=rf"new_num_tokens=110: .*{place}.*, made for 99 tokens"):
+        model.resize_token_embeddings(110)
+    assert dict(model.named_modules()) == modules
+    model.resize_token_embeddings(99)
+    assert dict(model.named_modules()) == modules
+
+
+def test_an_encoder_and_decoder_without_adapted_tables_is_resized():
+    model = lorafast.adapt(t5(), LoRA(r=2), target_modules=["q"])
+    model.resize_token_embeddings(110)
+    assert len(model.encoder.embed_tokens.weight) == 110
