@@ -38,7 +38,9 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         # Those behind alone: one in front may ask all others too, without end.
         others = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        # As the import system does, pass over finders of the old protocol, which have no find_spec.
+        finds = (finder.find_spec for finder in others if hasattr(finder, "find_spec"))
+        specs = (find(fullname, path, target) for find in finds)
         spec = next((spec for spec in specs if spec is not None), None)
         loader: Any = spec.loader if spec is not None else None
         if loader is None:

@@ -206,6 +206,18 @@ def test_peft_is_found_as_before():
     assert _run(code) == "True"
 
 
+def test_peft_is_found_past_finders_of_the_old_protocol():
+    code = (
+        "import sys\n"
+        "class Old:\n"
+        "    def find_module(self, name, path=None): return None\n"
+        "sys.meta_path.insert(0, Old())\n"
+        "import lorafast, peft\n"
+        "print('LAMDA' in peft.PEFT_TYPE_TO_CONFIG_MAPPING)"
+    )
+    assert _run(code) == "True"
+
+
 def test_a_config_reads_its_own_kind_alone(tmp_path):
     config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"peft_type='LORA' is no LaMDA"):
