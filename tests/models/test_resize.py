@@ -120,3 +120,19 @@ def test_an_encoder_and_decoder_without_adapted_tables_is_resized():
     model = lorafast.adapt(t5(), LoRA(r=2), target_modules=["q"])
     model.resize_token_embeddings(110)
     assert len(model.encoder.embed_tokens.weight) == 110
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_new_rows_are_in_the_file_where_the_table_and_the_head_are_saved(tie, tmp_path):
+    def resized(seed):
+        model = llama(tie_word_embeddings=tie)
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(110, mean_resizing=False)
+        return model
+
+    saved = ["embed_tokens", "lm_head"]
+    model = adapted(resized(1), LoRA(r=4), target_modules=["q_proj"], modules_to_save=saved)
+    lorafast.save_adapter(model, tmp_path)
+    loaded = lorafast.load_adapter(resized(2), tmp_path)
+    assert_same(loaded, model)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tie
