@@ -12,7 +12,7 @@ from lorafast.checkpoint.tensor_values import TensorValues
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.vera import VeRA
 from lorafast.models import adalora_format, extra_trainables, file_weights
-from lorafast.models.module_names import adapter_layers, canonical_name
+from lorafast.models.module_names import adapter_layers, canonical_name, unwrap
 from lorafast.nn.adapter_layer import NAMES, AdapterLayer
 from lorafast.nn.embedding import Embedding
 
@@ -98,6 +98,29 @@ def own_tensors(layer: AdapterLayer) -> dict[str, nn.Parameter]:
     """Return the Parameters of a layer's adapter by name."""
     parameters = {name: getattr(layer, name) for name in NAMES}
     return {name: parameter for name, parameter in parameters.items() if parameter is not None}
+
+
+def trained_tensors(model: nn.Module) -> set[torch.Tensor]:
+    """Return the model's tensors of adapters, of modules to save and of trained biases."""
+    tensors: set[torch.Tensor] = set()
+    for layer in adapter_layers(model).values():
+        tensors.update(own_tensors(layer).values())
+    for module in extra_trainables.saved_modules(model).values():
+        tensors.update(module.state_dict(keep_vars=True).values())
+    for module in extra_trainables.trained_biases(model).values():
+        tensors.add(module.bias)
+    return tensors
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """Return the canonical names of the Parameters that train and that no key of a file covers."""
+    covered = trained_tensors(model)
+    covered.update(getattr(module, key) for _, module, key in file_weights.from_file(model))
+    return [
+        canonical_name(name)
+        for name, parameter in unwrap(model).named_parameters()
+        if parameter.requires_grad and parameter not in covered
+    ]
 
 
 def layer_tensors(

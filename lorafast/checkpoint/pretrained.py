@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafast.checkpoint import files, trainer_files
+from lorafast.checkpoint import files, keys, trainer_files
 from lorafast.checkpoint.save_load import file_content
 from lorafast.models import adapt_record, observers
 from lorafast.models.instance_methods import (
@@ -26,7 +26,7 @@ from lorafast.models.instance_methods import (
     restore_method,
 )
 from lorafast.models.merge import merged_copies
-from lorafast.models.module_names import adapter_layers
+from lorafast.models.module_names import adapter_layers, format_names
 from lorafast.runtime.torch_internals import storage_key
 
 # The folders from which Trainer resumes.
@@ -117,6 +117,19 @@ def _save_adapter(
     files.write_adapter(folder, *content)
     if _TRAINER_FOLDER.fullmatch(folder.name):
         trainer_files.write_weights(model, folder, state_dict)
+    else:
+        _warn_about_left_out(model)
+
+
+def _warn_about_left_out(model: nn.Module) -> None:
+    """Warn about weights that train beside the adapter and are not in its file."""
+    if names := keys.left_out(model):
+        warnings.warn(
+            "weights that train are no part of the adapter, and not in its file: "
+            f"{format_names(names)}. Name their modules in adapt's modules_to_save=, or save the "
+            "whole model with merged=True",
+            stacklevel=5,
+        )
 
 
 def _save_merged(model: Any, folder: Path, arguments: dict[str, Any]) -> None:

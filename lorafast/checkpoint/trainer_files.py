@@ -17,10 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lorafast.checkpoint.keys import own_tensors
+from lorafast.checkpoint.keys import own_tensors, trained_tensors
 from lorafast.checkpoint.save_load import residual_init
 from lorafast.checkpoint.tensor_values import TensorValues
-from lorafast.models import extra_trainables
 from lorafast.models.module_names import adapter_layers, canonical_name
 from lorafast.nn.adapter_layer import AdapterLayer
 
@@ -82,13 +81,7 @@ def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, list[
 
     Each tensor comes once, under its first canonical name, with all its names in the state dict.
     """
-    wanted: set[torch.Tensor] = set()
-    for layer in adapter_layers(model).values():
-        wanted.update(own_tensors(layer).values())
-    for module in extra_trainables.saved_modules(model).values():
-        wanted.update(module.state_dict(keep_vars=True).values())
-    for module in extra_trainables.trained_biases(model).values():
-        wanted.add(module.bias)
+    wanted = trained_tensors(model)
     wanted.update(parameter for parameter in model.parameters() if parameter.requires_grad)
     names: dict[torch.Tensor, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -223,6 +223,20 @@ def test_values_come_from_the_state_dict_that_is_given(method, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_weights_that_were_unfrozen_by_hand_are_told(tmp_path):
+    model = adapted_for_trainer(LoRA(r=4), modules_to_save=["norm"], bias="all")
+    model.lm_head.weight.requires_grad_(True)
+    trainer = trainer_of(model, tmp_path)
+    trainer.train()  # the checkpoints hold them
+    key = "lm_head.weight"
+    checkpoint = load_file(tmp_path / f"checkpoint-{STEPS}" / "model.safetensors")
+    assert torch.equal(checkpoint[key], model.lm_head.weight)
+    with pytest.warns(UserWarning, match=rf"file: {key}\. .* modules_to_save=, .* merged=True"):
+        trainer.save_model(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "merged", merged=True)
+    assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[key], checkpoint[key])
+
+
 def test_what_cannot_be_saved_is_refused(tmp_path):
     model = adapted(llama(), LoRA(r=4))
     model.save_pretrained(tmp_path / "no", is_main_process=False)
