@@ -41,6 +41,10 @@ _STACKED_TENSORS = ("lora_A", "lora_B", "lora_core")
 _INITS: dict[str, type[WeightInit]] = {"PiSSA": PiSSA, "LoRAGA": LoRAGA}
 
 
+class MixtureError(ValueError):
+    """The layers' adapters differ in what one file cannot say."""
+
+
 class AdapterFormat(NamedTuple):
     """The description of a model's adapters in a file.
 
@@ -52,7 +56,7 @@ class AdapterFormat(NamedTuple):
 
 
 def describe_adapters(model: nn.Module, layers: dict[str, AdapterLayer]) -> AdapterFormat:
-    """Return the config and extras of a model's adapters. ValueError if one config cannot do."""
+    """Return the config and extras of a model's adapters. MixtureError if one config cannot do."""
     adapters = {name: _adapter_as_scaled(name, layer) for name, layer in layers.items()}
     common = _common_adapter(adapters)
     extras = {
@@ -189,7 +193,7 @@ def is_magnitude_only(adapter: Adapter) -> bool:
 def _common_adapter(adapters: dict[str, Adapter]) -> Adapter:
     """Return the adapter with the most frequent rank and alpha, for the config.
 
-    ValueError if the others differ from it in more than the numbers that patterns can set.
+    MixtureError if the others differ from it in more than the numbers that patterns can set.
     """
     full = {name: a for name, a in adapters.items() if not is_magnitude_only(a)} or adapters
     counts = collections.Counter((a.r, getattr(a, "alpha", None)) for a in full.values())
@@ -203,7 +207,7 @@ def _common_adapter(adapters: dict[str, Adapter]) -> Adapter:
         if name not in full and allows_magnitude_only and adapter == common.without_factors():
             continue
         if type(adapter) is not type(common) or replace(adapter, **numbers) != common:
-            raise ValueError(
+            raise MixtureError(
                 f"{name} has {adapter}, other layers {common}: adapters of one file may differ in "
                 f"{' and '.join(common.per_layer_fields)} alone, DoRA's (without an init that "
                 "changes the weight) in magnitude_only too"

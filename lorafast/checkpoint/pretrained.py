@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from lorafast.checkpoint import files, keys, trainer_files
+from lorafast.checkpoint.file_format import MixtureError
 from lorafast.checkpoint.save_load import file_content
 from lorafast.models import adapt_record, observers
 from lorafast.models.instance_methods import (
@@ -32,6 +34,8 @@ from lorafast.runtime.torch_internals import storage_key
 # The folders from which Trainer resumes.
 _TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
 _METHOD = "save_pretrained"
+# Models whose user knows that their checkpoints hold no adapter file.
+_told_mixtures: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _attach(model: nn.Module) -> None:
@@ -111,14 +115,40 @@ def _save_adapter(
         )
         return
     adapt_record.warn_about_lost(model)
-    content = file_content(model, state_dict)
+    resumes = _TRAINER_FOLDER.fullmatch(folder.name)
+    try:
+        content = file_content(model, state_dict)
+    except MixtureError as error:
+        if not resumes:
+            raise ValueError(f"{error}; save the whole model with merged=True") from error
+        if is_main_process:
+            _write_mixture(model, folder, state_dict, error)
+        return
     if not is_main_process:
         return
     files.write_adapter(folder, *content)
-    if _TRAINER_FOLDER.fullmatch(folder.name):
+    if resumes:
         trainer_files.write_weights(model, folder, state_dict)
     else:
         _warn_about_left_out(model)
+
+
+def _write_mixture(
+    model: nn.Module,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None,
+    error: MixtureError,
+) -> None:
+    """Write what Trainer resumes a mixture of adapters from, and warn of it once for a model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer_files.write_weights(model, folder, state_dict)
+    if model not in _told_mixtures:
+        _told_mixtures.add(model)
+        warnings.warn(
+            f"the checkpoints hold no adapter file, but Trainer resumes from them: {error}. Save "
+            "the trained model with save_pretrained(folder, merged=True)",
+            stacklevel=5,
+        )
 
 
 def _warn_about_left_out(model: nn.Module) -> None:

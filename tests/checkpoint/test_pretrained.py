@@ -237,6 +237,27 @@ def test_weights_that_were_unfrozen_by_hand_are_told(tmp_path):
     assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[key], checkpoint[key])
 
 
+@pytest.mark.parametrize("other", [LaMDA(r=4), LoRA(r=4, freeze_A=True)], ids=str)
+def test_trainer_resumes_a_mixture_which_no_file_holds(other, tmp_path):
+    def trained(folder, **arguments):
+        model = adapted_for_trainer(LoRA(r=4), adapter_pattern={"q_proj": other})
+        trainer = trainer_of(model, folder)
+        with pytest.warns(UserWarning, match="no adapter file, but Trainer resumes") as told:
+            trainer.train(**arguments)
+        assert len([w for w in told if "no adapter file" in str(w.message)]) == 1
+        return trainer
+
+    straight = trained(tmp_path / "runs")
+    checkpoint = tmp_path / "runs" / f"checkpoint-{HALF}"
+    assert not ADAPTER_FILES & names(checkpoint)
+    again = trained(tmp_path / "again", resume_from_checkpoint=str(checkpoint))
+    assert_same(again.model, straight.model)
+    with pytest.raises(ValueError, match=r"adapters of one file may .* merged=True"):
+        straight.model.save_pretrained(tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    straight.model.save_pretrained(tmp_path / "merged", merged=True)
+
+
 def test_what_cannot_be_saved_is_refused(tmp_path):
     model = adapted(llama(), LoRA(r=4))
     model.save_pretrained(tmp_path / "no", is_main_process=False)
