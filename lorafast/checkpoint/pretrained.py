@@ -20,7 +20,7 @@ from torch import nn
 
 from lorafast.checkpoint import files, keys, trainer_files
 from lorafast.checkpoint.file_format import MixtureError
-from lorafast.checkpoint.save_load import file_content
+from lorafast.checkpoint.save_load import file_content, warn_about_peft
 from lorafast.models import adapt_record, observers
 from lorafast.models.instance_methods import (
     adapted_transformers,
@@ -126,6 +126,7 @@ def _save_adapter(
         return
     if not is_main_process:
         return
+    warn_about_peft(model, content.config, stacklevel=5)
     files.write_adapter(folder, *content)
     if resumes:
         trainer_files.write_weights(model, folder, state_dict)
@@ -147,7 +148,7 @@ def _write_mixture(
         warnings.warn(
             f"the checkpoints hold no adapter file, but Trainer resumes from them: {error}. Save "
             "the trained model with save_pretrained(folder, merged=True)",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -158,7 +159,7 @@ def _warn_about_left_out(model: nn.Module) -> None:
             "weights that train are no part of the adapter, and not in its file: "
             f"{format_names(names)}. Name their modules in adapt's modules_to_save=, or save the "
             "whole model with merged=True",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -219,6 +220,8 @@ def _upload(
 
     api = HfApi(token=token)
     repo = api.create_repo(repo_id or folder.name, exist_ok=True, private=private)
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
     api.upload_folder(
         repo_id=repo.repo_id,
         folder_path=folder,

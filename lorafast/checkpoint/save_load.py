@@ -71,7 +71,6 @@ def save_adapter(
             f"rank={rank!r} belongs to as_lora=True; a file otherwise keeps the adapter's own"
         )
     layers = adapter_layers(model, require_enabled=True)
-    _warn_about_shared_layers(unwrap(model))
     adapt_record.warn_about_lost(model)
     export = None
     if as_lora:
@@ -79,7 +78,7 @@ def save_adapter(
         content = FileContent(export.tensors, export.config, {})
     else:
         content = file_content(model)
-    _warn_about_experts(unwrap(model), layers, content.config)
+    warn_about_peft(unwrap(model), content.config)
     if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
         files.write_adapter(Path(path), *content)
         if export is not None:
@@ -104,30 +103,37 @@ def file_content(
     return FileContent(tensors, config, extras)
 
 
-def _warn_about_shared_layers(model: nn.Module) -> None:
+def warn_about_peft(model: nn.Module, config: Mapping[str, Any], stacklevel: int = 4) -> None:
+    """Warn about what PEFT reads differently in the model's file, which has this config.
+
+    stacklevel: as warnings.warn counts it in the functions that this one calls.
+    """
+    _warn_about_shared_layers(model, stacklevel)
+    _warn_about_experts(model, config, stacklevel)
+
+
+def _warn_about_shared_layers(model: nn.Module, stacklevel: int) -> None:
     """Warn if a layer has several names: PEFT adapts the first alone when it loads the file."""
     for layer_names in names_by_layer(model).values():
         if len({canonical_name(name) for name in layer_names}) > 1:
             warnings.warn(
                 f"{' and '.join(layer_names)} are one layer: PEFT will put the file's adapter on "
                 "the first alone",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
             return
 
 
-def _warn_about_experts(
-    model: nn.Module, layers: Mapping[str, AdapterLayer], config: Mapping[str, Any]
-) -> None:
+def _warn_about_experts(model: nn.Module, config: Mapping[str, Any], stacklevel: int) -> None:
     """Warn if PEFT, loading the file, may put an adapter on fused experts instead of its layer."""
-    names = fused_experts.taken_for_experts(model, layers)
+    names = fused_experts.taken_for_experts(model, adapter_layers(model))
     if names and config["peft_type"] == "LORA":
         warnings.warn(
             "lorafast.load_adapter reads this file as it is; PEFT may take these layers for fused "
             "experts or routers, which have the same names in its configs, and then gives other "
             f"outputs: {format_names(names)}. For a file that PEFT reads, leave them out with "
             "exclude_modules",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

@@ -258,6 +258,24 @@ def test_trainer_resumes_a_mixture_which_no_file_holds(other, tmp_path):
     straight.model.save_pretrained(tmp_path / "merged", merged=True)
 
 
+def test_what_peft_reads_differently_is_told(tmp_path):
+    model = llama()
+    model.again = model.model.layers[0].self_attn.q_proj
+    adapted(model, LoRA(r=4), target_modules=["q_proj", "again"])
+    with pytest.warns(UserWarning, match="are one layer: PEFT will put"):
+        model.save_pretrained(tmp_path / "shared")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 32}
+    experts = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
+    config = transformers.Qwen2MoeConfig(
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, **sizes, **experts
+    )
+    model = transformers.Qwen2MoeForCausalLM(config)
+    lorafast.adapt(model, LoRA(r=4), target_modules=["q_proj", "gate_proj"])
+    with pytest.warns(UserWarning, match="PEFT may take these layers for fused"):
+        model.save_pretrained(tmp_path / "experts")
+
+
 def test_what_cannot_be_saved_is_refused(tmp_path):
     model = adapted(llama(), LoRA(r=4))
     model.save_pretrained(tmp_path / "no", is_main_process=False)
@@ -292,6 +310,10 @@ def test_an_adapter_is_pushed_to_the_hub(tmp_path, monkeypatch):
         def create_repo(self, repo_id, exist_ok, private):
             return SimpleNamespace(repo_id=f"someone/{repo_id}")
 
+        def create_branch(self, repo_id, branch, exist_ok):
+            assert exist_ok
+            calls.append((repo_id, branch))
+
         def upload_folder(self, **arguments):
             calls.append(arguments)
 
@@ -302,6 +324,11 @@ def test_an_adapter_is_pushed_to_the_hub(tmp_path, monkeypatch):
     assert calls[1]["repo_id"] == "someone/mine"
     assert calls[1]["commit_message"] == "all"
     assert set(calls[1]["allow_patterns"]) == ADAPTER_FILES == names(tmp_path / "mine")
+    for revision, branches in (("dev", [("someone/mine", "dev")]), ("refs/pr/3", [])):
+        calls.clear()
+        model.save_pretrained(tmp_path / "mine", push_to_hub=True, revision=revision)
+        assert calls[1:-1] == branches
+        assert calls[-1]["revision"] == revision
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["plain", "compiled"])
