@@ -36,7 +36,8 @@ def few_tokens(M: int, N: int, K: int, copies_x: bool) -> bool:
     copies_x: the products need a copy of x, dropped or in a wider dtype.
     """
     most = MOST_ELEMENTS_COPIED if copies_x else MOST_ELEMENTS
-    return M * (N + K) <= most
+    elements = M * (N + K)
+    return elements <= most
 
 
 def why_not(M: int, tensors: LayerTensors, options: CallOptions, dtype: torch.dtype) -> str | None:
