@@ -26,7 +26,7 @@ NOT_BUILT = fallback.Remediable("no compiler; install g++")
 
 
 @pytest.fixture
-def layer(monkeypatch):
+def layer(monkeypatch, few_tokens_by_op):
     """A layer in a process that has warned of nothing, where the kernels cannot be built."""
     monkeypatch.setattr(fallback, "_to_issue", [True])
     monkeypatch.setattr(cpu, "library", lambda: NOT_BUILT)
@@ -142,7 +142,8 @@ import torch, lorafast
 torch.manual_seed(0)
 torch.set_num_threads(1)
 base = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Tanh(), torch.nn.Linear(40, 8))
-x, y = torch.randn(12, 24), torch.randn(12, 8)
+# More tokens than those that need no kernels.
+x, y = torch.randn(6000, 24), torch.randn(6000, 8)
 
 def adapted(model, kind):
     if kind == "adapt":

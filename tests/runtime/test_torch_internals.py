@@ -22,6 +22,8 @@ from lorafast.engine.multi_adapter import Factors
 from lorafast.runtime import torch_internals
 from lorafast.testing import FORMS, Case
 
+pytestmark = pytest.mark.usefixtures("few_tokens_by_op")
+
 BY_NAME = {form.name: form for form in FORMS}
 
 
