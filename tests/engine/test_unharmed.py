@@ -44,7 +44,7 @@ def assert_as_it_was(model, before, modules, flags):
 
 
 STEPS = [
-    (adapt, "_share_tensors", 1),
+    (adapt, "share_tensors", 1),
     (adapt, "replace_module", 1),
     (adapt, "replace_module", 2),
     (extra_trainables, "enable_training", 1),

@@ -35,7 +35,9 @@ def test_a_planted_fault_is_found_in_its_methods_alone(
 
 
 @pytest.mark.peft
-def test_a_fault_of_lorafast_is_found_in_accelerated_layers_too(monkeypatch, tmp_path):
+def test_a_fault_of_lorafast_is_found_in_accelerated_layers_too(
+    monkeypatch, tmp_path, few_tokens_by_op
+):
     FAULTS["dB"].plant(monkeypatch)
     options = "--dropout 0.3 --impl accelerated,peft --methods lora --tokens 8"
     status, rows, _ = run(tmp_path, options)
