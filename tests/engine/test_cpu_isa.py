@@ -91,7 +91,8 @@ def test_the_environment_forces_it(isa):
     probe = (
         "import lorafast; from lorafast.engine.backends import cpu; library = cpu.library()\n"
         "print(getattr(library, 'ISA', library))\n"
-        "print(lorafast.explain(lorafast.Linear(24, 32, adapter=lorafast.LoRA(r=4))))"
+        "layer = lorafast.Linear(24, 32, adapter=lorafast.LoRA(r=4))\n"
+        "print(lorafast.explain(layer, tokens=1 << 16))"
     )
     told = subprocess.run(
         [sys.executable, "-c", probe],

@@ -11,7 +11,7 @@ from lorafast.engine.backends import cpu
 from lorafast.runtime import extension, instruction_sets
 from lorafast.runtime.devices import Arch
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.usefixtures("few_tokens_by_op")]
 
 
 def forget():

@@ -50,6 +50,7 @@ def test_save_pretrained_warns_too(tmp_path):
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.compile
 def test_layers_that_are_wrapped_copied_or_loaded_are_not_lost(tmp_path):
     model = lorafast.adapt(net(), LoRA(r=2))
     assert adapt_record.lost_layers(copy.deepcopy(model)) == {}

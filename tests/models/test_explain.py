@@ -11,6 +11,8 @@ import lorafast
 from lorafast import DoRA, LoRA, testing
 from lorafast.engine import dispatch
 
+pytestmark = pytest.mark.usefixtures("few_tokens_by_op")
+
 
 @pytest.fixture
 def absent(monkeypatch):

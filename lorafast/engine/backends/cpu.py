@@ -39,6 +39,9 @@ _ONE_THREAD = 1 << 18
 # Multiply-adds of a GEMM that leaves the caches filled; after a larger one every torch call is
 # slow, so that one fewer is worth code of its own.
 _SMALL = 1 << 22
+# Elements of a row of an AMX tile in bf16. Where the rows of an operand are no multiple, torch 2.13
+# multiplies what lies between strided rows by 0, and a NaN there stays one: they are made dense.
+_AMX_ROW = 32
 
 
 @functools.cache
@@ -101,8 +104,8 @@ def linear(
     (N, K), M, dtype = weight.shape, x.shape[0] if x.dim() == 2 else tokens(x), x.dtype
     if weight.dtype != dtype:
         weight = weight.to(dtype)
-    if K % 2 and dtype is torch.bfloat16:
-        x = x.contiguous()  # see _gained_operands
+    if K % _AMX_ROW and dtype is torch.bfloat16:
+        x = x.contiguous()
     # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start
     # changes no bit.
     gemm_bias, last_bias = (bias, None) if gain is None else (None, bias)
@@ -325,8 +328,7 @@ def _gained_operands(base: BaseTerm) -> tuple[torch.Tensor, torch.Tensor]:
     """The operands of (gain⊙dy) W, the gain in the smaller one."""
     dy, weight = base.dy, base.weight
     dy2 = dy if dy.dim() == 2 else flatten_tokens(dy)
-    if dy2.shape[1] % 2 and dy2.dtype is torch.bfloat16:
-        # On AMX tiles torch 2.13 multiplies the element behind an odd row by 0; a NaN stays one.
+    if dy2.shape[1] % _AMX_ROW and dy2.dtype is torch.bfloat16:
         dy2 = dy2.contiguous()
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
