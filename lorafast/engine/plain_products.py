@@ -33,7 +33,7 @@ def is_auto(raw: str | bytes | None) -> bool:
 def few_tokens(M: int, N: int, K: int, copies_x: bool) -> bool:
     """True if a call on M tokens is expected to be quicker as plain products.
 
-    copies_x: the products need a copy of x, dropped or in a wider dtype.
+    copies_x: the products read x dropped or in a wider dtype.
     """
     most = MOST_ELEMENTS_COPIED if copies_x else MOST_ELEMENTS
     elements = M * (N + K)
@@ -64,7 +64,10 @@ def why_not(M: int, tensors: LayerTensors, options: CallOptions, dtype: torch.dt
     if dtype == A.dtype == torch.float16:
         return "fp16 throughout, in which plain autograd loses small gradients"
     N, K = weight.shape
-    copies_x = options.dropout > 0 or A.dtype.itemsize > dtype.itemsize
+    wider = A.dtype.itemsize > dtype.itemsize
+    if wider and options.dropout > 0:
+        return "dropout with factors wider than x, for which the op is quicker"
+    copies_x = wider or options.dropout > 0
     return None if few_tokens(M, N, K, copies_x) else f"{M} tokens are not few"
 
 
@@ -95,21 +98,19 @@ def linear(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torc
     if bias is not None and bias.dtype is not dtype:
         bias = bias.to(dtype)
     y = F.linear(x, weight, bias)
-    wide = A.dtype is not dtype or B.dtype is not dtype
-    if wide:
-        common = torch.promote_types(torch.promote_types(A.dtype, B.dtype), dtype)
-        x, A, B = x.to(common), A.to(common), B.to(common)
+    if A.dtype is not dtype or B.dtype is not dtype:
+        wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), dtype)
+        x, A, B = x.to(wide), A.to(wide), B.to(wide)
     h = F.linear(x, A) if seed is None else _drop_project(x, A, seed, options.dropout, routes)
     if lora_bias is not None and lora_bias.dtype is not B.dtype:
         lora_bias = lora_bias.to(B.dtype)
-    if not wide:
-        # Out of place, because the product of an x of more than two dimensions may be a view.
-        low_rank = F.linear(h, B, lora_bias)
-        return torch.add(y, low_rank, alpha=options.scaling)  # type: ignore[arg-type]  # a number
-    # The scaling multiplies h, so that no gradient times it is rounded to x's dtype.
-    if lora_bias is not None:
-        lora_bias = lora_bias * options.scaling
-    return y + F.linear(h * options.scaling, B, lora_bias).to(dtype)
+    low_rank = F.linear(h, B, lora_bias)
+    # Beside fp16 the sum is wider too, or a gradient times the scaling would leave fp16's range.
+    if low_rank.dtype is not dtype and dtype is not torch.float16:
+        low_rank = low_rank.to(dtype)
+    # Out of place, because the product of an x of more than two dimensions may be a view.
+    y = torch.add(y, low_rank, alpha=options.scaling)  # type: ignore[arg-type]  # a number
+    return y if y.dtype is dtype else y.to(dtype)
 
 
 class _DropProject(torch.autograd.Function):
