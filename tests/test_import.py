@@ -105,6 +105,7 @@ assert found == {{name: getattr(lorafast, name) for name in lorafast.__all__}}
 """)
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 def test_a_name_is_first_used_below_torch_compile():
     run(f"""{LAZY}

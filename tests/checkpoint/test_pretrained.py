@@ -383,6 +383,7 @@ def test_models_of_other_libraries_are_left_alone(tmp_path):
     assert vars(model).keys() - before == {"_lorafast_layers", "_lorafast_task_type"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "use",
     [

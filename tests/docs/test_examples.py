@@ -35,6 +35,7 @@ def run(name, folder):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.peft
 def test_examples_run(tmp_path):
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(PRINTS)

@@ -210,6 +210,7 @@ def walk(tmp_path, prefix=(), **variables):
     return message, found["library"]
 
 
+@pytest.mark.slow
 @pytest.mark.peft
 @pytest.mark.skipif(sys.platform != "linux", reason="no kernels are built elsewhere")
 def test_without_a_compiler_everything_works_and_one_warning_says_so(tmp_path):
