@@ -5,11 +5,14 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from lorafast.engine import philox  # noqa: E402
 from lorafast.engine.kernels.philox import keep_tile  # noqa: E402
 
 SEEDS = (0, 1, 2**32 + 5, 2**63 - 2)
+# Rows of one group each whose counters are on both sides of 2³¹, 2³² and 2³³.
+BORDERS = [2**31 - 9, 2**32 - 9, 2**33 - 9]
 
 
 @triton.jit
@@ -47,7 +50,7 @@ def test_words_equal_tritons(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("K", [1, 7, 64, 100])
-@pytest.mark.parametrize("first_row", [0, 2**31 - 5, 2**33])
+@pytest.mark.parametrize("first_row", [0, 2**31 - 5, 2**32 - 5, 2**33])
 def test_the_mask_equals_the_kernels(seed, K, first_row):
     M, groups, p = 21, -(-K // 8), 0.3
     out = torch.empty(M, groups * 8, dtype=torch.int8)
@@ -57,6 +60,44 @@ def test_the_mask_equals_the_kernels(seed, K, first_row):
         out[:, :K].bool(),
         philox.keep_mask(torch.tensor([seed]), p, slice(first_row, first_row + M), K),
     )
+
+
+@pytest.mark.parametrize("seed", [*SEEDS, 2**31, 2**32 - 1, 2**63 - 1])
+@pytest.mark.parametrize("first_row", [0, *BORDERS, 2**50 + 3])
+@pytest.mark.parametrize("K", [1, 8, 20])
+def test_a_traced_mask_has_the_same_bits(seed, first_row, K, monkeypatch):
+    # A seed may be one of many.
+    many, rows = torch.tensor([[3, seed], [4, 5]]), slice(first_row, first_row + 20)
+    p = 1 - 1 / 65536 if K == 8 else 0.4
+    whole = philox.keep_mask(many[:1, 1], p, rows, K)
+    assert whole.is_contiguous()
+    monkeypatch.setattr(philox, "CPU_CALLS", 7)
+    assert torch.equal(philox.keep_mask(torch.tensor([seed]), p, rows, K), whole)
+    traced = torch.func.vmap(lambda _: philox.keep_mask(torch.tensor([seed]), p, rows, K))
+    assert torch.equal(traced(torch.zeros(1))[0], whole)
+
+
+class _StorageSizes(TorchDispatchMode):
+    """The bytes behind every tensor that an operation below it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = out if isinstance(out, tuple | list) else [out]
+        self.sizes |= {tensor.untyped_storage().nbytes() for tensor in tensors}
+        return out
+
+
+def test_no_temporary_grows_with_the_mask():
+    seed, (M, K) = torch.empty(1, dtype=torch.int64, device="meta"), (1 << 17, 4096)
+    with _StorageSizes() as seen:
+        assert philox.keep_mask(seed, 0.05, slice(0, M), K).shape == (M, K)
+    largest, *others = sorted(seen.sizes, reverse=True)
+    assert largest == M * K
+    assert max(others) == 32 * philox.CALLS < M * K / 10
 
 
 def test_ten_rounds_of_the_same_code_give_the_published_answer():
