@@ -34,7 +34,7 @@ test: env
 quick: env
 	$(PYTEST) --cases 3 -k "not triton" \
 		-m "not slow and not compile and not peft and not distributed" \
-		--ignore tests/kernels --ignore tests/bench --ignore tests/docs \
+		--ignore tests/kernels --ignore tests/emulator --ignore tests/bench --ignore tests/docs \
 		--ignore tests/test_packaging.py
 
 # All forms of all kernels, whole models, packaging, every instruction set.

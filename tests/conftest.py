@@ -55,6 +55,19 @@ def calls(monkeypatch):
     return found
 
 
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    """The process in which Triton compiles for the emulator; see emulator.process."""
+    from emulator.process import Process
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one folder of compiled kernels for all workers
+        folder = folder.parent
+    process = Process(folder / "triton")
+    yield process
+    process.close()
+
+
 def pytest_addoption(parser):
     """Add --cases, for a quick look at everything."""
     parser.addoption("--cases", type=int, help="run at most this many cases of each test")
