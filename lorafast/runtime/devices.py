@@ -35,6 +35,13 @@ def capturing(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def traced() -> bool:
+    """True while a CUDA graph is captured on the current stream, or a compiler traces."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def has_mixed_gemm(device: torch.device) -> bool:
     """True if torch.mm there multiplies half-precision operands into an fp32 result."""
     return device.type == "cuda" and torch.version.hip is None

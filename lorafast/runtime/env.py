@@ -38,13 +38,20 @@ CACHE = Variable(
     "the folder for compiled kernels; `XDG_CACHE_HOME` is honoured where this is not set. If it "
     "cannot be written, a private temporary folder takes its place",
 )
+TRIAL = Variable(
+    "LORAFAST_TRIAL",
+    "1",
+    "`1` tries the Triton kernels once on a GPU that has no verdict yet, in a child process, and "
+    "`auto` then uses those that are right and faster; `again` tries them anew; `0` tries and uses "
+    "none. Read when a GPU's kernels are first needed",
+)
 CXXFLAGS = Variable(
     "LORAFAST_CXXFLAGS",
     "",
     "flags to compile and link the C++ kernels with, after our own; `CXX` names the compiler",
 )
 
-VARIABLES = (BACKEND, LOG, CPU_ISA, CACHE, CXXFLAGS)
+VARIABLES = (BACKEND, LOG, CPU_ISA, CACHE, TRIAL, CXXFLAGS)
 
 # For what reads a variable at every call of a layer: raw_get(KEY) tells one value from another
 # without encoding a name, and without the exception that os.environ raises inside for a name that
@@ -95,6 +102,14 @@ def cache() -> str:
     )
 
 
+def trial() -> str:
+    """What is to be done on a GPU without a verdict: 0, 1 or again. ValueError for another word."""
+    asked = os.environ.get(TRIAL.name, "").strip().lower() or TRIAL.default
+    if asked not in ("0", "1", "again"):
+        raise ValueError(f"{TRIAL.name}={asked} is not one of 0, 1, again")
+    return asked
+
+
 def cxx() -> str:
     """The C++ compiler asked for, arguments included; empty unless set."""
     return os.environ.get("CXX", "").strip()
@@ -103,6 +118,11 @@ def cxx() -> str:
 def cxxflags() -> str:
     """The flags that the C++ kernels are compiled and linked with after lorafast's own."""
     return os.environ.get(CXXFLAGS.name, CXXFLAGS.default).strip()
+
+
+def child(**variables: str) -> dict[str, str]:
+    """The environment of a child process: this one's, with some variables set."""
+    return os.environ | variables
 
 
 def silence_profiler() -> None:

@@ -31,6 +31,12 @@ class Remediable(str):
     __slots__ = ()
 
 
+class Provisional(str):
+    """A backend's reason to refuse that holds for this call alone and must not be remembered."""
+
+    __slots__ = ()
+
+
 # One element until the warning has been issued: pop is atomic among threads, and no thread can hold
 # it while the process forks, as it could a lock.
 _to_issue = [True]

@@ -1,0 +1,317 @@
+"""The trial of the Triton kernels on a GPU: its verdict, its file, and what may go wrong in it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.pretended_gpu import Pretended
+from helpers.trial_child import RATES
+
+from lorafast.engine import trial, trial_process
+from lorafast.engine.trial import Form, Verdict
+from lorafast.runtime import build_cache, devices, env
+from lorafast.runtime.fallback import Provisional
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU that is not there, without a verdict."""
+    monkeypatch.setattr(trial, "_assumed", [])
+    monkeypatch.delenv("LORAFAST_TRIAL", raising=False)
+    return Pretended(monkeypatch, tmp_path)
+
+
+def why_not(kernel="project", dtype=torch.bfloat16, R=8):
+    return trial.why_not(kernel, dtype, R, GPU)
+
+
+def test_right_kernels_serve_and_the_child_runs_once(gpu, capsys):
+    assert [trial.why_not(*form[:2], 8, GPU) for form in trial.ENTRIES["streams"]] == [""] * 12
+    assert trial.verdict(GPU).rates == RATES
+    assert gpu.runs == ["GPU-1 streams 0"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for part in (
+        "Pretended 9000",
+        "because no verdict on it is in",
+        " s; 12 of 12 forms",
+    ):
+        assert part in said
+
+
+def test_the_next_process_reads_the_file(gpu, capsys):
+    first = trial.verdict(GPU)
+    gpu.forget()
+    capsys.readouterr()
+    assert trial.verdict(GPU) == first
+    assert len(gpu.runs) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_entries_are_tried_when_they_are_asked_for(gpu):
+    assert why_not() == why_not("gemm_tma") == why_not(R=100) == why_not(dtype=torch.float32) == ""
+    assert [run.split()[1] for run in gpu.runs] == ["streams", "gemm", "ranks", "fp32"]
+    assert set(json.loads(gpu.file.read_text())["entries"]) == set(trial.ENTRIES)
+    gpu.forget()
+    assert why_not("gemm_tma") == ""
+    assert len(gpu.runs) == 4
+
+
+def test_what_is_never_tried_does_not_serve(gpu):
+    assert why_not(dtype=torch.float64) == "has not been tried on this GPU"
+
+
+@pytest.mark.parametrize("fact", ["gpu", "triton", "driver"])
+def test_another_device_or_version_has_its_own_verdict(gpu, fact):
+    why_not()
+    gpu.facts[fact] = "another"
+    why_not()
+    assert len(gpu.runs) == 2
+    assert len(list(gpu.cache.glob("gpu-*.json"))) == 2
+
+
+DEEDS = {
+    "crash": "crashed by SIGSEGV",
+    "kill": "crashed by SIGKILL, as by a system without memory",
+    "raise": "crashed with status 1: RuntimeError: no luck with project bfloat16",
+    "half": "crashed by SIGSEGV",
+    "out of memory": "out of memory",
+    "errs 3 times what eager errs": "errs 3 times what eager errs",
+    "poisoned": "poisoned",
+}
+
+
+@pytest.mark.parametrize("deed", DEEDS)
+def test_a_kernel_that_fails_is_named_and_remembered(gpu, capsys, deed):
+    gpu.does(f"project bfloat16={deed}")
+    assert why_not() == DEEDS[deed]
+    # The child was started again for what was left.
+    assert [why_not(form.kernel, form.dtype) for form in trial.ENTRIES["streams"][3:]] == [""] * 9
+    assert trial.verdict(GPU).rates == RATES
+    said = capsys.readouterr().err
+    assert f"11 of 12 forms are right, not project bfloat16: {DEEDS[deed]}" in said
+    assert "LORAFAST_TRIAL=again" in said
+    runs = len(gpu.runs)
+    gpu.forget()
+    assert why_not() == DEEDS[deed]
+    assert len(gpu.runs) == runs
+
+
+def test_a_kernel_that_hangs_ends_the_trial(gpu, monkeypatch):
+    monkeypatch.setattr(trial_process, "LIMIT", 4.0)
+    gpu.does("grad_output bfloat16=hang")
+    assert why_not("grad_output") == "did not end within 4 s"
+    assert why_not("project") == ""
+    assert why_not("row_norm") == "was not tried: the time was up"
+    gpu.forget()
+    assert why_not("row_norm") == "was not tried: the time was up"
+    assert len(gpu.runs) == 1
+
+
+def test_what_prevents_the_child_is_no_verdict_on_a_kernel(gpu, capsys, monkeypatch):
+    for deed, reason in (
+        ("unusable", "the device is not visible"),
+        ("raise", "no luck with start"),
+    ):
+        gpu.forget()
+        gpu.does(f"start={deed}")
+        assert "could not be tried" in why_not()
+        assert reason in why_not()
+        assert f"none serves: {reason}" in capsys.readouterr().err or deed == "raise"
+        assert not gpu.file.exists()
+    assert len(gpu.runs) == 2
+    gpu.forget()
+    monkeypatch.setattr(trial_process, "COMMAND", ("/no/such/program",))
+    assert "the child cannot be started: " in why_not()
+
+
+def test_a_crash_while_measuring_leaves_no_speed(gpu):
+    gpu.does("speed=crash")
+    assert why_not() == ""
+    assert trial.verdict(GPU).rates == {}
+    assert trial.verdict(GPU).forms["speed"] == "crashed by SIGSEGV"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"entries": {"streams": {"forms": {}}}}',
+                '{"entries": {"streams": {"verdict": 1}}}', '{"entries": 3}'],
+)  # fmt: skip
+def test_a_damaged_file_is_told_and_replaced(gpu, capsys, content):
+    why_not()
+    gpu.file.write_text(content)
+    gpu.forget()
+    capsys.readouterr()
+    assert why_not() == ""
+    said = capsys.readouterr().err
+    assert said.count("is damaged") == 1
+    assert len(gpu.runs) == 2
+    gpu.forget()
+    assert why_not() == ""
+    assert len(gpu.runs) == 2
+
+
+def test_files_are_written_whole(gpu, monkeypatch):
+    why_not()
+    before = gpu.file.read_text()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    gpu.forget()
+    monkeypatch.setenv("LORAFAST_TRIAL", "again")
+    assert why_not() == ""
+    assert gpu.file.read_text() == before
+    assert sorted(path.suffix for path in gpu.cache.iterdir()) == [".json", ".lock", ".lock"]
+
+
+def test_it_is_tried_again_once_where_that_is_asked(gpu, monkeypatch):
+    gpu.does("project bfloat16=wrong")
+    assert why_not() == "wrong"
+    gpu.does("")
+    gpu.forget()
+    monkeypatch.setenv("LORAFAST_TRIAL", "again")
+    assert why_not() == why_not("drop") == ""
+    assert len(gpu.runs) == 2
+
+
+def test_nothing_is_tried_and_nothing_serves_where_that_is_asked(gpu, monkeypatch):
+    why_not()
+    monkeypatch.setenv("LORAFAST_TRIAL", "0")
+    gpu.forget()
+    assert why_not() == "LORAFAST_TRIAL=0: no kernel serves unasked"
+    monkeypatch.setenv("LORAFAST_TRIAL", "maybe")
+    with pytest.raises(ValueError, match="LORAFAST_TRIAL=maybe is not one of 0, 1, again"):
+        why_not()
+
+
+def test_an_unwritable_cache_gives_way_to_a_temporary_folder(gpu, monkeypatch, capsys, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    private = tmp_path / "private"
+    private.mkdir()
+    monkeypatch.setattr(build_cache, "temporary_folder", lambda: private)
+    assert why_not() == ""
+    assert "cache cannot be used (File exists)" in capsys.readouterr().err
+    gpu.forget()
+    assert why_not() == ""
+    assert len(gpu.runs) == 1
+    assert [path.name for path in private.glob("gpu-*.json")] == [gpu.file.name]
+
+    def none():
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(build_cache, "temporary_folder", none)
+    gpu.forget()
+    assert "neither can a temporary folder: Permission denied" in why_not()
+
+
+def test_a_verdict_in_a_folder_that_cannot_be_written_is_read(gpu, monkeypatch):
+    why_not()
+    gpu.forget()
+    monkeypatch.setattr(trial, "_writable_folder", None)
+    assert why_not() == ""
+
+
+def test_a_capture_or_a_trace_tries_nothing_and_is_not_remembered(gpu, monkeypatch):
+    for capturing in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)  # noqa: B023
+            patch.setattr(torch.compiler, "is_compiling", lambda: not capturing)  # noqa: B023
+            answer = why_not()
+            assert isinstance(answer, Provisional)
+            assert "capture or a trace" in answer
+    assert gpu.runs == []
+    assert why_not() == ""
+    monkeypatch.setattr(devices, "traced", lambda: True)
+    assert why_not() == ""
+    gpu.forget()
+    # A file is read all the same.
+    assert why_not() == ""
+
+
+ASK = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from helpers.pretended_gpu import CHILD, FACTS
+from lorafast.engine import trial, trial_process
+trial.gpu_of = lambda device: trial.Gpu(FACTS, "GPU-1")
+trial_process.COMMAND = CHILD
+print(repr(trial.why_not("project", torch.bfloat16, 8, torch.device("cuda", 0))))
+"""
+
+
+@pytest.mark.parametrize("asked", ["1", pytest.param("again", marks=pytest.mark.slow)])
+def test_of_two_processes_one_tries_and_both_choose_alike(gpu, asked):
+    gpu.does("project bfloat16=slow;drop bfloat16=wrong")
+    program = ASK.format(tests=str(Path(__file__).parents[1]))
+    environment = env.child(PYTHONPATH=os.pathsep.join(sys.path), LORAFAST_TRIAL=asked)
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [one.communicate() for one in both]
+    assert [out for out, _ in said] == ["''\n"] * 2, said
+    assert sum("trying its Triton kernels" in err for _, err in said) == len(gpu.runs)
+    # With `again` a process that begins late may try again; it never tries beside another.
+    assert len(gpu.runs) == 1 or asked == "again"
+
+
+def test_the_facts_of_a_device_without_triton(monkeypatch, tmp_path, gpu):
+    gpu.facts["triton"] = "none"
+    assert why_not() == "triton is not installed"
+    assert gpu.runs == []
+
+
+def test_a_cpu_has_no_trial():
+    assert trial.why_not("project", torch.float32, 8, torch.device("cpu")) == (
+        "is tried on GPUs, not on cpu"
+    )
+
+
+def test_the_key_has_every_fact(monkeypatch):
+    class Properties:
+        name, multi_processor_count, uuid, major, minor = "H200", 132, "GPU-7", 9, 0
+
+    module = type("Module", (), {"get_device_properties": lambda self, device: Properties})()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    gpu = trial.gpu_of.__wrapped__(GPU)
+    assert (gpu.name, gpu.uuid) == ("H200", "GPU-7")
+    assert gpu.facts["multiprocessors"] == "132"
+    assert gpu.facts["torch"] == torch.__version__
+    assert gpu.facts["triton"] == __import__("triton").__version__
+    hashes = {gpu.sha16}
+    for name in gpu.facts:
+        hashes.add(trial.Gpu(gpu.facts | {name: "other"}, "").sha16)
+    assert len(hashes) == 1 + len(gpu.facts)
+
+
+def test_a_change_of_a_kernel_changes_the_key(monkeypatch, tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "project.py").write_text("one")
+    (tmp_path / "philox.py").write_text("two")
+    monkeypatch.setattr(trial, "_ENGINE", tmp_path)
+    before = trial._sources.__wrapped__()
+    for changed in ("kernels/project.py", "philox.py"):
+        (tmp_path / changed).write_text("another")
+        after = trial._sources.__wrapped__()
+        assert after != before
+        before = after
+
+
+def test_a_verdict_may_be_assumed(gpu):
+    known = {"streams": Verdict({str(Form("drop", torch.float16)): ""}, reason="is wrong")}
+    with trial.assuming(known):
+        assert why_not("drop", torch.float16, 0) == ""
+        assert why_not() == "is wrong"
+        assert why_not("gemm_tma") == "has not been tried on this GPU"
+    assert gpu.runs == []
