@@ -11,7 +11,7 @@ import triton.language as tl
 
 from lorafast.engine import philox
 from lorafast.engine.kernels import configs, launch
-from lorafast.engine.kernels.philox import keep_tile
+from lorafast.engine.kernels.philox import drop_tile
 from lorafast.engine.precision import scaled_to_fp16
 from lorafast.engine.problem import LowRankTerm
 
@@ -37,8 +37,7 @@ def grad_project_kernel(
             x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xk, mask=inside, other=0.0
         )
         if DROPS:
-            kept = keep_tile(seed, rows, first_col // 8, groups, threshold, BLOCK_K // 8)
-            x = tl.where(kept, x, 0.0).to(x.dtype)
+            x = drop_tile(x, seed, rows, first_col // 8, groups, threshold, BLOCK_K // 8)
         inside = (rows[:, None] < M) & (ranks[None, :] < R)
         v = tl.load(
             v_ptr + rows[:, None] * stride_vm + ranks[None, :] * stride_vr, mask=inside, other=0.0

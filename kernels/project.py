@@ -16,7 +16,7 @@ import triton.language as tl
 
 from lorafast.engine import philox
 from lorafast.engine.kernels import configs, launch
-from lorafast.engine.kernels.philox import keep_tile
+from lorafast.engine.kernels.philox import drop_tile
 from lorafast.engine.precision import apply_core
 from lorafast.engine.problem import DownProj
 
@@ -47,8 +47,7 @@ def project_kernel(
             x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xk, mask=inside, other=0.0
         )
         if DROPS:
-            kept = keep_tile(seed, rows, start // 8, groups, threshold, BLOCK_K // 8)
-            x = tl.where(kept, x, 0.0).to(x.dtype)
+            x = drop_tile(x, seed, rows, start // 8, groups, threshold, BLOCK_K // 8)
         inside = (ranks[:, None] < R) & (cols[None, :] < K)
         A = tl.load(
             A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak, mask=inside, other=0.0

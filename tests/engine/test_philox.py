@@ -8,7 +8,7 @@ import triton.language as tl  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from lorafast.engine import philox  # noqa: E402
-from lorafast.engine.kernels.philox import keep_tile  # noqa: E402
+from lorafast.engine.kernels.philox import drop_tile, keep_tile  # noqa: E402
 
 SEEDS = (0, 1, 2**32 + 5, 2**63 - 2)
 # Rows of one group each whose counters are on both sides of 2³¹, 2³² and 2³³.
@@ -39,6 +39,17 @@ def _keep_kernel(
     tl.store(out_ptr + rows[:, None] * (groups * 8) + cols[None, :], kept.to(tl.int8), mask=inside)
 
 
+@triton.jit
+def _drop_kernel(
+    x_ptr, seed_ptr, out_ptr, threshold, groups, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    where = rows[:, None] * (GROUPS * 8) + tl.arange(0, GROUPS * 8)[None, :]
+    x = tl.load(x_ptr + where)
+    x = drop_tile(x, tl.load(seed_ptr), rows, 0, groups, threshold, GROUPS)
+    tl.store(out_ptr + where, x)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_words_equal_tritons(seed):
     counter = torch.tensor([0, 1, 7, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40 + 12345])
@@ -60,6 +71,18 @@ def test_the_mask_equals_the_kernels(seed, K, first_row):
         out[:, :K].bool(),
         philox.keep_mask(torch.tensor([seed]), p, slice(first_row, first_row + M), K),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("t", [1, 3277, 0x7FFF, 0x8000, 0x8001, 65535])
+def test_a_tile_drops_what_is_below_the_threshold(t, dtype):
+    M, K, seed = 256, 2048, torch.tensor([2**63 - 5])
+    # A kept number keeps its bits, and a dropped NaN is 0.
+    x, out = torch.randn(M, K).to(dtype), torch.empty(M, K, dtype=dtype)
+    kept = philox.keep_mask(seed, t / 65536, slice(0, M), K)
+    x[~kept] = torch.nan
+    _drop_kernel[(M // 32,)](x, seed, out, t, K // 8, 32, K // 8)
+    assert torch.equal(out, torch.where(kept, x, 0.0))
 
 
 @pytest.mark.parametrize("seed", [*SEEDS, 2**31, 2**32 - 1, 2**63 - 1])
