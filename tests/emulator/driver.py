@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -52,7 +52,7 @@ class Utils:
         self.capability = capability
         self.loaded: dict[str, machine.Code] = {}
         self.latest: dict[str, machine.Code] = {}
-        self.text = ""
+        self.files: dict[str, Path] = {}
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         """Return what the launcher asks of a device."""
@@ -64,9 +64,10 @@ class Utils:
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
         """Return the module, function, registers, spills and most threads of the PTX just seen."""
-        if self.text not in self.loaded:
-            self.loaded[self.text] = machine.Code(self.text)
-        return None, self.loaded[self.text], 0, 0, 1024
+        text = self.files[".ptx"].read_text()
+        if text not in self.loaded:
+            self.loaded[text] = machine.Code(text)
+        return None, self.loaded[text], 0, 0, 1024
 
     def build_signature_metadata(self, signature: list[str]) -> list[str]:
         """Return the types of the arguments."""
@@ -84,7 +85,7 @@ class Utils:
         """Run a grid."""
         packed, scratch, profile = rest[2], rest[6], rest[7]
         notes, signature, args = rest[8:]
-        values = list(_flattened(args, notes))
+        values = list(flattened(args, notes))
         if len(values) != len(signature) or scratch is not None or profile is not None:
             raise NotImplementedError("arguments that do not fit the signature, or scratch memory")
         params = [_bits(value, kind) for value, kind in zip(values, signature, strict=True)]
@@ -97,10 +98,10 @@ class Utils:
 
 
 class Driver(DriverBase):
-    """Device 0, of one compute capability."""
+    """Device 0, of one compute capability. utils: what stands for its C functions."""
 
-    def __init__(self, capability: int):
-        self.capability, self.utils = capability, Utils(capability)
+    def __init__(self, capability: int, utils: object):
+        self.capability, self.utils = capability, utils
         self.launcher_cls = nvidia.CudaLauncher
 
     @classmethod
@@ -117,8 +118,8 @@ class Driver(DriverBase):
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        """Return a number for each capability, because Triton caches kernels by device."""
-        return self.capability
+        """Return a number for each driver, because Triton caches kernels by device."""
+        return id(self)
 
     def get_current_stream(self, device: int) -> int:
         """Return the default stream."""
@@ -135,31 +136,45 @@ class Driver(DriverBase):
 
 @functools.cache
 def of(capability: int) -> Driver:
-    """Return the driver of a capability."""
-    return Driver(capability)
+    """Return the emulator of a capability."""
+    return Driver(capability, Utils(capability))
 
 
 @contextlib.contextmanager
 def emulating(capability: int) -> Iterator[Driver]:
     """Return a context in which Triton's device is the emulator."""
-    active, stubs = of(capability), contextlib.ExitStack()
+    no_cubin = mock.patch.object(compiler.CUDABackend, "make_cubin", return_value=b"")
+    with no_cubin, active(of(capability)) as driver:
+        yield driver
 
-    def note_ptx(module, function, name, group, digest) -> None:
-        path = next(path for file, path in group.items() if file.endswith(".ptx"))
-        active.utils.text = Path(path).read_text()
+
+@contextlib.contextmanager
+def active(driver: Driver) -> Iterator[Driver]:
+    """Return a context in which Triton launches by a driver.
+
+    Its utils.files are those of the kernel that is about to be loaded: PTX, cubin and so on.
+    """
+
+    def note_files(module, function, name, group, digest) -> None:
+        driver.utils.files = {Path(path).suffix: Path(path) for path in group.values()}
 
     constants = {"ARG_CONSTEXPR": CONSTEXPR, "ARG_KERNEL": KERNEL, "ARG_TUPLE": TUPLE}
-    for name, value in {"PyKernelArg": Annotation, **constants}.items():
-        stubs.enter_context(mock.patch.object(nvidia, name, value, create=True))
-    no_cubin = mock.patch.object(compiler.CUDABackend, "make_cubin", return_value=b"")
-    stubs.enter_context(no_cubin)
-    stubs.enter_context(mock.patch.object(triton.runtime.driver, "_active", active))
-    with stubs:
-        knobs.runtime.kernel_load_start_hook.add(note_ptx)
-        try:
-            yield active
-        finally:
-            knobs.runtime.kernel_load_start_hook.remove(note_ptx)
+    with contextlib.ExitStack() as stubs:
+        for name, value in {"PyKernelArg": Annotation, **constants}.items():
+            stubs.enter_context(mock.patch.object(nvidia, name, value, create=True))
+        stubs.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
+        knobs.runtime.kernel_load_start_hook.add(note_files)
+        stubs.callback(knobs.runtime.kernel_load_start_hook.remove, note_files)
+        yield driver
+
+
+def flattened(args: Iterable[object], notes: Iterable[Annotation]) -> Iterator[object]:
+    """Yield the arguments of a launch that its kernel takes."""
+    for arg, note in zip(args, notes, strict=True):
+        if note.type == TUPLE:
+            yield from flattened(arg, note.nested_tuple)
+        elif note.type == KERNEL:
+            yield arg
 
 
 def span(t: torch.Tensor) -> tuple[int, int]:
@@ -168,14 +183,6 @@ def span(t: torch.Tensor) -> tuple[int, int]:
         return t.data_ptr(), t.data_ptr()
     last = sum((size - 1) * apart for size, apart in zip(t.shape, t.stride(), strict=True))
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.itemsize
-
-
-def _flattened(args, notes) -> Iterator[object]:
-    for arg, note in zip(args, notes, strict=True):
-        if note.type == TUPLE:
-            yield from _flattened(arg, note.nested_tuple)
-        elif note.type == KERNEL:
-            yield arg
 
 
 def _bits(value, kind: str) -> int | TensorMap:

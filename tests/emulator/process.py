@@ -6,8 +6,8 @@
             ...
 
 The body of such a test runs in the process, which imports the test's file. Its arguments are
-pickled. A Fault is raised in pytest's process too; anything else fails the test with the traceback
-of the process. Compiled kernels are shared by all processes of one session.
+pickled. A Fault and an AssertionError are raised in pytest's process too; anything else fails the
+test with the traceback of the process. Compiled kernels are shared by all processes of one session.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Process:
             raise Fault(text)
         if kind == "skip":
             pytest.skip(text)
+        if kind == "assertion":
+            raise AssertionError(text)
         if kind == "error":
             pytest.fail(text, pytrace=False)
 
@@ -111,19 +113,18 @@ def serve() -> None:
 
 
 def _outcome(path: str, name: str, arguments: dict[str, object]) -> tuple[str, str]:
-    """Return what became of a test: "passed", "fault", "skip" or "error", and a text."""
+    """Return what became of a test: a word of Process.run, and a text."""
     try:
         getattr(_module(path), name).body(**arguments)
     except pytest.skip.Exception as skipped:
         return "skip", str(skipped)
-    except Exception as error:
-        # By name: run as a script, this module has imported its own copy of nothing else.
-        return "fault" if isinstance(error, Fault) else "error", _told(error)
+    except Fault as fault:
+        return "fault", str(fault)
+    except AssertionError:
+        return "assertion", traceback.format_exc()
+    except Exception:
+        return "error", traceback.format_exc()
     return "passed", ""
-
-
-def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, Fault) else traceback.format_exc()
 
 
 @functools.cache
