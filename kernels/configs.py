@@ -114,6 +114,8 @@ def low_rank_add(dtype: torch.dtype) -> Tile:
     return Tile(64, 0, 64 if dtype == torch.float32 else 128, 16, 4, 1)
 
 
+# drop's tile: each thread has four groups of 8 neighbours, whose bits one Philox call gives.
+DROP = Tile(32, 0, 128, 0, 4, 1)
 # scale_cast's tile: a square of a factor.
 SCALE_CAST = Tile(0, 32, 32, 0, 4, 1)
 
@@ -218,6 +220,7 @@ def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
         "grad_project": _GRAD_PROJECT[full].values(),
         "grad_output": _GRAD_OUTPUT[full].values(),
         "grad_output_finish": [grad_output_finish(R) for R in BLOCKS_R],
+        "drop": [DROP],
         "scale_cast": [SCALE_CAST],
         "low_rank_add": [low_rank_add(dtype)],
         "row_norm": _ROW_NORM[full].values(),

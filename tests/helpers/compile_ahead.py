@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from lorafast.engine.kernels import (
     configs,
+    drop,
     gemm,
     grad_output,
     grad_project,
@@ -81,6 +82,9 @@ def forms(kernel, dtype, capability):
             yield grad_output.grad_output_finish_kernel, tile, {}
         elif kernel == "low_rank_add":
             yield low_rank_add.low_rank_add_kernel, tile, precise
+        elif kernel == "drop":
+            for accumulates in both:
+                yield drop.drop_kernel, tile, {"ACCUMULATES": accumulates}
         elif kernel == "scale_cast":
             yield scale_cast.scale_cast_kernel, tile, {}
         elif kernel == "row_norm":
@@ -188,6 +192,9 @@ def _descriptor_type(function, name, tile, flags, dtype):
 def _wide(function, name, flags):
     if name == "B_ptr":
         return function is not grad_output.grad_output_kernel
+    if name == "x_ptr":
+        # What is added to out is an fp32 product.
+        return flags.get("ACCUMULATES", False)
     if name == "out_ptr":
         return function in (grad_project.grad_project_kernel, row_norm.row_norm_kernel)
     return (
