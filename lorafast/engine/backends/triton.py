@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 import triton
 
-from lorafast.engine import philox
 from lorafast.engine.backends import eager
 from lorafast.engine.kernels import configs, gemm_routing, launch
 from lorafast.engine.kernels import grad_output as grad_output_kernels
 from lorafast.engine.kernels import grad_project as grad_project_kernels
 from lorafast.engine.kernels import project as project_kernels
+from lorafast.engine.kernels.drop import drop as drop_into
 from lorafast.engine.kernels.gemm import Summand, gemm, is_many
 from lorafast.engine.kernels.low_rank_add import low_rank_add
 from lorafast.engine.kernels.row_norm import row_norm as row_norm_kernel
@@ -41,9 +41,6 @@ ARCHS = (
     "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-# torch's: there is no kernel for dropout alone yet.
-drop = philox.drop
 
 
 def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
@@ -104,6 +101,12 @@ def describe_route(primitive: str, problem: Problem) -> str | None:
         aligned=not any(size * e % 16 for size in (K, *problem.N)),
     )  # fmt: skip
     return str(gemm_routing.pick(query))
+
+
+def drop(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    out, x2 = x.new_empty(x.shape), flatten_tokens(x)
+    drop_into(out.view(x2.shape), x2, seed, p)
+    return out
 
 
 def project(x: torch.Tensor, downs: list[DownProj]) -> list[tuple[torch.Tensor, torch.Tensor]]:
