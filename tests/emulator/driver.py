@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -97,11 +98,14 @@ class Utils:
         machine.launch(code, (x, y, z), params, packed[2], spans)
 
 
+_numbers = itertools.count()
+
+
 class Driver(DriverBase):
     """Device 0, of one compute capability. utils: what stands for its C functions."""
 
     def __init__(self, capability: int, utils: object):
-        self.capability, self.utils = capability, utils
+        self.capability, self.utils, self.number = capability, utils, next(_numbers)
         self.launcher_cls = nvidia.CudaLauncher
 
     @classmethod
@@ -119,7 +123,7 @@ class Driver(DriverBase):
 
     def get_current_device(self) -> int:
         """Return a number for each driver, because Triton caches kernels by device."""
-        return id(self)
+        return self.number
 
     def get_current_stream(self, device: int) -> int:
         """Return the default stream."""
