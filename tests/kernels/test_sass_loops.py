@@ -22,7 +22,7 @@ RANKS = (16, 64, 128, 256)
 GRAD_OUTPUT = ("grad_output", "grad_output, bias", "grad_output, kept")
 LOW_RANK_ADD = ("low_rank_add", "low_rank_add, accumulated")
 ROW_NORM = ("row_norm, rows", "row_norm, columns")
-MASKED = ("project, dropout", "grad_project, dropout", *LOW_RANK_ADD)
+MASKED = ("grad_project, dropout", *LOW_RANK_ADD)
 
 
 def unmended(calls, reason, ranks=(16,)):
@@ -32,8 +32,8 @@ def unmended(calls, reason, ranks=(16,)):
 
 # What does not hold yet, by gate, call and R.
 UNMENDED = {
-    "instructions": unmended(MASKED[1:], "the mask of one element at a time"),
-    "alu": unmended(MASKED, "the mask of one element at a time"),
+    "instructions": unmended(MASKED, "the mask takes too many"),
+    "alu": unmended(MASKED, "the mask takes too many"),
     "in_flight": unmended((*GRAD_OUTPUT, *ROW_NORM), "no step is prefetched"),
     "late_loads": unmended(GRAD_OUTPUT, "kept is loaded when it is used")
     | unmended(ROW_NORM, "no step is prefetched"),
