@@ -75,23 +75,35 @@ def grad_project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> Split
     return _split(tile, ceil_div(K, tile.BLOCK_K), ceil_div(M, tile.BLOCK_M), arch)
 
 
-def grad_output(M: int, N: int, R: int, dtype: torch.dtype, arch: str) -> SplitTile:
-    """Return grad_output's tile. The grid covers columns of dy; rows are split to fill the GPU.
-
-    Blocks of columns are wide, because each of them writes its own part of u.
-    """
-    tile = _GRAD_OUTPUT[dtype == torch.float32][block_r(R)]
+def grad_output(M: int, N: int, R: int, dtype: torch.dtype, arch: str, sums: int) -> SplitTile:
+    """Return grad_output's tile. The grid covers columns of dy; rows are split to fill the GPU."""
+    tile = grad_output_tile(block_r(R), dtype, sums)
     return _split(tile, ceil_div(N, tile.BLOCK_N), ceil_div(M, tile.BLOCK_M), arch)
+
+
+def grad_output_tile(block: int, dtype: torch.dtype, sums: int) -> Tile:
+    """Return grad_output's tile for a block of ranks.
+
+    sums: 2 if a step reads a tile of kept, too. Each of the two then has half the rows.
+    """
+    tile = _GRAD_OUTPUT[dtype == torch.float32][block]
+    return tile._replace(BLOCK_M=tile.BLOCK_M // 2) if sums > 1 else tile
+
+
+def rows_at_once(tile: Tile, dtype: torch.dtype) -> int:
+    """Return the rows of a block of columns that a program loads at once, 16 bytes a thread."""
+    return min(tile.BLOCK_M, max(1, 32 * tile.warps * 16 // dtype.itemsize // tile.BLOCK_N))
 
 
 def one_pass(R: int, ranks: int, dtype: torch.dtype) -> bool:
     """True if grad_output computes R columns of u in the pass over dy that computes `ranks` of P.
 
     That holds while the fp32 parts of u, which every block of columns writes and a second kernel
-    reads, are fewer bytes than a second pass over dy.
+    reads, are fewer bytes than a second pass over dy; and if P takes no wider block of ranks.
     """
-    tile = _GRAD_OUTPUT[dtype == torch.float32][block_r(max(R, ranks))]
-    return dtype.itemsize * tile.BLOCK_N // 8 > R
+    block = block_r(max(R, ranks))
+    tile = _GRAD_OUTPUT[dtype == torch.float32][block]
+    return block == block_r(R) and dtype.itemsize * tile.BLOCK_N // 8 > R
 
 
 def row_norm(R: int, dtype: torch.dtype) -> Tile:
@@ -152,10 +164,10 @@ _GRAD_PROJECT = {
 }
 _GRAD_OUTPUT = {
     False: {
-        16: Tile(64, 256, 0, 16, 8, 2),
-        64: Tile(32, 256, 0, 64, 8, 2),
-        128: Tile(64, 64, 0, 128, 8, 2),
-        256: Tile(64, 64, 0, 256, 8, 2),
+        16: Tile(64, 128, 0, 16, 4, 3),
+        64: Tile(64, 64, 0, 64, 4, 3),
+        128: Tile(64, 64, 0, 128, 8, 3),
+        256: Tile(64, 64, 0, 256, 8, 3),
     },
     True: {
         16: Tile(32, 128, 0, 16, 8, 2),
@@ -218,7 +230,7 @@ def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
         "project": [tile for pair in _PROJECT[full].values() for tile in pair],
         "project_finish": [project_finish(R) for R in BLOCKS_R],
         "grad_project": _GRAD_PROJECT[full].values(),
-        "grad_output": _GRAD_OUTPUT[full].values(),
+        "grad_output": [grad_output_tile(R, dtype, sums) for R in BLOCKS_R for sums in (0, 2)],
         "grad_output_finish": [grad_output_finish(R) for R in BLOCKS_R],
         "drop": [DROP],
         "scale_cast": [SCALE_CAST],

@@ -24,63 +24,95 @@ from lorafast.engine.precision import apply_core, low_rank_grad_dtype, scaled_to
 from lorafast.engine.problem import DownProj, OutputGrads, UpProjGrads, UpProjGradSpec
 
 
-@triton.jit(do_not_specialize=["M", "sums_requested", "steps"])
+@triton.jit(do_not_specialize=["M", "steps"])
 def grad_output_kernel(
     dy_ptr, kept_ptr, h_core_ptr, B_ptr, u_ptr, P_ptr, sums_ptr, M, N, R, live,
-    stride_dm, stride_dn, stride_km, stride_kn, stride_hm, stride_hr, sums_requested, steps,
-    U: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    stride_dm, stride_dn, stride_km, stride_kn, stride_hm, stride_hr, steps, one,
+    U: tl.constexpr, P: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Parts of u, P and the sums, all fp32.  Grid (⌈N/BLOCK_N⌉, splits).
 
     h_core [M,live], B [N,R] dense along its rows -> u [⌈N/BLOCK_N⌉,M,R] (if U), P [splits,N,live]
-    (if P), sums [splits,2,N]. sums_requested: 1 for Σ dy, 2 for Σ dy⊙kept too, 0 for none. Both
-    sums are computed in any case, and stored as requested.
+    (if P), sums [splits,SUMS,N]. SUMS: 1 for Σ dy, 2 for Σ dy⊙kept too, 0 for none. LANES: the rows
+    that are summed apart, so that no step has to add what different threads hold. one: 1.
+
+    Both products have the ranks as rows. With fewer than 64 of them tensor cores read registers.
     """
     block, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     cols = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
     if U:
         B = tl.load(
-            B_ptr + cols[:, None] * R + ranks[None, :],
-            mask=(cols[:, None] < N) & (ranks[None, :] < R),
+            B_ptr + cols[None, :] * R + ranks[:, None],
+            mask=(cols[None, :] < N) & (ranks[:, None] < R),
             other=0.0,
         )
     if P:
-        P_sum = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    dot = tl.zeros((BLOCK_N,), tl.float32)
-    for step in range(steps):
-        rows = (split * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = (rows[:, None] < M) & (cols[None, :] < N)
-        dy = tl.load(
-            dy_ptr + rows[:, None] * stride_dm + cols[None, :] * stride_dn, mask=inside, other=0.0
+        P_sum = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    if SUMS > 0:
+        total = tl.zeros((LANES, BLOCK_N), tl.float32)
+    if SUMS > 1:
+        dot = tl.zeros((LANES, BLOCK_N), tl.float32)
+        # Loads that feed no product are not pipelined: each step loads kept for the next one.
+        next_kept = _rows_of(
+            kept_ptr, split * steps * BLOCK_M, cols, M, N, stride_km, stride_kn, BLOCK_M
         )
+    for step in range(steps):
+        first_row = (split * steps + step) * BLOCK_M
+        rows = first_row + tl.arange(0, BLOCK_M)
+        dy = _rows_of(dy_ptr, first_row, cols, M, N, stride_dm, stride_dn, BLOCK_M)
+        if SUMS > 1:
+            kept = next_kept
+            next_kept = _rows_of(
+                kept_ptr, first_row + BLOCK_M, cols, M, N, stride_km, stride_kn, BLOCK_M
+            )
         if U:
-            u = tl.dot(dy, B, input_precision=PRECISION)
+            u = tl.trans(tl.dot(B, tl.trans(dy), input_precision=PRECISION))
             where = (block.to(tl.int64) * M + rows[:, None]) * R + ranks[None, :]
             tl.store(u_ptr + where, u, mask=(rows[:, None] < M) & (ranks[None, :] < R))
         if P:
             h_core = tl.load(
-                h_core_ptr + rows[:, None] * stride_hm + ranks[None, :] * stride_hr,
-                mask=(rows[:, None] < M) & (ranks[None, :] < live),
+                h_core_ptr + rows[None, :] * stride_hm + ranks[:, None] * stride_hr,
+                mask=(rows[None, :] < M) & (ranks[:, None] < live),
                 other=0.0,
             )
-            P_sum = tl.dot(tl.trans(dy), h_core, P_sum, input_precision=PRECISION)
-        total += tl.sum(dy.to(tl.float32), axis=0)
-        kept = tl.load(
-            kept_ptr + rows[:, None] * stride_km + cols[None, :] * stride_kn,
-            mask=(inside & (sums_requested > 1)) != 0,
-            other=0.0,
-        )
-        dot += tl.sum(dy.to(tl.float32) * kept.to(tl.float32), axis=0)
+            if BLOCK_R < 64 or not (U or SUMS > 0):
+                P_sum = tl.dot(h_core, dy, P_sum, input_precision=PRECISION)
+            else:
+                # A product of 64 rows reads shared memory, and as a sum of its own it would go on
+                # beyond its step, while the loads of a later one overwrite dy: of a dy with two
+                # uses the compiler keeps no further copy. The product with `one` waits for it.
+                P_sum += tl.dot(h_core, dy, input_precision=PRECISION) * one
+        if SUMS > 0:
+            total += _sum_apart(dy.to(tl.float32), LANES)
+        if SUMS > 1:
+            dot += _sum_apart(dy.to(tl.float32) * kept.to(tl.float32), LANES)
     if P:
-        where = (split * N + cols[:, None]) * live + ranks[None, :]
-        tl.store(P_ptr + where, P_sum, mask=(cols[:, None] < N) & (ranks[None, :] < live))
-    tl.store(sums_ptr + 2 * split * N + cols, total, mask=((cols < N) & (sums_requested > 0)) != 0)
-    tl.store(
-        sums_ptr + (2 * split + 1) * N + cols, dot, mask=((cols < N) & (sums_requested > 1)) != 0
+        where = (split * N + cols[None, :]) * live + ranks[:, None]
+        tl.store(P_ptr + where, P_sum, mask=(cols[None, :] < N) & (ranks[:, None] < live))
+    where = sums_ptr + split * SUMS * N + cols
+    if SUMS > 0:
+        tl.store(where, tl.sum(total, axis=0), mask=cols < N)
+    if SUMS > 1:
+        tl.store(where + N, tl.sum(dot, axis=0), mask=cols < N)
+
+
+@triton.jit
+def _rows_of(ptr, first_row, cols, M, N, stride_m, stride_n, BLOCK_M: tl.constexpr):
+    """Return BLOCK_M rows of a matrix [M,N], zero outside it."""
+    rows = first_row + tl.arange(0, BLOCK_M)
+    return tl.load(
+        ptr + rows[:, None] * stride_m + cols[None, :] * stride_n,
+        mask=(rows[:, None] < M) & (cols[None, :] < N),
+        other=0.0,
     )
+
+
+@triton.jit
+def _sum_apart(tile, LANES: tl.constexpr):
+    """Return the sum of a tile's groups of LANES rows, [LANES, columns]."""
+    return tl.sum(tl.reshape(tile, (tile.shape[0] // LANES, LANES, tile.shape[1])), axis=0)
 
 
 @triton.jit(
@@ -171,9 +203,9 @@ def _pass(
     kept2: torch.Tensor | None,
     sums_requested: int,
 ) -> tuple[list[UpProjGrads], torch.Tensor | None]:
-    """Return the gradients of one chunk, and the parts of the sums [splits,2,N] or None.
+    """Return the gradients of one chunk, and the sums' parts [splits,sums,N] or None.
 
-    sums_requested: 1 for Σ dy, 2 for Σ dy⊙kept too.
+    sums_requested: their number, 1 for Σ dy, 2 for Σ dy⊙kept too, 0 for none.
     """
     (M, N), dtype = dy2.shape, dy2.dtype
     u_specs = [spec for spec in specs if _needs_u(spec)]
@@ -184,14 +216,14 @@ def _pass(
     column_sums = bool(P_ranks or sums_requested)
     one_pass = bool(factors) and column_sums and configs.one_pass(u_ranks, P_ranks, dtype)
     tile_ranks = max(1, P_ranks, one_pass * u_ranks)
-    split = configs.grad_output(M, N, tile_ranks, dtype, launch.arch_of(dy2))
+    split = configs.grad_output(M, N, tile_ranks, dtype, launch.arch_of(dy2), sums_requested)
     blocks, splits = configs.ceil_div(N, split.tile.BLOCK_N), split.splits
     u = dy2.new_empty(blocks, M, u_ranks, dtype=torch.float32) if one_pass else None
     P = dy2.new_empty(splits, N, P_ranks, dtype=torch.float32) if P_ranks else None
-    sums = dy2.new_empty(splits, 2, N, dtype=torch.float32) if sums_requested else None
+    sums = dy2.new_empty(splits, sums_requested, N, dtype=torch.float32) if sums_requested else None
     if column_sums and N:
         B = _side_by_side(factors) if one_pass else None
-        _launch(dy2, kept2, _side_by_side(h_cores), B, u, P, sums, sums_requested, split)
+        _launch(dy2, kept2, _side_by_side(h_cores), B, u, P, sums, split)
     pairs = iter(_u_and_v(dy2, u, factors, inverses, u_specs))
     P_firsts = itertools.accumulate((h.shape[1] for h in h_cores), initial=0)
     grads = []
@@ -246,19 +278,20 @@ def _u_and_v(
     return [(u * k, v * k) for (u, v), k in zip(pairs, inverses, strict=True)]
 
 
-def _launch(dy2, kept2, h_core, B, u, P, sums, sums_requested, split) -> None:
+def _launch(dy2, kept2, h_core, B, u, P, sums, split) -> None:
     (M, N), tile = dy2.shape, split.tile
     R, live = 0 if u is None else u.shape[2], 0 if P is None else P.shape[2]
     # dy stands in for an absent tensor, whose argument is neither read nor written.
-    kept2, h_core, B, u_out, P_out, sums = (
+    kept2, h_core, B, u_out, P_out, sums_out = (
         dy2 if tensor is None else tensor for tensor in (kept2, h_core, B, u, P, sums)
     )
     with launch.on(dy2):
         grad_output_kernel[configs.ceil_div(N, tile.BLOCK_N), split.splits](
-            dy2, kept2, h_core, B, u_out, P_out, sums, M, N, R, live,
-            *dy2.stride(), *kept2.stride(), *h_core.stride(), sums_requested, split.steps,
-            U=u is not None, P=P is not None, PRECISION=launch.precision(dy2),
-            **tile.blocks("BLOCK_M", "BLOCK_N", "BLOCK_R"),
+            dy2, kept2, h_core, B, u_out, P_out, sums_out, M, N, R, live,
+            *dy2.stride(), *kept2.stride(), *h_core.stride(), split.steps, 1.0,
+            U=u is not None, P=P is not None, SUMS=0 if sums is None else sums.shape[1],
+            PRECISION=launch.precision(dy2), **tile.blocks("BLOCK_M", "BLOCK_N", "BLOCK_R"),
+            LANES=configs.rows_at_once(tile, dy2.dtype),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 

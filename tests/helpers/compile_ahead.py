@@ -60,6 +60,9 @@ def forms(kernel, dtype, capability):
     if kernel.startswith("gemm"):
         yield from _gemm_forms(kernel, dtype, capability, precise)
         return
+    if kernel == "grad_output":
+        yield from _grad_output_forms(dtype, precise)
+        return
     for tile in configs.tiles(kernel, DTYPES[dtype]):
         if kernel == "project":
             for drops, parts in itertools.product(both, both):
@@ -71,13 +74,6 @@ def forms(kernel, dtype, capability):
         elif kernel == "grad_project":
             for drops in both:
                 yield grad_project.grad_project_kernel, tile, {"DROPS": drops} | precise
-        elif kernel == "grad_output":
-            least = max([1, *(rank + 1 for rank in configs.BLOCKS_R if rank < tile.BLOCK_R)])
-            for u in both if configs.one_pass(least, least, DTYPES[dtype]) else (False,):
-                yield grad_output.grad_output_kernel, tile, {"U": u, "P": True} | precise
-            # Without u and P only the smallest tile of ranks is used.
-            if configs.BLOCKS_R.index(tile.BLOCK_R) == 0:
-                yield grad_output.grad_output_kernel, tile, {"U": False, "P": False} | precise
         elif kernel == "grad_output_finish":
             yield grad_output.grad_output_finish_kernel, tile, {}
         elif kernel == "low_rank_add":
@@ -94,6 +90,22 @@ def forms(kernel, dtype, capability):
                     tile,
                     {"BY_ROW": by_row} | ({"PRECISION": "tf32"} if "16" in dtype else precise),
                 )
+
+
+def _grad_output_forms(dtype, precise):
+    smaller = 0
+    for block in configs.BLOCKS_R:
+        one_pass = configs.one_pass(smaller + 1, smaller + 1, DTYPES[dtype])
+        forms = list(itertools.product((True, False) if one_pass else (False,), (True,), (0, 1, 2)))
+        # Without P only the smallest block of ranks is used, and something else is requested.
+        if not smaller:
+            forms += itertools.product((True, False), (False,), (1, 2))
+        smaller = block
+        for u, P, sums in forms:
+            tile = configs.grad_output_tile(block, DTYPES[dtype], sums)
+            lanes = configs.rows_at_once(tile, DTYPES[dtype])
+            flags = {"U": u, "P": P, "SUMS": sums, "LANES": lanes}
+            yield grad_output.grad_output_kernel, tile, flags | precise
 
 
 def _gemm_forms(kernel, dtype, capability, precise):
@@ -147,7 +159,7 @@ def compiled(function, tile, flags, dtype, capability, ones=False):
         elif name in UNIT:
             signature[name], constants[name] = "constexpr", 1
         else:
-            signature[name] = "fp32" if name in ("scale", "scaling") else "i32"
+            signature[name] = "fp32" if name in ("scale", "scaling", "one") else "i32"
         even = (
             signature[name] == "i32"
             and _is_size(name)
@@ -224,6 +236,11 @@ def usage(built, sass):
         # The most products that may still run at a wait for one: at 0 no product overlaps anything.
         "in_flight": max(
             (int(n, 16) for n in re.findall(r"WARPGROUP\.DEPBAR\S*\s.*?(0x\w+)", dump)), default=0
+        ),
+        # The same in the PTX: ptxas may wait earlier than it is asked to.
+        "pending": max(
+            (int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", ptx)),
+            default=0,
         ),
         "tma_loads": len(re.findall(r"\bcp\.async\.bulk\.tensor\S*shared\S*global\b", ptx)),
         "async_loads": len(re.findall(r"\bcp\.async\.c[ag]\b", ptx)),

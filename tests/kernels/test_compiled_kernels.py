@@ -112,6 +112,9 @@ def check_forms(dtype, capability, kernels, tmp_path, record_property, *options)
             # A product still runs while the operands of the next one load.
             assert form["wgmma"] > 0, form
             assert form["in_flight"] > 0, form
+        if form["kernel"] == "grad_output" and (form["flags"]["U"] or form["flags"]["SUMS"]):
+            # dy has several uses and no further copy: no product may read it beyond its step.
+            assert form["pending"] == 0, form
         if form["kernel"] == "gemm_pointers":
             assert form["async_loads"] > 0, form
 
