@@ -1,6 +1,6 @@
 """The tiles of the Triton kernels, and the choice among them. Imports no triton.
 
-A choice is a pure function of shapes, dtype and architecture; nothing is searched or timed at call
+A choice is a pure function of shapes, dtype and device; nothing is searched or timed at call
 time, so every rank of a job makes the same choice. No tile has been measured on a GPU yet: the
 choices follow from the number of programs that fill a GPU and from which tiles compile without
 spills (tests/kernels/test_compiled_kernels.py).
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from lorafast.engine.kernels.gpu_specs import device
+from lorafast.runtime.devices import Arch
 
 # The ranks that a kernel's tile may hold; R is padded to the next of them.
 BLOCKS_R = (16, 64, 128, 256)
@@ -61,7 +62,7 @@ def core_in_registers(R: int, dtype: torch.dtype) -> bool:
     return widest >= R
 
 
-def project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> SplitTile:
+def project(M: int, K: int, R: int, dtype: torch.dtype, arch: Arch) -> SplitTile:
     """Return project's tile. The grid covers rows of x; K is split if they do not fill the GPU."""
     few, many = _PROJECT[dtype == torch.float32][block_r(R)]
     # With few rows the tile is small and K is split, so that enough programs fill the GPU.
@@ -69,13 +70,13 @@ def project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> SplitTile:
     return _split(tile, ceil_div(M, tile.BLOCK_M), ceil_div(K, tile.BLOCK_K), arch)
 
 
-def grad_project(M: int, K: int, R: int, dtype: torch.dtype, arch: str) -> SplitTile:
+def grad_project(M: int, K: int, R: int, dtype: torch.dtype, arch: Arch) -> SplitTile:
     """Return grad_project's tile. The grid covers columns of x; rows are split to fill the GPU."""
     tile = _GRAD_PROJECT[dtype == torch.float32][block_r(R)]
     return _split(tile, ceil_div(K, tile.BLOCK_K), ceil_div(M, tile.BLOCK_M), arch)
 
 
-def grad_output(M: int, N: int, R: int, dtype: torch.dtype, arch: str, sums: int) -> SplitTile:
+def grad_output(M: int, N: int, R: int, dtype: torch.dtype, arch: Arch, sums: int) -> SplitTile:
     """Return grad_output's tile. The grid covers columns of dy; rows are split to fill the GPU."""
     tile = grad_output_tile(block_r(R), dtype, sums)
     return _split(tile, ceil_div(N, tile.BLOCK_N), ceil_div(M, tile.BLOCK_M), arch)
@@ -240,7 +241,7 @@ def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     return tuple(dict.fromkeys(by_kernel[kernel]))
 
 
-def _split(tile: Tile, programs: int, blocks: int, arch: str) -> SplitTile:
+def _split(tile: Tile, programs: int, blocks: int, arch: Arch) -> SplitTile:
     """Split `blocks` steps: two programs a multiprocessor, but at least four steps a program."""
     wanted = max(1, 2 * device(arch).multiprocessors // max(1, programs))
     splits = max(1, min(wanted, blocks // 4))

@@ -3,10 +3,10 @@
 A fused GEMM adds both parts in one sum. Otherwise torch multiplies the base, and the low-rank part
 is added before or after it.
 
-A choice is a pure function of shapes, dtypes and architecture, never of a clock, so every rank of a
-job makes the same choice. A measured row of TABLE decides if there is one (`lorafast-bench tune`
-prints them). Otherwise a roofline model decides, with published figures of the devices and an
-assumed efficiency of our GEMMs. Imports no triton.
+A choice is a pure function of shapes, dtypes, architecture and number of multiprocessors, never of
+a clock, so every rank of a job on equal GPUs makes the same choice. A measured row of TABLE decides
+if there is one (`lorafast-bench tune` prints them). Otherwise a roofline model decides, with
+published figures of the devices and an assumed efficiency of our GEMMs. Imports no triton.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import threading
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ import torch
 from lorafast.engine.kernels import configs
 from lorafast.engine.kernels.configs import Tile
 from lorafast.engine.kernels.gpu_specs import device
+from lorafast.runtime.devices import Arch
 
 # The speed of our GEMMs by that of torch's. Assumed: none of ours has run on a GPU yet.
 EFFICIENCY = {"tma": 0.93, "pointers": 0.85}
@@ -48,7 +49,7 @@ class RouteQuery(NamedTuple):
     K: tuple[int, ...]
     R: int
     dtype: torch.dtype
-    arch: str
+    arch: Arch
     by_row: bool = True
     masked: bool = False
     many_summands: bool = False
@@ -104,6 +105,7 @@ class Key(NamedTuple):
     """The key of a row of TABLE. M is rounded up to a power of two, R to a multiple of 16."""
 
     arch: str
+    multiprocessors: int
     dtype: str
     M: int
     N: int
@@ -116,26 +118,32 @@ class Key(NamedTuple):
 
 # Empty: nothing has been measured yet.
 TABLE: dict[Key, Row] = {}
-_forced: ContextVar[Route | None] = ContextVar("forced", default=None)
+_forced: Route | None = None
+_forcing = threading.RLock()
 
 
 @contextlib.contextmanager
 def forcing(route: Route) -> Iterator[None]:
-    """Return a context in which every product of this thread takes a route.
+    """Return a context in which every product of the process takes a route.
 
-    It serves measurements and tests; the products must be able to take the route.
+    That includes a backward pass, which runs in threads of its own on a GPU. Another thread's
+    context waits for the end of this one. It serves measurements and tests; the products must be
+    able to take the route.
     """
-    token = _forced.set(route)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+    global _forced
+    with _forcing:
+        before, _forced = _forced, route
+        try:
+            yield
+        finally:
+            _forced = before
 
 
 def key(query: RouteQuery) -> Key:
     """Return the key of the row that decides a query."""
     return Key(
-        query.arch,
+        query.arch.name,
+        device(query.arch).multiprocessors,
         str(query.dtype).removeprefix("torch."),
         1 << max(0, query.M - 1).bit_length(),
         query.N,
@@ -152,7 +160,7 @@ def pick(query: RouteQuery) -> Route:
 
     In Triton's interpreter it is a fused GEMM if one is possible.
     """
-    return _forced.get() or _picked(query)
+    return _forced or _picked(query)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -161,7 +169,7 @@ def _picked(query: RouteQuery) -> Route:
     for route in routes:
         if TABLE.get(key(query)) == route.row:
             return route
-    if query.arch == "cpu" and routes[0].fused:
+    if query.arch.vendor == "cpu" and routes[0].fused:
         return routes[0]
     return min(
         routes, key=lambda route: (modelled_seconds(query, route), _tile_elements(query, route))

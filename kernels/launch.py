@@ -18,9 +18,9 @@ def on(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def arch_of(x: torch.Tensor) -> str:
-    """Return the architecture of x's device, such as "sm_90"; "cpu" for Triton's interpreter."""
-    return devices.of(x.device).name
+def arch_of(x: torch.Tensor) -> devices.Arch:
+    """Return the architecture of x's device; that of the CPU for Triton's interpreter."""
+    return devices.of(x.device)
 
 
 def precision(x: torch.Tensor) -> str:

@@ -133,7 +133,7 @@ def kernel_cases(
         dropout=p,
     )
     frozen = {"linear": lambda: F.linear(o.x, o.W), "grad_input": lambda: o.dy @ o.W}
-    queries = _queries(sizes, dtype, arch.name)
+    queries = _queries(sizes, dtype, arch)
     return [
         KernelCase(
             one.primitive,
@@ -266,7 +266,7 @@ def _streams(o: _Operands) -> list[_Variant]:
 
 
 def _queries(
-    sizes: Sizes, dtype: torch.dtype, arch: str
+    sizes: Sizes, dtype: torch.dtype, arch: devices.Arch
 ) -> dict[tuple[str, str], gemm_routing.RouteQuery]:
     """Return what the route is chosen by, for every variant of a product."""
     M, K, N, R, p = sizes

@@ -9,14 +9,16 @@ import torch
 
 
 class Arch(NamedTuple):
-    """An architecture.
+    """An architecture, and the size of the device.
 
     vendor: cpu, nvidia, amd or the device type. name: as the vendor's compilers spell it, such as
-    sm_90 or gfx942.
+    sm_90 or gfx942. multiprocessors: those of a GPU, which devices of one architecture differ in; 0
+    for any other device.
     """
 
     vendor: str
     name: str
+    multiprocessors: int = 0
 
 
 @functools.cache
@@ -26,8 +28,8 @@ def of(device: torch.device) -> Arch:
         return Arch(device.type, device.type)
     facts = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Arch("amd", facts.gcnArchName.split(":")[0])
-    return Arch("nvidia", f"sm_{facts.major}{facts.minor}")
+        return Arch("amd", facts.gcnArchName.split(":")[0], facts.multi_processor_count)
+    return Arch("nvidia", f"sm_{facts.major}{facts.minor}", facts.multi_processor_count)
 
 
 def capturing(tensor: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ from lorafast.bench.cases import kernel_cases
 from lorafast.bench.measure import timing
 from lorafast.engine.kernels import gemm_routing
 from lorafast.engine.kernels.gemm_routing import Key, Route, Row
+from lorafast.runtime.devices import Arch
 
 # Fewer tokens are so few numbers that a correct kernel may err twice as much as eager by chance.
 SIZES = kernel_cases.Sizes(37, 24, 16, 4, 0.25)
@@ -62,7 +63,7 @@ def test_every_route_is_timed_next_to_the_frozen_product(capsys, tmp_path):
     written = json.loads((tmp_path / "tune.json").read_text())
     timings = written["timings"]
     plain = [one for one in timings if (one["primitive"], one["variant"]) == ("linear", "")]
-    query = gemm_routing.RouteQuery(SIZES.M, 16, (24,), 4, torch.float32, "cpu")
+    query = gemm_routing.RouteQuery(SIZES.M, 16, (24,), 4, torch.float32, Arch("cpu", "cpu"))
     routes = gemm_routing.candidates(query)
     assert {one["route"] for one in plain} == {tune.FROZEN, *map(str, routes)}
     for one in timings:

@@ -11,6 +11,7 @@ from emulator.process import in_emulator
 from lorafast.engine.kernels import launch
 from lorafast.engine.kernels.grad_output import grad_output
 from lorafast.engine.problem import UpProjGradSpec
+from lorafast.runtime.devices import Arch
 
 # R, want_v, and the sums: none, Σ dy, and Σ dy⊙kept.
 FORMS = list(itertools.product((16, 64, 128, 256), (True, False), ("", "bias", "kept")))
@@ -31,7 +32,7 @@ def test_every_form_is_free_of_races_and_right(form, dtype):
     spec = UpProjGradSpec(B, h=h, want_v=want_v, want_B=True)
     with (
         driver.emulating(90),
-        mock.patch.object(launch, "arch_of", lambda x: "sm_90"),
+        mock.patch.object(launch, "arch_of", return_value=Arch("nvidia", "sm_90")),
     ):
         grads = grad_output(dy, [spec], None, kept if sums == "kept" else None, sums == "bias")
     wide = dy.double()

@@ -1,13 +1,20 @@
 """The choice between our GEMM and torch's products: legal routes, the model, and measured rows."""
 
+import threading
+
 import pytest
 import torch
 
 from lorafast.engine.kernels import configs, gemm_routing
 from lorafast.engine.kernels.gemm_routing import Route, RouteQuery, Row, Tile
-from lorafast.engine.kernels.gpu_specs import DEVICES, device
+from lorafast.runtime.devices import Arch
 
-BASE = RouteQuery(8192, 4096, (4096,), 16, torch.bfloat16, "sm_90")
+
+def nvidia(name, multiprocessors=0):
+    return Arch("nvidia", name, multiprocessors)
+
+
+BASE = RouteQuery(8192, 4096, (4096,), 16, torch.bfloat16, nvidia("sm_90"))
 
 
 def forms(query):
@@ -18,7 +25,7 @@ def test_torchs_products_are_always_a_candidate():
     for query in (
         BASE,
         BASE._replace(fusable=False),
-        BASE._replace(arch="gfx942"),
+        BASE._replace(arch=Arch("amd", "gfx942")),
         BASE._replace(dtype=torch.float32),
     ):
         assert "base first" in forms(query)
@@ -27,9 +34,9 @@ def test_torchs_products_are_always_a_candidate():
 @pytest.mark.parametrize(
     ("changes", "lacking"),
     [
-        ({"arch": "sm_80"}, "tma"),
-        ({"arch": "sm_89"}, "tma"),
-        ({"arch": "sm_120"}, "tma"),
+        ({"arch": nvidia("sm_80")}, "tma"),
+        ({"arch": nvidia("sm_89")}, "tma"),
+        ({"arch": nvidia("sm_120")}, "tma"),
         ({"aligned": False}, "tma"),
         ({"dtype": torch.float32}, "tma"),
         ({"dtype": torch.float32}, "low first"),
@@ -48,7 +55,9 @@ def test_an_impossible_route_is_no_candidate(changes, lacking):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_every_route_covers_the_sum_once(arch, dtype, M, K, masked):
-    query = BASE._replace(M=M, K=K, dtype=dtype, arch=arch, masked=masked, many_summands=len(K) > 1)
+    query = BASE._replace(
+        M=M, K=K, dtype=dtype, arch=nvidia(arch), masked=masked, many_summands=len(K) > 1
+    )
     for route in gemm_routing.candidates(query):
         assert gemm_routing.modelled_seconds(query, route) > 0
         if not route.fused:
@@ -117,6 +126,7 @@ def test_queries_that_may_be_measured_separately_have_separate_keys():
         BASE._replace(masked=True),
         BASE._replace(epilogue_passes=1),
         BASE._replace(R=32),
+        BASE._replace(arch=nvidia("sm_90", 114)),
     ]
     assert len({gemm_routing.key(query) for query in queries}) == len(queries)
 
@@ -124,7 +134,47 @@ def test_queries_that_may_be_measured_separately_have_separate_keys():
 def test_a_route_can_be_forced():
     with gemm_routing.forcing(Route("base first")):
         assert gemm_routing.pick(BASE) == Route("base first")
+        with gemm_routing.forcing(Route("low first")):
+            assert gemm_routing.pick(BASE) == Route("low first")
+        assert gemm_routing.pick(BASE) == Route("base first")
     assert gemm_routing.pick(BASE).row in [route.row for route in gemm_routing.candidates(BASE)]
+
+
+def test_a_forced_route_reaches_a_backward_pass_in_another_thread():
+    """On a GPU autograd runs backward in threads of its own."""
+    seen = []
+
+    class Recording(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            seen.append(gemm_routing.pick(BASE))
+            return dy
+
+    x = torch.ones(3, requires_grad=True)
+    loss = Recording.apply(x).sum()
+    with gemm_routing.forcing(Route("base first")):
+        other = threading.Thread(target=loss.backward)
+        other.start()
+        other.join()
+    assert seen == [Route("base first")]
+
+
+def test_programs_and_splits_follow_from_the_gpus_own_multiprocessors():
+    """With 132 programs a GPU of 114 multiprocessors would run 18 of them after all others."""
+    for count in (60, 78, 114, 132):
+        query = BASE._replace(arch=nvidia("sm_90", count))
+        programs = {r.programs for r in gemm_routing.candidates(query) if r.form == "tma"}
+        assert programs == {count}
+        few = query._replace(M=8, N=1024)
+        for route in gemm_routing.candidates(few):
+            if route.fused and route.splits > 1:
+                tiles = -(-few.N // route.tile.BLOCK_N)
+                assert tiles * route.splits <= max(count, tiles)
+    assert gemm_routing.pick(BASE._replace(arch=nvidia("sm_90", 132))) == gemm_routing.pick(BASE)
 
 
 def test_rows_of_the_table_are_legal():
@@ -135,7 +185,7 @@ def test_rows_of_the_table_are_legal():
             key.K,
             key.R,
             getattr(torch, key.dtype),
-            key.arch,
+            nvidia(key.arch, key.multiprocessors),
             key.by_row,
             key.masked,
             epilogue_passes=key.epilogue_passes,
@@ -144,13 +194,12 @@ def test_rows_of_the_table_are_legal():
         assert row in [route.row for route in gemm_routing.candidates(query)]
 
 
-def test_an_unknown_device_has_the_specification_of_sm_80():
-    assert device("sm_87") == device("cpu") == DEVICES["sm_80"]
-
-
 def test_the_interpreter_chooses_our_gemm():
-    assert gemm_routing.pick(BASE._replace(arch="cpu", dtype=torch.float32)).form == "pointers"
-    assert gemm_routing.pick(BASE._replace(arch="cpu", fusable=False)) in (
+    assert (
+        gemm_routing.pick(BASE._replace(arch=Arch("cpu", "cpu"), dtype=torch.float32)).form
+        == "pointers"
+    )
+    assert gemm_routing.pick(BASE._replace(arch=Arch("cpu", "cpu"), fusable=False)) in (
         Route("low first"),
         Route("base first"),
     )

@@ -52,7 +52,7 @@ def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
         "weight": problem.weight_dtype,
         "a factor": problem.factor_dtype,
     }
-    reasons += _why_not_device(*problem.arch, torch.bfloat16 in dtypes.values())
+    reasons += _why_not_device(*problem.arch[:2], torch.bfloat16 in dtypes.values())
     reasons += [
         f"{name} is {dtype}; the kernels compute in {', '.join(map(str, DTYPES))}"
         for name, dtype in dtypes.items()
@@ -94,7 +94,7 @@ def describe_route(primitive: str, problem: Problem) -> str | None:
     else:
         masked = problem.dropout > 0 and problem.dropout_on == "adapter"
     query = gemm_routing.RouteQuery(
-        problem.M, columns, (length,), sum(problem.R), problem.dtype, problem.arch.name,
+        problem.M, columns, (length,), sum(problem.R), problem.dtype, problem.arch,
         by_row=problem.transposed == (primitive == "grad_input"),
         masked=masked,
         epilogue_passes=passes,
