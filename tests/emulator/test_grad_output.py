@@ -1,17 +1,15 @@
 """grad_output as compiled for sm_90: no product reads dy's buffer when later loads overwrite it."""
 
 import itertools
-from unittest import mock
 
 import pytest
 import torch
+from helpers.emulated_device import nvidia
 
 from emulator import driver
 from emulator.process import in_emulator
-from lorafast.engine.kernels import launch
 from lorafast.engine.kernels.grad_output import grad_output
 from lorafast.engine.problem import UpProjGradSpec
-from lorafast.runtime.devices import Arch
 
 # R, want_v, and the sums: none, Σ dy, and Σ dy⊙kept.
 FORMS = list(itertools.product((16, 64, 128, 256), (True, False), ("", "bias", "kept")))
@@ -30,10 +28,7 @@ def test_every_form_is_free_of_races_and_right(form, dtype):
     dy, h, kept = (torch.randn(M, width).to(dtype) for width in (N, R, N))
     B = (torch.randn(N, R) * R**-0.5).to(dtype)
     spec = UpProjGradSpec(B, h=h, want_v=want_v, want_B=True)
-    with (
-        driver.emulating(90),
-        mock.patch.object(launch, "arch_of", return_value=Arch("nvidia", "sm_90")),
-    ):
+    with nvidia(90), driver.emulating(90):
         grads = grad_output(dy, [spec], None, kept if sums == "kept" else None, sums == "bias")
     wide = dy.double()
     (adapter,) = grads.adapters

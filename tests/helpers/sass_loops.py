@@ -41,6 +41,8 @@ MULTIPROCESSORS = {
 REGISTERS = 65536
 # The share of a step after which copies for the next one begin too late to overlap with it.
 SOON = 0.25
+# A load used in its own step is late unless this share of the step lies between.
+LATE = 0.5
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,8 @@ class Figures:
     thread. spills: the bytes of its stack. blocks: the programs that a multiprocessor holds.
     bytes_in_flight: on one multiprocessor, on average over a step of the loop; None without a loop.
     single_buffered: True if a step's copies begin when most of the step before is done. late_loads:
-    the bytes of loads to registers that their own step waits for. serialized: True if ptxas makes
-    every wgmma wait for the one before. barriers: in a step.
+    the bytes of loads to registers that their own step soon waits for. serialized: True if ptxas
+    makes every wgmma wait for the one before. barriers: in a step.
     """
 
     instructions: float
@@ -213,7 +215,7 @@ def of_kernel(
         blocks=blocks,
         bytes_in_flight=in_flight * threads * min(blocks, programs) if in_loop else None,
         single_buffered=bool(copied) and groups == 0 and begin > SOON,
-        late_loads=sum(one.bytes for one in register_loads if not one.carried),
+        late_loads=sum(one.bytes for one in register_loads if not one.carried and one.ahead < LATE),
         serialized="C7515" in _remarks(files[".ptx"], capability),
         barriers=sum(one.op == "BAR" for one in step),
     )

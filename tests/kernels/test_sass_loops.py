@@ -19,7 +19,6 @@ MULTIPROCESSORS = 132
 # The kernels of which a program computes one tile, without a loop over the large operand.
 WITHOUT_LOOP = ("low_rank_add_kernel",)
 RANKS = (16, 64, 128, 256)
-GRAD_OUTPUT = ("grad_output", "grad_output, bias", "grad_output, kept")
 LOW_RANK_ADD = ("low_rank_add", "low_rank_add, accumulated")
 ROW_NORM = ("row_norm, rows", "row_norm, columns")
 MASKED = ("grad_project, dropout", *LOW_RANK_ADD)
@@ -34,13 +33,11 @@ def unmended(calls, reason, ranks=(16,)):
 UNMENDED = {
     "instructions": unmended(MASKED, "the mask takes too many"),
     "alu": unmended(MASKED, "the mask takes too many"),
-    "in_flight": unmended((*GRAD_OUTPUT, *ROW_NORM), "no step is prefetched"),
-    "late_loads": unmended(GRAD_OUTPUT, "kept is loaded when it is used")
-    | unmended(ROW_NORM, "no step is prefetched"),
-    "buffers": unmended((*GRAD_OUTPUT, *ROW_NORM), "one buffer", RANKS)
+    "in_flight": unmended(ROW_NORM, "no step is prefetched"),
+    "late_loads": unmended(ROW_NORM, "no step is prefetched"),
+    "buffers": unmended(ROW_NORM, "one buffer", RANKS)
     | unmended([call for call in CALLS if "project" in call], "one buffer", (128, 256)),
-    "serialized": unmended(GRAD_OUTPUT, "u and P share registers", (16, 128))
-    | unmended(["grad_project, dropout"], "x is masked in registers", (64,)),
+    "serialized": unmended(["grad_project, dropout"], "x is masked in registers", (64,)),
 }
 
 
