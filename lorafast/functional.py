@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lorafast.engine import checks, formula, multi_adapter, ops, philox, reference
+from lorafast.engine import checks, formula, multi_adapter, ops, philox, plain_products, reference
 from lorafast.engine.multi_adapter import Factors
 from lorafast.engine.precision import activation_dtype
 from lorafast.engine.problem import (
@@ -18,6 +18,8 @@ from lorafast.engine.problem import (
 from lorafast.engine.weight_norm import NormPolicy
 
 _COMPUTE = NormPolicy()
+# axis, dropout_on and keep as linear has them where nothing is asked of DoRA.
+_DEFAULT_WORDS = ("out", "adapter", "auto")
 
 
 def linear(
@@ -47,8 +49,8 @@ def linear(
 
     For backward it keeps x by reference if lora_A trains, h [M,R], and what `keep` says. A weight
     that requires a gradient runs on plain autograd, and so does a LoRA on few tokens of a CPU, at
-    most 2¹⁸ elements of x and y together; with factors wider than x, at most 2¹⁶, it keeps x and h
-    in their dtype.
+    most 2¹⁸ elements of x and y together; with factors wider than x or with dropout, at most 2¹⁶,
+    it keeps a copy of x and h in their dtype.
 
     Args:
         x: activation [...,K], of any strides. fp64, fp32, bf16 or fp16; under autocast it is cast
@@ -90,6 +92,17 @@ def linear(
     Source:
         arXiv:2106.09685, arXiv:2402.09353, arXiv:2406.12832
     """
+    if (
+        core is magnitude is norm is out_scale is None
+        and not frozen_columns
+        and (axis, dropout_on, keep) == _DEFAULT_WORDS
+        and type(dropout) is float
+        and 0 <= dropout < 1
+    ):
+        p = dropout if training else 0.0
+        y = plain_products.linear(x, weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed)
+        if y is not None:
+            return y
     tensors = LayerTensors(
         weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed
     )

@@ -126,6 +126,7 @@ PyMethodDef methods[] = {
     method<&entries::grad_output>("grad_output"),
     method<&entries::row_norm>("row_norm"),
     method<&entries::drop>("drop"),
+    method<&entries::drop_mask>("drop_mask"),
     method<&entries::scale>("scale"),
     {},
 };

@@ -14,4 +14,8 @@ void drop(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride, 
   });
 }
 
+void drop_mask(int64_t rows, int64_t columns, Address seed, uint32_t threshold, Address out) {
+  lorafast::drop_mask(rows, columns, dropout(seed, threshold), pointer<uint8_t>(out));
+}
+
 }  // namespace lorafast::entries

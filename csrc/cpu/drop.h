@@ -32,4 +32,16 @@ void drop(const Matrix<const T>& x, const Dropout& dropout, int64_t m0, T* out, 
   });
 }
 
+// out [rows, columns], contiguous: 1 for every element that drop drops, 0 for the others.
+inline void drop_mask(int64_t rows, int64_t columns, const Dropout& dropout, uint8_t* out) {
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t k0 = 0; k0 < columns; k0 += DROP_COLUMNS) {
+      uint8_t bits[DROP_COLUMNS / 8 + PHILOX_SLACK];
+      const int64_t count = min(DROP_COLUMNS, columns - k0);
+      keep_tile(dropout, columns, m, 1, k0, count, bits, 0);
+      uint8_t* to = out + m * columns + k0;
+      for (int64_t k = 0; k < count; ++k) to[k] = ~bits[k / 8] >> k % 8 & 1;
+    }
+}
+
 }  // namespace lorafast

@@ -52,4 +52,7 @@ void scale(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride,
 void drop(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride, Address seed,
           uint32_t threshold, int64_t m0, Address out, int threads);
 
+// out [rows, columns] = 1 byte for every element of an activation: 1 if drop drops it, else 0.
+void drop_mask(int64_t rows, int64_t columns, Address seed, uint32_t threshold, Address out);
+
 }  // namespace lorafast::entries

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from lorafast.engine import checks, formula, plain_products, reference, weight_norm
+from lorafast.engine import checks, formula, reference, weight_norm
 from lorafast.engine.precision import accumulator
 from lorafast.engine.problem import (
     CallOptions,
@@ -25,7 +25,7 @@ from lorafast.engine.problem import (
     tokens,
 )
 from lorafast.engine.weight_norm import NormPolicy
-from lorafast.runtime import env, torch_internals
+from lorafast.runtime import torch_internals
 from lorafast.runtime.torch_internals import below_autocast, below_autograd
 
 _LIBRARY = torch.library.Library("lorafast", "FRAGMENT")
@@ -69,14 +69,6 @@ def linear(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torc
         if torch_internals.needs_plain_ops((x, *tensors)):
             return _plain_linear(x, tensors, options)
         return torch.ops.lorafast.linear(x, *tensors, *options)[0]
-    # The first conditions of serves, written out: most calls have many tokens.
-    if (
-        tensors.magnitude is None
-        and x.numel() <= plain_products.MOST_ELEMENTS
-        and plain_products.is_auto(env.raw_get(env.BACKEND_KEY))
-        and plain_products.serves(x, tensors, options)
-    ):
-        return plain_products.linear(x, tensors, options)
     if torch.is_grad_enabled() and torch_internals.any_requires_grad(x, *tensors):
         return _apply_linear(tensors, options, x, *tensors)
     return _call_directly(formula.forward, x, tensors, options)[0]

@@ -7,13 +7,13 @@ products and a sum.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from lorafast.engine import dispatch, philox
-from lorafast.engine.problem import CallOptions, DownProj, LayerTensors, LowRankTerm, tokens
-from lorafast.engine.row_blocks import flatten_tokens
+from lorafast.engine import checks, dispatch, philox
+from lorafast.engine.problem import CallOptions, LayerTensors, Scaling
 from lorafast.runtime import env, torch_internals
 
 # Elements of x and y together, M·(K + N), up to which products are quicker than the op. Measured on
@@ -22,6 +22,8 @@ from lorafast.runtime import env, torch_internals
 # which is so for dropout and for factors wider than x.
 MOST_ELEMENTS = 1 << 18
 MOST_ELEMENTS_COPIED = 1 << 16
+
+_PLAIN = (torch.nn.Parameter, torch.Tensor)
 
 
 @functools.cache
@@ -43,7 +45,8 @@ def few_tokens(M: int, N: int, K: int, copies_x: bool) -> bool:
 def why_not(M: int, tensors: LayerTensors, options: CallOptions, dtype: torch.dtype) -> str | None:
     """Return why a call of M tokens in the dtype is left to the op, or None.
 
-    With and without gradients the answer is the same: a recomputed forward gives the same bits.
+    The rule of linear in words. With and without gradients the answer is the same: a recomputed
+    forward gives the same bits.
     """
     weight, A = tensors.weight, tensors.lora_A
     if not weight.is_cpu:
@@ -63,91 +66,149 @@ def why_not(M: int, tensors: LayerTensors, options: CallOptions, dtype: torch.dt
         return "a weight of another dtype"
     if dtype == A.dtype == torch.float16:
         return "fp16 throughout, in which plain autograd loses small gradients"
+    if options.dropout > 0 and _cpu_kernels() is None:
+        return "dropout without the C++ kernels, which make its mask"
     N, K = weight.shape
-    wider = A.dtype.itemsize > dtype.itemsize
-    if wider and options.dropout > 0:
-        return "dropout with factors wider than x, for which the op is quicker"
-    copies_x = wider or options.dropout > 0
+    copies_x = A.dtype.itemsize > dtype.itemsize or options.dropout > 0
     return None if few_tokens(M, N, K, copies_x) else f"{M} tokens are not few"
 
 
-def serves(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> bool:
-    """True if linear is the cheaper way for this call. Under autocast it is left to the op."""
-    M = x.shape[0] if x.dim() == 2 else tokens(x)
-    if torch_internals.any_autocast() or why_not(M, tensors, options, x.dtype):
-        return False
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    scaling: Scaling,
+    p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Return y = x Wᵀ + bias + s·(drop(x) Aᵀ Bᵀ + lora_bias), or None where the op must serve.
+
+    Nothing need be checked before: what is wrong or unusual, on another device, under autocast or
+    compiled, is None. A seed is drawn if none is given, and only if the answer is not None.
+
+    The low-rank part is computed in the wider of x's and the factors' dtypes, as PEFT does. For
+    backward it keeps x, its copy in that dtype or its dropped copy and a mask, and h [M,R].
+    """
+    # Written out, because for few tokens every function called is a part of the time.
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or type(scaling) is not float:
+        return None
+    if (elements := x.numel()) > MOST_ELEMENTS:
+        return None
+    try:
+        (N, K), R, dtype, factor_dtype = weight.shape, A.shape[0], x.dtype, A.dtype
+        served = (
+            type(weight) in _PLAIN
+            and type(A) in _PLAIN
+            and type(B) in _PLAIN
+            and weight.dtype is dtype
+            and dtype in checks.DTYPES
+            and x.is_cpu
+            and weight.is_cpu
+            and A.is_cpu
+            and B.is_cpu
+            and x.layout is torch.strided
+            and x.shape[-1] == K > 0
+            and A.shape == (R, K)
+            and B.shape == (N, R)
+            and R > 0
+            and scaling - scaling == 0  # neither inf nor nan
+            and is_auto(env.raw_get(env.BACKEND_KEY))
+            and torch_internals.nothing_casts_or_traces()
+            and (bias is None or _is_vector(bias, N))
+            and (lora_bias is None or _is_vector(lora_bias, N))
+        )
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+        return None
+    if not served:
+        return None
+    wide = dtype
+    if factor_dtype is not dtype or B.dtype is not dtype:
+        if factor_dtype not in checks.DTYPES or B.dtype not in checks.DTYPES:
+            return None
+        wide = torch.promote_types(torch.promote_types(factor_dtype, B.dtype), dtype)
+    elif dtype is torch.float16:
+        return None
+    copies_x = wide is not dtype or p > 0
+    if elements * (N + K) > (MOST_ELEMENTS_COPIED if copies_x else MOST_ELEMENTS) * K:
+        return None
+    mask = _drop_mask(x, p, seed) if p > 0 else None
+    if p > 0 and mask is None:
+        return None
     if env.parse_log(env.raw_get(env.LOG_KEY)):
-        _announce(M, tuple(tensors.weight.shape), x.dtype)
-    return True
+        _announce(elements // K, (N, K), dtype)
+    return products(x, weight, bias, A, B, lora_bias, scaling, p, mask, wide)
+
+
+def products(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    lora_bias: torch.Tensor | None,
+    scaling: float,
+    p: float,
+    mask: torch.Tensor | None,
+    wide: torch.dtype,
+) -> torch.Tensor:
+    """Return linear's y. mask: the dropped elements of x, or None; wide: of x and the factors."""
+    dtype = x.dtype
+    if bias is not None and bias.dtype is not dtype:
+        bias = bias.to(dtype)
+    y = F.linear(x, weight, bias)
+    if mask is not None:
+        x = x.masked_fill(mask, 0.0)
+        # The factor on what is kept is multiplied with the scaling, and taken out of the bias.
+        kept_scale = philox.scale(p)
+        scaling *= kept_scale
+        lora_bias = None if lora_bias is None else lora_bias / kept_scale
+    if wide is not dtype or B.dtype is not wide or A.dtype is not wide:
+        x, A, B = x.to(wide), A.to(wide), B.to(wide)
+    if lora_bias is not None and lora_bias.dtype is not wide:
+        lora_bias = lora_bias.to(wide)
+    low_rank = F.linear(F.linear(x, A), B, lora_bias)
+    # Beside fp16 the sum is wider too, or a gradient times the scaling would leave fp16's range.
+    if wide is not dtype and dtype is not torch.float16:
+        low_rank = low_rank.to(dtype)
+    # Out of place, because the product of an x of more than two dimensions may be a view.
+    y = torch.add(y, low_rank, alpha=scaling)
+    return y if y.dtype is dtype else y.to(dtype)
+
+
+def _is_vector(vector: torch.Tensor, length: int) -> bool:
+    return (
+        type(vector) in _PLAIN
+        and vector.is_cpu
+        and vector.shape == (length,)
+        and vector.dtype in checks.DTYPES
+    )
+
+
+def _cpu_kernels() -> Any:
+    """The C++ backend, if its kernels are there; else None."""
+    backend: Any = dispatch.load("cpu")
+    return None if isinstance(backend, str) or isinstance(backend.library(), str) else backend
+
+
+def _drop_mask(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor | None:
+    """Which elements of x a seed drops, or None without the C++ kernels or where somebody looks on.
+
+    The kernel reads and writes memory, which a tensor under a mode or a transform may not have.
+    """
+    if seed is not None and (seed.dtype is not torch.int64 or seed.shape != (1,)):
+        return None
+    if not torch_internals.bypasses_dispatcher(x, (seed,)):
+        return None
+    backend = _cpu_kernels()
+    if backend is None or not 0 < round(p * philox.STEPS) < philox.STEPS:
+        return None
+    return backend.drop_mask(x, philox.draw_seed(x.device) if seed is None else seed, p)
 
 
 @functools.cache
 def _announce(M: int, weight: tuple[int, int], dtype: torch.dtype) -> None:
     """Print the choice once for each problem."""
     dispatch.announce(f"linear -> plain products; M={M}, weight {weight}, {dtype}")
-
-
-def linear(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.Tensor:
-    """Return y = x Wᵀ + bias + s·(drop(x) Aᵀ Bᵀ + lora_bias).  [...,N]
-
-    The low-rank part is computed in the wider of x's and the factors' dtypes, as PEFT does. For
-    backward it keeps x, or its copy in that dtype, and h [M,R].
-    """
-    weight, bias, A, B, lora_bias, seed = *tensors[:4], tensors.lora_bias, tensors.seed
-    dtype, routes = x.dtype, None if seed is None else dispatch.routes(x, tensors, options)
-    if bias is not None and bias.dtype is not dtype:
-        bias = bias.to(dtype)
-    y = F.linear(x, weight, bias)
-    if A.dtype is not dtype or B.dtype is not dtype:
-        wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), dtype)
-        x, A, B = x.to(wide), A.to(wide), B.to(wide)
-    h = F.linear(x, A) if seed is None else _drop_project(x, A, seed, options.dropout, routes)
-    if lora_bias is not None and lora_bias.dtype is not B.dtype:
-        lora_bias = lora_bias.to(B.dtype)
-    low_rank = F.linear(h, B, lora_bias)
-    # Beside fp16 the sum is wider too, or a gradient times the scaling would leave fp16's range.
-    if low_rank.dtype is not dtype and dtype is not torch.float16:
-        low_rank = low_rank.to(dtype)
-    # Out of place, because the product of an x of more than two dimensions may be a view.
-    y = torch.add(y, low_rank, alpha=options.scaling)  # type: ignore[arg-type]  # a number
-    return y if y.dtype is dtype else y.to(dtype)
-
-
-class _DropProject(torch.autograd.Function):
-    """h = drop(x) Aᵀ with the op's dropout bits.
-
-    Saves A and the seed by reference, and x if A trains.
-    """
-
-    @staticmethod
-    def forward(ctx, x, A, seed, p, routes):
-        ctx.p, ctx.routes = p, routes
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, A, seed)
-        ((h, _),) = routes["project"].project(x, [DownProj(A, None, seed, p)])
-        return h.view(*x.shape[:-1], A.shape[0])
-
-    @staticmethod
-    def backward(ctx, dh):
-        (x, A, seed), p, routes = ctx.saved_tensors, ctx.p, ctx.routes
-        needs_x, needs_A, *_ = ctx.needs_input_grad
-        dx = dA = None
-        if torch.is_grad_enabled() or not torch_internals.bypasses_dispatcher(dh, (x, A, seed)):
-            # A backward that is differentiated again, batched or traced: torch's operations alone.
-            if needs_x:
-                dx = philox.differentiable_drop(torch.matmul(dh, A), seed, p)
-            if needs_A:
-                dropped = philox.differentiable_drop(x, seed, p)
-                dA = torch.matmul(flatten_tokens(dh).t(), flatten_tokens(dropped))
-            return dx, dA, None, None, None
-        with torch_internals.below_autocast():
-            if needs_x:
-                dx = routes["grad_input"].drop(torch.matmul(dh, A), seed, p)
-            if needs_A:
-                low_rank = LowRankTerm(flatten_tokens(dh), A, seed, p)
-                (dA,) = routes["grad_project"].grad_project(x, [low_rank])
-                dA = dA.to(A.dtype)
-        return dx, dA, None, None, None
-
-
-# No call comes here from inside a functorch transform, which Function.apply looks for first.
-_drop_project = torch_internals.function_apply(_DropProject)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorafast import functional
+from lorafast.engine import plain_products
 from lorafast.engine.multi_adapter import Factors
 from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling
 from lorafast.integrations import peft_lamda_variant, peft_support
@@ -58,6 +59,10 @@ class Linear(PeftLinear):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Return the output [...,N] for x [...,K]. With further arguments PEFT's forward runs."""
         # Before the checks, which take longer than few tokens do.
+        if not (args or kwargs):
+            y = few_tokens_forward(self, x)
+            if y is not None:
+                return y
         if peft_support.is_small_call(self, x):
             return peft_forward(self, peft_support.SMALL_CALL, x, *args, **kwargs)
         why = peft_support.why_not_call(self, x, args, kwargs, *_dora_options(self))
@@ -114,6 +119,40 @@ class Linear(PeftLinear):
 def peft_forward(layer: Linear, why: str, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     """Return the output of PEFT's own forward. why: the reason, for those who count calls."""
     return PeftLinear.forward(layer, x, *args, **kwargs)
+
+
+def few_tokens_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor | None:
+    """Return the output of one LoRA on few tokens by plain products, or None for any other call."""
+    if type(x) is not torch.Tensor or x.numel() > plain_products.MOST_ELEMENTS:
+        return None
+    # Whatever peft_support.why_not_state asks of a LoRA, in the quickest order.
+    if (
+        layer.lora_variant
+        or layer._disable_adapters
+        or layer.merged_adapters
+        or layer.fan_in_fan_out
+        or not layer.cast_input_dtype_enabled
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    names = peft_support.active_adapters(layer)
+    if len(names) != 1:
+        return None
+    base = layer._modules["base_layer"]
+    A, B, dropout = modules = peft_support.adapter_modules(layer, names[0])
+    if not type(base) is type(A) is type(B) is nn.Linear or A.bias is not None:
+        return None
+    p = 0.0
+    if type(dropout) is not nn.Identity:
+        if type(dropout) is not nn.Dropout:
+            return None
+        p = dropout.p if dropout.training else 0.0
+    for module in (base, *modules):
+        if peft_support.why_not_skippable(module):
+            return None
+    return plain_products.linear(
+        x, base.weight, base.bias, A.weight, B.weight, B.bias, layer.scaling[names[0]], p
+    )
 
 
 def op_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor:
@@ -176,6 +215,7 @@ def _explained_call(layer: Linear, name: str) -> LayerCall:
         dropout_on=layer.lorafast_dropout_on,
         frozen_columns=getattr(B, "frozen_columns", 0),
     )
+    active = peft_support.active_adapters(layer)
     why = peft_support.why_not_state(layer, *_dora_options(layer))
     if "forward" in vars(layer):
         why = "a forward of its own"
@@ -186,7 +226,7 @@ def _explained_call(layer: Linear, name: str) -> LayerCall:
         layer.lorafast_keep,
         merged=layer.merged,
         bypass=why and f"PEFT's own forward: {why}",
-        few_tokens="PEFT's own forward",
+        few_tokens="plain torch products" if len(active) == 1 else "PEFT's own forward",
     )
 
 

@@ -25,7 +25,7 @@ _TENSOR_TYPES = ("Tensor", "Parameter", "FakeTensor")
 # Arguments that PEFT passes with every call; None means that they are not used.
 _UNUSED_IF_NONE = ("adapter_names", "alora_offsets")
 # The reason for a call that is_small_call leaves to PEFT.
-SMALL_CALL = "few tokens, for which PEFT's forward is quicker"
+SMALL_CALL = "few tokens, for which PEFT's forward is quicker than the ops"
 
 
 def active_adapters(layer: PeftLinear) -> list[str]:
@@ -142,7 +142,7 @@ def _why_not_base(layer: PeftLinear) -> str | None:
     base = layer.base_layer
     if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
         return f"its base layer is a {type_name(base)}"
-    if why := _why_not_skippable(base):
+    if why := why_not_skippable(base):
         return f"its base layer {why}"
     weight = base.weight
     if type(weight) is not nn.Parameter:
@@ -176,7 +176,7 @@ def _why_not_adapter(layer: PeftLinear, name: str) -> str | None:
         modules.append(magnitude)
         tensors.append(magnitude.weight)
     for module in modules:
-        if why := _why_not_skippable(module):
+        if why := why_not_skippable(module):
             return f"a part of its adapter {why}"
     weight = layer.base_layer.weight
     return _why_not_tensors(tensors, weight) or _why_not_scaling(layer.scaling[name], weight)
@@ -256,7 +256,7 @@ def can_drop(dropout: nn.Module) -> bool:
     return isinstance(dropout, nn.Dropout) and dropout.p > 0
 
 
-def _why_not_skippable(module: nn.Module) -> str | None:
+def why_not_skippable(module: nn.Module) -> str | None:
     """Return why the module itself must be called (hooks, offloading, own forward), or None."""
     # The hooks are listed one by one, because every call checks them on every part of the layer.
     if (

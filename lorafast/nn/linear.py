@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorafast import functional
-from lorafast.engine import weight_norm
+from lorafast.engine import plain_products, weight_norm
 from lorafast.engine.problem import CallOptions, LayerTensors
 from lorafast.methods.adapter import Adapter
 from lorafast.nn.adapter_layer import AdapterLayer
@@ -39,18 +39,23 @@ class AdapterLinearBase(AdapterLayer):
         # Reading the dict takes a tenth of the time of nn.Module's attributes, at every call.
         # Instead of an entry there may be a property (a parametrization) or a view (a flattened
         # parameter), and a sharding library's dict may gather an entry when it is read.
-        parameters = self._parameters
+        parameters: dict[str, Any] = self._parameters
+        weight = self._W()
         try:
-            tensors = LayerTensors(
-                self._W(), parameters["bias"], parameters["lora_A"], parameters["lora_B"],
-                parameters["lora_core"], parameters["lora_magnitude"], None,
-                parameters["lora_out_scale"], parameters["lora_bias"],
-            )  # fmt: skip
+            bias, A, B = parameters["bias"], parameters["lora_A"], parameters["lora_B"]
+            core, magnitude = parameters["lora_core"], parameters["lora_magnitude"]
+            out_scale, lora_bias = parameters["lora_out_scale"], parameters["lora_bias"]
         except KeyError:
-            tensors = self._tensors()._replace(scale=None)
-        adapter, dropout, p, frozen_columns = self.adapter, self._modules["lora_dropout"], 0.0, 0
+            _, bias, A, B, core, magnitude, _, out_scale, lora_bias, *_ = self._tensors()
+        dropout, p, frozen_columns = self._modules["lora_dropout"], 0.0, 0
         if type(dropout) is not nn.Identity:
             p = _probability(dropout)
+        if core is magnitude is out_scale is None and not self.freezing:
+            y = plain_products.linear(input, weight, bias, A, B, lora_bias, self.scaling, p)
+            if y is not None:
+                return y
+        tensors = LayerTensors(weight, bias, A, B, core, magnitude, None, out_scale, lora_bias)
+        adapter = self.adapter
         if self.freezing:
             lora_B, frozen_columns = self._call_columns(tensors.lora_B)
             tensors = tensors._replace(lora_B=lora_B)
@@ -71,6 +76,8 @@ class AdapterLinearBase(AdapterLayer):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         # A layer pickled by version 0.1.
+        if "bias" in self.__dict__:
+            self.register_parameter("bias", self.__dict__.pop("bias"))
         if "lora_dropout" not in self._modules:
             self.lora_dropout = _dropout_module(self.adapter).train(self.training)
 
@@ -173,7 +180,8 @@ class Linear(AdapterLinearBase, nn.Linear):
 
     def _adopt(self, base: Any) -> None:
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
 
     def _W(self) -> torch.Tensor:
         try:
@@ -195,7 +203,8 @@ class Conv1D(AdapterLinearBase):
 
     def _adopt(self, base: Any) -> None:
         self.nx, self.nf = base.weight.shape
-        self.weight, self.bias = base.weight, base.bias
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
 
     def _W(self) -> torch.Tensor:
         return self.weight.t()

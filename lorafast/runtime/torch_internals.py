@@ -179,6 +179,12 @@ def _autocast_devices() -> list[str]:
 any_autocast: Callable[[], bool] = _any_autocast if enabled else lambda: bool(_autocast_devices())
 
 
+def nothing_casts_or_traces() -> bool:
+    """True if autocast is off and torch.jit does not trace."""
+    tracing = torch.jit.is_tracing() if _tracing_state is None else _tracing_state() is not None
+    return not (tracing or any_autocast())
+
+
 @contextlib.contextmanager
 def _without_autocast():
     with contextlib.ExitStack() as stack:

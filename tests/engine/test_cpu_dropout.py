@@ -6,7 +6,9 @@ from helpers.cpp_compiler import needs_compiler
 from helpers.dropout_masks import ROWS, SEEDS, assert_dropped, assert_masks
 from helpers.integer_problems import DTYPES
 
+from lorafast.engine import philox
 from lorafast.engine.backends import cpu
+from lorafast.engine.problem import tokens
 
 pytestmark = needs_compiler
 # Groups of 8 that end anywhere in a vector, and more columns than any kernel draws bits for at
@@ -27,3 +29,12 @@ def test_every_primitive_drops_what_philox_drops(dtype, p, shape):
 def test_rows_of_a_longer_activation(dtype, m0, K):
     for seed in SEEDS:
         assert_dropped(torch.tensor(seed), m0, K, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 17), (5,), (0, 4), (3, 0, 8)], ids=str)
+@pytest.mark.parametrize("p", [1 / 65536, 0.05, 0.999])
+def test_the_mask_alone(p, shape):
+    x = torch.empty(shape)
+    for seed in SEEDS:
+        kept = philox.keep_mask(torch.tensor([seed]), p, slice(0, tokens(x)), shape[-1])
+        assert torch.equal(cpu.drop_mask(x, torch.tensor([seed]), p), ~kept.view(shape))

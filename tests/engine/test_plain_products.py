@@ -22,8 +22,7 @@ DTYPES = [
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, None),
 ]
-# With dropout, factors wider than x are left to the op.
-DTYPES_AND_P = [(*dtypes, 0.0) for dtypes in DTYPES] + [(*dtypes, 0.3) for dtypes in DTYPES[::2]]
+DTYPES_AND_P = [(*dtypes, p) for p in (0.0, 0.3) for dtypes in DTYPES]
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +33,12 @@ def auto(monkeypatch):
 @pytest.fixture
 def taken(monkeypatch):
     """The routes of the calls, "plain" or "op", in order."""
-    routes, plain, op = [], plain_products.linear, formula.forward
+    routes, plain, op = [], plain_products.products, formula.forward
 
     def record(name, function):
         return lambda *args: (routes.append(name), function(*args))[1]
 
-    monkeypatch.setattr(plain_products, "linear", record("plain", plain))
+    monkeypatch.setattr(plain_products, "products", record("plain", plain))
     monkeypatch.setattr(formula, "forward", record("op", op))
     return routes
 
@@ -122,15 +121,16 @@ def test_any_subset_of_gradients(needed, p, taken):
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_x_and_h_alone_are_saved(dtype, p, taken):
+def test_what_is_saved(dtype, p, taken):
     case, t = problem(dtype=dtype, dropout=p)
     t = {name: testing.leaf(name, tensor) for name, tensor in t.items()}
     constant = [t[name] for name in ("weight", "bias", "lora_A", "lora_B")]
     named = {"x": t["x"], "seed": t["seed"]}
     kept = testing.saved(lambda: testing.ours(case, t), named, constant)
     assert taken == ["plain"]
-    assert kept.own == M * R * dtype.itemsize
-    assert kept.referenced == ({"x", "seed"} if p else {"x"})
+    dropped_x_and_mask = M * K * (dtype.itemsize + 1) if p else 0
+    assert kept.own == M * R * dtype.itemsize + dropped_x_and_mask
+    assert kept.referenced == (set() if p else {"x"})
 
 
 def test_a_wider_factor_saves_a_copy_of_x_in_its_dtype(taken):
@@ -232,8 +232,6 @@ def test_what_the_op_keeps_to_itself():
     assert "tokens" in why_not(most, options=options._replace(dropout=0.1))
     half = tensors._replace(weight=t["weight"].bfloat16())
     assert "tokens" in why_not(most, tensors=half, dtype=torch.bfloat16)
-    dropped = options._replace(dropout=0.1)
-    assert "wider" in why_not(tensors=half, options=dropped, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["eager", " EAGER "])
@@ -244,7 +242,7 @@ def test_a_forced_backend_is_not_left(backend, taken, monkeypatch):
     assert taken == ["op"]
 
 
-def test_many_tokens_autocast_and_observers_get_the_op(taken):
+def test_many_tokens_and_autocast_get_the_op(taken):
     case, t = problem(M=plain_products.MOST_ELEMENTS // (N + K) + 1)
     testing.ours(case, t)
     case, t = problem()
@@ -252,15 +250,61 @@ def test_many_tokens_autocast_and_observers_get_the_op(taken):
         testing.ours(case, t)
     assert taken == ["op", "op"]
 
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_observers_see_products_but_no_kernel_of_ours(p, taken):
+    """The mask is made by a kernel that reads memory, so that dropout is left to the op."""
+
     class Seen(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             seen.append(function)
             return function(*args, **(kwargs or {}))
 
     seen = []
+    case, t = problem(dropout=p)
+    expected = testing.ours(case, t)
     with Seen():
-        testing.ours(case, t)
-    assert torch.ops.lorafast.linear.default in seen
+        y = testing.ours(case, t)
+    torch.testing.assert_close(y, expected)
+    assert (torch.ops.lorafast.linear.default in seen) == (p > 0)
+    assert (torch.ops.aten.add.Tensor in seen) == (p == 0)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_fake_and_meta_tensors(p):
+    layer = lorafast.Linear(K, N, adapter=lorafast.LoRA(r=R, dropout=p))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.randn(M, K)).shape == (M, N)
+    assert layer.to("meta")(torch.randn(M, K, device="meta")).is_meta
+
+
+def test_transforms_of_torch_func_reach_the_products(taken):
+    layer, x = lorafast.Linear(K, N, adapter=lorafast.LoRA(r=R)), torch.randn(4, M, K)
+    nn.init.normal_(layer.lora_B)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+    tangent = torch.func.jvp(layer, (x,), (x,))[1]
+    torch.testing.assert_close(tangent, layer(x) - layer(torch.zeros_like(x)))
+    assert set(taken) == {"plain"}
+
+
+@pytest.mark.parametrize("dropped", ["x", "weight", "A", "B", "bias", "lora_bias", "scaling", "p"])
+def test_what_is_wrong_is_left_to_the_checks(dropped, taken):
+    """Each argument in turn of a wrong shape, dtype or value: the error is that of the checks."""
+    wrong = {
+        "x": torch.randn(M, K + 1), "weight": torch.randn(N, K, 1), "A": torch.randn(R, K - 1),
+        "B": torch.randn(N, R + 1), "bias": torch.randn(1), "lora_bias": torch.randn(N + 1),
+        "scaling": float("nan"), "p": "0.1",
+    }  # fmt: skip
+    given = {
+        "x": torch.randn(M, K), "weight": torch.randn(N, K), "A": torch.randn(R, K),
+        "B": torch.randn(N, R), "bias": None, "lora_bias": None, "scaling": 1.0, "p": 0.0,
+    }  # fmt: skip
+    given[dropped] = wrong[dropped]
+    x, weight, A, B, bias, lora_bias, scaling, p = given.values()
+    named = {"A": "lora_A", "B": "lora_B", "p": "dropout", "weight": "weight"}
+    with pytest.raises((ValueError, TypeError), match=named.get(dropped, dropped)):
+        lorafast.linear(x, weight, bias, A, B, lora_bias=lora_bias, scaling=scaling, dropout=p)
+    assert not taken
 
 
 def test_the_log_tells(monkeypatch, capsys):

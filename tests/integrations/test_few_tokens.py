@@ -1,4 +1,4 @@
-"""Calls of few tokens of an accelerated LoRA are left to PEFT's own forward, and no others."""
+"""Calls of few tokens of an accelerated LoRA run as plain products, several adapters in PEFT."""
 
 import pytest
 import torch
@@ -13,6 +13,19 @@ pytestmark = pytest.mark.peft
 K, N = 12, 16
 MANY = plain_products.MOST_ELEMENTS // (K + N) + 1
 MANY_COPIED = plain_products.MOST_ELEMENTS_COPIED // (K + N) + 1
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """One True for each call that ran as plain products."""
+    found, products = [], plain_products.products
+
+    def record(*args):
+        found.append(True)
+        return products(*args)
+
+    monkeypatch.setattr(plain_products, "products", record)
+    return found
 
 
 def layer_of(accelerated=True, dtype=torch.float32, **settings):
@@ -32,15 +45,56 @@ def results(layer, x):
     return [y, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_lora_on_few_tokens_is_pefts_to_the_bit(p, dtype, calls):
+@pytest.mark.parametrize("settings", [{}, {"lora_bias": True}, {"lora_alpha": 32}], ids=str)
+def test_a_lora_on_few_tokens_runs_as_plain_products(dtype, settings, calls, few):
     x = torch.randn(2, 3, K).to(dtype)
-    ours, theirs = (layer_of(accelerated, dtype, lora_dropout=p) for accelerated in (True, False))
-    for one, same in zip(results(ours, x), results(theirs, x), strict=True):
-        assert torch.equal(one, same)
-    assert calls["fast"] == 0
-    assert ["few tokens" in why for why in calls["why"]] == [True]
+    ours, theirs = (layer_of(accelerated, dtype, **settings) for accelerated in (True, False))
+    truth = layer_of(False, torch.float64, **settings)
+    truth.load_state_dict({name: t.double() for name, t in ours.state_dict().items()})
+    eps = torch.finfo(dtype).eps / 8
+    right = results(truth, x.double())
+    for one, same, exact in zip(results(ours, x), results(theirs, x), right, strict=True):
+        assert one.dtype == same.dtype
+        error, stock = ((t.double() - exact).square().mean().sqrt() for t in (one, same))
+        assert error <= 2 * max(stock, eps * exact.square().mean().sqrt())
+    assert calls == {"fast": 0, "why": []}
+    assert few == [True]
+
+
+def test_dropout_on_few_tokens_has_the_bits_of_the_ops(calls, few, monkeypatch):
+    layer, x = layer_of(lora_dropout=0.3), torch.randn(2, 3, K)
+    plain = results(layer, x)
+    assert few == [True]
+    monkeypatch.setenv(env.BACKEND.name, "eager")
+    for one, same in zip(plain, results(layer, x), strict=True):
+        torch.testing.assert_close(one, same)
+    assert calls == {"fast": 1, "why": []}
+
+
+def test_what_must_be_called_is_called(few):
+    """Hooks on the parts of a layer, and forwards of their own."""
+    x, heard = torch.randn(3, K), []
+    for part in ("base_layer", "lora_A", "lora_B", "lora_dropout"):
+        layer = layer_of(lora_dropout=0.3)
+        module = getattr(layer, part)
+        module = module if part == "base_layer" else module["default"]
+        module.register_forward_hook(lambda *_, part=part: heard.append(part))
+        layer(x)
+    assert heard == ["base_layer", "lora_A", "lora_B", "lora_dropout"]
+    assert few == []
+
+
+def test_the_state_of_a_layer_decides(few, calls):
+    layer, x = layer_of(), torch.randn(3, K)
+    base = layer.base_layer(x)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), base)
+    layer.enable_adapters(True)
+    y = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), y)
+    assert few == [True]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +115,7 @@ def test_many_tokens_and_other_methods_run_on_the_op(settings, dtype, M, calls):
 def test_dropout_in_evaluation_needs_no_copy(calls):
     layer = layer_of(lora_dropout=0.3).eval()
     layer(torch.randn(MANY_COPIED, K))
-    assert calls["fast"] == 0
+    assert calls == {"fast": 0, "why": []}
 
 
 def test_a_forced_backend_is_not_left(calls, monkeypatch):
@@ -79,11 +133,13 @@ def test_several_adapters_are_left_together(calls):
     model(torch.randn(3, K))
     model(torch.randn(MANY, K))
     assert (calls["fast"], len(calls["why"])) == (1, 1)
+    rows = lorafast.explain(model, tokens=3).rows
+    assert ["PEFT's own forward" in str(row.notes) for row in rows] == [True, True]
 
 
 def test_explain_tells():
     layer = layer_of()
     (row,) = lorafast.explain(layer, tokens=3).rows
-    assert any("3 tokens are few: PEFT's own forward" in note for note in row.notes)
+    assert any("3 tokens are few: plain torch products" in note for note in row.notes)
     (row,) = lorafast.explain(layer, tokens=MANY).rows
     assert not any("are few" in note for note in row.notes)

@@ -32,10 +32,14 @@ def calls_of(layer, x):
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 @pytest.mark.parametrize(
-    ("adapter", "most_calls", "most_files"), [(LoRA(r=4, alpha=8), 22, 8), (DoRA(r=4), 32, 9)]
+    ("adapter", "most_calls", "most_files"), [(LoRA(r=4, alpha=8), 23, 9), (DoRA(r=4), 33, 10)]
 )
-def test_a_forward_pass_is_a_short_path(adapter, most_calls, most_files, backend, monkeypatch):
-    layer, x = lorafast.Linear(16, 16, adapter=adapter), torch.randn(4, 16, requires_grad=True)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_forward_pass_is_a_short_path(
+    adapter, most_calls, most_files, bias, backend, monkeypatch
+):
+    layer = lorafast.Linear.from_linear(torch.nn.Linear(16, 16, bias=bias), adapter)
+    x = torch.randn(4, 16, requires_grad=True)
     torch.nn.init.normal_(layer.lora_B)
     monkeypatch.setenv("LORAFAST_BACKEND", backend)
     try:
@@ -44,3 +48,13 @@ def test_a_forward_pass_is_a_short_path(adapter, most_calls, most_files, backend
         pytest.skip(str(error))  # no compiler here
     assert 0 < len(calls) <= most_calls, calls
     assert len({path for path, _ in calls}) <= most_files, calls
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dropout", "most_calls"), [(0.0, 8), (0.1, 18)])
+def test_a_call_of_few_tokens_is_shorter(dropout, most_calls, bias):
+    linear = torch.nn.Linear(16, 16, bias=bias)
+    layer = lorafast.Linear.from_linear(linear, LoRA(r=4, alpha=8, dropout=dropout))
+    calls = calls_of(layer, torch.randn(4, 16, requires_grad=True))
+    assert "products" in {name for _, name in calls}
+    assert len(calls) <= most_calls, calls

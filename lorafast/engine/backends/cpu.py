@@ -210,6 +210,17 @@ def drop(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     return out
 
 
+def drop_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """True for each element that drop drops, on one thread: for few tokens.  bool, x's shape"""
+    out, columns = torch.empty(x.shape, dtype=torch.bool), x.shape[-1]
+    if elements := x.numel():
+        threshold = philox.threshold(p)
+        library().drop_mask(
+            elements // columns, columns, seed.data_ptr(), threshold, out.data_ptr()
+        )
+    return out
+
+
 def _dense_rows(x: torch.Tensor) -> torch.Tensor:
     """The activation as [M, width], dense along its rows: a view where possible, else a copy."""
     x2 = x if x.dim() == 2 else flatten_tokens(x)
