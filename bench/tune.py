@@ -14,14 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from lorafast import testing
-from lorafast.bench.cases.kernel_cases import CASES_PER_LAYER, KernelCase, Sizes, kernel_cases
 from lorafast.bench.errors import BenchError
-from lorafast.bench.measure.correctness import MAX_ERROR_RATIO
 from lorafast.bench.measure.timing import Mark, Step, Timer, interleave, quantiles
 from lorafast.bench.report.progress import Progress
 from lorafast.bench.report.record import SCHEMA_VERSION
 from lorafast.bench.report.tables import NOTHING, Table, number
+from lorafast.engine import error_rule
+from lorafast.engine.kernel_cases import CASES_PER_LAYER, KernelCase, Sizes, kernel_cases
 from lorafast.engine.kernels import gemm_routing
 from lorafast.engine.kernels.gemm_routing import Route, Row
 from lorafast.runtime import env
@@ -166,22 +165,10 @@ def _check(
     dtype: torch.dtype,
 ) -> None:
     """Apply the error rule to all outputs, and compare two runs bit for bit."""
-    first, second = _run(case, route), _run(case, route)
-    timing.repeats = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    floor = torch.finfo(dtype).eps / 8
-    timing.error_ratio = max(
-        testing.ratio(_rms(found - t), _rms(eager - t), _rms(t), floor)
-        for found, eager, t in zip(first, chain, truth, strict=True)
-    )
-    if not timing.repeats:
-        timing.fail("wrong", "two runs differ")
-    if not timing.error_ratio <= MAX_ERROR_RATIO:
-        reason = f"errs {timing.error_ratio:.3g} times what eager errs"
-        timing.fail("wrong", f"{reason}; at most {MAX_ERROR_RATIO:g} is right")
-
-
-def _rms(t: torch.Tensor) -> float:
-    return float(t.square().mean().sqrt())
+    found = error_rule.compare(lambda: _run(case, route), truth, chain, dtype)
+    timing.error_ratio, timing.repeats = found
+    if found.why_wrong:
+        timing.fail("wrong", found.why_wrong)
 
 
 def _run(case: KernelCase, route: Route | str) -> list[torch.Tensor]:

@@ -22,11 +22,11 @@ import torch
 
 from lorafast.engine.kernels import configs
 from lorafast.engine.kernels.configs import Tile
-from lorafast.engine.kernels.gpu_specs import device
+from lorafast.engine.kernels.gpu_specs import Device, device
 from lorafast.runtime.devices import Arch
 
-# The speed of our GEMMs by that of torch's. Assumed: none of ours has run on a GPU yet.
-EFFICIENCY = {"tma": 0.93, "pointers": 0.85}
+# The forms of our GEMM.
+FUSED = ("tma", "pointers")
 # Seconds per launch.
 LAUNCH = 3e-6
 # The bandwidth of the L2 cache by that of memory. Small tiles load the same operands often.
@@ -41,7 +41,8 @@ class RouteQuery(NamedTuple):
     masked: dropout masks a low-rank part. many_summands: there are more than a base and a low-rank
     summand. epilogue_passes: passes over the result that an epilogue saves, for a gain or a second
     output. aligned: TMA descriptors can describe every operand. fusable: our GEMM can take all
-    summands.
+    summands. specs: the device as it was measured; None: the published figures of its architecture,
+    and assumed speeds of our GEMM.
     """
 
     M: int
@@ -56,6 +57,12 @@ class RouteQuery(NamedTuple):
     epilogue_passes: int = 0
     aligned: bool = True
     fusable: bool = True
+    specs: Device | None = None
+
+    @property
+    def device(self) -> Device:
+        """The specification of the device."""
+        return self.specs or device(self.arch)
 
 
 class Row(NamedTuple):
@@ -86,7 +93,7 @@ class Route(NamedTuple):
     @property
     def fused(self) -> bool:
         """True if the low-rank part is added in the base product's own sum."""
-        return self.form in EFFICIENCY
+        return self.form in FUSED
 
     @property
     def row(self) -> Row:
@@ -143,7 +150,7 @@ def key(query: RouteQuery) -> Key:
     """Return the key of the row that decides a query."""
     return Key(
         query.arch.name,
-        device(query.arch).multiprocessors,
+        query.device.multiprocessors,
         str(query.dtype).removeprefix("torch."),
         1 << max(0, query.M - 1).bit_length(),
         query.N,
@@ -182,7 +189,8 @@ def candidates(query: RouteQuery) -> list[Route]:
     if query.fusable:
         fused = [
             route
-            for form in EFFICIENCY
+            for form in FUSED
+            if query.device.speed(form)
             for tile in _tiles(query, form)
             for route in _routes_of_tile(query, form, tile)
         ]
@@ -193,9 +201,7 @@ def candidates(query: RouteQuery) -> list[Route]:
 
 
 def _tiles(query: RouteQuery, form: str) -> tuple[Tile, ...]:
-    if form == "tma" and not (
-        query.aligned and query.dtype != torch.float32 and device(query.arch).tma
-    ):
+    if form == "tma" and not (query.aligned and query.dtype != torch.float32 and query.device.tma):
         return ()
     return configs.gemm(form, query.dtype, query.masked, query.many_summands)
 
@@ -203,7 +209,7 @@ def _tiles(query: RouteQuery, form: str) -> tuple[Tile, ...]:
 def _routes_of_tile(query: RouteQuery, form: str, tile: Tile) -> list[Route]:
     """Return a tile's routes: one, and a second with the sum split if the tiles are few."""
     tiles, steps = _tile_count(query, tile), _steps(query, tile.BLOCK_K)
-    slots = device(query.arch).multiprocessors
+    slots = query.device.multiprocessors
     if form == "tma":
         return [Route(form, tile, min(tiles, slots), 1, steps)]
     splittable = not query.masked and tile.BLOCK_M <= configs.SPLIT_ROWS
@@ -218,13 +224,13 @@ def modelled_seconds(query: RouteQuery, route: Route) -> float:
     It is the larger of the time of the busiest multiprocessor and that of the memory traffic, and
     the launches.
     """
-    e, specs = query.dtype.itemsize, device(query.arch)
+    e, specs = query.dtype.itemsize, query.device
     depth = sum(query.K)
     moved = e * (query.M * depth + depth * query.N + query.M * query.N)
     result = e * query.M * query.N / specs.bandwidth
     if route.fused:
         steps = _steps(query, route.tile.BLOCK_K)
-        compute = _compute(query, route.tile, steps, route.splits) / EFFICIENCY[route.form]
+        compute = _compute(query, route.tile, steps, route.splits) / query.device.speed(route.form)
         split = route.splits > 1
         parts = 8 * route.splits * query.M * query.N / specs.bandwidth if split else 0
         return max(compute, moved / specs.bandwidth) + parts + LAUNCH * (2 if split else 1)
@@ -258,13 +264,13 @@ def _steps(query: RouteQuery, depth: int) -> int:
 
 def _library(query: RouteQuery, depth: int, tile: Tile) -> float:
     """Return the seconds of torch's GEMM with a tile."""
-    splits = max(1, device(query.arch).multiprocessors // max(1, _tile_count(query, tile)))
+    splits = max(1, query.device.multiprocessors // max(1, _tile_count(query, tile)))
     return _compute(query, tile, math.ceil(depth / tile.BLOCK_K), splits)
 
 
 def _compute(query: RouteQuery, tile: Tile, steps: int, splits: int) -> float:
     """Return the seconds that the busiest multiprocessor multiplies or loads its operands."""
-    specs = device(query.arch)
+    specs = query.device
     flops = specs.full_flops if query.dtype == torch.float32 else specs.half_flops
     multiplied = 2 * tile.BLOCK_M * tile.BLOCK_N * tile.BLOCK_K / flops
     read = (

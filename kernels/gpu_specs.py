@@ -10,10 +10,12 @@ from lorafast.runtime.devices import Arch
 
 
 class Device(NamedTuple):
-    """The specification of one GPU.
+    """The specification of one GPU: published, or measured.
 
     multiprocessors: their number. half_flops, full_flops: flop/s of half- and full-precision
     products. bandwidth: bytes/s of memory. tma: True if the TMA form of the GEMM runs on it.
+    tma_speed, pointers_speed: the speed of our GEMM's forms by that of torch's, assumed unless
+    measured; 0 for a form that may not serve.
     """
 
     multiprocessors: int
@@ -21,6 +23,12 @@ class Device(NamedTuple):
     full_flops: float
     bandwidth: float
     tma: bool = False
+    tma_speed: float = 0.93
+    pointers_speed: float = 0.85
+
+    def speed(self, form: str) -> float:
+        """Return the speed of a form of our GEMM, "tma" or "pointers"."""
+        return self.tma_speed if form == "tma" else self.pointers_speed
 
 
 # The largest GPU of each architecture: published peaks, reduced to what large products and copies

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from lorafast import functional
 from lorafast.engine import philox
 from lorafast.engine.backends import cpu
+from lorafast.engine.error_rule import ratio
 from lorafast.runtime import env, torch_internals
 
 SHORT = {
@@ -325,22 +326,6 @@ def error_ratios(
     """Return the error ratios of function(case, tensors) for y and each gradient."""
     yardstick = Yardstick(case, (make(case, seed) for seed in seeds))
     return yardstick.ratios(lambda tensors: run(function, case, tensors))
-
-
-def ratio(error: float, chain_error: float, truth: float, floor: float) -> float:
-    """Return the error ratio, never NaN.
-
-    An error that is not finite counts as infinite, and 0 against 0 as 1.
-    """
-    if not math.isfinite(error):
-        return math.inf
-    if not math.isfinite(chain_error):
-        return 0.0
-    least = floor * truth
-    top, bottom = max(error, least), max(chain_error, least)
-    if bottom == 0:
-        return 1.0 if top == 0 else math.inf
-    return top / bottom
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Triton kernels run in Triton's interpreter.
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
-for name in ("LORAFAST_BACKEND", "LORAFAST_LOG", "LORAFAST_CPU_ISA"):
+for name in ("LORAFAST_BACKEND", "LORAFAST_LOG", "LORAFAST_CPU_ISA", "LORAFAST_TRIAL"):
     os.environ.pop(name, None)
 
 import pytest

@@ -6,8 +6,8 @@ import functools
 
 import torch
 
-from lorafast.bench.measure import memory
 from lorafast.bench.measure.timing import Mark, Timer
+from lorafast.runtime import devices
 
 # Two buffers of this size exceed the last-level cache of most machines.
 BEYOND_CACHE = 128 << 20
@@ -39,7 +39,7 @@ def _copy_rate(device: torch.device, size: int, threads: int) -> float | None:
 
         ms = min(sum(timer.time(copy)) for _ in range(_COPIES))
     except Exception as error:
-        if not memory.is_out_of_memory(error):
+        if not devices.is_out_of_memory(error):
             raise
         return None
     return 2 * size / (ms / 1e3) if ms else None

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from lorafast.bench.measure.memory import is_out_of_memory
 from lorafast.engine import philox
+from lorafast.engine.error_rule import MAX_ERROR_RATIO
+from lorafast.runtime.devices import is_out_of_memory
 from lorafast.testing import Case, Yardstick, chain, make
 
 if TYPE_CHECKING:
     from lorafast.bench.cases.candidate import Candidate
     from lorafast.bench.cases.implementations import Impl
-
-# A row with a larger error ratio is wrong and shows no speed.
-MAX_ERROR_RATIO = 2.0
 
 
 def freezing_stages(impl: Impl, method: str, R: int) -> tuple[int, ...]:

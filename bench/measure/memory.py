@@ -1,4 +1,4 @@
-"""Bytes a function allocates, and the errors that mean that memory ran out."""
+"""Bytes a function allocates."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from collections.abc import Callable
 import torch
 
 from lorafast.testing import Allocated, allocated
-
-# Parts of the messages of torch's CPU allocator, of CUDA, and of cuBLAS, which allocates its
-# workspace itself.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def measure(function: Callable[[], object], device: torch.device) -> Allocated:
@@ -33,11 +29,3 @@ def measure(function: Callable[[], object], device: torch.device) -> Allocated:
     )
     del kept
     return found
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True if the exception means that a device or the machine has no memory left."""
-    message = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(part in message for part in _OUT_OF_MEMORY)
-    )

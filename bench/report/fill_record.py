@@ -10,12 +10,11 @@ import torch
 
 from lorafast.bench.cases.implementations import Impl
 from lorafast.bench.errors import Unavailable
-from lorafast.bench.measure import memory
-from lorafast.bench.measure.correctness import MAX_ERROR_RATIO
 from lorafast.bench.measure.lower_bound import LowerBound
 from lorafast.bench.measure.timing import median_interval, quantiles
 from lorafast.bench.report.record import TIMES, Record
-from lorafast.runtime import env
+from lorafast.engine.error_rule import MAX_ERROR_RATIO
+from lorafast.runtime import devices, env
 
 # The fewest rounds whose median has a 95 % interval.
 MIN_ROUNDS = 6
@@ -77,7 +76,7 @@ def set_failure(record: Record, error: Exception, impl: Impl) -> None:
     first = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, Unavailable):
         record.fail(error.status, first)
-    elif memory.is_out_of_memory(error):
+    elif devices.is_out_of_memory(error):
         record.fail("oom", first or "out of memory")
     elif _is_unsupported(error, impl):
         record.fail("unsupported", f"{type(error).__name__}: {first}")

@@ -15,7 +15,7 @@ import torch
 from lorafast.engine.backends import Backend
 from lorafast.engine.problem import CallOptions, LayerTensors, Problem
 from lorafast.runtime import devices, env, fallback, symlinks
-from lorafast.runtime.fallback import Remediable
+from lorafast.runtime.fallback import Provisional, Remediable
 
 if TYPE_CHECKING:
     from lorafast.engine.backends import cpu, eager, triton
@@ -85,7 +85,10 @@ class Routes(dict[str, Backend]):
         self._problem, self._asked, self._log = problem, asked, log
 
     def __missing__(self, primitive: str) -> Backend:
-        self[primitive] = chosen = _choose(primitive, self._problem, self._asked, self._log)
+        chosen, refusals = _choose(primitive, self._problem, self._asked, self._log)
+        # During a capture a backend may refuse what it will serve later.
+        if not any(isinstance(reason, Provisional) for reason in refusals):
+            self[primitive] = chosen
         return chosen
 
 
@@ -156,8 +159,11 @@ def _routes(key: tuple | Problem, backend: str | bytes | None, log: str | bytes 
     return Routes(problem, env.parse_backend(backend), env.parse_log(log))
 
 
-def _choose(primitive: str, problem: Problem, asked: str, log: bool) -> Backend:
-    refusals = {}
+def _choose(
+    primitive: str, problem: Problem, asked: str, log: bool
+) -> tuple[Backend, tuple[str, ...]]:
+    """The backend of a primitive, and the reasons of those that were asked before it."""
+    refusals: dict[str, tuple[str, ...]] = {}
     for backend in candidates(asked):
         refusals[backend] = why_not(backend, primitive, problem)
         if not refusals[backend]:
@@ -165,7 +171,7 @@ def _choose(primitive: str, problem: Problem, asked: str, log: bool) -> Backend:
                 _announce(primitive, problem, backend, refusals)
             if problem.arch.vendor == "cpu":
                 _warn_of_remediable(refusals)
-            return cast(Backend, load(backend))
+            return cast(Backend, load(backend)), tuple(itertools.chain(*refusals.values()))
     raise RuntimeError(
         f"{env.BACKEND.name}={asked} cannot {primitive}: {'; '.join(refusals[asked])} "
         "(a forced backend serves all or nothing; auto falls back)"

@@ -69,7 +69,8 @@ ENTRIES: dict[str, tuple[Form, ...]] = {
 }
 
 
-@dataclass(frozen=True)
+# Compared by identity, so that what follows from a verdict can be remembered by it.
+@dataclass(frozen=True, eq=False)
 class Verdict:
     """What is known of one entry's forms on one GPU.
 
@@ -107,10 +108,13 @@ class Gpu(NamedTuple):
         return hashlib.sha256(repr(sorted(self.facts.items())).encode()).hexdigest()[:16]
 
 
+_NONE = Verdict()
 # Set by `assuming`: the verdicts that hold for every device, by entry.
 _assumed: list[dict[str, Verdict]] = []
-# The verdicts of this process, by GPU and entry.
-_known: dict[tuple[str, str], Verdict] = {}
+# The verdicts of this process.
+_known: dict[tuple[torch.device, str], Verdict] = {}
+# LORAFAST_TRIAL=again is content with a verdict that another process found since this one began.
+_began = time.time()
 
 
 def why_not(kernel: str, dtype: torch.dtype, R: int, device: torch.device) -> str:
@@ -135,30 +139,41 @@ def entry_of(kernel: str, dtype: torch.dtype, R: int = 0) -> tuple[str, Form]:
     return "streams", form
 
 
-def verdict(device: torch.device, entry: str = "streams") -> Verdict | Provisional:
+def verdict(device: torch.device | None, entry: str = "streams") -> Verdict | Provisional:
     """The verdict on an entry's forms on a device; the first question runs the trial.
 
     During a capture or a trace nothing is run: without a verdict the answer is Provisional.
+    device: None if the process has seen none of the kind that is asked about.
     """
-    if _assumed:
-        return _assumed[-1].get(entry, Verdict())
+    found = known(device, entry)
+    if found is not None:
+        return found
+    if device is None or device.type not in ("cuda", "xpu"):
+        return Verdict(reason=f"is tried on GPUs, and {device or 'none'} is here")
     if env.trial() == "0":
         return Verdict(reason=f"{env.TRIAL.name}=0: no kernel serves unasked")
-    if device.type not in ("cuda", "xpu"):
-        return Verdict(reason=f"is tried on GPUs, not on {device.type}")
     gpu = gpu_of(device)
-    known = _known.get((gpu.sha16, entry))
-    if known is None and env.trial() != "again":
-        with contextlib.suppress(OSError, _Damaged):
-            known = _read(_file(Path(env.cache()), gpu), entry)
-    if known is not None:
-        _known[gpu.sha16, entry] = known
-        return known
-    if devices.traced():
-        return Provisional(
-            "has not been tried on this GPU, and nothing is tried during a capture or a trace"
-        )
-    return _tried(gpu, entry)
+    with contextlib.suppress(OSError, _Damaged):
+        found = _read(_file(Path(env.cache()), gpu), entry)
+    if found is None or not _is_new_enough(found):
+        if devices.traced():
+            return Provisional(
+                "has not been tried on this GPU, and nothing is tried during a capture or a trace"
+            )
+        found = _tried(device, gpu, entry)
+    _known[device, entry] = found
+    return found
+
+
+def known(device: torch.device | None, entry: str) -> Verdict | None:
+    """The verdict if this process has one; nothing is read or run."""
+    if _assumed:
+        return _assumed[-1].get(entry, _NONE)
+    return None if device is None else _known.get((device, entry))
+
+
+def _is_new_enough(found: Verdict) -> bool:
+    return env.trial() != "again" or found.when >= _began
 
 
 @contextlib.contextmanager
@@ -175,11 +190,10 @@ def assuming(verdicts: dict[str, Verdict]) -> Iterator[None]:
 def gpu_of(device: torch.device) -> Gpu:
     """The facts that a verdict on this device rests on."""
     properties = torch.get_device_module(device).get_device_properties(device)
-    units = getattr(properties, "multi_processor_count", None)
     facts = {
         "gpu": properties.name,
-        "architecture": getattr(properties, "gcnArchName", device.type),
-        "multiprocessors": units or getattr(properties, "gpu_subslice_count", 0),
+        "architecture": devices.of(device).name,
+        "multiprocessors": devices.of(device).multiprocessors,
         "driver": getattr(properties, "driver_version", None) or _driver(),
         "runtime": torch.version.cuda or torch.version.hip or getattr(torch.version, "xpu", None),
         "torch": torch.__version__,
@@ -221,40 +235,33 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _tried(gpu: Gpu, entry: str) -> Verdict:
-    """Run the trial, unless another process does so meanwhile, and remember its verdict."""
-    asked = time.time()
+def _tried(device: torch.device, gpu: Gpu, entry: str) -> Verdict:
+    """Run the trial, unless another process or thread does so meanwhile."""
     if sys.platform != "linux":
-        found = Verdict(reason=f"is tried on Linux only, not on {sys.platform}")
-    elif gpu.facts["triton"] == "none":
-        found = Verdict(reason="triton is not installed")
-    else:
-        try:
-            found = _tried_in(*_writable_folder(), gpu, entry, asked)
-        except OSError as error:
-            found = Verdict(reason=f"could not be tried: {error}")
-    _known[gpu.sha16, entry] = found
-    return found
-
-
-def _tried_in(folder: Path | None, unusable: str, gpu: Gpu, entry: str, asked: float) -> Verdict:
+        return Verdict(reason=f"is tried on Linux only, not on {sys.platform}")
+    if gpu.facts["triton"] == "none":
+        return Verdict(reason="triton is not installed")
+    folder, unusable = _writable_folder()
     if folder is None:
         return Verdict(reason=f"cannot be tried: {unusable}")
     file = _file(folder, gpu)
-    with build_cache.locked(file.with_suffix(".lock")):
-        known = _known.get((gpu.sha16, entry))
-        if known is not None:
-            return known
-        why = unusable or f"no verdict on it is in {folder}"
-        try:
-            written = _read(file, entry)
-            if written is not None and (env.trial() != "again" or written.when >= asked):
-                return written
-            if env.trial() == "again":
-                why = f"{env.TRIAL.name}=again"
-        except _Damaged as damage:
-            why = str(damage)
-        return _run(folder, why, gpu, entry)
+    try:
+        with build_cache.locked(file.with_suffix(".lock")):
+            why = unusable or f"no verdict on it is in {folder}"
+            try:
+                written = known(device, entry) or _read(file, entry)
+                if written is not None and _is_new_enough(written):
+                    return written
+                if written is not None:
+                    why = f"{env.TRIAL.name}=again"
+            except _Damaged as damage:
+                why = str(damage)
+            found = _run(folder, why, gpu, entry)
+            # Here, for the threads that wait: not every verdict is in the file.
+            _known[device, entry] = found
+            return found
+    except OSError as error:
+        return Verdict(reason=f"could not be tried: {error}")
 
 
 def _run(folder: Path, why: str, gpu: Gpu, entry: str) -> Verdict:

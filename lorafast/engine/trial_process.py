@@ -115,7 +115,6 @@ def run(uuid: str, entry: str, steps: list[str], folder: Path) -> Outcome:
 def _run_child(uuid: str, entry: str, report: Path, seconds: float) -> str:
     """Run one child and return why it ended, in words; "" if it ended as it should."""
     command = [*COMMAND, "--device", uuid, "--entry", entry, "--out", str(report)]
-    command += ["--seconds", f"{max(seconds, 1):.0f}"]
     with (report.parent / "stderr").open("w+b") as stderr:
         try:
             child = subprocess.Popen(

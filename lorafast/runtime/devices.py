@@ -7,6 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+# Parts of the messages of torch's CPU allocator, of CUDA, and of cuBLAS, which allocates its
+# workspace itself.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 class Arch(NamedTuple):
     """An architecture, and the size of the device.
@@ -21,9 +25,27 @@ class Arch(NamedTuple):
     multiprocessors: int = 0
 
 
+# The first device that was seen of each architecture.
+_seen: dict[Arch, torch.device] = {}
+
+
 @functools.cache
 def of(device: torch.device) -> Arch:
     """The architecture behind a device."""
+    arch = _arch_of(device)
+    _seen.setdefault(arch, device)
+    return arch
+
+
+def seen(arch: Arch) -> torch.device | None:
+    """The first device of an architecture that this process has computed on; None if none."""
+    return _seen.get(arch)
+
+
+def _arch_of(device: torch.device) -> Arch:
+    if device.type == "xpu":
+        count = getattr(torch.xpu.get_device_properties(device), "gpu_subslice_count", 0)
+        return Arch("xpu", "xpu", count)
     if device.type != "cuda":
         return Arch(device.type, device.type)
     facts = torch.cuda.get_device_properties(device)
@@ -52,3 +74,11 @@ def has_mixed_gemm(device: torch.device) -> bool:
 def has_fp64(device: torch.device) -> bool:
     """True if the device computes in float64."""
     return device.type not in ("mps", "xla")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if the exception means that a device or the machine has no memory left."""
+    message = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(part in message for part in _OUT_OF_MEMORY)
+    )

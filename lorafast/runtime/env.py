@@ -67,6 +67,12 @@ def backend() -> str:
     return parse_backend(os.environ.get(BACKEND.name))
 
 
+def is_forced(name: str) -> bool:
+    """True if LORAFAST_BACKEND asks for this backend; quick, where it is not set."""
+    raw = raw_get(BACKEND_KEY)
+    return bool(raw) and parse_backend(raw) == name
+
+
 def parse_backend(raw: str | bytes | None) -> str:
     """The backend that a value of LORAFAST_BACKEND asks for, as os.environ or raw_get gives it."""
     return (os.fsdecode(raw).strip().lower() if raw else "") or BACKEND.default

@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# The base of modes that see every operation; documented, in a module that is not.
+DispatchMode = TorchDispatchMode
 
 # The releases on which the whole test suite has passed with the private symbols in use.
 TESTED_VERSIONS = frozenset({(2, 13)})

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lorafast.bench import cli, tune
-from lorafast.bench.cases import kernel_cases
 from lorafast.bench.measure import timing
+from lorafast.engine import kernel_cases
 from lorafast.engine.kernels import gemm_routing
 from lorafast.engine.kernels.gemm_routing import Key, Route, Row
 from lorafast.runtime.devices import Arch

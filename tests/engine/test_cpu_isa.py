@@ -8,10 +8,11 @@ import pytest
 import torch
 from helpers.cpp_compiler import needs_compiler
 from helpers.dropout_masks import ROWS, SEEDS, assert_dropped, assert_masks
-from helpers.integer_problems import CHECKS, DTYPES, LAYOUTS, GuardedAllocations
+from helpers.integer_problems import CHECKS, DTYPES, LAYOUTS
 from helpers.nan_spread import assert_spreads
 
 from lorafast.engine.backends import cpu
+from lorafast.engine.guarded_allocations import GuardedAllocations
 from lorafast.runtime import env, extension, instruction_sets
 from lorafast.runtime.toolchain import Toolchain, UnknownFlags
 
@@ -50,7 +51,7 @@ def test_nothing_is_written_or_read_beside(compiled, dtype):
     with GuardedAllocations() as guarded:
         for check in CHECKS.values():
             check(cpu, DTYPES[dtype], torch.bfloat16, 27, 139, 301, 11, "sliced")
-    guarded.assert_whole()
+    assert guarded.whole
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

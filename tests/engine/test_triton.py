@@ -165,11 +165,12 @@ def test_row_norm(shape, dtype, axis, scaling):
 
 def test_the_splits_are_those_of_few_rows():
     """What the shapes above run through: one program a tile, and several whose sums are added."""
-    shares = [configs.project(M, K, 16, torch.float32, "cpu") for M, K in ((63, 130), (5, 2050))]
+    cpu = Arch("cpu", "cpu")
+    shares = [configs.project(M, K, 16, torch.float32, cpu) for M, K in ((63, 130), (5, 2050))]
     assert shares[0].splits == 1
     assert shares[1].splits > 1
-    assert configs.grad_project(700, 101, 12, torch.float32, "cpu").splits > 1
-    assert configs.project(1 << 16, 4096, 16, torch.bfloat16, "sm_90").splits == 1
+    assert configs.grad_project(700, 101, 12, torch.float32, cpu).splits > 1
+    assert configs.project(1 << 16, 4096, 16, torch.bfloat16, Arch("nvidia", "sm_90")).splits == 1
 
 
 @pytest.mark.parametrize("M", [1, 15, 64, 1000, 5000, 100000])
@@ -181,7 +182,7 @@ def test_a_share_covers_everything_once(M, K, dtype):
             (configs.project, "BLOCK_K", K),
             (configs.grad_project, "BLOCK_M", M),
         ):
-            tile, splits, steps = pick(M, K, R, dtype, "sm_90")
+            tile, splits, steps = pick(M, K, R, dtype, Arch("nvidia", "sm_90"))
             block = getattr(tile, blocks_of)
             assert splits * steps * block >= length > (splits - 1) * steps * block
             assert tile in configs.tiles(pick.__name__, dtype)
@@ -206,8 +207,8 @@ def test_what_is_beyond_the_end_is_not_written():
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"arch": Arch("amd", "gfx942")}, "is compiled for NVIDIA sm_80"),
-        ({"arch": Arch("nvidia", "sm_75")}, "this is sm_75"),
+        ({"arch": Arch("amd", "gfx1030")}, "AMD gfx90a, gfx942, gfx950, gfx11, gfx12 and Intel"),
+        ({"arch": Arch("nvidia", "sm_75")}, "this is nvidia sm_75"),
         ({"dtype": torch.float64}, "x is torch.float64"),
         ({"weight_dtype": torch.float64}, "weight is torch.float64"),
         ({"factor_dtype": torch.float64}, "a factor is torch.float64"),
@@ -225,12 +226,14 @@ def test_every_refusal_has_its_reason(fields, why, forced, monkeypatch):
     assert why in reasons[0]
 
 
-def test_it_is_never_picked_unasked(monkeypatch):
-    assert "has not run on a GPU yet" in backend.why_not("project", problem())[0]
+def test_it_is_never_picked_unasked_on_a_cpu(monkeypatch):
+    on_cpu = problem(arch=Arch("cpu", "cpu"), dtype=torch.float32, weight_dtype=torch.float32)
+    assert backend.why_not("project", on_cpu) == (
+        "runs on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)",
+    )
     monkeypatch.setenv("LORAFAST_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert not env.interprets()
-    on_cpu = problem(arch=Arch("cpu", "cpu"), dtype=torch.float32, weight_dtype=torch.float32)
     assert backend.why_not("project", on_cpu) == (
         "runs on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)",
     )

@@ -4,7 +4,6 @@ What lies around an operand is NaN, so that one number read beside it shows in t
 """
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.triton_interpreter import SEED
 from lorafast.engine import philox
@@ -272,42 +271,3 @@ CHECKS = {
     check.__name__: check
     for check in (project, linear, grad_output, grad_input, grad_project, row_norm)
 }
-
-
-class GuardedAllocations(TorchDispatchMode):
-    """Tensors that are made inside have NaN around them, which must still be there afterwards.
-
-    They hold NaN until they are written.
-    """
-
-    ROOM = 128
-    MADE = (
-        "empty.memory_format",
-        "new_empty.default",
-        "empty_like.default",
-        "zeros.default",
-        "addmm.default",
-        "mm.default",
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.buffers = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.__name__ not in self.MADE or not out.is_floating_point():
-            return out
-        buffer = torch.full((out.numel() + 2 * self.ROOM,), NAN, dtype=out.dtype)
-        self.buffers.append(buffer)
-        inside = buffer[self.ROOM : self.ROOM + out.numel()].view(out.shape)
-        return inside if func.__name__.startswith(("empty", "new_empty")) else inside.copy_(out)
-
-    def assert_whole(self):
-        """No guard was written."""
-        assert self.buffers
-        assert all(
-            part.isnan().all()
-            for one in self.buffers
-            for part in (one[: self.ROOM], one[-self.ROOM :])
-        )

@@ -1,9 +1,12 @@
 """A GPU that is not there, and a stand-in for the child that tries kernels on it."""
 
 import sys
+import time
 from pathlib import Path
 
 from lorafast.engine import trial, trial_process
+from lorafast.engine.kernels import measured
+from lorafast.engine.trial import Verdict
 
 FACTS = {"gpu": "Pretended 9000", "triton": "3.7.1", "driver": "1.2"}
 CHILD = (sys.executable, str(Path(__file__).parent / "trial_child.py"))
@@ -30,6 +33,7 @@ class Pretended:
     def forget(self):
         """Be a process that has asked nothing yet."""
         self.monkeypatch.setattr(trial, "_known", {})
+        self.monkeypatch.setattr(trial, "_began", time.time())
 
     @property
     def runs(self):
@@ -40,3 +44,38 @@ class Pretended:
     def file(self):
         """The file of the verdict."""
         return self.cache / f"gpu-{trial.Gpu(self.facts, '').sha16}.json"
+
+
+# Seconds for a stream's bytes at 4 TB/s by our kernels, and by eager as many times more.
+_BY_EAGER = {
+    "project": 1.0, "project dropped": 4.0, "grad_project": 1.0, "grad_project dropped": 4.0,
+    "grad_output": 2.0, "grad_output kept": 6.0, "low_rank_add dropped": 4.0, "row_norm": 9.0,
+}  # fmt: skip
+
+
+def rates(gemm=0.95, **by_eager):
+    """Constants as a trial might measure them on a large GPU.
+
+    gemm: the speed of both forms of our GEMM. by_eager: how many times longer eager takes than a
+    kernel, by the stream's name with _ for a space, where that is to be changed.
+    """
+    found = {measured.COPY: 4e12, measured.PRODUCT: 7e14, measured.SMALL_PRODUCT: 5e14}
+    found |= dict.fromkeys(trial.GEMMS, gemm)
+    for name, times in _BY_EAGER.items():
+        times = by_eager.get(name.replace(" ", "_"), times)
+        found[measured.rate(name, measured.KERNELS)] = 4e12
+        found[measured.rate(name, measured.EAGER)] = 4e12 / times
+        found[measured.least(name, measured.KERNELS)] = 20e-6
+        found[measured.least(name, measured.EAGER)] = 20e-6 * min(times, 2)
+    return found
+
+
+def verdicts(wrong=(), **changes):
+    """A verdict for every entry: all forms are right but those in `wrong`, a dict of reasons."""
+    wrong, constants = dict(wrong), rates(**changes)
+    found = {}
+    for entry, forms in trial.ENTRIES.items():
+        tried = {form.kernel for form in forms}
+        known = {key: rate for key, rate in constants.items() if key not in {*trial.GEMMS} - tried}
+        found[entry] = Verdict({str(form): wrong.get(str(form), "") for form in forms}, known)
+    return found

@@ -18,7 +18,7 @@ RATES = {"copy": 2.5e12}
 
 def main():
     parser = argparse.ArgumentParser()
-    for name in ("device", "entry", "out", "seconds"):
+    for name in ("device", "entry", "out"):
         parser.add_argument(f"--{name}", required=True)
     asked = parser.parse_args()
     with open(os.environ["STAND_IN_RUNS"], "a") as runs:

@@ -31,7 +31,9 @@ class Backend(Protocol):
     def why_not(self, primitive: str, problem: Problem) -> tuple[str, ...]:
         """Return every reason why it cannot compute the primitive, in words; empty if it can.
 
-        A pure function, so that it can be asked on any machine.
+        It depends on its arguments alone, so that it can be asked on any machine, and on a GPU
+        that no backend was forced for on the verdict of the device's trial. A Provisional reason is
+        not remembered.
         """
         ...
 

@@ -1,9 +1,9 @@
 """The Triton backend: the kernels in kernels/, and torch's matrix products where the model of
 gemm_routing says that they are faster.
 
-On a GPU through a driver, on CPU tensors through Triton's interpreter. Nothing here has run on a
-GPU yet: therefore `auto` never picks it, and LORAFAST_BACKEND=triton asks for it.
-lorafast.engine.backends.Backend describes the functions.
+On a GPU through a driver, on CPU tensors through Triton's interpreter. `auto` picks it on a GPU
+where a trial found the kernels right and faster (kernel_choice); LORAFAST_BACKEND=triton asks for
+it anywhere. lorafast.engine.backends.Backend describes the functions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from lorafast.engine import kernel_choice
 from lorafast.engine.backends import eager
 from lorafast.engine.kernels import configs, gemm_routing, launch
 from lorafast.engine.kernels import grad_output as grad_output_kernels
@@ -35,24 +36,27 @@ from lorafast.engine.problem import (
     tokens,
 )
 from lorafast.engine.row_blocks import flatten_tokens
-from lorafast.runtime import env
+from lorafast.runtime import devices, env
 
-ARCHS = (
-    "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121",
-)  # fmt: skip
+# Of each vendor the architectures that the kernels are compiled for; AMD's by how they begin.
+ARCHS = {
+    "nvidia": (
+        "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120",
+        "sm_121",
+    ),
+    "amd": ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12"),
+    "xpu": ("xpu",),
+}  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
-    reasons = []
-    if env.backend() != "triton":
-        reasons.append("has not run on a GPU yet, and waits to be asked by LORAFAST_BACKEND=triton")
     dtypes = {
         "x": problem.dtype,
         "weight": problem.weight_dtype,
         "a factor": problem.factor_dtype,
     }
-    reasons += _why_not_device(*problem.arch[:2], torch.bfloat16 in dtypes.values())
+    reasons = _why_not_device(*problem.arch[:2], torch.bfloat16 in dtypes.values())
     reasons += [
         f"{name} is {dtype}; the kernels compute in {', '.join(map(str, DTYPES))}"
         for name, dtype in dtypes.items()
@@ -62,7 +66,9 @@ def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
         reasons.append(
             f"R={max(problem.R)} exceeds {configs.MAX_RANK}, the largest rank a tile holds"
         )
-    return tuple(reasons)
+    if reasons or problem.arch.vendor == "cpu" or env.is_forced("triton"):
+        return tuple(reasons)
+    return kernel_choice.why_not(primitive, problem)
 
 
 def _why_not_device(vendor: str, name: str, any_bf16: bool) -> list[str]:
@@ -71,12 +77,15 @@ def _why_not_device(vendor: str, name: str, any_bf16: bool) -> list[str]:
         reasons.append("runs on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)")
     if vendor == "cpu" and any_bf16:
         reasons.append("Triton's interpreter computes bf16 wrongly")
-    if vendor not in ("cpu", "nvidia"):
-        reasons.append(f"is compiled for NVIDIA {', '.join(ARCHS)}; this is {vendor} {name}")
-    if vendor == "nvidia" and name not in ARCHS:
-        reasons.append(f"is compiled for {', '.join(ARCHS)}; this is {name}")
-    if vendor == "nvidia" and triton.knobs.runtime.interpret:
-        reasons.append("TRITON_INTERPRET=1 is set, and interprets kernels on CPU tensors alone")
+    if vendor != "cpu":
+        known = ARCHS.get(vendor, ())
+        if not name.startswith(known) if vendor == "amd" else name not in known:
+            reasons.append(
+                f"is compiled for NVIDIA {', '.join(ARCHS['nvidia'])}, AMD "
+                f"{', '.join(ARCHS['amd'])} and Intel's GPUs; this is {vendor} {name}"
+            )
+        if triton.knobs.runtime.interpret:
+            reasons.append("TRITON_INTERPRET=1 is set, and interprets kernels on CPU tensors alone")
     return reasons
 
 
@@ -84,22 +93,12 @@ def describe_route(primitive: str, problem: Problem) -> str | None:
     """The route of a product whose tensors have the usual strides: a kernel's form and tile, or
     torch's. None for the primitives that have one route.
     """
-    K, N, e = problem.K, sum(problem.N), problem.dtype.itemsize
-    if primitive not in ("linear", "grad_input"):
+    if primitive not in kernel_choice.PRODUCTS:
         return None
-    columns, length = (N, K) if primitive == "linear" else (K, N)
-    masked, passes = False, 0
-    if primitive == "linear":
-        passes = _epilogue_passes(problem.gain == "out", problem.keep == "inner")
-    else:
-        masked = problem.dropout > 0 and problem.dropout_on == "adapter"
-    query = gemm_routing.RouteQuery(
-        problem.M, columns, (length,), sum(problem.R), problem.dtype, problem.arch,
-        by_row=problem.transposed == (primitive == "grad_input"),
-        masked=masked,
-        epilogue_passes=passes,
-        aligned=not any(size * e % 16 for size in (K, *problem.N)),
-    )  # fmt: skip
+    device = devices.seen(problem.arch)
+    query = kernel_choice.query_of(
+        primitive, problem, kernel_choice.measured_specs(device, problem.arch, problem.dtype)
+    )
     return str(gemm_routing.pick(query))
 
 
@@ -291,4 +290,5 @@ def _route_query(
         launch.arch_of(first.a), by_row, dropped > 0, is_many(len(bases) + plain, dropped > 0),
         epilogue_passes, all(aligned),
         same_order and dropped <= 1 and len(bases) + plain + dropped <= 4,
+        kernel_choice.measured_specs(first.a.device, devices.of(first.a.device), first.a.dtype),
     )  # fmt: skip

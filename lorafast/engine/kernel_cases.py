@@ -1,15 +1,20 @@
-"""The Triton kernels, one primitive per case, next to the same computation by stock torch."""
+"""Problems for the Triton kernels, one primitive per case, next to the same by stock torch.
+
+lorafast-bench tune times them, and the child of a trial checks them.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from lorafast.engine import philox
-from lorafast.engine.backends import triton
+from lorafast.engine.backends import Backend, eager, triton
 from lorafast.engine.kernels import cost, gemm_routing
 from lorafast.engine.problem import (
     BaseTerm,
@@ -23,6 +28,15 @@ from lorafast.runtime import devices
 
 PRODUCTS = ("linear", "grad_input")
 STREAMS = ("project", "grad_output", "grad_project", "row_norm")
+KEPT = "gain, core and dot"
+# What the problem of a variant differs in.
+_FLAGS: dict[str, dict[str, Any]] = {
+    "core": {"core": "full"},
+    "gain, bias and z": {"gain": "out", "keep": "inner"},
+    KEPT: {"gain": "out", "keep": "output", "core": "full"},
+    "by column": {"gain": "in"},
+    "transposed": {"transposed": True},
+}
 # The number of cases of one layer.
 CASES_PER_LAYER = 11
 
@@ -41,28 +55,38 @@ class KernelCase(NamedTuple):
     """One variant of one primitive on one layer.
 
     run: computes it by our kernels.
+    eager: computes it by the eager backend.
     chain: computes it by stock torch in the given dtype, from the same tensors.
     frozen: the base product alone; None for a primitive without one.
     query: what the route of a product is chosen by; None for a primitive without routes.
-    cost: flops and bytes of one run.
+    problem: the key that the backend of such a call is chosen by.
     """
 
     primitive: str
     variant: str
     sizes: Sizes
     run: Callable[[], list[torch.Tensor]]
+    eager: Callable[[], list[torch.Tensor]]
     chain: Callable[[torch.dtype], list[torch.Tensor]]
     frozen: Callable[[], torch.Tensor] | None
     query: gemm_routing.RouteQuery | None
-    cost: cost.Cost
+    problem: Problem
+
+    @property
+    def cost(self) -> cost.Cost:
+        """Flops and bytes of one run."""
+        return getattr(cost, self.primitive)(self.problem)
 
 
 class _Variant(NamedTuple):
-    """The part of a KernelCase that differs between the variants of a layer."""
+    """The part of a KernelCase that differs between the variants of a layer.
+
+    run: computes it by a backend.
+    """
 
     primitive: str
     variant: str
-    run: Callable[[], list[torch.Tensor]]
+    run: Callable[[Backend], list[torch.Tensor]]
     chain: Callable[[torch.dtype], list[torch.Tensor]]
 
 
@@ -109,10 +133,10 @@ class _Operands(NamedTuple):
         dot = (dy * self.y.to(dtype)).sum(0)
         return [u @ core, dz.t() @ F.linear(h, core), u.t() @ h, dot]
 
-    def grad_output(self) -> list[torch.Tensor]:
-        """Return the same by our kernels."""
+    def grad_output(self, backend: Backend) -> list[torch.Tensor]:
+        """Return the same by a backend."""
         spec = UpProjGradSpec(self.B, core=self.core, h=self.h, want_B=True, want_core=True)
-        grads = triton.grad_output(self.dy, [spec], self.gain, self.y)
+        grads = backend.grad_output(self.dy, [spec], self.gain, self.y)
         return [*grads.adapters[0][:3], grads.dot]
 
 
@@ -139,11 +163,12 @@ def kernel_cases(
             one.primitive,
             one.variant,
             sizes,
-            one.run,
+            functools.partial(one.run, triton),
+            functools.partial(one.run, eager),
             one.chain,
             frozen.get(one.primitive),
             queries.get((one.primitive, one.variant)),
-            getattr(cost, one.primitive)(problem),
+            replace(problem, **_FLAGS.get(one.variant, {})),
         )
         for one in (*_products(o), *_streams(o))
     ]
@@ -191,25 +216,25 @@ def _products(o: _Operands) -> list[_Variant]:
         _Variant(
             "linear",
             "",
-            lambda: [triton.linear(o.x, o.W, up)[0]],
+            lambda backend: [backend.linear(o.x, o.W, up)[0]],
             lambda dtype: [o.inner(dtype, o.W)],
         ),
         _Variant(
             "linear",
             "transposed",
-            lambda: [triton.linear(o.x, o.transposed, up)[0]],
+            lambda backend: [backend.linear(o.x, o.transposed, up)[0]],
             lambda dtype: [o.inner(dtype, o.transposed)],
         ),
         _Variant(
             "linear",
             "gain, bias and z",
-            lambda: list(triton.linear(o.x, o.W, up, o.gain, o.bias, keep_inner=True)),
+            lambda backend: list(backend.linear(o.x, o.W, up, o.gain, o.bias, keep_inner=True)),
             with_gain,
         ),
         _Variant(
             "grad_input",
             "",
-            lambda: [triton.grad_input([BaseTerm(o.dy, o.W)], low_rank)],
+            lambda backend: [backend.grad_input([BaseTerm(o.dy, o.W)], low_rank)],
             grad_input,
         ),
     ]
@@ -228,38 +253,38 @@ def _streams(o: _Operands) -> list[_Variant]:
         _Variant(
             "project",
             "",
-            lambda: [triton.project(o.x, [down])[0][0]],
+            lambda backend: [backend.project(o.x, [down])[0][0]],
             lambda dtype: [o.h_of(dtype)],
         ),
         _Variant(
             "project",
             "core",
-            lambda: [triton.project(o.x, [down._replace(core=o.core)])[0][1]],
+            lambda backend: [backend.project(o.x, [down._replace(core=o.core)])[0][1]],
             lambda dtype: [F.linear(o.h_of(dtype), o.core.to(dtype))],
         ),
         _Variant(
             "grad_output",
             "",
-            lambda: list(triton.grad_output(o.dy, [plain]).adapters[0][:2]),
+            lambda backend: list(backend.grad_output(o.dy, [plain]).adapters[0][:2]),
             grad_output,
         ),
-        _Variant("grad_output", "gain, core and dot", o.grad_output, o.grad_output_chain),
+        _Variant("grad_output", KEPT, o.grad_output, o.grad_output_chain),
         _Variant(
             "grad_project",
             "",
-            lambda: triton.grad_project(o.x, low_rank),
+            lambda backend: backend.grad_project(o.x, low_rank),
             lambda dtype: [o.v.to(dtype).t() @ o.drop(o.x.to(dtype))],
         ),
         _Variant(
             "row_norm",
             "",
-            lambda: [triton.row_norm(o.W, o.A, o.B)],
+            lambda backend: [backend.row_norm(o.W, o.A, o.B)],
             lambda dtype: [o.merged(dtype).norm(dim=1)],
         ),
         _Variant(
             "row_norm",
             "by column",
-            lambda: [triton.row_norm(o.W, o.A, o.B, axis="in")],
+            lambda backend: [backend.row_norm(o.W, o.A, o.B, axis="in")],
             lambda dtype: [o.merged(dtype).norm(dim=0)],
         ),
     ]

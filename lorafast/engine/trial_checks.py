@@ -1,0 +1,196 @@
+"""The child of a trial: every form of the Triton kernels checked on one device, then measured.
+
+    python -m lorafast.engine.trial_checks --device UUID --entry NAME --out FILE
+
+It reads from FILE which steps are left, and appends what it finds (trial_process.Report). A kernel
+is right if its dropout bits are those of philox, its error against float64 obeys the error rule,
+two runs agree bit for bit, and it writes its outputs whole and nothing beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lorafast.engine import error_rule, philox, trial, trial_process, trial_rates
+from lorafast.engine.backends import triton
+from lorafast.engine.guarded_allocations import GuardedAllocations
+from lorafast.engine.kernel_cases import KernelCase, Sizes, kernel_cases
+from lorafast.engine.kernels import gemm_routing
+from lorafast.engine.kernels.gemm_routing import Route
+from lorafast.engine.trial import GEMMS, Form
+from lorafast.engine.trial_process import SPEED, Report
+from lorafast.runtime import devices
+
+P = 0.05
+# Of the kernel of the mask: seeds with a high word and without, and the least p, the usual one and
+# the most even one; M and K.
+SEEDS = (1, 2**31 - 1, 2**62 + 12345)
+PROBABILITIES = (1 / philox.STEPS, P, 0.5)
+MASKS = ((37, 1003), (64, 1024))
+# A child whose context a kernel has poisoned ends with this status, and is started again.
+POISONED = 3
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do the steps that are left, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m lorafast.engine.trial_checks")
+    for name, kind in (("device", str), ("entry", str), ("out", Path)):
+        parser.add_argument(f"--{name}", type=kind, required=True)
+    asked = parser.parse_args(arguments)
+    report = Report(asked.out)
+    try:
+        device = find(asked.device)
+    except Exception as error:
+        report.write(unusable=_first_line(error))
+        return 0
+    # torch.empty then yields NaN. Only warn of an operation of torch that does not repeat.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return steps(report, asked.entry, device, problems(device))
+
+
+def find(uuid: str) -> torch.device:
+    """Return the device with a UUID, ready to compute. RuntimeError if there is none here."""
+    for kind in ("cuda", "xpu"):
+        module = getattr(torch, kind)
+        for index in range(module.device_count()):
+            device = torch.device(kind, index)
+            if trial.gpu_of(device).uuid == uuid:
+                module.set_device(device)
+                torch.zeros(1, device=device).item()
+                return device
+    raise RuntimeError(f"a child process does not see the device {uuid}")
+
+
+def problems(device: torch.device) -> list[Sizes]:
+    """The sizes that the forms are checked in, of rank 16.
+
+    As many rows as fill the device, few rows with long sums, which are split, both in multiples of
+    16, and odd sizes. The compiled code depends on whether sizes are multiples of 16, not on how
+    large they are.
+    """
+    many = 32 * (devices.of(device).multiprocessors or 128)
+    return [
+        Sizes(many + 64, 512, 384, 16, 0.0),
+        Sizes(many + 64, 512, 384, 16, P),
+        Sizes(192, 2048, 1024, 16, P),
+        Sizes(203, 1019, 517, 16, P),
+    ]
+
+
+def steps(report: Report, entry: str, device: torch.device, sizes: list[Sizes]) -> int:
+    """Check the forms that are left, measure the right ones, and return the exit status."""
+    forms = {str(form): form for form in trial.ENTRIES[entry]}
+    for step in report.left:
+        report.write(begin=step)
+        rates: dict[str, float] = {}
+        try:
+            if step == SPEED:
+                reasons = Report(report.path).reasons
+                right = [form for name, form in forms.items() if not reasons[name]]
+                rates, reason = trial_rates.measure(right, device), ""
+            else:
+                reason = check(forms[step], device, sizes)
+        except Exception as error:
+            reason = _first_line(error)
+            if devices.is_out_of_memory(error):
+                reason = f"out of memory: {reason}"
+        report.write(end=step, reason=reason, rates=rates)
+        if reason and not _still_computes(device):
+            return POISONED
+    return 0
+
+
+def check(form: Form, device: torch.device, sizes: list[Sizes]) -> str:
+    """Return why a form is wrong on a device, in words; "" if it is right."""
+    if form.kernel == "drop":
+        return check_drop(device, form.dtype)
+    ranks = [72, 200] if form.wide else [16, 24]
+    if form.kernel in GEMMS:
+        # Their forms are many, and differ by neither.
+        ranks, sizes = ranks[-1:], [one for one in sizes if one.p]
+    ran = False
+    for size in (one._replace(R=R) for one in sizes for R in ranks):
+        for case in kernel_cases(size, form.dtype, device, seed=7):
+            if runs := _runs(form, case):
+                ran = True
+                if reason := _check_case(case, runs, form.dtype):
+                    shape = f"M={size.M} K={size.K} N={size.N} R={size.R} p={size.p:g}"
+                    return f"{reason} ({' '.join((case.primitive, case.variant, shape))})"
+    return "" if ran else "does not run on this device"
+
+
+def _check_case(
+    case: KernelCase, runs: list[Callable[[], list[torch.Tensor]]], dtype: torch.dtype
+) -> str:
+    truth, chain = case.chain(torch.float64), case.chain(dtype)
+    for run in runs:
+        with GuardedAllocations() as guarded:
+            found = error_rule.compare(run, truth, chain, dtype)
+        if not guarded.whole:
+            return "writes beside its outputs"
+        if found.why_wrong:
+            return found.why_wrong
+    return ""
+
+
+def _runs(form: Form, case: KernelCase) -> list[Callable[[], list[torch.Tensor]]]:
+    """The runs of a case that launch the form's kernel."""
+    if form.kernel == case.primitive:
+        return [case.run]
+    if case.query is None:
+        return []
+    routes: list[Route] = []
+    if form.kernel == "low_rank_add" and case.query.masked:
+        routes = [Route("low first"), Route("base first")]
+    elif form.kernel in GEMMS:
+        wanted = form.kernel.removeprefix("gemm_")
+        routes = [one for one in gemm_routing.candidates(case.query) if one.form == wanted]
+        if not case.query.aligned:
+            # One tile stands for all: what differs is how the ends are masked.
+            routes = routes[:1]
+    return [functools.partial(_forced, case, route) for route in routes]
+
+
+def _forced(case: KernelCase, route: Route) -> list[torch.Tensor]:
+    with gemm_routing.forcing(route):
+        return case.run()
+
+
+def check_drop(device: torch.device, dtype: torch.dtype) -> str:
+    """Return why the kernel of the mask drops other elements than philox does, or ""."""
+    for seed, p in ((seed, p) for seed in SEEDS for p in PROBABILITIES):
+        for M, K in MASKS:
+            # The bits by torch on the CPU, whose integers no GPU has to be trusted for.
+            kept = philox.keep_mask(torch.tensor([seed]), p, slice(0, M), K)
+            x = torch.where(kept, 1.0, torch.nan).to(device, dtype)
+            dropped = triton.drop(x, torch.tensor([seed], device=device), p)
+            truth = (kept * philox.scale(p)).to(dtype)
+            if not torch.equal(dropped.cpu(), truth):
+                return f"drops other elements than philox (seed={seed} p={p:g} M={M} K={K})"
+    return ""
+
+
+def _still_computes(device: torch.device) -> bool:
+    """False if an error has poisoned the context of the process."""
+    try:
+        return torch.ones(2, device=device).sum().item() == 2
+    except Exception:
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    # A child whose parent was killed ends by itself, even while it hangs in a driver's call.
+    faulthandler.dump_traceback_later(trial_process.LIMIT + 10, exit=True)
+    sys.exit(main())
