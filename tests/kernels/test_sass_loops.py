@@ -12,12 +12,9 @@ import itertools
 import pytest
 from emulator.process import in_emulator
 from helpers import sass_loops
-from helpers.reference_launches import CALLS, launch_of
+from helpers.reference_launches import CALLS, WITHOUT_LOOP, figures_of
 
 MOST_INSTRUCTIONS, MOST_ALU, LEAST_IN_FLIGHT = 13.8, 6.9, 24 * 1024
-MULTIPROCESSORS = 132
-# The kernels of which a program computes one tile, without a loop over the large operand.
-WITHOUT_LOOP = ("low_rank_add_kernel",)
 RANKS = (16, 64, 128, 256)
 LOW_RANK_ADD = ("low_rank_add", "low_rank_add, accumulated")
 ROW_NORM = ("row_norm, rows", "row_norm, columns")
@@ -57,15 +54,7 @@ def figures(call, R, capability=90):
     """Return the figures of the kernel that a call is about; skip without the tools."""
     if missing := sass_loops.missing_tools(capability):
         pytest.skip(f"Triton's wheel here has no {' and no '.join(missing)}")
-    launch = launch_of(call, R, capability)
-    kernel, blocks = launch.kernel, launch.kernel.constants
-    rows = "BLOCK_N" if kernel.name == "row_norm_kernel" else "BLOCK_M"
-    columns = "BLOCK_N" if kernel.name == "grad_output_kernel" else "BLOCK_K"
-    programs = launch.grid[0] * launch.grid[1] / MULTIPROCESSORS
-    return sass_loops.of_kernel(
-        kernel.files, capability, blocks[rows] * blocks[columns], kernel.name not in WITHOUT_LOOP,
-        launch.warps, kernel.shared, programs,
-    )  # fmt: skip
+    return figures_of(call, R, capability)
 
 
 @each_call("instructions")

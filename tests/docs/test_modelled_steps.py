@@ -1,0 +1,53 @@
+"""The tables of docs/modelled-steps.md: what they promise, and that they are up to date."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "modelled_steps.py"
+PAGE = (ROOT / "docs" / "modelled-steps.md").read_text()
+ROW = re.compile(r"^\| (LoRA|DoRA|LaMDA) \| (\S+) \| (.+) \|$", re.M)
+
+
+def tables():
+    """The cells of every row, by (tokens, K, method, dropout)."""
+    found = {}
+    for head in re.finditer(
+        r"^(\d+) tokens, (\d+) → \d+; (.*?)(?=^\d+ tokens|\Z)", PAGE, re.M | re.S
+    ):
+        for method, p, cells in ROW.findall(head[3]):
+            eager, chosen, *theirs = cells.split(" | ")[:4]
+            their = [float(cell) for cell in theirs if cell != "–"]
+            found[int(head[1]), int(head[2]), method, p] = float(chosen), float(eager), their
+    return found
+
+
+def test_nothing_chosen_is_modelled_above_peft_or_eager():
+    rows = tables()
+    assert len(rows) == 4 * 6
+    for row, (chosen, eager, theirs) in rows.items():
+        assert chosen <= min([eager, *theirs]), row
+
+
+@pytest.mark.parametrize(("method", "most"), [("LoRA", 1.25), ("DoRA", 1.35)])
+def test_dropout_at_4096_is_modelled_within_the_goal(method, most):
+    assert tables()[8192, 4096, method, "0.05"][0] <= most
+
+
+@pytest.mark.slow
+@pytest.mark.peft
+def test_the_page_is_what_the_tool_writes():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, TOOL, "--print"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    made = PAGE.partition("<!-- modelled: begin -->\n\n")[2].partition("\n<!-- modelled: end -->")[
+        0
+    ]
+    assert done.stdout.strip() == made.strip(), "run python tools/modelled_steps.py"
