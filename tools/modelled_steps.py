@@ -168,12 +168,15 @@ def _launch(kernel: str, arguments: dict[str, Any]) -> Work:
 
 def _gemm(trace: Trace, out: torch.Tensor, summands: list, masked: Any, route: Any) -> None:
     """Note a product of ours: its flops at the speed assumed of its form, and its mask."""
-    from lorafast.engine.kernels import gemm_routing
+    from lorafast.engine.kernels import gpu_specs
+    from lorafast.runtime import devices
 
     terms = [*summands, *([masked] if masked else [])]
     flops = sum(2 * out.numel() * term.a.shape[1] for term in terms)
     moved = _bytes(out) + sum(_bytes(term.a) + _bytes(term.b) for term in terms)
-    speed = HALF_FLOPS * gemm_routing.EFFICIENCY[route.form]
+    speed = HALF_FLOPS * gpu_specs.device(
+        devices.Arch("nvidia", f"sm_{CAPABILITY}", PROCESSORS)
+    ).speed(route.form)
     seconds = max(flops / speed, moved / BANDWIDTH, LEAST)
     if masked:
         integer = counts_of("project, dropout").integer - counts_of("project").integer
