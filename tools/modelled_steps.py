@@ -189,6 +189,7 @@ def pretended(trace: Trace) -> Iterator[None]:
     """Return a context in which fake CUDA tensors are those of an H200, and launches are noted."""
     from triton.runtime.jit import JITFunction
 
+    from lorafast.engine import kernel_choice
     from lorafast.engine.backends import triton as backend
     from lorafast.engine.kernels import launch
     from lorafast.runtime import devices
@@ -205,6 +206,7 @@ def pretended(trace: Trace) -> Iterator[None]:
         for owner, name, value in (
             (JITFunction, "run", run),
             (backend, "gemm", gemm),
+            (kernel_choice, "measured_specs", lambda *_: None),
             (launch, "on", lambda x: contextlib.nullcontext()),
             (devices, "of", lambda device: arch),
             (devices, "has_mixed_gemm", lambda device: True),
