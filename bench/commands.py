@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lorafast.bench import machine, output
+from lorafast.bench import machine, output, trial
 from lorafast.bench.cases import generate, implementations, linear, model
 from lorafast.bench.cases.candidate import Problem
 from lorafast.bench.cases.generate_task import Size
@@ -144,6 +144,19 @@ def _tune(asked: argparse.Namespace, arguments: list[str]) -> int:
     return WRONG if any(one.status == "wrong" for some in timings for one in some) else RIGHT
 
 
+def _trial(asked: argparse.Namespace, arguments: list[str]) -> int:
+    output.check_files(asked.json, None)
+    device = machine.device(asked.device)
+    found = trial.run(device, asked.entries, asked.again)
+    facts = machine.environment(device, output.command_line(arguments))
+    if asked.json == STDOUT:
+        output.print_json(trial.document(facts, found))
+    elif asked.json:
+        asked.json.write_text(trial.document(facts, found))
+    tables.show(trial.tables(found), output.tables_console(asked.json), trial.LEGEND)
+    return RIGHT if trial.all_right(found) else WRONG
+
+
 def _report(asked: argparse.Namespace, _: list[str]) -> int:
     results = [Results.read(file) for file in asked.files]
     if asked.html:
@@ -241,6 +254,7 @@ _COMMANDS = {
     "model": _model,
     "generate": _generate,
     "tune": _tune,
+    "trial": _trial,
     "report": _report,
     "env": _env,
 }

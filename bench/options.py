@@ -10,7 +10,15 @@ from typing import NoReturn
 
 import lorafast
 from lorafast.bench.cases import implementations, shapes
-from lorafast.bench.cases.choices import DROPOUT_ON, DTYPES, ENCODERS, LAYERS, METHODS, PASSES
+from lorafast.bench.cases.choices import (
+    DROPOUT_ON,
+    DTYPES,
+    ENCODERS,
+    ENTRIES,
+    LAYERS,
+    METHODS,
+    PASSES,
+)
 from lorafast.bench.spelling import did_you_mean, unknown
 
 # torch's own names of the dtypes.
@@ -128,6 +136,17 @@ def _tune(command: Command) -> None:
     add("--tokens", type=_each(_count), default="16,512,8192", metavar="M,…", help=help_text)
     _dropouts(command)
     _measured(command, 15)
+
+
+def _trial(command: Command) -> None:
+    add = command.add_argument
+    help_text = f"all, or some of {', '.join(ENTRIES)}"
+    each = _each(_one_of(ENTRIES, everything="all"))
+    add("--entries", type=each, default="streams", metavar="NAME,…", help=help_text)
+    add("--device", help=_DEVICE)
+    add("--again", action="store_true", help="try anew what has a verdict")
+    help_text = "write the verdicts here; - is stdout, and tables go to stderr"
+    add("--json", type=Path, metavar="FILE", help=help_text)
 
 
 def _report(command: Command) -> None:
@@ -323,6 +342,11 @@ _COMMANDS = {
         _tune,
         "Check every Triton kernel, time every route of a product, and print rows for the table of "
         "routes.",
+    ),
+    "trial": (
+        _trial,
+        "Check Triton's kernels on this GPU in a child process, or read the verdict that is there. "
+        "What it finds decides which kernels serve unasked.",
     ),
     "report": (_report, "Print the tables of JSON files measured before, and draw them."),
     "env": (_env, "Print the facts of this machine that are stored with every result, as JSON."),

@@ -9,6 +9,8 @@ DTYPES = ("fp32", "bf16", "fp16")
 DROPOUT_ON = ("adapter", "both")
 # What `linear` measures: a training step, or a forward without gradients.
 PASSES = ("train", "inference")
+# The forms of kernels that are tried together.
+ENTRIES = ("streams", "gemm", "fp32", "ranks")
 # In the order of lorafast.list_methods.
 METHODS = (
     *("lora", "rslora", "pissa", "lora-ga", "lora+", "lora-pro", "lora-fa"),

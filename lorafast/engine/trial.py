@@ -139,28 +139,33 @@ def entry_of(kernel: str, dtype: torch.dtype, R: int = 0) -> tuple[str, Form]:
     return "streams", form
 
 
-def verdict(device: torch.device | None, entry: str = "streams") -> Verdict | Provisional:
+def verdict(
+    device: torch.device | None, entry: str = "streams", since: float = 0.0
+) -> Verdict | Provisional:
     """The verdict on an entry's forms on a device; the first question runs the trial.
 
     During a capture or a trace nothing is run: without a verdict the answer is Provisional.
-    device: None if the process has seen none of the kind that is asked about.
+    device: None if the process has seen none of the kind that is asked about. since: a verdict
+    found before, in seconds since 1970, does not count.
     """
     found = known(device, entry)
-    if found is not None:
+    if found is not None and found.when >= since:
         return found
     if device is None or device.type not in ("cuda", "xpu"):
         return Verdict(reason=f"is tried on GPUs, and {device or 'none'} is here")
-    if env.trial() == "0":
+    asked = env.trial()
+    if asked == "0":
         return Verdict(reason=f"{env.TRIAL.name}=0: no kernel serves unasked")
+    since = max(since, _began if asked == "again" else 0.0)
     gpu = gpu_of(device)
     with contextlib.suppress(OSError, _Damaged):
         found = _read(_file(Path(env.cache()), gpu), entry)
-    if found is None or not _is_new_enough(found):
+    if found is None or found.when < since:
         if devices.traced():
             return Provisional(
                 "has not been tried on this GPU, and nothing is tried during a capture or a trace"
             )
-        found = _tried(device, gpu, entry)
+        found = _tried(device, gpu, entry, since)
     _known[device, entry] = found
     return found
 
@@ -170,10 +175,6 @@ def known(device: torch.device | None, entry: str) -> Verdict | None:
     if _assumed:
         return _assumed[-1].get(entry, _NONE)
     return None if device is None else _known.get((device, entry))
-
-
-def _is_new_enough(found: Verdict) -> bool:
-    return env.trial() != "again" or found.when >= _began
 
 
 @contextlib.contextmanager
@@ -235,7 +236,7 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _tried(device: torch.device, gpu: Gpu, entry: str) -> Verdict:
+def _tried(device: torch.device, gpu: Gpu, entry: str, since: float) -> Verdict:
     """Run the trial, unless another process or thread does so meanwhile."""
     if sys.platform != "linux":
         return Verdict(reason=f"is tried on Linux only, not on {sys.platform}")
@@ -249,11 +250,11 @@ def _tried(device: torch.device, gpu: Gpu, entry: str) -> Verdict:
         with build_cache.locked(file.with_suffix(".lock")):
             why = unusable or f"no verdict on it is in {folder}"
             try:
-                written = known(device, entry) or _read(file, entry)
-                if written is not None and _is_new_enough(written):
-                    return written
-                if written is not None:
-                    why = f"{env.TRIAL.name}=again"
+                for written in (known(device, entry), _read(file, entry)):
+                    if written is not None and written.when >= since:
+                        return written
+                    if written is not None:
+                        why = "it was to be tried again"
             except _Damaged as damage:
                 why = str(damage)
             found = _run(folder, why, gpu, entry)

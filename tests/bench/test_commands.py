@@ -13,7 +13,7 @@ from lorafast import testing
 from lorafast.bench import cli, options, output
 from lorafast.bench.cases import choices, recipes
 from lorafast.bench.report import record
-from lorafast.engine import checks
+from lorafast.engine import checks, trial
 
 RESULTS = bench_records.results()
 
@@ -108,6 +108,7 @@ def test_a_dropout_that_drops_nothing_is_an_error_before_anything_is_measured(ca
 def test_the_names_that_options_accept_are_those_of_the_code():
     assert set(choices.DTYPES) == set(testing.SHORT.values()) - {"fp64"}
     assert choices.DROPOUT_ON == checks.DROPOUT_ON
+    assert tuple(trial.ENTRIES) == choices.ENTRIES
     assert tuple(recipes.RECIPES) == choices.METHODS
     assert set(choices.LAYERS) < set(choices.METHODS)
 
