@@ -130,6 +130,7 @@ def why_not(kernel: str, dtype: torch.dtype, R: int, device: torch.device) -> st
     return found if isinstance(found, Provisional) else found.why_not(form)
 
 
+@functools.lru_cache(maxsize=256)
 def entry_of(kernel: str, dtype: torch.dtype, R: int = 0) -> tuple[str, Form]:
     """The entry that has the verdict on a kernel, and the form there."""
     form = Form(kernel, dtype, kernel in STREAMS[1:] and R > RANKS)

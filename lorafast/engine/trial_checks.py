@@ -23,6 +23,7 @@ from lorafast.engine.backends import triton
 from lorafast.engine.guarded_allocations import GuardedAllocations
 from lorafast.engine.kernel_cases import KernelCase, Sizes, kernel_cases
 from lorafast.engine.kernels import gemm_routing
+from lorafast.engine.kernels.drop import drop
 from lorafast.engine.kernels.gemm_routing import Route
 from lorafast.engine.trial import GEMMS, Form
 from lorafast.engine.trial_process import SPEED, Report
@@ -170,10 +171,22 @@ def check_drop(device: torch.device, dtype: torch.dtype) -> str:
             # The bits by torch on the CPU, whose integers no GPU has to be trusted for.
             kept = philox.keep_mask(torch.tensor([seed]), p, slice(0, M), K)
             x = torch.where(kept, 1.0, torch.nan).to(device, dtype)
-            dropped = triton.drop(x, torch.tensor([seed], device=device), p)
-            truth = (kept * philox.scale(p)).to(dtype)
-            if not torch.equal(dropped.cpu(), truth):
-                return f"drops other elements than philox (seed={seed} p={p:g} M={M} K={K})"
+            on_device, scale = torch.tensor([seed], device=device), philox.scale(p)
+            with GuardedAllocations() as guarded:
+                dropped = triton.drop(x, on_device, p)
+                # Rows that lie beyond element 2³¹ of their activation.
+                first = 2**31 // K + 1
+                later = torch.empty_like(x)
+                drop(later, torch.ones_like(x), on_device, p, first, scaled=False)
+                added = torch.ones_like(x)
+                drop(added, x, on_device, p, accumulate=True)
+            far = philox.keep_mask(torch.tensor([seed]), p, slice(first, first + M), K)
+            truths = kept * scale, far * 1.0, 1 + kept * scale
+            for found, truth in zip((dropped, later, added), truths, strict=True):
+                if not torch.equal(found.cpu(), truth.to(dtype)):
+                    return f"drops other elements than philox (seed={seed} p={p:g} M={M} K={K})"
+            if not guarded.whole:
+                return "writes beside its outputs"
     return ""
 
 

@@ -142,7 +142,7 @@ def _environment() -> dict[str, str]:
     return env.child(
         PYTHONPATH=os.pathsep.join(filter(None, sys.path)),
         CUBLAS_WORKSPACE_CONFIG=":4096:8",
-        **{env.TRIAL.name: "0"},
+        **{env.TRIAL.name: "0", env.BACKEND.name: "auto"},
     )
 
 

@@ -79,7 +79,7 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     Covers lorafast's layers and the layers of a PEFT model after lorafast.accelerate, those with
     one row for each adapter. Nothing is computed; activations are assumed to have the dtype of the
     weight. The table has one line for layers that differ in the indices of their names alone, and a
-    total; a notebook shows it in HTML.
+    total; a notebook shows it in HTML. A GPU whose kernels have not been tried is tried first.
 
     Args:
         model: the model, or one layer.
