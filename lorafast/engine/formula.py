@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from lorafast.engine import dispatch
+from lorafast.engine import dispatch, masks
 from lorafast.engine.dispatch import Routes
 from lorafast.engine.precision import accumulator, apply_core, divide_or_zero
 from lorafast.engine.problem import (
@@ -84,23 +84,24 @@ def backward(
     if needs.lora_bias:
         d_lora_bias = sums.d_bias * scaling_of(tensors, options)
         grads["lora_bias"] = d_lora_bias * gain if by_row else d_lora_bias
+    low_rank = LowRankTerm(own.v, tensors.lora_A, tensors.seed, options.dropout)
+    if options.dropout and needs.lora_A and needs.x:
+        low_rank = low_rank._replace(shared=masks.shared(tokens(dy), tensors.weight.shape[1]))
     if needs.lora_A:
         adapter_x = x
         if has_gain and not by_row:
             adapter_x = _inputs(x, tensors, options, routes)[0]
-        low_rank = LowRankTerm(own.v, tensors.lora_A, tensors.seed, options.dropout)
         (grads["lora_A"],) = routes["grad_project"].grad_project(adapter_x, [low_rank])
     if not has_gain and needs.x:
-        low_rank = LowRankTerm(own.v, tensors.lora_A, tensors.seed, options.dropout)
         base = BaseTerm(dy, tensors.weight)
         grads["x"] = routes["grad_input"].grad_input([base], [low_rank])
     elif by_row:
         if needs.gain:
             grads |= _gain_grads(_d_gain(sums, tensors, options, gain), gain, tensors, needs)
         if needs.x:
-            grads["x"] = _d_x_by_row(dy, own.v, gain, tensors, options, routes)
+            grads["x"] = _d_x_by_row(dy, low_rank, gain, tensors, options, routes)
     elif has_gain and (needs.x or needs.gain):
-        grads |= _in_axis_grads(dy, x, own.v, gain, tensors, options, needs, routes)
+        grads |= _in_axis_grads(dy, x, low_rank, gain, tensors, options, needs, routes)
     # GradMask's order is x and then LayerTensors' own, from the bias on.
     likes = (dy, *tensors[1 : len(GradMask._fields)])
     result: list[torch.Tensor | None] = []
@@ -321,18 +322,17 @@ def _gain_grads(
 
 def _d_x_by_row(
     dy: torch.Tensor,
-    v: torch.Tensor,
+    low_rank: LowRankTerm,
     gain: torch.Tensor,
     tensors: LayerTensors,
     options: CallOptions,
     routes: Routes,
 ) -> torch.Tensor:
-    grad_input, weight, A = routes["grad_input"].grad_input, tensors.weight, tensors.lora_A
+    grad_input, weight = routes["grad_input"].grad_input, tensors.weight
     if not options.drops_base:
-        low_rank = LowRankTerm(v, A, tensors.seed, options.dropout)
         return grad_input([BaseTerm(dy, weight, gain)], [low_rank])
     # dx = dy W + mask⊙(((gain-1)⊙dy) W + v A): the correction and the adapter share one mask.
-    through_drop = grad_input([BaseTerm(dy, weight, gain - 1)], [LowRankTerm(v, A)])
+    through_drop = grad_input([BaseTerm(dy, weight, gain - 1)], [LowRankTerm(*low_rank[:2])])
     dropped = routes["drop"].drop(through_drop, tensors.seed, options.dropout)
     return grad_input([BaseTerm(dy, weight)], []).add_(dropped)
 
@@ -340,7 +340,7 @@ def _d_x_by_row(
 def _in_axis_grads(
     dy: torch.Tensor,
     x: torch.Tensor,
-    v: torch.Tensor,
+    low_rank: LowRankTerm,
     gain: torch.Tensor,
     tensors: LayerTensors,
     options: CallOptions,
@@ -348,18 +348,17 @@ def _in_axis_grads(
     routes: Routes,
 ) -> dict[str, torch.Tensor]:
     """dx and the gradients of magnitude and norm through in_gain⊙x, for axis="in"."""
-    base, A = BaseTerm(dy, tensors.weight), tensors.lora_A
-    grad_input, seed, p = routes["grad_input"].grad_input, tensors.seed, options.dropout
+    base, grad_input = BaseTerm(dy, tensors.weight), routes["grad_input"].grad_input
     if not options.drops_base:
-        d_scaled = grad_input([base], [LowRankTerm(v, A, seed, p)])
+        d_scaled = grad_input([base], [low_rank])
         d_x = d_scaled * gain
     else:
-        drop = routes["drop"].drop
+        drop, (v, A, seed, p, _) = routes["drop"].drop, low_rank
         d_base = grad_input([base], [])
         dropped = drop(d_base, seed, p)
-        low_rank = drop(torch.mm(v, A.to(v.dtype)).view_as(d_base), seed, p)
-        d_x = d_base + (gain - 1) * dropped + gain * low_rank
-        d_scaled = dropped + low_rank
+        dropped_part = drop(torch.mm(v, A.to(v.dtype)).view_as(d_base), seed, p)
+        d_x = d_base + (gain - 1) * dropped + gain * dropped_part
+        d_scaled = dropped + dropped_part
     grads = {"x": d_x}
     if needs.gain:
         d_gain = (d_scaled.to(gain.dtype) * x).reshape(tokens(x), x.shape[-1]).sum(0)

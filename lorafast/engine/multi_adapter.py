@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorafast.engine import dispatch, flop_formulas
+from lorafast.engine import dispatch, flop_formulas, masks
 from lorafast.engine.dispatch import Routes
 from lorafast.engine.ops import differentiable, once_differentiable, register
 from lorafast.engine.precision import accumulator
@@ -124,10 +124,14 @@ def _several_backward(dy, x, hs, weight, *rest) -> list[torch.Tensor]:
         ]
         any_bias = need_bias or any(need.lora_bias for need in needs)
         sums = routes["grad_output"].grad_output(dy, specs, None, None, any_bias)
+        sizes = tokens(dy), weight.shape[1]
         terms = [
-            LowRankTerm(own.v, a.lora_A, a.seed, a.dropout)
-            for own, a in zip(sums.adapters, adapters, strict=True)
-        ]
+            LowRankTerm(
+                own.v, a.lora_A, a.seed, a.dropout,
+                masks.shared(*sizes) if a.dropout and need_x and need.lora_A else None,
+            )
+            for own, a, need in zip(sums.adapters, adapters, needs, strict=True)
+        ]  # fmt: skip
         trained = [term for term, need in zip(terms, needs, strict=True) if need.lora_A]
         d_A = routes["grad_project"].grad_project(x, trained) if trained else []
         grads = []

@@ -154,16 +154,26 @@ class BaseTerm(NamedTuple):
     gain: torch.Tensor | None = None
 
 
+class SharedMask:
+    """Where one primitive of a backward leaves the mask that another one needs too."""
+
+    __slots__ = ("mask",)
+
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
+
+
 class LowRankTerm(NamedTuple):
     """One summand mask⊙(v A) of dx, and the down projection whose dA = vᵀ drop(x).
 
-    v [M,R], A [R,K]
+    v [M,R], A [R,K]. shared: for a backend whose mask is a tensor; None: it makes the mask anew.
     """
 
     v: torch.Tensor
     A: torch.Tensor
     seed: torch.Tensor | None = None
     p: float = 0.0
+    shared: SharedMask | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,9 +176,8 @@ def test_the_transient_peak_of_dropout_has_no_mask_of_x(form):
     t = testing.make(case)
     with torch.no_grad():
         peak = testing.allocated(lambda: testing.ours(case, t)).peak
-        chain = testing.allocated(lambda: testing.chain(case, t)).peak
     x_bytes = 4096 * 1024 * 4
-    # One or two GEMM operands of x's size where the method has them, and one panel's words; the
-    # mask's words alone are 8 times x.
+    # Two GEMM operands of x's size where the method has them, and one block's words. drop(x) of the
+    # whole x and its scale would be two more.
     operands = 2 * (case.form.dropout_on == "both" or case.form.axis == "in")
-    assert peak < (operands + 1) * x_bytes < chain
+    assert peak < (operands + 1) * x_bytes

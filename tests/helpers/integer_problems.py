@@ -237,7 +237,7 @@ def grad_input(backend, dtype, factor, M, N, K, R, layout):
             for s in segments
         )
         exact = exact + sum(
-            exact_drop(v.double() @ A.double(), p) * philox.scale(p) for v, A, _, p in lows
+            exact_drop(v.double() @ A.double(), p) * philox.scale(p) for v, A, _, p, _ in lows
         )
         assert_rounded_once(backend.grad_input(segments, lows), exact, dtype)
 

@@ -150,7 +150,7 @@ def test_several_adapters_and_base_terms(form, take):
         total = torch.zeros(M, K, dtype=cast)
         for dy, W, gain in bases:
             total += (dy.to(cast) if gain is None else dy.to(cast) * gain.to(cast)) @ W.to(cast)
-        for v, A, seed, p in terms:
+        for v, A, seed, p, _ in terms:
             part = v.to(cast) @ A.to(cast)
             if p:
                 part = (

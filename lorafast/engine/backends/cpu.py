@@ -160,7 +160,9 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
     first, *more = bases
     dx = torch.empty(*first.dy.shape[:-1], first.weight.shape[1], dtype=first.dy.dtype)
     dx2 = dx if dx.dim() == 2 else flatten_tokens(dx)
-    additions = [_low_rank_add(v, A.t(), dx.dtype, seed=seed, p=p) for v, A, seed, p in low_ranks]
+    additions = [
+        _low_rank_add(v, A.t(), dx.dtype, seed=seed, p=p) for v, A, seed, p, _ in low_ranks
+    ]
     torch.mm(*_gained_operands(first), out=dx2)
     for base in more:
         dx2.addmm_(*_gained_operands(base))
@@ -171,7 +173,7 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
 
 def grad_project(x: torch.Tensor, low_ranks: list[LowRankTerm]) -> list[torch.Tensor]:
     x2 = _dense_rows(x)
-    return [_grad_project(x2, v, seed, p) for v, _, seed, p in low_ranks]
+    return [_grad_project(x2, v, seed, p) for v, _, seed, p, _ in low_ranks]
 
 
 def row_norm(

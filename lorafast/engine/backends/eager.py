@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
-from lorafast.engine import philox, row_blocks
+from lorafast.engine import masks, philox, row_blocks
 from lorafast.engine.precision import (
     accumulator,
     apply_core,
@@ -41,7 +41,7 @@ _WIDE = {
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
 
-drop = philox.drop
+drop = masks.drop
 
 
 def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def project(x: torch.Tensor, downs: list[DownProj]) -> list[tuple[torch.Tensor, 
         if p:
             h = x.new_empty(x2.shape[0], A.shape[0])
             for rows in _blocks(x2):
-                h[rows] = _wide_mm(_unscaled(x2, rows, seed, p), factor) * philox.scale(p)
+                h[rows] = _wide_mm(masks.drop_rows(x2, rows, seed, p), factor) * philox.scale(p)
         else:
             h = torch.mm(x2, factor)
         results.append((h, h if core is None else apply_core(h, core)))
@@ -125,7 +125,11 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
         low_ranks = [term._replace(v=term.v.to(dy.dtype)) for term in low_ranks]
     # By blocks of rows goes what torch.addmm cannot add: masked terms, and v wider than dy.
     added = [term for term in low_ranks if term.p or term.v.dtype != dy.dtype]
-    products = [(v, A.to(dy.dtype)) for v, A, _, p in low_ranks if not p and v.dtype == dy.dtype]
+    products = [
+        (term.v, term.A.to(dy.dtype))
+        for term in low_ranks
+        if not term.p and term.v.dtype == dy.dtype
+    ]
     products += map(gained_operands, bases)
     if _rounds_often(dx2):
         started = _add_low_ranks(dx2, added, started=False)
@@ -138,13 +142,13 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
 
 def grad_project(x: torch.Tensor, low_ranks: list[LowRankTerm]) -> list[torch.Tensor]:
     x2, wide, grads = flatten_tokens(x), _WIDE[x.dtype], []
-    for v, A, seed, p in low_ranks:
+    for v, A, seed, p, shared in low_ranks:
         if not p:
             grads.append(_sum_over_tokens(v, x2))
             continue
         dA = torch.zeros(A.shape, dtype=wide, device=x.device)
         for rows in _blocks(x2):
-            dA += _sum_over_tokens(v[rows], _unscaled(x2, rows, seed, p))
+            dA += _sum_over_tokens(v[rows], masks.drop_rows(x2, rows, seed, p, shared))
         grads.append(dA.mul_(philox.scale(p)))
     return grads
 
@@ -199,11 +203,6 @@ def _blocks(x2: torch.Tensor) -> Iterable[slice]:
     return row_blocks.row_blocks(x2)
 
 
-def _unscaled(x2: torch.Tensor, rows: slice, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """Some rows of drop(x) before its scale: dropped elements are zero, nothing is rounded."""
-    return torch.where(philox.keep_mask(seed, p, rows, x2.shape[1]), x2[rows], 0.0)
-
-
 def _scaled(
     factor: torch.Tensor,
     scaling: Scaling,
@@ -229,13 +228,13 @@ def _rounds_often(out: torch.Tensor) -> bool:
 
 def _add_low_ranks(out: torch.Tensor, low_ranks: list[LowRankTerm], started: bool) -> bool:
     """out = out (if started) + Σ mask⊙(v A); return True if out has been written."""
-    for v, A, seed, p in low_ranks:
+    for v, A, seed, p, shared in low_ranks:
         for rows in _blocks(out):
             part = _wide_mm(v[rows], A.to(v.dtype))
             if p:
-                part.mul_(philox.scale(p))
-                part.masked_fill_(~philox.keep_mask(seed, p, rows, out.shape[1]), 0)
-            out[rows] = part.add_(out[rows]) if started else part
+                masks.add_rows(out, rows, part, seed, p, started, shared)
+            else:
+                out[rows] = part.add_(out[rows]) if started else part
         started = True
     return started
 

@@ -162,7 +162,7 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
     if route.fused and M * K * min(product.a.shape[1] for product in products):
         own, masked = (
             _concatenated(
-                [_LowRank(v, A.t(), seed=seed, p=p) for v, A, seed, p in terms],
+                [_LowRank(v, A.t(), seed=seed, p=p) for v, A, seed, p, _ in terms],
                 route,
                 query.by_row,
             )
@@ -172,7 +172,7 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
         gemm(dx2, summands, masked[0] if masked else None, route)
         return dx
     low_rank_first = route.form == "low first"
-    factors = [(v, A.to(dy.dtype)) for v, A, _, _ in plain]
+    factors = [(v, A.to(dy.dtype)) for v, A, *_ in plain]
     factors += [(product.a, product.b.t()) for product in products]
     if low_rank_first:
         for i, term in enumerate(dropped):
