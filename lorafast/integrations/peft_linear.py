@@ -140,7 +140,10 @@ def few_tokens_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor | None:
         return None
     base = layer._modules["base_layer"]
     A, B, dropout = modules = peft_support.adapter_modules(layer, names[0])
-    if not type(base) is type(A) is type(B) is nn.Linear or A.bias is not None:
+    # Reading _parameters takes a tenth of the time of nn.Module's attributes; what a library has
+    # put elsewhere is unusual.
+    own, down, up = base._parameters, A._parameters, B._parameters
+    if not type(base) is type(A) is type(B) is nn.Linear or down.get("bias") is not None:
         return None
     p = 0.0
     if type(dropout) is not nn.Identity:
@@ -150,9 +153,13 @@ def few_tokens_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor | None:
     for module in (base, *modules):
         if peft_support.why_not_skippable(module):
             return None
-    return plain_products.linear(
-        x, base.weight, base.bias, A.weight, B.weight, B.bias, layer.scaling[names[0]], p
-    )
+    try:
+        weight, bias, lora_A, lora_B = own["weight"], own["bias"], down["weight"], up["weight"]
+        lora_bias = up["bias"]
+    except KeyError:
+        return None
+    scaling = layer.scaling[names[0]]
+    return plain_products.linear(x, weight, bias, lora_A, lora_B, lora_bias, scaling, p)
 
 
 def op_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor:
