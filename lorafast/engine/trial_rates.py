@@ -34,15 +34,15 @@ _MOST_REPEATS = 50
 def measure(
     right: list[Form],
     device: torch.device,
+    mask: bool,
     large: Shape = LARGE,
     small: Shape = SMALL,
 ) -> dict[str, float]:
-    """Return the constants of the forms that are right. They are those of the first dtype.
+    """Return the constants of some right forms: those of the first dtype.
 
-    large, small: M, K and N of the layers that are measured.
+    mask: True if eager may drop by the mask's kernel. large, small: M, K and N of the layers that
+    are measured.
     """
-    if not right:
-        return {}
     dtype, R = right[0].dtype, 128 if right[0].wide else 16
     kernels = {form.kernel for form in right if form.dtype == dtype}
     # Memory that is not written would be filled with NaN, which takes time.
@@ -50,9 +50,8 @@ def measure(
     torch.use_deterministic_algorithms(False)
     try:
         found = _products(dtype, device, large, small)
-        # eager is measured with the kernel of the mask, if that is right.
-        masks = {str(form): "" for form in right if form.kernel == "drop"}
-        with trial.assuming({"streams": Verdict(masks)}):
+        entry, form = trial.entry_of("drop", dtype)
+        with trial.assuming({entry: Verdict({str(form): "" if mask else "is wrong"})}):
             for sizes in (large, TINY):
                 for kernel, case in _streams(kernels, dtype, device, sizes, R):
                     found |= _stream(kernel, case, device, sizes == TINY)

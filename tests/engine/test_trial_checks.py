@@ -103,6 +103,12 @@ def test_a_wrong_mask_is_found(monkeypatch, fault):
     assert reason.startswith("drops other elements than philox (seed=1 p=")
 
 
+def measure_little(monkeypatch):
+    """Measure layers that the interpreter has done soon."""
+    measure, sizes = trial_rates.measure, [(40, 32, 32)] * 2
+    monkeypatch.setattr(trial_rates, "measure", lambda *asked: measure(*asked, *sizes))
+
+
 def child(tmp_path, monkeypatch, forms, *written):
     """Run the child on CPU tensors and return its exit status and its report."""
     steps = [*map(str, forms), trial_process.SPEED]
@@ -123,7 +129,9 @@ def test_the_child_checks_then_measures(tmp_path, monkeypatch):
     forms = [Form(kernel, FP16) for kernel in ("drop", "grad_project")]
     measure, small = trial_rates.measure, (40, 32, 32)
     monkeypatch.setattr(
-        trial_rates, "measure", lambda right, device: measure(right, device, small, small)
+        trial_rates,
+        "measure",
+        lambda right, device, mask: measure(right, device, mask, small, small),
     )
     status, report = child(tmp_path, monkeypatch, forms)
     assert status == 0
@@ -148,7 +156,7 @@ def test_the_child_checks_then_measures(tmp_path, monkeypatch):
 )
 def test_an_error_is_the_forms_reason_and_the_child_goes_on(tmp_path, monkeypatch, fault, reason):
     plant(monkeypatch, fault)
-    monkeypatch.setattr(trial_rates, "measure", lambda right, device: {"right": float(len(right))})
+    monkeypatch.setattr(trial_rates, "measure", lambda right, *_: {"right": float(len(right))})
     forms = [Form(kernel, FP16) for kernel in ("project", "drop")]
     status, report = child(tmp_path, monkeypatch, forms)
     assert (status, report.reasons[str(forms[0])]) == (0, reason)
@@ -162,7 +170,7 @@ def test_a_child_whose_context_is_poisoned_ends_and_goes_on_in_the_next(tmp_path
     status, report = child(tmp_path, monkeypatch, forms)
     assert status == trial_checks.POISONED
     assert report.left == [str(forms[1]), trial_process.SPEED]
-    monkeypatch.setattr(trial_rates, "measure", lambda right, device: {"right": float(len(right))})
+    monkeypatch.setattr(trial_rates, "measure", lambda right, *_: {"right": float(len(right))})
     ended = {"end": str(forms[0]), "reason": "crashed"}
     status, report = child(tmp_path / "..", monkeypatch, forms, ended)
     assert status == 0
@@ -180,14 +188,33 @@ def test_a_device_that_a_child_does_not_see_is_said(tmp_path):
     assert report.left
 
 
-def test_eager_is_measured_with_the_mask_that_was_right(monkeypatch):
-    asked: list[str] = []
+@pytest.mark.parametrize(
+    ("kernels", "reason", "served"),
+    [
+        (("drop", "row_norm"), "", True),
+        (("row_norm",), "crashed by SIGSEGV", False),
+        (("row_norm",), None, True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [FP16, torch.float32])
+def test_eager_is_measured_with_the_mask_that_is_right(monkeypatch, dtype, kernels, reason, served):
+    """reason: the verdict of the same entry on the mask; None if the entry has none."""
+    asked: list[bool] = []
 
     def seconds(run, device):
-        asked.append(trial.why_not("drop", FP16, 0, CPU))
+        asked.append(not trial.why_not("drop", dtype, 0, CPU))
         return 1.0
 
     monkeypatch.setattr(trial_rates, "_seconds", seconds)
-    small = (64, 32, 32)
-    trial_rates.measure([Form("drop", FP16), Form("row_norm", FP16)], CPU, small, small)
-    assert set(asked[3:]) == {""}
+    measure, small = trial_rates.measure, (64, 32, 32)
+    monkeypatch.setattr(
+        trial_rates,
+        "measure",
+        lambda right, device, mask: measure(right, device, mask, small, small),
+    )
+    reasons = {} if reason is None else {str(Form("drop", dtype)): reason}
+    right = [Form(kernel, dtype) for kernel in kernels]
+    assert trial_checks.speed(right, reasons, CPU)
+    # The first three are a copy and torch's products.
+    assert set(asked[3:]) == {served}
+    assert trial_checks.speed([], reasons, CPU) == {}
