@@ -189,11 +189,13 @@ def check_drop(device: torch.device, dtype: torch.dtype) -> str:
                 first = 2**31 // K + 1
                 later = torch.empty_like(x)
                 drop(later, torch.ones_like(x), on_device, p, first, scaled=False)
-                added = torch.ones_like(x)
-                drop(added, x, on_device, p, accumulate=True)
+                # A masked product is fp32 beside any dtype.
+                written, added = torch.empty_like(x), torch.ones_like(x)
+                drop(written, x.float(), on_device, p)
+                drop(added, x.float(), on_device, p, accumulate=True)
             far = philox.keep_mask(torch.tensor([seed]), p, slice(first, first + M), K)
-            truths = kept * scale, far * 1.0, 1 + kept * scale
-            for found, truth in zip((dropped, later, added), truths, strict=True):
+            truths = kept * scale, far * 1.0, kept * scale, 1 + kept * scale
+            for found, truth in zip((dropped, later, written, added), truths, strict=True):
                 if not torch.equal(found.cpu(), truth.to(dtype)):
                     return f"drops other elements than philox (seed={seed} p={p:g} M={M} K={K})"
             if not guarded.whole:
