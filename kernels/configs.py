@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorafast.engine.kernels.gpu_specs import device
+from lorafast.engine.kernels.gpu_specs import CACHE, LAUNCH, device
 from lorafast.runtime.devices import Arch
 
 # The ranks that a kernel's tile may hold; R is padded to the next of them.
@@ -70,6 +70,15 @@ def project(M: int, K: int, R: int, dtype: torch.dtype, arch: Arch) -> SplitTile
     return _split(tile, ceil_div(M, tile.BLOCK_M), ceil_div(K, tile.BLOCK_K), arch)
 
 
+def casts_first(tile: Tile, M: int, K: int, R: int, arch: Arch) -> bool:
+    """True if project casts an fp32 A to 16 bits in a launch of its own.
+
+    Every block of rows reads all of A: half the bytes of that may take longer than a launch.
+    """
+    saved = 2 * ceil_div(M, tile.BLOCK_M) * R * K
+    return saved > LAUNCH * CACHE * device(arch).bandwidth
+
+
 def grad_project(M: int, K: int, R: int, dtype: torch.dtype, arch: Arch) -> SplitTile:
     """Return grad_project's tile. The grid covers columns of x; rows are split to fill the GPU."""
     tile = _GRAD_PROJECT[dtype == torch.float32][block_r(R)]
@@ -107,9 +116,12 @@ def one_pass(R: int, ranks: int, dtype: torch.dtype) -> bool:
     return block == block_r(R) and dtype.itemsize * tile.BLOCK_N // 8 > R
 
 
-def row_norm(R: int, dtype: torch.dtype) -> Tile:
-    """Return row_norm's tile. The grid covers rows (or columns) of W."""
-    return _ROW_NORM[dtype == torch.float32][block_r(R)]
+def row_norm(N: int, K: int, R: int, dtype: torch.dtype, arch: Arch, by_row: bool) -> SplitTile:
+    """Return row_norm's tile. The grid covers rows (or columns) of W, and splits their length."""
+    tile = _ROW_NORM[dtype == torch.float32][block_r(R)]
+    blocks = ceil_div(N, tile.BLOCK_N), ceil_div(K, tile.BLOCK_K)
+    # A program has no more than one tile of W on its way.
+    return _split(tile, *(blocks if by_row else reversed(blocks)), arch, 3)
 
 
 def project_finish(R: int) -> Tile:
@@ -139,28 +151,28 @@ _PROJECT = {  # few rows, many rows
     False: {
         16: (Tile(16, 0, 128, 16, 4, 3), Tile(64, 0, 128, 16, 4, 3)),
         64: (Tile(16, 0, 64, 64, 4, 3), Tile(64, 0, 64, 64, 8, 3)),
-        128: (Tile(16, 0, 32, 128, 4, 3), Tile(64, 0, 64, 128, 8, 2)),
-        256: (Tile(16, 0, 32, 256, 4, 2), Tile(32, 0, 32, 256, 8, 2)),
+        128: (Tile(16, 0, 32, 128, 4, 3), Tile(64, 0, 64, 128, 8, 3)),
+        256: (Tile(16, 0, 32, 256, 4, 3), Tile(32, 0, 32, 256, 8, 3)),
     },
     True: {
         16: (Tile(16, 0, 64, 16, 4, 3),) * 2,
         64: (Tile(16, 0, 32, 64, 4, 3),) * 2,
-        128: (Tile(16, 0, 32, 128, 8, 2),) * 2,
-        256: (Tile(16, 0, 16, 256, 8, 2),) * 2,
+        128: (Tile(16, 0, 32, 128, 8, 3),) * 2,
+        256: (Tile(16, 0, 16, 256, 8, 3),) * 2,
     },
 }
 _GRAD_PROJECT = {
     False: {
         16: Tile(64, 0, 128, 16, 4, 3),
         64: Tile(64, 0, 64, 64, 4, 3),
-        128: Tile(64, 0, 64, 128, 8, 2),
-        256: Tile(64, 0, 32, 256, 8, 2),
+        128: Tile(64, 0, 64, 128, 8, 3),
+        256: Tile(64, 0, 32, 256, 8, 3),
     },
     True: {
         16: Tile(64, 0, 64, 16, 4, 3),
         64: Tile(32, 0, 32, 64, 4, 3),
-        128: Tile(32, 0, 32, 128, 8, 2),
-        256: Tile(64, 0, 16, 256, 8, 2),
+        128: Tile(32, 0, 32, 128, 8, 3),
+        256: Tile(64, 0, 16, 256, 8, 3),
     },
 }
 _GRAD_OUTPUT = {
@@ -171,24 +183,24 @@ _GRAD_OUTPUT = {
         256: Tile(64, 64, 0, 256, 8, 3),
     },
     True: {
-        16: Tile(32, 128, 0, 16, 8, 2),
-        64: Tile(32, 64, 0, 64, 8, 2),
-        128: Tile(32, 64, 0, 128, 8, 2),
-        256: Tile(32, 16, 0, 256, 8, 2),
+        16: Tile(32, 128, 0, 16, 8, 3),
+        64: Tile(32, 64, 0, 64, 8, 3),
+        128: Tile(32, 64, 0, 128, 8, 3),
+        256: Tile(32, 16, 0, 256, 8, 3),
     },
 }
 _ROW_NORM = {
     False: {
-        16: Tile(0, 32, 64, 16, 4, 2),
-        64: Tile(0, 32, 64, 64, 4, 2),
-        128: Tile(0, 32, 32, 128, 4, 2),
-        256: Tile(0, 32, 32, 256, 8, 2),
+        16: Tile(0, 32, 128, 16, 4, 3),
+        64: Tile(0, 32, 64, 64, 4, 3),
+        128: Tile(0, 32, 32, 128, 4, 3),
+        256: Tile(0, 32, 32, 256, 8, 3),
     },
     True: {
-        16: Tile(0, 16, 32, 16, 8, 2),
-        64: Tile(0, 16, 32, 64, 8, 2),
-        128: Tile(0, 16, 16, 128, 8, 2),
-        256: Tile(0, 16, 16, 256, 8, 2),
+        16: Tile(0, 16, 32, 16, 8, 3),
+        64: Tile(0, 16, 32, 64, 8, 3),
+        128: Tile(0, 16, 16, 128, 8, 3),
+        256: Tile(0, 16, 16, 256, 8, 3),
     },
 }
 
@@ -241,9 +253,9 @@ def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     return tuple(dict.fromkeys(by_kernel[kernel]))
 
 
-def _split(tile: Tile, programs: int, blocks: int, arch: Arch) -> SplitTile:
-    """Split `blocks` steps: two programs a multiprocessor, but at least four steps a program."""
-    wanted = max(1, 2 * device(arch).multiprocessors // max(1, programs))
+def _split(tile: Tile, programs: int, blocks: int, arch: Arch, share: int = 2) -> SplitTile:
+    """Split `blocks` steps: `share` programs a multiprocessor, at least four steps a program."""
+    wanted = max(1, share * device(arch).multiprocessors // max(1, programs))
     splits = max(1, min(wanted, blocks // 4))
     steps = ceil_div(blocks, splits)
     return SplitTile(tile, max(1, ceil_div(blocks, steps)) if steps else 1, steps)

@@ -22,15 +22,18 @@ import torch
 
 from lorafast.engine.kernels import configs
 from lorafast.engine.kernels.configs import Tile
-from lorafast.engine.kernels.gpu_specs import Device, device
+from lorafast.engine.kernels.gpu_specs import CACHE, LAUNCH, Device, device
 from lorafast.runtime.devices import Arch
 
 # The forms of our GEMM.
 FUSED = ("tma", "pointers")
-# Seconds per launch.
-LAUNCH = 3e-6
-# The bandwidth of the L2 cache by that of memory. Small tiles load the same operands often.
-CACHE = 2.4
+# The integer and bit operations of the dropout mask for an element of the result, counted in the
+# compiled code for sm_90 (tests/kernels/test_sass_loops.py): in the epilogue of our GEMM's masked
+# sum, and in low_rank_add, which writes its result or adds to one.
+MASK = {"fused": 3.6, "low first": 8.1, "base first": 11.6}
+# The rows of an fp32 product below which torch's is taken: a tile of ours sums in one chain of
+# multiply-adds, which errs more than a library's sums in lanes, and few rows do not even it out.
+FEW_ROWS = 16
 
 
 class RouteQuery(NamedTuple):
@@ -165,7 +168,8 @@ def key(query: RouteQuery) -> Key:
 def pick(query: RouteQuery) -> Route:
     """Return the measured route if there is one, else the one with the least modelled time.
 
-    In Triton's interpreter it is a fused GEMM if one is possible.
+    In Triton's interpreter it is a fused GEMM if one is possible. Few rows in fp32 take torch's
+    products.
     """
     return _forced or _picked(query)
 
@@ -176,6 +180,8 @@ def _picked(query: RouteQuery) -> Route:
     for route in routes:
         if TABLE.get(key(query)) == route.row:
             return route
+    if query.dtype == torch.float32 and query.M < FEW_ROWS:
+        routes = [route for route in routes if not route.fused]
     if query.arch.vendor == "cpu" and routes[0].fused:
         return routes[0]
     return min(
@@ -222,7 +228,7 @@ def modelled_seconds(query: RouteQuery, route: Route) -> float:
     """Return the modelled time of a route.
 
     It is the larger of the time of the busiest multiprocessor and that of the memory traffic, and
-    the launches.
+    the launches. A fused GEMM computes the mask while nothing is multiplied.
     """
     e, specs = query.dtype.itemsize, query.device
     depth = sum(query.K)
@@ -233,6 +239,7 @@ def modelled_seconds(query: RouteQuery, route: Route) -> float:
         compute = _compute(query, route.tile, steps, route.splits) / query.device.speed(route.form)
         split = route.splits > 1
         parts = 8 * route.splits * query.M * query.N / specs.bandwidth if split else 0
+        compute += _mask(query, "fused")
         return max(compute, moved / specs.bandwidth) + parts + LAUNCH * (2 if split else 1)
     base = max(
         min(_library(query, depth, tile) for tile in configs.LIBRARY_TILES), moved / specs.bandwidth
@@ -241,9 +248,18 @@ def modelled_seconds(query: RouteQuery, route: Route) -> float:
     base += LAUNCH * (_tile_count(query, configs.LIBRARY_TILES[-1]) < specs.multiprocessors)
     # The second product reads and writes the first one's result. If the low-rank part comes first,
     # the read overlaps with the base product.
-    low_rank = 0 if not query.R else result * (1.5 if route.form == "low first" else 2) + LAUNCH
+    low_rank = 0.0
+    if query.R and route.form == "low first":
+        low_rank = max(result, _mask(query, route.form)) + 0.5 * result + LAUNCH
+    elif query.R:
+        low_rank = max(2 * result, _mask(query, route.form)) + LAUNCH
     more_bases = (len(query.K) - 1) * 2 * result
     return base + low_rank + more_bases + query.epilogue_passes * (2 * result + LAUNCH) + LAUNCH
+
+
+def _mask(query: RouteQuery, form: str) -> float:
+    """Return the seconds of the dropout mask's logic, 0 without a mask."""
+    return query.masked * MASK[form] * query.M * query.N / query.device.logic
 
 
 def _tile_elements(query: RouteQuery, route: Route) -> int:

@@ -13,8 +13,8 @@ class Device(NamedTuple):
     """The specification of one GPU: published, or measured.
 
     multiprocessors: their number. half_flops, full_flops: flop/s of half- and full-precision
-    products. bandwidth: bytes/s of memory. tma: True if the TMA form of the GEMM runs on it.
-    tma_speed, pointers_speed: the speed of our GEMM's forms by that of torch's, assumed unless
+    products. bandwidth: bytes/s of memory. clock: Hz. tma: True if the TMA form of the GEMM runs on
+    it. tma_speed, pointers_speed: the speed of our GEMM's forms by that of torch's, assumed unless
     measured; 0 for a form that may not serve.
     """
 
@@ -22,6 +22,7 @@ class Device(NamedTuple):
     half_flops: float
     full_flops: float
     bandwidth: float
+    clock: float
     tma: bool = False
     tma_speed: float = 0.93
     pointers_speed: float = 0.85
@@ -30,18 +31,27 @@ class Device(NamedTuple):
         """Return the speed of a form of our GEMM, "tma" or "pointers"."""
         return self.tma_speed if form == "tma" else self.pointers_speed
 
+    @property
+    def logic(self) -> float:
+        """Integer and bit operations a second: 64 in every clock of a multiprocessor."""
+        return 64 * self.multiprocessors * self.clock
+
 
 # The largest GPU of each architecture: published peaks, reduced to what large products and copies
 # reach. sm_120 has TMA, but less shared memory than the tiles of the TMA form need.
 DEVICES = {
-    "sm_80": Device(108, 260e12, 17e12, 1.7e12),
-    "sm_86": Device(82, 130e12, 30e12, 0.80e12),
-    "sm_89": Device(128, 150e12, 70e12, 0.90e12),
-    "sm_90": Device(132, 700e12, 50e12, 4.0e12, tma=True),
-    "sm_100": Device(148, 1500e12, 65e12, 7.0e12, tma=True),
-    "sm_103": Device(148, 1500e12, 65e12, 7.0e12, tma=True),
-    "sm_120": Device(170, 200e12, 90e12, 1.6e12),
+    "sm_80": Device(108, 260e12, 17e12, 1.7e12, 1.41e9),
+    "sm_86": Device(82, 130e12, 30e12, 0.80e12, 1.69e9),
+    "sm_89": Device(128, 150e12, 70e12, 0.90e12, 2.52e9),
+    "sm_90": Device(132, 700e12, 50e12, 4.0e12, 1.755e9, tma=True),
+    "sm_100": Device(148, 1500e12, 65e12, 7.0e12, 1.85e9, tma=True),
+    "sm_103": Device(148, 1500e12, 65e12, 7.0e12, 1.85e9, tma=True),
+    "sm_120": Device(170, 200e12, 90e12, 1.6e12, 2.41e9),
 }
+# Seconds per launch.
+LAUNCH = 3e-6
+# The bandwidth of the L2 cache by that of memory. Small tiles load the same operands often.
+CACHE = 2.4
 # The first Triton whose descriptors are right for small tensors on sm_100 and later: earlier ones
 # may fail there on tensors with gaps in less than 128 KB.
 _SMALL_DESCRIPTORS = (3, 7)

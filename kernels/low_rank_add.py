@@ -10,43 +10,49 @@ import triton.language as tl
 
 from lorafast.engine import philox
 from lorafast.engine.kernels import configs, launch
-from lorafast.engine.kernels.philox import keep_tile
+from lorafast.engine.kernels.philox import drop_tile
 from lorafast.engine.problem import LowRankTerm
 
 
-@triton.jit(do_not_specialize=["M", "accumulate"])
+@triton.jit(do_not_specialize=["M"])
 def low_rank_add_kernel(
     v_ptr, A_ptr, seed_ptr, out_ptr, M, K, R, stride_vm, stride_vr, stride_ar, stride_ak,
-    groups, threshold, scale, accumulate,
+    groups, threshold, scale, ACCUMULATES: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out [M,K] = (out if accumulate) + mask⊙(v A).  Grid (⌈M/BLOCK_M⌉, ⌈K/BLOCK_K⌉).
-
-    Without accumulate out is written but not read.
-    """
+    """out [M,K] = (out if ACCUMULATES) + mask⊙(v A).  Grid (⌈M/BLOCK_M⌉, ⌈K/BLOCK_K⌉)."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    where = out_ptr + rows[:, None] * K + cols[None, :]
+    inside = (rows[:, None] < M) & (cols[None, :] < K)
+    if ACCUMULATES:
+        # Loaded first, so that it arrives while the product and the mask are computed.
+        before = tl.load(where, mask=inside, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for start in range(0, R, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)
-        inside = (rows[:, None] < M) & (ranks[None, :] < R)
         v = tl.load(
-            v_ptr + rows[:, None] * stride_vm + ranks[None, :] * stride_vr, mask=inside, other=0.0
+            v_ptr + rows[:, None] * stride_vm + ranks[None, :] * stride_vr,
+            mask=(rows[:, None] < M) & (ranks[None, :] < R),
+            other=0.0,
         )
-        inside = (ranks[:, None] < R) & (cols[None, :] < K)
         A = tl.load(
-            A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak, mask=inside, other=0.0
+            A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak,
+            mask=(ranks[:, None] < R) & (cols[None, :] < K),
+            other=0.0,
         )
         acc = tl.dot(v, A.to(v.dtype), acc, input_precision=PRECISION)
-    kept = keep_tile(
-        tl.load(seed_ptr), rows, tl.program_id(1) * BLOCK_K // 8, groups, threshold, BLOCK_K // 8
-    )
-    where = out_ptr + rows[:, None] * K + cols[None, :]
-    inside = (rows[:, None] < M) & (cols[None, :] < K)
-    before = tl.load(where, mask=(inside & (accumulate != 0)) != 0, other=0.0).to(tl.float32)
-    tl.store(
-        where, (before + tl.where(kept, acc * scale, 0.0)).to(out_ptr.dtype.element_ty), mask=inside
-    )
+    value = acc * scale
+    if not ACCUMULATES:
+        # Rounded before it is masked: numbers of 16 bits are masked in pairs.
+        value = value.to(out_ptr.dtype.element_ty)
+    value = drop_tile(
+        value, tl.load(seed_ptr), rows, tl.program_id(1) * (BLOCK_K // 8), groups, threshold,
+        BLOCK_K // 8,
+    )  # fmt: skip
+    if ACCUMULATES:
+        value = (before.to(tl.float32) + value).to(out_ptr.dtype.element_ty)
+    tl.store(where, value, mask=inside)
 
 
 def low_rank_add(out: torch.Tensor, term: LowRankTerm, accumulate: bool) -> None:
@@ -61,7 +67,8 @@ def low_rank_add(out: torch.Tensor, term: LowRankTerm, accumulate: bool) -> None
     with launch.on(out):
         low_rank_add_kernel[configs.ceil_div(M, tile.BLOCK_M), configs.ceil_div(K, tile.BLOCK_K)](
             term.v, term.A, term.seed, out, M, K, R, *term.v.stride(), *term.A.stride(),
-            launch.groups(K), philox.threshold(term.p), philox.scale(term.p), int(accumulate),
-            PRECISION=launch.precision(out), **tile.blocks("BLOCK_M", "BLOCK_K", "BLOCK_R"),
+            launch.groups(K), philox.threshold(term.p), philox.scale(term.p),
+            ACCUMULATES=accumulate, PRECISION=launch.precision(out),
+            **tile.blocks("BLOCK_M", "BLOCK_K", "BLOCK_R"),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

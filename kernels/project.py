@@ -17,6 +17,7 @@ import triton.language as tl
 from lorafast.engine import philox
 from lorafast.engine.kernels import configs, launch
 from lorafast.engine.kernels.philox import drop_tile
+from lorafast.engine.kernels.scale_cast import scale_cast
 from lorafast.engine.precision import apply_core
 from lorafast.engine.problem import DownProj
 
@@ -179,9 +180,12 @@ def _launch(x2: torch.Tensor, down: DownProj, split: configs.SplitTile, h: torch
     (M, K), R, tile = x2.shape, down.A.shape[0], split.tile
     if not M:
         return
+    A = down.A
+    if x2.itemsize < 4 and configs.casts_first(tile, M, K, R, launch.arch_of(x2)):
+        A = scale_cast(A, x2.dtype)
     with launch.on(x2):
         project_kernel[configs.ceil_div(M, tile.BLOCK_M), split.splits](
-            x2, down.A, launch.seed_of(down.seed, x2), h, M, K, R, *x2.stride(), *down.A.stride(),
+            x2, A, launch.seed_of(down.seed, x2), h, M, K, R, *x2.stride(), *A.stride(),
             launch.groups(K), philox.threshold(down.p), philox.scale(down.p), split.steps,
             DROPS=down.p > 0, PARTS=h.dim() == 3, PRECISION=launch.precision(x2),
             **tile.blocks("BLOCK_M", "BLOCK_K", "BLOCK_R"),

@@ -1,4 +1,4 @@
-"""scale_cast: s·row_scale⊙F in the activation's dtype, rounded once, padded with zeros.
+"""scale_cast: s·row_scale⊙F in the activation's dtype or in tf32, rounded once, padded with zeros.
 
 The result is an operand of one call; nothing that is cast or scaled is saved for backward.
 """
@@ -15,11 +15,11 @@ from lorafast.engine.problem import Scaling
 def scale_cast_kernel(
     factor_ptr, row_scale_ptr, scale_ptr, out_ptr, rows, cols, width,
     stride_fi, stride_fj, stride_oi, stride_oj, has_row_scale, has_scale, scaling,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TF32: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [rows,width] = s·row_scale⊙F [rows,cols].  Grid (⌈rows/BLOCK_N⌉, ⌈width/BLOCK_K⌉).
 
-    has_scale: s is read from scale_ptr, and scaling is 1.
+    has_scale: s is read from scale_ptr, and scaling is 1. TF32: out is fp32, rounded to tf32.
     """
     i = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     j = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
@@ -31,10 +31,20 @@ def scale_cast_kernel(
     value *= tl.load(
         row_scale_ptr + i, mask=((i < rows) & (has_row_scale != 0)) != 0, other=1.0
     ).to(tl.float32)[:, None]
+    if TF32:
+        value = rounded_to_tf32(value)
     where = out_ptr + i[:, None] * stride_oi + j[None, :] * stride_oj
     tl.store(
         where, value.to(out_ptr.dtype.element_ty), mask=(i[:, None] < rows) & (j[None, :] < width)
     )
+
+
+@triton.jit
+def rounded_to_tf32(x):
+    """Return fp32 numbers rounded to the 10 bits of tf32's mantissa."""
+    bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+    # Not of a NaN: the sum could become a number.
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 def scale_cast(
@@ -44,17 +54,24 @@ def scale_cast(
     row_scale: torch.Tensor | None = None,
     by_row: bool = True,
     multiple: int = 1,
+    tf32: bool = False,
 ) -> torch.Tensor:
     """Return s·row_scale⊙F in dtype, dense along its rows (by_row) or its columns.
 
     F [I,J], row_scale [I] -> [I, J rounded up to `multiple`]. Returns F itself if there is nothing
-    to change.
+    to change. tf32: dtype is fp32, and the result is rounded to tf32.
     """
     I, J = F.shape  # noqa: E741
     width = configs.ceil_div(J, multiple) * multiple
     has_scale = isinstance(scaling, torch.Tensor)
     unscaled = row_scale is None and not has_scale and scaling == 1
-    if unscaled and F.dtype == dtype and width == J and launch.dense(F, 1 if by_row else 0):
+    if (
+        unscaled
+        and not tf32
+        and F.dtype == dtype
+        and width == J
+        and launch.dense(F, 1 if by_row else 0)
+    ):
         return F
     out = F.new_empty(I, width, dtype=dtype) if by_row else F.new_empty(width, I, dtype=dtype).t()
     if not out.numel():
@@ -67,6 +84,7 @@ def scale_cast(
         scale_cast_kernel[grid](
             F, rows, scaling if has_scale else F, out, I, J, width, *F.stride(), *out.stride(),
             int(row_scale is not None), int(has_scale), 1.0 if has_scale else float(scaling),
-            **tile.blocks("BLOCK_N", "BLOCK_K"), num_warps=tile.warps, num_stages=tile.stages,
+            TF32=tf32, **tile.blocks("BLOCK_N", "BLOCK_K"),
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out

@@ -187,9 +187,12 @@ class Translator(MemoryInstructions):
             a, b = (f"widened({self.value(arg, 'b16')}, '{kind}')" for arg in args[1:3])
         else:
             a, b = (self.value(arg, kind) for arg in args[1:3])
-        value = f"({a} {_COMPARE[how]} {b})"
+        unordered = f"(np.isnan({a}) | np.isnan({b}))"
+        if how in ("num", "nan"):
+            value = unordered if how == "nan" else f"~{unordered}"
+        else:
+            value = f"({a} {_COMPARE[how]} {b})"
         if "f" in kind and (how == "ne" or how[-1] == "u"):
-            unordered = f"(np.isnan({a}) | np.isnan({b}))"
             value = f"({value} & ~{unordered})" if how == "ne" else f"({value} | {unordered})"
         if len(args) > 3:
             operator = {"and": "&", "or": "|", "xor": "^"}[parts[2]]

@@ -38,7 +38,8 @@ def forced(monkeypatch):
     dispatch._routes.cache_clear()
 
 
-problem = functools.partial(backends.problem, arch=Arch("nvidia", "sm_90"))
+CPU, SM_90 = Arch("cpu", "cpu"), Arch("nvidia", "sm_90")
+problem = functools.partial(backends.problem, arch=SM_90)
 
 SHAPES = [
     (1, 40, 1, "sliced"),
@@ -163,14 +164,27 @@ def test_row_norm(shape, dtype, axis, scaling):
     within_twice(found, eager, truth, dtype)
 
 
+def test_a_factor_is_cast_first_where_many_blocks_of_rows_read_it(monkeypatch):
+    """The result is the same, bit for bit."""
+    x, down = torch.randn(70, 130).half(), DownProj(torch.randn(40, 130))
+    ours = []
+    for casts in (False, True):
+        monkeypatch.setattr(configs, "casts_first", lambda *args, casts=casts: casts)
+        ours.append(backend.project(x, [down])[0][0])
+    assert torch.equal(*ours)
+    monkeypatch.undo()
+    for R, M, casts in ((16, 8192, False), (64, 8192, True), (256, 64, False)):
+        tile = configs.project(M, 4096, R, torch.float16, SM_90).tile
+        assert configs.casts_first(tile, M, 4096, R, SM_90) == casts
+
+
 def test_the_splits_are_those_of_few_rows():
     """What the shapes above run through: one program a tile, and several whose sums are added."""
-    cpu = Arch("cpu", "cpu")
-    shares = [configs.project(M, K, 16, torch.float32, cpu) for M, K in ((63, 130), (5, 2050))]
+    shares = [configs.project(M, K, 16, torch.float32, CPU) for M, K in ((63, 130), (5, 2050))]
     assert shares[0].splits == 1
     assert shares[1].splits > 1
-    assert configs.grad_project(700, 101, 12, torch.float32, cpu).splits > 1
-    assert configs.project(1 << 16, 4096, 16, torch.bfloat16, Arch("nvidia", "sm_90")).splits == 1
+    assert configs.grad_project(700, 101, 12, torch.float32, CPU).splits > 1
+    assert configs.project(1 << 16, 4096, 16, torch.bfloat16, SM_90).splits == 1
 
 
 @pytest.mark.parametrize("M", [1, 15, 64, 1000, 5000, 100000])
@@ -182,7 +196,7 @@ def test_a_share_covers_everything_once(M, K, dtype):
             (configs.project, "BLOCK_K", K),
             (configs.grad_project, "BLOCK_M", M),
         ):
-            tile, splits, steps = pick(M, K, R, dtype, Arch("nvidia", "sm_90"))
+            tile, splits, steps = pick(M, K, R, dtype, SM_90)
             block = getattr(tile, blocks_of)
             assert splits * steps * block >= length > (splits - 1) * steps * block
             assert tile in configs.tiles(pick.__name__, dtype)

@@ -77,19 +77,20 @@ def forms(kernel, dtype, capability):
         elif kernel == "grad_output_finish":
             yield grad_output.grad_output_finish_kernel, tile, {}
         elif kernel == "low_rank_add":
-            yield low_rank_add.low_rank_add_kernel, tile, precise
+            for accumulates in both:
+                flags = {"ACCUMULATES": accumulates} | precise
+                yield low_rank_add.low_rank_add_kernel, tile, flags
         elif kernel == "drop":
             for accumulates in both:
                 yield drop.drop_kernel, tile, {"ACCUMULATES": accumulates}
         elif kernel == "scale_cast":
-            yield scale_cast.scale_cast_kernel, tile, {}
+            yield scale_cast.scale_cast_kernel, tile, {"TF32": dtype == "tf32"}
         elif kernel == "row_norm":
             for by_row in both:
-                yield (
-                    row_norm.row_norm_kernel,
-                    tile,
-                    {"BY_ROW": by_row} | ({"PRECISION": "tf32"} if "16" in dtype else precise),
-                )
+                precision = {"PRECISION": "tf32"} if "16" in dtype else precise
+                rounded = precision["PRECISION"] == "tf32" and configs.BLOCKS_R[0] < tile.BLOCK_R
+                flags = {"BY_ROW": by_row, "ROUNDED": rounded} | precision
+                yield row_norm.row_norm_kernel, tile, flags
 
 
 def _grad_output_forms(dtype, precise):

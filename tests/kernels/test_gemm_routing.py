@@ -7,6 +7,7 @@ import torch
 
 from lorafast.engine.kernels import configs, gemm_routing
 from lorafast.engine.kernels.gemm_routing import Route, RouteQuery, Row, Tile
+from lorafast.engine.kernels.gpu_specs import device
 from lorafast.runtime.devices import Arch
 
 
@@ -87,6 +88,23 @@ def test_torchs_gemm_is_chosen_where_the_low_rank_part_costs_little():
     """
     assert gemm_routing.pick(BASE._replace(K=(1024,), N=1024)).fused
     assert not gemm_routing.pick(BASE._replace(K=(14336,))).fused
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_the_model_knows_the_logic_of_the_dropout_mask(arch):
+    """Where a pass is bound by it, the pass is as slow; beside a slower memory it is hidden."""
+    plain = BASE._replace(arch=nvidia(arch))
+    masked, specs = plain._replace(masked=True), device(plain.arch)
+    elements = plain.M * plain.N
+    for route in gemm_routing.candidates(masked):
+        form = "fused" if route.fused else route.form
+        logic = gemm_routing.MASK[form] * elements / (64 * specs.multiprocessors * specs.clock)
+        passes = {"fused": 0, "low first": 1, "base first": 2}[form]
+        hidden = min(logic, 2 * passes * elements / specs.bandwidth)
+        more = gemm_routing.modelled_seconds(masked, route) - gemm_routing.modelled_seconds(
+            plain, route
+        )
+        assert more == pytest.approx(logic - hidden, abs=1e-9)
 
 
 def test_a_measured_row_decides(monkeypatch):
@@ -192,6 +210,17 @@ def test_rows_of_the_table_are_legal():
         )
         assert gemm_routing.key(query) == key
         assert row in [route.row for route in gemm_routing.candidates(query)]
+
+
+def test_few_rows_in_fp32_take_torchs_products():
+    """A tile of ours sums in one chain, and errs up to three times what a library's sums do."""
+    for arch in (Arch("cpu", "cpu"), nvidia("sm_80"), nvidia("sm_90")):
+        for M in (1, 2, 15):
+            for masked in (False, True):
+                query = BASE._replace(M=M, dtype=torch.float32, arch=arch, masked=masked)
+                assert not gemm_routing.pick(query).fused
+    query = BASE._replace(M=16, dtype=torch.float32, arch=Arch("cpu", "cpu"))
+    assert gemm_routing.pick(query).fused
 
 
 def test_the_interpreter_chooses_our_gemm():

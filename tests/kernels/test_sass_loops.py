@@ -30,10 +30,6 @@ def unmended(calls, reason, ranks=(16,)):
 UNMENDED = {
     "instructions": unmended(MASKED, "the mask takes too many"),
     "alu": unmended(MASKED, "the mask takes too many"),
-    "in_flight": unmended(ROW_NORM, "no step is prefetched"),
-    "late_loads": unmended(ROW_NORM, "no step is prefetched"),
-    "buffers": unmended(ROW_NORM, "one buffer", RANKS)
-    | unmended([call for call in CALLS if "project" in call], "one buffer", (128, 256)),
     "serialized": unmended(["grad_project, dropout"], "x is masked in registers", (64,)),
 }
 

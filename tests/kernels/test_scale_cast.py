@@ -1,5 +1,7 @@
 """scale_cast: factors cast, scaled, padded, and rounded once."""
 
+import math
+
 import pytest
 import torch
 
@@ -23,6 +25,21 @@ def test_every_element_is_rounded_once(I, J, dtype, scaling, row_scaled, by_row)
     torch.testing.assert_close(
         ours[:, :J].double(), truth, rtol=1.1 * torch.finfo(dtype).eps, atol=1e-7
     )
+
+
+def test_a_factor_in_tf32_is_rounded_to_nearest():
+    F = torch.randn(40, 64) * torch.logspace(-30, 30, 64)
+    ours = scale_cast(F, torch.float32, 1.7, tf32=True)
+    scaled = F * 1.7
+    assert not (ours.view(torch.int32) & 0x1FFF).any()
+    assert ((ours - scaled).abs() <= 2.0**-11 * scaled.abs()).all()
+    # Half of them up, half of them down.
+    assert 0.4 < (ours.abs() > scaled.abs()).float().mean() < 0.6
+    # The bits of a NaN may all be set, which a rounding would carry into the sign.
+    odd = torch.tensor([[0x7FFFFFFF, -1, 0x7FC00000, 0x7F800000, -0x800000, 0]], dtype=torch.int32)
+    kept = scale_cast(odd.view(torch.float32), torch.float32, tf32=True)
+    assert kept.isnan().tolist() == [[True, True, True, False, False, False]]
+    assert kept[0, 3:].tolist() == [math.inf, -math.inf, 0.0]
 
 
 def test_a_factor_that_needs_no_change_is_returned_itself():
