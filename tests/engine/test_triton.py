@@ -260,7 +260,7 @@ def test_explain_and_the_log_say_which_way_a_product_goes(forced, monkeypatch, c
     )
     assert f"linear by triton: {way}" in lorafast.explain(layer).rows[0].notes
     monkeypatch.setenv("LORAFAST_LOG", "1")
-    layer(torch.randn(3, 24))
+    layer(torch.randn(gemm_routing.FEW_ROWS, 24))
     said = capsys.readouterr().err
     assert f"linear -> triton ({way})" in said
     assert "project -> triton;" in said

@@ -14,6 +14,8 @@ from emulator.process import in_emulator
 from helpers import sass_loops
 from helpers.reference_launches import CALLS, WITHOUT_LOOP, figures_of
 
+from lorafast.engine.kernels import gemm_routing
+
 MOST_INSTRUCTIONS, MOST_ALU, LEAST_IN_FLIGHT = 13.8, 6.9, 24 * 1024
 RANKS = (16, 64, 128, 256)
 LOW_RANK_ADD = ("low_rank_add", "low_rank_add, accumulated")
@@ -95,6 +97,15 @@ def test_products_are_not_serialized(call, R):
 @in_emulator
 def test_nothing_spills(call, R):
     assert figures(call, R).spills == 0, figures(call, R)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "form"), list(zip(LOW_RANK_ADD, ("low first", "base first"), strict=True))
+)
+@in_emulator
+def test_the_roofline_knows_the_logic_of_the_mask_as_compiled(call, form):
+    assert gemm_routing.MASK[form] == pytest.approx(figures(call, 16).alu, rel=0.1)
 
 
 DUMP = """
