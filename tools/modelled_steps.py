@@ -127,7 +127,7 @@ _STREAMS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "grad_project_kernel": ("x_ptr", lambda c: "grad_project" + ", dropout" * bool(c["DROPS"])),
     "low_rank_add_kernel": (
         "out_ptr",
-        lambda c: "low_rank_add" + ", accumulated" * bool(c["accumulate"]),
+        lambda c: "low_rank_add" + ", accumulated" * bool(c["ACCUMULATES"]),
     ),
     "grad_output_kernel": ("dy_ptr", lambda c: "grad_output" + _SUMS[c["SUMS"]]),
     "row_norm_kernel": ("W_ptr", lambda c: "row_norm, rows"),
@@ -154,7 +154,7 @@ def _launch(kernel: str, arguments: dict[str, Any]) -> Work:
     if kernel not in _STREAMS:
         return Work(kernel, moved, max(moved / BANDWIDTH, LEAST))
     large, call = _STREAMS[kernel]
-    if arguments.get("accumulate") or arguments.get("ACCUMULATES"):
+    if arguments.get("ACCUMULATES"):
         moved += _bytes(tensors["out_ptr"])
     counts, elements = counts_of(call(arguments)), tensors[large].numel()
     seconds = max(
