@@ -35,6 +35,12 @@ def precision(x: torch.Tensor) -> str:
     )
 
 
+def tf32_if_any(x: torch.Tensor) -> str:
+    """Return "tf32" where x's device multiplies in it, else "ieee". Of AMD's GPUs one does."""
+    arch = arch_of(x)
+    return "ieee" if arch.vendor == "amd" and arch.name != "gfx942" else "tf32"
+
+
 def seed_of(seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """Return the seed; x as a placeholder, which is not read, if there is no dropout."""
     return x if seed is None else seed

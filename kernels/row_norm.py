@@ -109,7 +109,8 @@ def row_norm(
     tile, splits, steps = configs.row_norm(N, K, R, weight.dtype, launch.arch_of(weight), by_row)
     length = N if by_row else K
     squares = weight.new_empty(splits, length, dtype=torch.float32)
-    precision = launch.precision(weight) if weight.dtype == torch.float32 else "tf32"
+    full = weight.dtype == torch.float32
+    precision = launch.precision(weight) if full else launch.tf32_if_any(weight)
     rounded = precision == "tf32" and configs.BLOCKS_R[0] < R
     if rounded and by_row:
         A = scale_cast(A, torch.float32, tf32=True)

@@ -1,9 +1,10 @@
 """Compiles Triton kernels ahead of time, without a GPU.
 
-`compile_ahead.py DTYPE CAPABILITY KERNEL...` prints one JSON line a form: its tile and flags,
-registers, stack, shared memory, and counts of instructions in its PTX and SASS. With `--first`
-before them it compiles only the first form of each kernel. It runs in a process of its own, because
-pytest's process interprets kernels and then cannot compile them.
+`compile_ahead.py DTYPE TARGET KERNEL...` prints one JSON line a form: its tile and flags,
+registers, stack, shared memory, and counts of instructions in its machine code. TARGET is the
+capability of an NVIDIA GPU, such as 90, or the name of an AMD architecture, such as gfx942. With
+`--first` before them it compiles only the first form of each kernel. It runs in a process of its
+own, because pytest's process interprets kernels and then cannot compile them.
 """
 
 import itertools
@@ -128,7 +129,14 @@ def _gemm_forms(kernel, dtype, capability, precise):
                 yield gemm.gemm_kernel, tile, flags | {"SPLIT": split} | precise
 
 
-def compiled(function, tile, flags, dtype, capability, ones=False):
+def target_of(target):
+    """Return Triton's target of a capability, or of an AMD architecture."""
+    if isinstance(target, int):
+        return GPUTarget("cuda", target, 32)
+    return GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
+
+
+def compiled(function, tile, flags, dtype, target, ones=False):
     """Return a form as a launch on contiguous, aligned tensors with fp32 factors compiles it.
 
     ones: as for tensors whose sizes and strides are all 1.
@@ -170,7 +178,7 @@ def compiled(function, tile, flags, dtype, capability, ones=False):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=target_of(target), options=options)
 
 
 def _is_size(name):
@@ -248,19 +256,45 @@ def usage(built, sass):
     }
 
 
+def flags_for(target, flags):
+    """Return the flags of a form on a target: of AMD's GPUs only gfx942 multiplies in tf32."""
+    if isinstance(target, int) or target == "gfx942" or flags.get("PRECISION") != "tf32":
+        return flags
+    return flags | {"PRECISION": "ieee", "ROUNDED": False}
+
+
+def amd_usage(built):
+    """Return what usage returns, as far as AMD's code has it: registers, spills, memory, counts."""
+    code = built.asm["amdgcn"]
+    facts = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)$", code, re.M)}
+    return {
+        "reg": facts["vgpr_count"],
+        "stack": facts["private_segment_fixed_size"],
+        "spills": facts["vgpr_spill_count"] + facts["sgpr_spill_count"],
+        "shared": built.metadata.shared,
+        "atomics": len(re.findall(r"\b(global|buffer|flat)_atomic\w*_f(16|32|64)\b", code)),
+        "tensor": len(re.findall(r"\bv_(mfma|wmma)_", code)),
+    }
+
+
 if __name__ == "__main__":
     only_first = sys.argv[1] == "--first"
-    dtype, capability, *kernels = sys.argv[1 + only_first :]
-    capability = int(capability)
+    dtype, target, *kernels = sys.argv[1 + only_first :]
+    target = int(target) if target.isdigit() else target
+    # AMD's forms are those of a GPU without TMA.
+    capability = target if isinstance(target, int) else 80
     every = {name: list(forms(name, dtype, capability)) for name in kernels}
-    for kernel, some in every.items():
+    for kernel, listed in every.items():
+        some = [(function, tile, flags_for(target, flags)) for function, tile, flags in listed]
         if some and not only_first:
             # Triton compiles a size of 1 as a constant, which gives another program.
-            compiled(*some[0], dtype, capability, ones=True)
+            compiled(*some[0], dtype, target, ones=True)
         for function, tile, flags in some[:1] if only_first else some:
-            used = usage(
-                compiled(function, tile, flags, dtype, capability),
-                sass=kernel == "gemm_tma" and capability == 90,
+            built = compiled(function, tile, flags, dtype, target)
+            used = (
+                usage(built, sass=kernel == "gemm_tma" and capability == 90)
+                if isinstance(target, int)
+                else amd_usage(built)
             )
             form = {"kernel": kernel, "dtype": dtype, "tile": tile._asdict(), "flags": flags}
             print(json.dumps(form | used), flush=True)
