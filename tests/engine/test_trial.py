@@ -132,6 +132,15 @@ def test_what_prevents_the_child_is_no_verdict_on_a_kernel(gpu, capsys, monkeypa
     assert "the child cannot be started: " in why_not()
 
 
+def test_the_child_itself_says_that_it_sees_no_gpu(gpu, monkeypatch):
+    command = (sys.executable, "-m", "lorafast.engine.trial_checks")
+    monkeypatch.setattr(trial_process, "COMMAND", command)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert why_not() == (
+        "could not be tried: RuntimeError: a child process does not see the device GPU-1"
+    )
+
+
 def test_a_crash_while_measuring_leaves_no_speed(gpu):
     gpu.does("speed=crash")
     assert why_not() == ""
