@@ -216,28 +216,33 @@ def _order(nodes: list[int], entry: int, edges: dict[int, list[int]]) -> list[in
 
 
 def _strong_components(nodes: list[int], entry: int, edges: dict[int, list[int]]):
-    """Return the strongly connected components that the entry reaches (Tarjan), last ones first."""
+    """Return the strongly connected components that the entry reaches (Tarjan), last ones first.
+
+    Without recursion: a kernel may have thousands of blocks in a row.
+    """
     inside, done, stack, components = set(nodes), set(), [], []
     index: dict[int, int] = {}
     low: dict[int, int] = {}
-
-    def visit(node: int) -> None:
-        index[node] = low[node] = len(index)
-        stack.append(node)
-        for other in edges[node]:
-            if other not in inside:
-                continue
-            if other not in index:
-                visit(other)
+    path = [(entry, iter(edges[entry]))]
+    while path:
+        node, others = path[-1]
+        if node not in index:
+            index[node] = low[node] = len(index)
+            stack.append(node)
+        for other in others:
+            if other in inside and other not in index:
+                path.append((other, iter(edges[other])))
+                break
+            if other in inside and other not in done:
                 low[node] = min(low[node], low[other])
-            elif other not in done:
-                low[node] = min(low[node], index[other])
-        if low[node] == index[node]:
-            component = []
-            while not component or component[-1] != node:
-                component.append(stack.pop())
-            done.update(component)
-            components.append(component)
-
-    visit(entry)
+        else:
+            path.pop()
+            if path:
+                parent = path[-1][0]
+                low[parent] = min(low[parent], low[node])
+            if low[node] == index[node]:
+                place = stack.index(node)
+                components.append(stack[place:])
+                done.update(stack[place:])
+                del stack[place:]
     return components
