@@ -66,3 +66,29 @@ def tma_product_kernel(
                 right = b.load([step * BLOCK_K, first_col])
             acc = tl.dot(left, right, acc)
         c.store([first_row, first_col], acc.to(c.dtype))
+
+
+@triton.jit
+def product_and_sums_kernel(
+    a_ptr, b_ptr, c_ptr, sums_ptr, M, N, R,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """c [N,R] = aᵀ b and sums [N] = Σ a of a [M,N], b [M,R], in one loop over rows.
+
+    Triton 3.7 leaves the product in flight over the end of a step on sm_90, and a, which the sums
+    read too, has one buffer, which the next step's copies overwrite.  Grid (⌈N/BLOCK_N⌉,).
+    """
+    cols, ranks = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, M, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        inside = (rows[:, None] < M) & (cols[None, :] < N)
+        a = tl.load(a_ptr + rows[:, None] * N + cols[None, :], mask=inside, other=0.0)
+        inside = (rows[:, None] < M) & (ranks[None, :] < R)
+        b = tl.load(b_ptr + rows[:, None] * R + ranks[None, :], mask=inside, other=0.0)
+        acc = tl.dot(tl.trans(a), b, acc)
+        total += tl.sum(a.to(tl.float32), axis=0)
+    inside = (cols[:, None] < N) & (ranks[None, :] < R)
+    tl.store(c_ptr + cols[:, None] * R + ranks[None, :], acc, mask=inside)
+    tl.store(sums_ptr + cols, total, mask=cols < N)

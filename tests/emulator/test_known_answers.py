@@ -135,3 +135,29 @@ def test_tensor_maps_that_cuda_refuses_are_refused(changed, reason):
     assert TensorMap(**plain).span == (128, 128 + 64 * 64 * 2)
     with pytest.raises(Fault, match=reason):
         TensorMap(**(plain | changed))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@in_emulator
+def test_a_product_in_flight_while_its_operand_is_overwritten_is_seen(capability):
+    import triton
+
+    M, N, R = 272, 320, 16
+    a, b = torch.randn(M, N).bfloat16(), torch.randn(M, R).bfloat16()
+    c, sums = torch.empty(N, R), torch.empty(N)
+
+    def run():
+        with driver.emulating(capability):
+            kernels.product_and_sums_kernel[(2,)](
+                a, b, c, sums, M, N, R, 64, 256, 16, num_warps=8, num_stages=2
+            )
+
+    if capability == 90:
+        if not triton.__version__.startswith("3.7."):
+            pytest.skip("other versions of Triton may wait for the product")
+        with pytest.raises(Fault, match="write of what an asynchronous operation still reads: cp"):
+            run()
+        return
+    run()
+    torch.testing.assert_close(c, a.float().t() @ b.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums, a.float().sum(0), rtol=1e-4, atol=1e-4)

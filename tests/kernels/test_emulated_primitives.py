@@ -8,7 +8,6 @@ import itertools
 
 import pytest
 import torch
-from emulator.memory import Fault
 from emulator.process import in_emulator
 from helpers.dropout_masks import SEEDS
 from helpers.emulated_device import emulated
@@ -207,19 +206,7 @@ def test_grad_project_in_several_steps(capability, dtype, R):
         check_against_eager("grad_project", capability, dtype, x, [term])
 
 
-# The product P is left in flight over the end of a step, whose copies overwrite what it reads.
-RACES = pytest.mark.xfail(
-    strict=True, raises=Fault, reason="grad_output_kernel on sm_90: P in flight while dy is copied"
-)
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype", "R"),
-    [
-        pytest.param(*case, marks=[RACES] * (case[0] == 90) + [pytest.mark.slow] * bool(i))
-        for i, case in enumerate(TARGETS_AND_RANKS)
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("capability", "dtype", "R"), slow_but(*TARGETS_AND_RANKS))
 @in_emulator
 def test_grad_output_in_several_steps(capability, dtype, R):
     M, N = 272, 320
