@@ -25,15 +25,6 @@ class Call(NamedTuple):
     needs: GradMask
     told: dict[str, object]
 
-    def in_float64(self) -> "Call":
-        """Return the call with every floating tensor in float64."""
-        tensors = LayerTensors(*map(_widened, self.tensors))
-        return self._replace(x=_widened(self.x), dy=_widened(self.dy), tensors=tensors)
-
-
-def _widened(t: torch.Tensor | None) -> torch.Tensor | None:
-    return t if t is None or not t.is_floating_point() else t.double()
-
 
 class Draw(random.Random):
     """Draws, and remembers in words what it drew."""
