@@ -105,15 +105,13 @@ def rows_at_once(tile: Tile, dtype: torch.dtype) -> int:
     return min(tile.BLOCK_M, max(1, 32 * tile.warps * 16 // dtype.itemsize // tile.BLOCK_N))
 
 
-def one_pass(R: int, ranks: int, dtype: torch.dtype) -> bool:
+def one_pass(R: int, ranks: int) -> bool:
     """True if grad_output computes R columns of u in the pass over dy that computes `ranks` of P.
 
-    That holds while the fp32 parts of u, which every block of columns writes and a second kernel
-    reads, are fewer bytes than a second pass over dy; and if P takes no wider block of ranks.
+    Few ranks do: the fp32 parts of u, which every block of columns writes and a second kernel
+    reads, are then fewer bytes than a second pass over dy, and there are registers for both sums.
     """
-    block = block_r(max(R, ranks))
-    tile = _GRAD_OUTPUT[dtype == torch.float32][block]
-    return block == block_r(R) and dtype.itemsize * tile.BLOCK_N // 8 > R
+    return max(R, ranks) <= BLOCKS_R[0]
 
 
 def row_norm(N: int, K: int, R: int, dtype: torch.dtype, arch: Arch, by_row: bool) -> SplitTile:

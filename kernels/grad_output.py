@@ -214,7 +214,7 @@ def _pass(
     h_cores = [apply_core(spec.h, spec.core)[:, _skipped(spec) :] for spec in P_specs]
     u_ranks, P_ranks = sum(B.shape[1] for B in factors), sum(h.shape[1] for h in h_cores)
     column_sums = bool(P_ranks or sums_requested)
-    one_pass = bool(factors) and column_sums and configs.one_pass(u_ranks, P_ranks, dtype)
+    one_pass = bool(factors) and column_sums and configs.one_pass(u_ranks, P_ranks)
     tile_ranks = max(1, P_ranks, one_pass * u_ranks)
     split = configs.grad_output(M, N, tile_ranks, dtype, launch.arch_of(dy2), sums_requested)
     blocks, splits = configs.ceil_div(N, split.tile.BLOCK_N), split.splits

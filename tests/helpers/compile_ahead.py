@@ -97,7 +97,7 @@ def forms(kernel, dtype, capability):
 def _grad_output_forms(dtype, precise):
     smaller = 0
     for block in configs.BLOCKS_R:
-        one_pass = configs.one_pass(smaller + 1, smaller + 1, DTYPES[dtype])
+        one_pass = configs.one_pass(smaller + 1, smaller + 1)
         forms = list(itertools.product((True, False) if one_pass else (False,), (True,), (0, 1, 2)))
         # Without P only the smallest block of ranks is used, and something else is requested.
         if not smaller:

@@ -242,8 +242,8 @@ def test_few_ranks_take_one_pass(monkeypatch):
         lambda *args, real=kernel.project: seen.append("projected") or real(*args),
     )
     few, many = 16, 100
-    assert configs.one_pass(few, few, torch.float32)
-    assert not configs.one_pass(many, many, torch.float32)
+    assert configs.one_pass(few, few)
+    assert not configs.one_pass(many, many)
     for R in (few, many):
         spec = UpProjGradSpec(torch.randn(20, R), h=torch.randn(9, R), want_B=True)
         backend.grad_output(torch.randn(9, 20), [spec])
