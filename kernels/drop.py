@@ -66,9 +66,9 @@ def drop(
         return
     tile = configs.DROP
     with launch.on(out):
-        drop_kernel[configs.ceil_div(M, tile.BLOCK_M), configs.ceil_div(K, tile.BLOCK_K)](
-            x2, seed, out, first_row, M, K, *x2.stride(), out.stride(0),
+        launch.run(
+            drop_kernel, (configs.ceil_div(M, tile.BLOCK_M), configs.ceil_div(K, tile.BLOCK_K)),
+            tile, x2, seed, out, first_row, M, K, *x2.stride(), out.stride(0),
             launch.groups(K), philox.threshold(p), philox.scale(p) if scaled else 1.0,
-            ACCUMULATES=accumulate, **tile.blocks("BLOCK_M", "BLOCK_K"),
-            num_warps=tile.warps, num_stages=tile.stages,
+            ACCUMULATES=accumulate,
         )  # fmt: skip

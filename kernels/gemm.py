@@ -392,10 +392,10 @@ def _launch_tma(call: _Call, route: Route) -> None:
             operands += operands[:2] if i < flags["SEGMENTS"] else [None, None]
     y = launch.descriptor(call.out, stored)
     z = y if call.inner is None else launch.descriptor(call.inner, stored)
-    gemm_tma_kernel[(route.programs,)](
+    launch.run(
+        gemm_tma_kernel, (route.programs,), tile,
         *operands, y, z, *call.vectors, call.seed, M, N, *call.lengths, *call.has, *call.dropout,
-        **flags, **tile.blocks("BLOCK_M", "BLOCK_N", "BLOCK_K"),
-        num_warps=tile.warps, num_stages=tile.stages,
+        **flags,
     )  # fmt: skip
 
 
@@ -408,16 +408,16 @@ def _launch_pointers(call: _Call, route: Route) -> None:
     sums = out.new_empty(route.splits, M, N, dtype=torch.float32) if split else out
     z = out if call.inner is None else call.inner
     tiles = configs.ceil_div(M, tile.BLOCK_M) * configs.ceil_div(N, tile.BLOCK_N)
-    gemm_kernel[tiles, route.splits](
+    launch.run(
+        gemm_kernel, (tiles, route.splits), tile,
         *(t for pair in pairs for t in pair), *call.vectors, call.seed, sums, z, M, N,
         *call.lengths, *strides, *call.has, *call.dropout, route.steps_per_split,
         **call.flags, SPLIT=split, PRECISION=launch.precision(out),
-        **tile.blocks("BLOCK_M", "BLOCK_N", "BLOCK_K"),
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if split:
         block = configs.GEMM_FINISH
-        gemm_finish_kernel[configs.ceil_div(M, block.BLOCK_M), configs.ceil_div(N, block.BLOCK_N)](
+        grid = configs.ceil_div(M, block.BLOCK_M), configs.ceil_div(N, block.BLOCK_N)
+        launch.run(
+            gemm_finish_kernel, grid, block,
             sums, *call.vectors, out, z, M, N, route.splits, *call.has,
-            **block.blocks("BLOCK_M", "BLOCK_N"), num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip

@@ -286,13 +286,12 @@ def _launch(dy2, kept2, h_core, B, u, P, sums, split) -> None:
         dy2 if tensor is None else tensor for tensor in (kept2, h_core, B, u, P, sums)
     )
     with launch.on(dy2):
-        grad_output_kernel[configs.ceil_div(N, tile.BLOCK_N), split.splits](
+        launch.run(
+            grad_output_kernel, (configs.ceil_div(N, tile.BLOCK_N), split.splits), tile,
             dy2, kept2, h_core, B, u_out, P_out, sums_out, M, N, R, live,
             *dy2.stride(), *kept2.stride(), *h_core.stride(), split.steps, 1.0,
             U=u is not None, P=P is not None, SUMS=0 if sums is None else sums.shape[1],
-            PRECISION=launch.precision(dy2), **tile.blocks("BLOCK_M", "BLOCK_N", "BLOCK_R"),
-            LANES=configs.rows_at_once(tile, dy2.dtype),
-            num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=launch.precision(dy2), LANES=configs.rows_at_once(tile, dy2.dtype),
         )  # fmt: skip
 
 
@@ -315,13 +314,13 @@ def _finish_P(
     outputs = [P if one is None else one for one in (dB, d_out_scale)]
     if N:
         with launch.on(dy2):
-            grad_output_finish_kernel[(configs.ceil_div(N, tile.BLOCK_N),)](
+            launch.run(
+                grad_output_finish_kernel, (configs.ceil_div(N, tile.BLOCK_N),), tile,
                 P[..., first:], *vectors, spec.B, spec.scaling if has_scale else P, *outputs,
                 N, R, P.shape[2], *spec.B.stride(), _skipped(spec), spec.frozen_columns, P.shape[0],
                 int(gain is not None), int(spec.out_scale is not None),
                 int(spec.want_B), int(spec.want_out_scale),
                 int(has_scale), 1.0 if has_scale else float(spec.scaling),
-                **tile.blocks("BLOCK_N", "BLOCK_R"), num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return dB, d_out_scale
 

@@ -68,12 +68,11 @@ def sum_over_rows(
     tile, splits, steps = configs.grad_project(M, K, R, x2.dtype, launch.arch_of(x2))
     out = x2.new_empty(splits, R, K, dtype=torch.float32)
     with launch.on(x2):
-        grad_project_kernel[configs.ceil_div(K, tile.BLOCK_K), splits](
+        launch.run(
+            grad_project_kernel, (configs.ceil_div(K, tile.BLOCK_K), splits), tile,
             x2, v, launch.seed_of(seed, x2), out, M, K, R, *x2.stride(), *v.stride(),
             launch.groups(K), philox.threshold(p), philox.scale(p), steps,
             DROPS=p > 0, PRECISION=launch.precision(x2),
-            **tile.blocks("BLOCK_M", "BLOCK_K", "BLOCK_R"),
-            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     total = out[0] if splits == 1 else out.sum(0)
     return total if inverse is None else total.mul_(inverse)

@@ -1,15 +1,18 @@
-"""What a launch needs from its tensors: device, precision, strides and TMA descriptors."""
+"""Launches of kernels, and what they need of tensors: device, precision, strides, descriptors."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorafast.engine import philox
-from lorafast.engine.kernels import configs
+from lorafast.engine.kernels import configs, triton_internals
 from lorafast.runtime import devices
 
 
@@ -102,3 +105,112 @@ def _cached_descriptor(
 ) -> TensorDescriptor:
     # Making a descriptor takes longer than looking it up, and a call needs up to six of them.
     return TensorDescriptor(Address(pointer, dtype), list(shape), [stride, 1], list(block))
+
+
+def run(
+    kernel: Any, grid: tuple[int, ...], tile: configs.Tile, *args: object, **flags: object
+) -> None:
+    """Launch a kernel on the current device: all launches of lorafast's kernels are made here.
+
+    The first launch of its kind goes through Triton, which compiles. Its compiled kernel is kept,
+    and the next ones call it without Triton's binder, which takes longer than all else in a launch.
+
+    args: all arguments but constexprs, in order. flags: the constexprs that are no block sizes;
+    those, the warps and the stages are the tile's.
+    """
+    if triton_internals.binder_needed(kernel):
+        _through_triton(kernel, grid, tile, args, flags)
+        return
+    kinds = kernel.fn, tuple(map(type, args))
+    # kernel itself would hash its source.
+    arguments = _arguments.get(kinds)
+    if arguments is None:
+        arguments = _arguments[kinds] = _Arguments(kernel, kinds[1])
+    device = triton_internals.current_device()
+    key = arguments.key(args, device, tile, flags)
+    compiled = arguments.compiled.get(key)
+    if compiled is not None:
+        triton_internals.launch(compiled, grid, device, args)
+        return
+    constants = flags | _blocks(kernel, tile)
+    form = _through_triton(kernel, grid, tile, args, flags)
+    compiled = triton_internals.compiled_form(kernel, form, constants)
+    if key is not None and compiled is not None:
+        arguments.keep(key, compiled)
+
+
+def _through_triton(kernel, grid, tile: configs.Tile, args: tuple, flags: dict) -> Any:
+    return kernel[grid](
+        *args, **flags, **_blocks(kernel, tile), num_warps=tile.warps, num_stages=tile.stages
+    )
+
+
+def _blocks(kernel: Any, tile: configs.Tile) -> dict[str, int]:
+    names = [name for name in kernel.arg_names if name.startswith("BLOCK_")]
+    return {name: getattr(tile, name) for name in names}
+
+
+_dtype, _address = operator.attrgetter("dtype"), torch.Tensor.data_ptr
+# Other kinds are not kept: what Triton compiles for them is not known here.
+_KINDS = (torch.Tensor, torch.nn.Parameter, TensorDescriptor, int, bool, float, type(None))
+# The most kernels kept for arguments of the same types. A size of a new value adds one.
+_MOST = 1024
+
+
+class _Arguments:
+    """The arguments of a kernel, of given types, and the compiled kernels kept for them.
+
+    A key holds all that Triton compiles for, so kernels of equal keys are the same. Sizes are in it
+    as they are, where Triton asks only if they are 1 or multiples of 16: that is found sooner.
+    """
+
+    def __init__(self, kernel: Any, types: tuple[type, ...]):
+        specialized = triton_internals.specialized(kernel)
+        self.compiled: dict[tuple, triton_internals.Compiled] = {}
+        self.known = triton_internals.alignment_is_all(kernel) and set(types) <= {*_KINDS}
+
+        def of(*kinds: type, where: tuple[bool, ...] = (True, False)) -> Callable:
+            places = zip(types, specialized, strict=False)
+            return _getter(
+                [i for i, (kind, own) in enumerate(places) if kind in kinds and own in where]
+            )
+
+        self.tensors = of(torch.Tensor, torch.nn.Parameter)
+        self.descriptors = of(TensorDescriptor)
+        self.sizes = of(int, where=(True,))
+        self.counts = of(int, where=(False,))
+
+    def key(self, args: tuple, device: int, tile: configs.Tile, flags: dict) -> tuple | None:
+        """Return what the kernel is compiled for, None if a kernel for it is not to be kept."""
+        if not self.known:
+            return None
+        counts, tensors = self.counts(args), self.tensors(args)
+        # Triton's type of an integer depends on its value.
+        if counts and not -(2**31) <= min(counts) <= max(counts) < 2**31:
+            return None
+        addresses = tuple(map(_address, tensors))
+        misaligned = None
+        if functools.reduce(operator.or_, addresses, 0) & 15:
+            misaligned = tuple([address & 15 != 0 for address in addresses])
+        blocks = [(one.base.dtype, *one.block_shape) for one in self.descriptors(args)]
+        return (
+            device, tile, self.sizes(args), tuple(map(_dtype, tensors)), misaligned, *blocks,
+            *flags.items(),
+        )  # fmt: skip
+
+    def keep(self, key: tuple, compiled: triton_internals.Compiled) -> None:
+        """Keep a compiled kernel for its key."""
+        if len(self.compiled) >= _MOST:
+            self.compiled.clear()
+        self.compiled[key] = compiled
+
+
+# By the kernel's function and the types of its arguments.
+_arguments: dict[tuple, _Arguments] = {}
+
+
+def _getter(places: list[int]) -> Callable[[tuple], tuple]:
+    """Return a function that takes these places of a tuple, as a tuple."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda args: tuple([args[i] for i in places])

@@ -65,10 +65,10 @@ def low_rank_add(out: torch.Tensor, term: LowRankTerm, accumulate: bool) -> None
         return
     tile = configs.low_rank_add(out.dtype)
     with launch.on(out):
-        low_rank_add_kernel[configs.ceil_div(M, tile.BLOCK_M), configs.ceil_div(K, tile.BLOCK_K)](
+        launch.run(
+            low_rank_add_kernel,
+            (configs.ceil_div(M, tile.BLOCK_M), configs.ceil_div(K, tile.BLOCK_K)), tile,
             term.v, term.A, term.seed, out, M, K, R, *term.v.stride(), *term.A.stride(),
             launch.groups(K), philox.threshold(term.p), philox.scale(term.p),
             ACCUMULATES=accumulate, PRECISION=launch.precision(out),
-            **tile.blocks("BLOCK_M", "BLOCK_K", "BLOCK_R"),
-            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -184,12 +184,11 @@ def _launch(x2: torch.Tensor, down: DownProj, split: configs.SplitTile, h: torch
     if x2.itemsize < 4 and configs.casts_first(tile, M, K, R, launch.arch_of(x2)):
         A = scale_cast(A, x2.dtype)
     with launch.on(x2):
-        project_kernel[configs.ceil_div(M, tile.BLOCK_M), split.splits](
+        launch.run(
+            project_kernel, (configs.ceil_div(M, tile.BLOCK_M), split.splits), tile,
             x2, A, launch.seed_of(down.seed, x2), h, M, K, R, *x2.stride(), *A.stride(),
             launch.groups(K), philox.threshold(down.p), philox.scale(down.p), split.steps,
             DROPS=down.p > 0, PARTS=h.dim() == 3, PRECISION=launch.precision(x2),
-            **tile.blocks("BLOCK_M", "BLOCK_K", "BLOCK_R"),
-            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
@@ -214,10 +213,10 @@ def finish(
     tile = configs.project_finish(R)
     if M:
         with launch.on(parts):
-            project_finish_kernel[(configs.ceil_div(M, tile.BLOCK_M),)](
+            launch.run(
+                project_finish_kernel, (configs.ceil_div(M, tile.BLOCK_M),), tile,
                 parts[..., first:], core if in_registers else h, h, h_core, M, R, width, *strides,
                 scale, splits, CORE=core.dim() if in_registers else 0,
-                PRECISION=launch.precision(h), **tile.blocks("BLOCK_M", "BLOCK_R"),
-                num_warps=tile.warps, num_stages=tile.stages,
+                PRECISION=launch.precision(h),
             )  # fmt: skip
     return h, h_core if in_registers else apply_core(h, core)

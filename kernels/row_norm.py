@@ -120,12 +120,11 @@ def row_norm(
     if length:
         grid = configs.ceil_div(length, tile.BLOCK_N if by_row else tile.BLOCK_K), splits
         with launch.on(weight):
-            row_norm_kernel[grid](
+            launch.run(
+                row_norm_kernel, grid, tile,
                 weight, A, B, scaling if has_scale else squares, squares, N, K, R,
                 *weight.stride(), *A.stride(), *B.stride(),
                 int(has_scale), 1.0 if has_scale else float(scaling), steps,
                 BY_ROW=by_row, ROUNDED=rounded, PRECISION=precision,
-                **tile.blocks("BLOCK_N", "BLOCK_K", "BLOCK_R"),
-                num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return squares.sum(0).sqrt_()

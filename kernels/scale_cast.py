@@ -81,10 +81,10 @@ def scale_cast(
     # A kernel argument that is not read still needs a pointer.
     rows = F if row_scale is None else row_scale.contiguous()
     with launch.on(F):
-        scale_cast_kernel[grid](
+        launch.run(
+            scale_cast_kernel, grid, tile,
             F, rows, scaling if has_scale else F, out, I, J, width, *F.stride(), *out.stride(),
             int(row_scale is not None), int(has_scale), 1.0 if has_scale else float(scaling),
-            TF32=tf32, **tile.blocks("BLOCK_N", "BLOCK_K"),
-            num_warps=tile.warps, num_stages=tile.stages,
+            TF32=tf32,
         )  # fmt: skip
     return out

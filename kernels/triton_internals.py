@@ -1,0 +1,122 @@
+"""Every private symbol of Triton that lorafast's launches use, and when they may be used.
+
+What rests on them saves host time and nothing else. It is on for the versions of Triton in
+TESTED_VERSIONS and off for all others, and while something follows or changes launches: then every
+launch goes through `kernel[grid](...)`, which does the same.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import triton
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+# The releases on which the tests have passed with the private symbols in use.
+TESTED_VERSIONS = frozenset({(3, 7)})
+
+
+def is_tested(version: str) -> bool:
+    """True if the private symbols may be used on this version of Triton, such as "3.7.1"."""
+    release = re.fullmatch(r"(\d+)\.(\d+)\.\d+(\+.*)?", version)
+    return release is not None and (int(release[1]), int(release[2])) in TESTED_VERSIONS
+
+
+def _find(path: str) -> Any:
+    """Return the attribute of triton.knobs at the dotted path, or None if this Triton lacks it."""
+    found: Any = knobs
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+_runtime, _compilation = _find("runtime"), _find("compilation")
+_enter_hooks = _find("runtime.launch_enter_hook")
+_exit_hooks = _find("runtime.launch_exit_hook")
+
+# True if compiled kernels may be launched without Triton's binder. A test sets it to False to
+# pretend another Triton.
+enabled = (
+    is_tested(triton.__version__)
+    and _runtime is not None
+    and _compilation is not None
+    and isinstance(getattr(_enter_hooks, "calls", None), list)
+    and isinstance(getattr(_exit_hooks, "calls", None), list)
+    and not os.environ.get("TRITON_INSTRUMENTATION_MODE")
+)
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel as it is launched. constants: its constexprs, which come last."""
+
+    launch: Callable[..., None]
+    function: object
+    metadata: object
+    constants: tuple[object, ...]
+
+
+def binder_needed(kernel: Any) -> bool:
+    """True if Triton has to see a launch: for a hook, debugging, instrumentation, an interpreter.
+
+    These can change between two launches, so this is asked at each.
+    """
+    return (
+        not enabled
+        or type(kernel) is not JITFunction
+        or _runtime.launch_enter_hook is not _enter_hooks
+        or _runtime.launch_exit_hook is not _exit_hooks
+        or bool(_enter_hooks.calls or _exit_hooks.calls or kernel.pre_run_hooks or _runtime.debug)
+        or _runtime.add_stages_inspection_hook is not None
+        # A knob that has been set; that of the environment is read at import.
+        or bool(vars(_compilation).get("instrumentation_mode"))
+    )
+
+
+def alignment_is_all(kernel: JITFunction) -> bool:
+    """True if Triton compiles for the alignment of pointers, and for nothing else of a tensor.
+
+    For AMD's GPUs it also compiles for the size of a tensor's memory.
+    """
+    return driver.active.get_current_target().backend == "cuda" and not any(
+        param.annotation or param.is_const or param.do_not_specialize_on_alignment
+        for param in kernel.params
+        if not param.is_constexpr
+    )
+
+
+def specialized(kernel: JITFunction) -> list[bool]:
+    """Return for every parameter if Triton may compile for its value."""
+    return [not param.do_not_specialize for param in kernel.params]
+
+
+def current_device() -> int:
+    """Return the device on which Triton launches."""
+    return driver.active.get_current_device()
+
+
+def compiled_form(kernel: JITFunction, form: Any, constants: dict[str, object]) -> Compiled | None:
+    """Return what `kernel[grid](...)` returned as it is launched, None if Triton launches it alone.
+
+    constants: the constexprs by name.
+    """
+    names = kernel.arg_names[len(kernel.arg_names) - len(constants) :]
+    if form is None or set(names) != set(constants):
+        return None
+    return Compiled(
+        form.run, form.function, form.packed_metadata, tuple(constants[name] for name in names)
+    )
+
+
+def launch(compiled: Compiled, grid: tuple[int, ...], device: int, args: tuple) -> None:
+    """Launch a compiled kernel on the current stream, with no hooks."""
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = driver.active.get_current_stream(device)
+    compiled.launch(
+        x, y, z, stream, compiled.function, compiled.metadata, None, None, None,
+        *args, *compiled.constants,
+    )  # fmt: skip
