@@ -30,10 +30,6 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
-    def blocks(self, *names: str) -> dict[str, int]:
-        """Return the named block sizes, as arguments of a kernel."""
-        return {name: getattr(self, name) for name in names}
-
 
 class SplitTile(NamedTuple):
     """A tile, and the split of the summed axis: `splits` programs of `steps` blocks each."""

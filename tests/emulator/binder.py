@@ -34,20 +34,22 @@ _GRID = (2**31 - 1, 65535, 65535)
 
 
 class Launch(NamedTuple):
-    """One launch: the kernel's name, the grid, and the number of descriptors."""
+    """One launch: the kernel's name, the grid, the number of descriptors, warps and stages."""
 
     kernel: str
     grid: tuple[int, int, int]
     descriptors: int
+    warps: int
+    stages: int
 
 
 class Uncompiled:
     """What stands for a compiled kernel, with what a launch asks of one."""
 
-    def __init__(self, name, signature, constants, attributes, launches: list[Launch]):
+    def __init__(self, name, signature, constants, attributes, options, launches: list[Launch]):
         self.name, self.signature, self.constants = name, list(signature.values()), constants
         self.aligned = {place[0] for place, hints in attributes.items() if hints}
-        self.launches = launches
+        self.options, self.launches = options, launches
         self.function, self.packed_metadata = 1, None
 
     def launch_metadata(self, grid, stream, *args) -> None:
@@ -68,7 +70,10 @@ class Uncompiled:
         descriptors = [arg for arg in args if isinstance(arg, TensorDescriptor)]
         for descriptor in descriptors:
             _check_descriptor(self.name, descriptor)
-        self.launches.append(Launch(self.name, grid, len(descriptors)))
+        options = self.options
+        self.launches.append(
+            Launch(self.name, grid, len(descriptors), options.num_warps, options.num_stages)
+        )
 
     def _mismatch(self, i: int, arg, kind: str) -> str | None:
         """Return what an argument is that the kernel was not compiled for."""
@@ -110,7 +115,7 @@ def binding(capability: int) -> Iterator[list[Launch]]:
     def do_not_compile(
         self, key, signature, device, constexprs, options, attrs, warmup
     ) -> Uncompiled:
-        kernel = Uncompiled(self.fn.__name__, signature, constexprs, attrs, launches)
+        kernel = Uncompiled(self.fn.__name__, signature, constexprs, attrs, options, launches)
         self.device_caches[device][0][key] = kernel
         return kernel
 

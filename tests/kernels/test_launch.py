@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorafast.engine.kernels import launch
+from lorafast.engine.kernels import launch, triton_internals
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,14 @@ def test_a_cached_descriptor_has_the_type_of_a_new_one_and_keeps_no_tensor_alive
     types = [native_specialize_impl(BaseBackend, one, False, True, True) for one in (new, cached)]
     assert types[0] == types[1]
     assert not isinstance(cached.base, torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [
+        ("3.7.0", True), ("3.7.1", True), ("3.7.1+git5188153b", True), ("3.8.0", False),
+        ("3.6.0", False), ("3.7.0.dev20260101", False), ("3.7", False), ("4.7.1", False),
+    ],
+)  # fmt: skip
+def test_versions_of_triton_whose_private_symbols_are_used(version, tested):
+    assert triton_internals.is_tested(version) == tested

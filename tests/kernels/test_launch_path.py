@@ -17,7 +17,7 @@ from emulator.process import in_emulator
 from helpers.emulated_device import nvidia
 from helpers.random_layers import Draw, call, run
 
-from lorafast.engine.kernels import gemm_routing, launch
+from lorafast.engine.kernels import configs, gemm_routing, launch, triton_internals
 
 # What every range of calls launches.
 KERNELS = {
@@ -98,3 +98,124 @@ def test_a_kept_kernel_that_does_not_fit_is_seen():
                 kept[(1, 1, 1)](*arguments)
         with pytest.raises(Fault, match=r"grid \(1, 65536, 1\)"):
             kept[(1, 65536, 1)](x, x, out, 1024, 1024)
+
+
+@contextlib.contextmanager
+def bindings():
+    """Yield a list that gets the name of every kernel that Triton's binder launches."""
+    from triton.runtime.jit import JITFunction
+
+    bound, run = [], JITFunction.run
+
+    def noted(self, *args, **options):
+        bound.append(self.fn.__name__)
+        return run(self, *args, **options)
+
+    with mock.patch.object(JITFunction, "run", noted):
+        yield bound
+
+
+def launch_varied(kernel, draw, arguments, tiles, flags, capability=90):
+    """Launch a kernel with arguments of which one or two at a time are not the first of theirs.
+
+    arguments: for each a list to draw from; flags likewise, by name. Returns the number of
+    launches, and how many of them the binder made.
+    """
+    with binder.binding(capability) as launches, bindings() as bound:
+        for _ in range(600):
+            args, tile = [options[0] for options in arguments], tiles[0]
+            named = {name: options[0] for name, options in flags.items()}
+            for _ in range(draw.randrange(3)):
+                place = draw.randrange(len(args) + 2)
+                if place < len(args):
+                    args[place] = draw.choice(arguments[place])
+                elif place == len(args) or not flags:
+                    tile = draw.choice(tiles)
+                else:
+                    name = draw.choice(list(flags))
+                    named[name] = draw.choice(flags[name])
+            launch.run(kernel, (1,), tile, *args, **named)
+            assert launches[-1][3:] == (tile.warps, tile.stages)
+    return len(launches), len(bound)
+
+
+def vectors(*dtypes):
+    """Return vectors of some dtypes, aligned and misaligned."""
+    wide = [torch.empty(64, dtype=dtype) for dtype in dtypes]
+    return [vector[first:] for vector in wide for first in (0, 1, 8)]
+
+
+SIZES = [48, 1, 32, 17, 2**31, 2**31 + 1, -16, 2**63]
+TILES = [configs.DROP, *(configs.DROP._replace(**{name: 8}) for name in configs.Tile._fields)]
+
+
+@in_emulator
+def test_every_kept_kernel_fits_its_arguments():
+    from lorafast.engine.kernels.drop import drop_kernel
+
+    floats = vectors(torch.bfloat16, torch.float16, torch.float32)
+    arguments = [floats, vectors(torch.int64), floats, *[SIZES] * 8, [1.0, 2.0, True]]
+    launches, bound = launch_varied(
+        drop_kernel, Draw(0), arguments, TILES, {"ACCUMULATES": [False, True]}
+    )
+    assert launches == 600
+    assert bound < 300
+
+
+@in_emulator
+def test_every_kept_kernel_fits_its_descriptors():
+    from emulator.kernels import tma_product_kernel
+
+    descriptors = [
+        cached_descriptor(torch.empty(64, 64, dtype=dtype), block)
+        for block in ((64, 32), (32, 64))
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    arguments = [*[[*descriptors, None]] * 3, *[SIZES] * 3]
+    launches, bound = launch_varied(
+        tma_product_kernel, Draw(0), arguments, TILES, {"BY_ROW": [False, True]}
+    )
+    assert launches == 600
+    assert bound < 300
+
+
+@in_emulator
+def test_the_binder_launches_what_is_followed_or_changed():
+    from triton import knobs
+
+    from lorafast.engine.kernels.scale_cast import scale_cast, scale_cast_kernel
+
+    F, runtime = torch.randn(32, 32), knobs.runtime
+    nothing = mock.Mock()
+    unusual = [
+        mock.patch.object(triton_internals, "enabled", False),
+        mock.patch.object(runtime.launch_enter_hook, "calls", [nothing]),
+        mock.patch.object(runtime.launch_exit_hook, "calls", [nothing]),
+        mock.patch.object(runtime, "launch_enter_hook", None),
+        mock.patch.object(runtime, "launch_exit_hook", None),
+        mock.patch.object(runtime, "debug", True),
+        mock.patch.object(runtime, "add_stages_inspection_hook", lambda: ("key", "hash")),
+        mock.patch.dict(vars(knobs.compilation), {"instrumentation_mode": "fpsan"}),
+        mock.patch.object(scale_cast_kernel, "pre_run_hooks", [nothing]),
+    ]
+    assert triton_internals.enabled
+    with binder.binding(90) as launches, bindings() as bound:
+        for _ in range(3):
+            scale_cast(F, torch.bfloat16)
+        assert len(bound) == 1
+        for context in unusual:
+            with context:
+                scale_cast(F, torch.bfloat16)
+        scale_cast(F, torch.bfloat16)
+    assert len(bound) == 1 + len(unusual)
+    assert len(launches) == 4 + len(unusual)
+
+
+@in_emulator
+def test_kept_kernels_are_few():
+    with mock.patch.object(launch, "_MOST", 4), binder.binding(90), bindings() as bound:
+        from lorafast.engine.kernels.scale_cast import scale_cast
+
+        for columns in (8, 16, 24, 32, 40, 8, 40):
+            scale_cast(torch.randn(8, columns), torch.bfloat16)
+    assert len(bound) == 6
