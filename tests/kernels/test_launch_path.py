@@ -194,7 +194,7 @@ def test_the_binder_launches_what_is_followed_or_changed():
         mock.patch.object(runtime, "launch_enter_hook", None),
         mock.patch.object(runtime, "launch_exit_hook", None),
         mock.patch.object(runtime, "debug", True),
-        mock.patch.object(runtime, "add_stages_inspection_hook", lambda: ("key", "hash")),
+        mock.patch.object(runtime, "add_stages_inspection_hook", return_value=("k", "h")),
         mock.patch.dict(vars(knobs.compilation), {"instrumentation_mode": "fpsan"}),
         mock.patch.object(scale_cast_kernel, "pre_run_hooks", [nothing]),
     ]
