@@ -7,7 +7,6 @@ launch goes through `kernel[grid](...)`, which does the same.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,7 +46,8 @@ enabled = (
     and _compilation is not None
     and isinstance(getattr(_enter_hooks, "calls", None), list)
     and isinstance(getattr(_exit_hooks, "calls", None), list)
-    and not os.environ.get("TRITON_INSTRUMENTATION_MODE")
+    # That of the environment. One that is set later is looked for at every launch.
+    and not getattr(_compilation, "instrumentation_mode", "")
 )
 
 
@@ -72,7 +72,6 @@ def binder_needed(kernel: Any) -> bool:
         or _runtime.launch_exit_hook is not _exit_hooks
         or bool(_enter_hooks.calls or _exit_hooks.calls or kernel.pre_run_hooks or _runtime.debug)
         or _runtime.add_stages_inspection_hook is not None
-        # A knob that has been set; that of the environment is read at import.
         or bool(vars(_compilation).get("instrumentation_mode"))
     )
 
