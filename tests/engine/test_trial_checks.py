@@ -24,7 +24,7 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", trial.STREAMS)
-@pytest.mark.parametrize("dtype", [FP16, torch.float32])
+@pytest.mark.parametrize("dtype", [FP16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_a_right_stream_passes(kernel, dtype):
     assert trial_checks.check(Form(kernel, dtype), CPU, SIZES) == ""
 
