@@ -7,17 +7,18 @@ PEFT's own forward.
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from lorafast import functional
-from lorafast.engine import plain_products
+from lorafast.engine import philox, plain_products
 from lorafast.engine.multi_adapter import Factors
 from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling
 from lorafast.integrations import peft_lamda_variant, peft_support
 from lorafast.models.explain import LayerCall
-from lorafast.runtime import extras
+from lorafast.runtime import extras, torch_internals
 
 with extras.required("peft"):
     from peft.tuners.lora import dora
@@ -58,11 +59,13 @@ class Linear(PeftLinear):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Return the output [...,N] for x [...,K]. With further arguments PEFT's forward runs."""
-        # Before the checks, which take longer than few tokens do.
-        if not (args or kwargs):
-            y = few_tokens_forward(self, x)
-            if y is not None:
-                return y
+        # Before the checks in words, which take longer than few tokens do.
+        usual = None if args or kwargs else usual_call(self, x)
+        if usual is not None:
+            weight, bias, A, B, *_, lora_bias, _, _ = usual.tensors
+            scaling, p = usual.options[:2]
+            y = plain_products.linear(x, weight, bias, A, B, lora_bias, scaling, p)
+            return op_forward(self, x, usual) if y is None else y
         if peft_support.is_small_call(self, x):
             return peft_forward(self, peft_support.SMALL_CALL, x, *args, **kwargs)
         why = peft_support.why_not_call(self, x, args, kwargs, *_dora_options(self))
@@ -121,18 +124,29 @@ def peft_forward(layer: Linear, why: str, x: torch.Tensor, *args, **kwargs) -> t
     return PeftLinear.forward(layer, x, *args, **kwargs)
 
 
-def few_tokens_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor | None:
-    """Return the output of one LoRA on few tokens by plain products, or None for any other call."""
-    if type(x) is not torch.Tensor or x.numel() > plain_products.MOST_ELEMENTS:
-        return None
-    # Whatever peft_support.why_not_state asks of a LoRA, in the quickest order.
+class UsualCall(NamedTuple):
+    """The arguments of a call of one LoRA."""
+
+    tensors: LayerTensors
+    options: CallOptions
+
+
+def usual_call(layer: Linear, x: torch.Tensor) -> UsualCall | None:
+    """Return the arguments of a call that the ops can serve, if the layer has one active LoRA.
+
+    None is no refusal: peft_support.why_not_call decides then.
+    """
+    # Whatever why_not_call asks of a LoRA, in the quickest order: every call comes here.
     if (
-        layer.lora_variant
+        torch.compiler.is_compiling()
+        or layer.lora_variant
         or layer._disable_adapters
         or layer.merged_adapters
         or layer.fan_in_fan_out
         or not layer.cast_input_dtype_enabled
-        or torch.compiler.is_compiling()
+        or type(x) is not torch.Tensor
+        or not torch_internals.nothing_casts_or_traces()
+        or torch_internals.transforms_active()
     ):
         return None
     names = peft_support.active_adapters(layer)
@@ -140,30 +154,48 @@ def few_tokens_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor | None:
         return None
     base = layer._modules["base_layer"]
     A, B, dropout = modules = peft_support.adapter_modules(layer, names[0])
-    # Reading _parameters takes a tenth of the time of nn.Module's attributes; what a library has
-    # put elsewhere is unusual.
-    own, down, up = base._parameters, A._parameters, B._parameters
-    if not type(base) is type(A) is type(B) is nn.Linear or down.get("bias") is not None:
+    if not type(base) is type(A) is type(B) is nn.Linear:
         return None
+    for module in (base, *modules):
+        if peft_support.why_not_skippable(module):
+            return None
     p = 0.0
     if type(dropout) is not nn.Identity:
         if type(dropout) is not nn.Dropout:
             return None
         p = dropout.p if dropout.training else 0.0
-    for module in (base, *modules):
-        if peft_support.why_not_skippable(module):
-            return None
+    # Reading _parameters takes a tenth of the time of nn.Module's attributes; what a library has
+    # put elsewhere is unusual.
+    own, down, up = base._parameters, A._parameters, B._parameters
     try:
-        weight, bias, lora_A, lora_B = own["weight"], own["bias"], down["weight"], up["weight"]
-        lora_bias = up["bias"]
-    except KeyError:
+        weight, lora_A, lora_B, lora_bias = own["weight"], down["weight"], up["weight"], up["bias"]
+        usual = (
+            type(weight) is type(lora_A) is type(lora_B) is nn.Parameter
+            and down["bias"] is None
+            and not weight.requires_grad
+            and x.dtype is weight.dtype
+            and x.layout is weight.layout is torch.strided
+            and x.dim() > 0
+            and x.shape[-1] == weight.shape[1]
+            and x.device == weight.device == lora_A.device == lora_B.device
+            and (p == 0 or 0 < round(p * philox.STEPS) < philox.STEPS)
+        )
+        tensors = LayerTensors(weight, own["bias"], lora_A, lora_B, lora_bias=lora_bias)
+    except (KeyError, RuntimeError):
         return None
     scaling = layer.scaling[names[0]]
-    return plain_products.linear(x, weight, bias, lora_A, lora_B, lora_bias, scaling, p)
+    if not usual or type(scaling) is not float or scaling - scaling != 0:
+        return None
+    return UsualCall(tensors, CallOptions(scaling, p, keep="auto"))
 
 
-def op_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor:
-    """Return the output by lorafast's ops. peft_support.why_not_call must have returned None."""
+def op_forward(layer: Linear, x: torch.Tensor, usual: UsualCall | None = None) -> torch.Tensor:
+    """Return the output by lorafast's ops.
+
+    usual: the arguments; without them peft_support.why_not_call must have returned None.
+    """
+    if usual is not None:
+        return functional._linear_checked(x, usual.tensors, usual.options)
     base, names = layer.base_layer, peft_support.active_adapters(layer)
     weight, bias = _weight_matrix(layer, base), base.bias
     if len(names) > 1:

@@ -184,7 +184,7 @@ def test_resuming_under(arguments, tmp_path):
 
 
 @pytest.mark.compile
-def test_a_compiled_model_and_a_plain_one_share_checkpoints(tmp_path):
+def test_a_compiled_model_and_a_plain_one_share_checkpoints(tmp_path, few_tokens_by_op):
     def compiled():
         return torch.compile(adapted(), backend="eager")
 
