@@ -24,8 +24,9 @@ from lorafast.engine.problem import BaseTerm, DownProj, LowRankTerm, UpProjGradS
 BF16, FP16 = torch.bfloat16, torch.float16
 TARGETS = [(90, BF16), (80, BF16), (90, FP16), (80, FP16)]
 RANKS = (16, 64, 128, 256)
-# grad_input rounds twice where torch multiplies the base in half precision.
-EXACT = [name for name in CHECKS if name != "grad_input"]
+# grad_input rounds twice where torch multiplies the base in half precision, and row_norm ends with
+# torch's square root, which is not rounded correctly.
+EXACT = [name for name in CHECKS if name not in ("grad_input", "row_norm")]
 # M, N, K, R and how operands lie. No row of 17 or 33 elements is aligned.
 SHAPES = [
     ((20, 36, 70, 17), "contiguous"),
