@@ -187,16 +187,14 @@ def _gemm(trace: Trace, out: torch.Tensor, summands: list, masked: Any, route: A
 @contextlib.contextmanager
 def pretended(trace: Trace) -> Iterator[None]:
     """Return a context in which fake CUDA tensors are those of an H200, and launches are noted."""
-    from triton.runtime.jit import JITFunction
-
     from lorafast.engine import kernel_choice
     from lorafast.engine.backends import triton as backend
     from lorafast.engine.kernels import launch
     from lorafast.runtime import devices
 
-    def run(self, *args, grid, warmup, **constants):
-        named = dict(zip(self.arg_names, args, strict=False))
-        trace.works.append(_launch(self.fn.__name__, named | constants))
+    def run(kernel, grid, tile, *args, **constants):
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        trace.works.append(_launch(kernel.fn.__name__, named | constants))
 
     def gemm(out, summands, masked, route, *more):
         _gemm(trace, out, summands, masked, route)
@@ -204,14 +202,14 @@ def pretended(trace: Trace) -> Iterator[None]:
     arch = devices.Arch("nvidia", f"sm_{CAPABILITY}", PROCESSORS)
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
-            (JITFunction, "run", run),
+            (launch, "run", run),
             (backend, "gemm", gemm),
             (kernel_choice, "measured_specs", lambda *_: None),
             (launch, "on", lambda x: contextlib.nullcontext()),
             (devices, "of", lambda device: arch),
             (devices, "has_mixed_gemm", lambda device: True),
         ):
-            stack.enter_context(mock.patch.object(owner, name, value, create=True))
+            stack.enter_context(mock.patch.object(owner, name, value))
         yield
 
 
@@ -254,9 +252,10 @@ class Setting(NamedTuple):
 def ours(setting: Setting, way: str) -> tuple[float, dict[str, str]]:
     """Return the modelled seconds of our layer's step, and which way its primitives took.
 
-    way: "eager", or "chosen" among the kernels and eager.
+    way: "torch" for eager with masks by torch's operations, "eager" with those of the kernel, or
+    "chosen" among the kernels and eager.
     """
-    from lorafast.engine import dispatch, formula
+    from lorafast.engine import dispatch, formula, masks
     from lorafast.engine.backends import eager
     from lorafast.engine.problem import CallOptions, GradMask, LayerTensors
 
@@ -277,10 +276,11 @@ def ours(setting: Setting, way: str) -> tuple[float, dict[str, str]]:
             x=True, lora_A=method != "LaMDA", lora_B=True, core=method == "LaMDA",
             magnitude=method == "DoRA",
         )  # fmt: skip
-        backend = eager if way == "eager" else Chosen(trace)
+        backend = Chosen(trace) if way == "chosen" else eager
         dispatch._routes.cache_clear()
         chosen = mock.patch.object(dispatch.Routes, "__missing__", return_value=backend)
-        with trace, chosen:
+        kernel = mock.patch.object(masks, "kernel_serves", return_value=way != "torch")
+        with trace, chosen, kernel:
             if method == "DoRA":
                 norm = dispatch.norm_routes(tensors, options)["row_norm"].row_norm(
                     tensors.weight, tensors.lora_A, tensors.lora_B, 2.0, "out"
@@ -340,8 +340,8 @@ def tables() -> str:
         lines += [
             f"{M} tokens, {K} → {N}; the frozen layer's step is modelled as {base:.0f} µs:",
             "",
-            "| method | dropout | eager | chosen | PEFT | PEFT, bf16 factors | by kernels |",
-            "|---|---|---|---|---|---|---|",
+            "| method | dropout | torch alone | eager | chosen | PEFT | PEFT, bf16 | by kernels |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for method, p in itertools.product(METHODS, (0.0, DROPOUT)):
             lines.append(_row(Setting(method, N, K, M, p)))
@@ -351,10 +351,13 @@ def tables() -> str:
 
 def _row(setting: Setting) -> str:
     base = frozen(setting)
-    eager, _ = ours(setting, "eager")
-    chosen, took = ours(setting, "chosen")
+    (alone, _), (eager, _), (chosen, took) = (
+        ours(setting, way) for way in ("torch", "eager", "chosen")
+    )
     theirs = [peft(setting, bf16) for bf16 in (False, True)]
-    cells = [f"{seconds / base:.2f}" if seconds else "–" for seconds in (eager, chosen, *theirs)]
+    cells = [
+        f"{seconds / base:.2f}" if seconds else "–" for seconds in (alone, eager, chosen, *theirs)
+    ]
     kernels = ", ".join(f"`{name}`" for name, way in took.items() if way == "kernels") or "–"
     return f"| {setting.method} | {setting.p:g} | {' | '.join(cells)} | {kernels} |"
 

@@ -21,7 +21,7 @@ def tables():
         r"^(\d+) tokens, (\d+) → \d+; (.*?)(?=^\d+ tokens|\Z)", PAGE, re.M | re.S
     ):
         for method, p, cells in ROW.findall(head[3]):
-            eager, chosen, *theirs = cells.split(" | ")[:4]
+            _, eager, chosen, *theirs = cells.split(" | ")[:5]
             their = [float(cell) for cell in theirs if cell != "–"]
             found[int(head[1]), int(head[2]), method, p] = float(chosen), float(eager), their
     return found
