@@ -90,6 +90,15 @@ def kernel_serves(device: torch.device, dtype: torch.dtype) -> bool:
     return asked == "triton" or not trial.why_not("drop", dtype, 0, device)
 
 
+def made_by_torch(device: torch.device, dtype: torch.dtype) -> bool:
+    """True on a GPU where the kernel may not serve.
+
+    A step with dropout is then modelled at 3.7 times the frozen layer's at 4096 → 4096, and at more
+    on smaller layers (docs/modelled-steps.md).
+    """
+    return device.type not in ("cpu", "meta") and not kernel_serves(device, dtype)
+
+
 def _kernel_for(x: torch.Tensor) -> Callable | None:
     """kernels.drop.drop, if it is there and may serve; else None."""
     return _load() if kernel_serves(x.device, x.dtype) else None

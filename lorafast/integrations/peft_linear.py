@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorafast import functional
-from lorafast.engine import philox, plain_products
+from lorafast.engine import masks, philox, plain_products
 from lorafast.engine.multi_adapter import Factors
 from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling
 from lorafast.integrations import peft_lamda_variant, peft_support
@@ -179,6 +179,7 @@ def usual_call(layer: Linear, x: torch.Tensor) -> UsualCall | None:
             and x.shape[-1] == weight.shape[1]
             and x.device == weight.device == lora_A.device == lora_B.device
             and (p == 0 or 0 < round(p * philox.STEPS) < philox.STEPS)
+            and (p == 0 or x.is_cpu or not masks.made_by_torch(x.device, x.dtype))
         )
         tensors = LayerTensors(weight, own["bias"], lora_A, lora_B, lora_bias=lora_bias)
     except (KeyError, RuntimeError):
@@ -256,6 +257,8 @@ def _explained_call(layer: Linear, name: str) -> LayerCall:
     )
     active = peft_support.active_adapters(layer)
     why = peft_support.why_not_state(layer, *_dora_options(layer))
+    if not why and peft_support.drops_slowly(layer, name, base.weight):
+        why = peft_support.SLOW_DROPOUT
     if "forward" in vars(layer):
         why = "a forward of its own"
     return LayerCall(

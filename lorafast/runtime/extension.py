@@ -32,7 +32,7 @@ from lorafast.runtime.toolchain import Failure, Toolchain, UnknownFlags
 
 SOURCES = Path(__file__).parent.parent / "engine" / "csrc" / "cpu"
 # What a compiler needs for the kernels on one core, to say how long a build will take.
-_COMPILE_SECONDS = 40
+_COMPILE_SECONDS = 25
 
 
 class NeverBuilt(Failure):
