@@ -18,7 +18,9 @@ from lorafast.runtime import devices
 
 def on(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Return a context in which x's device is the current one, on which Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if x.is_cuda:
+        return torch.cuda.device(x.device)
+    return torch.xpu.device(x.device) if x.is_xpu else contextlib.nullcontext()
 
 
 def arch_of(x: torch.Tensor) -> devices.Arch:

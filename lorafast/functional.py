@@ -97,7 +97,8 @@ def linear(
         and not frozen_columns
         and (axis, dropout_on, keep) == _DEFAULT_WORDS
         and type(dropout) is float
-        and 0 <= dropout < 1
+        and (dropout == 0 or 0 < round(dropout * philox.STEPS) < philox.STEPS)
+        and (seed is None or checks.is_seed(seed))
     ):
         p = dropout if training else 0.0
         y = plain_products.linear(x, weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed)

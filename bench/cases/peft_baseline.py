@@ -120,12 +120,13 @@ def peft_layer(base: nn.Linear, impl: Impl, method: str, adapter: Adapter) -> nn
 
 def runs_pefts_forward(layer: nn.Module, M: int, dtype: torch.dtype) -> bool:
     """True if an accelerated layer leaves a call of M tokens to PEFT's own forward."""
-    from lorafast.integrations import peft_support
+    from lorafast.integrations import peft_linear, peft_support
 
     # SeededDropout, which only PEFT's forward takes, may be in place already.
     if isinstance(layer.lora_dropout["default"], SeededDropout):
         return True
-    return peft_support.is_small_call(layer, torch.empty(M, layer.in_features, dtype=dtype))
+    x = torch.empty(M, layer.in_features, dtype=dtype)
+    return peft_linear.usual_call(layer, x) is None and peft_support.is_small_call(layer, x)
 
 
 class SeededDropout(nn.Module):

@@ -262,10 +262,15 @@ def _has_shape(x: torch.Tensor) -> None:
         )
 
 
+def is_seed(seed: torch.Tensor) -> bool:
+    """True if it is a tensor of a seed's dtype and shape."""
+    return isinstance(seed, torch.Tensor) and seed.dtype == torch.int64 and seed.shape == (1,)
+
+
 def _seed(seed: torch.Tensor | None, x: torch.Tensor) -> None:
     if seed is not None and not isinstance(seed, torch.Tensor):
         raise TypeError(f"seed must be an int64 tensor of shape (1,), not {seed!r}")
-    if seed is not None and (seed.dtype != torch.int64 or tuple(seed.shape) != (1,)):
+    if seed is not None and not is_seed(seed):
         raise TypeError(
             f"seed {tuple(seed.shape)} {seed.dtype} must be (1,) int64, in [0, 2**63), "
             f"for x {tuple(x.shape)}"

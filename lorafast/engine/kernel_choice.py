@@ -87,7 +87,9 @@ def _why_not_product(
     if isinstance(streams, Provisional):
         return (streams,)
     if measured.PRODUCT not in streams.rates:
-        return (streams.forms.get(trial.SPEED) or streams.reason,)
+        if streams.forms:
+            return (streams.forms.get(trial.SPEED) or "its speed here could not be measured",)
+        return (streams.reason,)
     hopeful = measured.specs(problem.arch, problem.dtype, streams.rates)
     query = query_of(primitive, problem, hopeful)
     low_rank = Expected(0.0, 0.0)

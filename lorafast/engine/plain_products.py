@@ -66,8 +66,8 @@ def why_not(M: int, tensors: LayerTensors, options: CallOptions, dtype: torch.dt
         return "a weight of another dtype"
     if dtype == A.dtype == torch.float16:
         return "fp16 throughout, in which plain autograd loses small gradients"
-    if options.dropout > 0 and _cpu_kernels() is None:
-        return "dropout without the C++ kernels, which make its mask"
+    if options.dropout > 0 and not makes_masks():
+        return "dropout without the C++ kernels, which make its mask, or on an untested torch"
     N, K = weight.shape
     copies_x = A.dtype.itemsize > dtype.itemsize or options.dropout > 0
     return None if few_tokens(M, N, K, copies_x) else f"{M} tokens are not few"
@@ -109,7 +109,7 @@ def linear(
             and weight.is_cpu
             and A.is_cpu
             and B.is_cpu
-            and x.layout is torch.strided
+            and x.layout is weight.layout is torch.strided
             and x.shape[-1] == K > 0
             and A.shape == (R, K)
             and B.shape == (N, R)
@@ -187,6 +187,11 @@ def _is_vector(vector: torch.Tensor, length: int) -> bool:
     )
 
 
+def makes_masks() -> bool:
+    """True if products can drop in this process, as long as nobody looks on."""
+    return torch_internals.enabled and _cpu_kernels() is not None
+
+
 def _cpu_kernels() -> Any:
     """The C++ backend, if its kernels are there; else None."""
     backend: Any = dispatch.load("cpu")
@@ -198,8 +203,6 @@ def _drop_mask(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Te
 
     The kernel reads and writes memory, which a tensor under a mode or a transform may not have.
     """
-    if seed is not None and (seed.dtype is not torch.int64 or seed.shape != (1,)):
-        return None
     if not torch_internals.bypasses_dispatcher(x, (seed,)):
         return None
     backend = _cpu_kernels()

@@ -230,7 +230,8 @@ def _triton_version() -> str:
 @functools.cache
 def _sources() -> str:
     """A hash of what is tried, and of what tries it."""
-    files = [*_ENGINE.glob("kernels/*.py"), *_ENGINE.glob("trial_*.py"), _ENGINE / "philox.py"]
+    folders = (_ENGINE, _ENGINE / "kernels", _ENGINE / "backends")
+    files = [file for folder in folders for file in folder.glob("*.py")]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.name.encode() + file.read_bytes())
@@ -288,6 +289,8 @@ def _run(folder: Path, why: str, gpu: Gpu, entry: str) -> Verdict:
 def _summary(forms: list[str], found: Verdict) -> str:
     wrong = [f"{form}: {found.forms[form]}" for form in forms if found.forms[form]]
     right = f"{len(forms) - len(wrong)} of {len(forms)} forms are right"
+    if found.forms.get(SPEED):
+        wrong.append(f"{SPEED}: {found.forms[SPEED]}")
     if not wrong:
         return right
     return f"{right}, not {'; '.join(wrong)} ({env.TRIAL.name}=again tries anew)"

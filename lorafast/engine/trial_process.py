@@ -25,7 +25,7 @@ SPEED = "speed"
 # The time of all children of one trial together, in seconds.
 LIMIT = 120.0
 # A test puts a program here that stands in for the child.
-COMMAND: tuple[str, ...] = (sys.executable, "-m", "lorafast.engine.trial_checks")
+COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "lorafast.engine.trial_checks")
 # The seconds that a child may take to end once it is killed: its driver may hold it longer.
 _GRACE = 10.0
 _MOST_CHARACTERS = 300
@@ -101,9 +101,11 @@ def run(uuid: str, entry: str, steps: list[str], folder: Path) -> Outcome:
             if report.running is not None:
                 report.write(end=report.running, reason=why or "the child ended in it")
                 report = Report(path)
-            if report.unusable or not report.reasons:
+            if not report.reasons:
                 return Outcome({}, {}, report.unusable or why or "the child reports nothing")
-            stuck = len(report.reasons) == ended
+            # What was found before a device became unusable is kept.
+            why = report.unusable or why
+            stuck = bool(report.unusable) or len(report.reasons) == ended
             if report.left and (stuck or time.monotonic() >= end):
                 reason = f"was not tried: {why}" if stuck else "was not tried: the time was up"
                 report.reasons |= dict.fromkeys(report.left, reason)
@@ -121,7 +123,7 @@ def _run_child(uuid: str, entry: str, report: Path, seconds: float) -> str:
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
                 env=_environment(), start_new_session=True,
             )  # fmt: skip
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             return f"the child cannot be started: {error}"
         try:
             status = child.wait(max(seconds, 0.1))
@@ -140,7 +142,7 @@ def _environment() -> dict[str, str]:
     cuBLAS repeats its results only with a workspace of its own.
     """
     return env.child(
-        PYTHONPATH=os.pathsep.join(filter(None, sys.path)),
+        PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path),
         CUBLAS_WORKSPACE_CONFIG=":4096:8",
         **{env.TRIAL.name: "0", env.BACKEND.name: "auto"},
     )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorafast import functional
-from lorafast.engine import masks, philox, plain_products
+from lorafast.engine import checks, masks, philox, plain_products
 from lorafast.engine.multi_adapter import Factors
 from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling
 from lorafast.integrations import peft_lamda_variant, peft_support
@@ -134,60 +134,73 @@ class UsualCall(NamedTuple):
 def usual_call(layer: Linear, x: torch.Tensor) -> UsualCall | None:
     """Return the arguments of a call that the ops can serve, if the layer has one active LoRA.
 
-    None is no refusal: peft_support.why_not_call decides then.
+    None is no refusal: peft_support.why_not_call decides then. Whatever that asks of a LoRA is
+    asked here in the quickest order, because every call comes here.
     """
-    # Whatever why_not_call asks of a LoRA, in the quickest order: every call comes here.
-    if (
-        torch.compiler.is_compiling()
-        or layer.lora_variant
-        or layer._disable_adapters
-        or layer.merged_adapters
-        or layer.fan_in_fan_out
-        or not layer.cast_input_dtype_enabled
-        or type(x) is not torch.Tensor
-        or not torch_internals.nothing_casts_or_traces()
-        or torch_internals.transforms_active()
-    ):
+    if type(x) is not torch.Tensor or not torch_internals.nothing_casts_or_traces():
+        return None
+    if torch.compiler.is_compiling() or torch_internals.transforms_active():
+        return None
+    if layer.lora_variant or layer._disable_adapters or layer.merged_adapters:
         return None
     names = peft_support.active_adapters(layer)
-    if len(names) != 1:
+    if len(names) != 1 or not layer.cast_input_dtype_enabled:
         return None
-    base = layer._modules["base_layer"]
+    base, transposed = layer._modules["base_layer"], layer.fan_in_fan_out
     A, B, dropout = modules = peft_support.adapter_modules(layer, names[0])
-    if not type(base) is type(A) is type(B) is nn.Linear:
+    if type(base) is not (peft_support.Conv1D if transposed else nn.Linear):
+        return None
+    if not type(A) is type(B) is nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
         return None
     for module in (base, *modules):
         if peft_support.why_not_skippable(module):
             return None
-    p = 0.0
-    if type(dropout) is not nn.Identity:
-        if type(dropout) is not nn.Dropout:
-            return None
-        p = dropout.p if dropout.training else 0.0
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     # Reading _parameters takes a tenth of the time of nn.Module's attributes; what a library has
     # put elsewhere is unusual.
     own, down, up = base._parameters, A._parameters, B._parameters
     try:
-        weight, lora_A, lora_B, lora_bias = own["weight"], down["weight"], up["weight"], up["bias"]
+        weight, bias, lora_A, lora_B = own["weight"], own["bias"], down["weight"], up["weight"]
+        lora_bias, scaling = up["bias"], layer.scaling[names[0]]
         usual = (
-            type(weight) is type(lora_A) is type(lora_B) is nn.Parameter
-            and down["bias"] is None
+            down["bias"] is None
+            and (lora_bias is None or _is_usual(lora_bias, x))
+            and _is_usual(lora_A, x)
+            and _is_usual(lora_B, x)
+            and _is_usual(weight, x)
             and not weight.requires_grad
             and x.dtype is weight.dtype
             and x.layout is weight.layout is torch.strided
             and x.dim() > 0
-            and x.shape[-1] == weight.shape[1]
-            and x.device == weight.device == lora_A.device == lora_B.device
-            and (p == 0 or 0 < round(p * philox.STEPS) < philox.STEPS)
-            and (p == 0 or x.is_cpu or not masks.made_by_torch(x.device, x.dtype))
+            and x.shape[-1] == layer.in_features
+            and (p == 0 or _drops_well(p, x))
+            # Left to the ops or, with few tokens, to PEFT.
+            and not (x.dtype is lora_A.dtype is lora_B.dtype is torch.float16)
+            and type(scaling) is float
+            and scaling - scaling == 0
         )
-        tensors = LayerTensors(weight, own["bias"], lora_A, lora_B, lora_bias=lora_bias)
     except (KeyError, RuntimeError):
         return None
-    scaling = layer.scaling[names[0]]
-    if not usual or type(scaling) is not float or scaling - scaling != 0:
+    if not usual:
         return None
+    matrix = weight.t() if transposed else weight
+    tensors = LayerTensors(matrix, bias, lora_A, lora_B, lora_bias=lora_bias)
     return UsualCall(tensors, CallOptions(scaling, p, keep="auto"))
+
+
+def _is_usual(tensor: torch.Tensor, x: torch.Tensor) -> bool:
+    return (
+        type(tensor) is nn.Parameter and tensor.dtype in checks.DTYPES and tensor.device == x.device
+    )
+
+
+def _drops_well(p: float, x: torch.Tensor) -> bool:
+    """True if p is something in 16 bits, and the mask is made by a kernel."""
+    if not 0 < round(p * philox.STEPS) < philox.STEPS:
+        return False
+    if x.is_cpu:
+        return plain_products.makes_masks()
+    return not masks.made_by_torch(x.device, x.dtype)
 
 
 def op_forward(layer: Linear, x: torch.Tensor, usual: UsualCall | None = None) -> torch.Tensor:

@@ -233,9 +233,10 @@ def why_not_plain(linear: nn.Module) -> str | None:
         return f"is a {kind}"
     if isinstance(linear, NonDynamicallyQuantizableLinear):
         return f"is a {kind}, whose weight nn.MultiheadAttention reads without calling it"
-    if isinstance(linear.weight, nn.Parameter):
-        return None
-    return f"is a {kind} whose weight is no Parameter"
+    for name in ("weight", "bias"):
+        if not isinstance(getattr(linear, name), nn.Parameter | None):
+            return f"is a {kind} whose {name} is no Parameter"
+    return None
 
 
 def _has_plain_forward(kind: type[nn.Linear]) -> bool:

@@ -97,12 +97,12 @@ def test_a_factor_times_s_is_rounded_once(backend, dtype, scaling):
     assert torch.equal(y[0], (B[:, 0] * scaling).to(dtype))
 
 
-# Not row_norm in eager: it is torch's own norm, whose square root is not rounded correctly.
+# Not row_norm in eager and triton: it ends in torch's square root, which is not rounded correctly.
 EXACT = [
     (backend, primitive)
     for backend in backends.DTYPES
     for primitive in PRIMITIVES
-    if (backend, primitive) != ("eager", "row_norm")
+    if (backend, primitive) not in (("eager", "row_norm"), ("triton", "row_norm"))
 ]
 
 

@@ -278,6 +278,14 @@ def test_fake_and_meta_tensors(p):
     assert layer.to("meta")(torch.randn(M, K, device="meta")).is_meta
 
 
+def test_a_sparse_weight_is_left_to_the_reference(taken):
+    weight, A, B = torch.randn(N, K).to_sparse(), torch.randn(R, K), torch.randn(N, R)
+    x = torch.randn(M, K)
+    y = lorafast.linear(x, weight, None, A, B)
+    torch.testing.assert_close(y, x @ (weight.to_dense() + B @ A).T)
+    assert not taken
+
+
 def test_transforms_of_torch_func_reach_the_products(taken):
     layer, x = lorafast.Linear(K, N, adapter=lorafast.LoRA(r=R)), torch.randn(4, M, K)
     nn.init.normal_(layer.lora_B)

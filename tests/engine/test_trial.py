@@ -132,6 +132,16 @@ def test_what_prevents_the_child_is_no_verdict_on_a_kernel(gpu, capsys, monkeypa
     assert "the child cannot be started: " in why_not()
 
 
+def test_what_was_found_before_a_device_was_lost_is_kept(gpu):
+    gpu.does("project bfloat16=crash;restart=unusable")
+    assert why_not("drop") == ""
+    assert why_not("project") == "crashed by SIGSEGV"
+    assert why_not("row_norm") == "was not tried: the device is not visible"
+    gpu.forget()
+    assert why_not("project") == "crashed by SIGSEGV"
+    assert len(gpu.runs) == 2
+
+
 def test_the_child_itself_says_that_it_sees_no_gpu(gpu, monkeypatch):
     command = (sys.executable, "-m", "lorafast.engine.trial_checks")
     monkeypatch.setattr(trial_process, "COMMAND", command)
@@ -141,9 +151,11 @@ def test_the_child_itself_says_that_it_sees_no_gpu(gpu, monkeypatch):
     )
 
 
-def test_a_crash_while_measuring_leaves_no_speed(gpu):
+def test_a_crash_while_measuring_leaves_no_speed(gpu, capsys):
     gpu.does("speed=crash")
     assert why_not() == ""
+    said = capsys.readouterr().err
+    assert "12 of 12 forms are right, not speed: crashed by SIGSEGV" in said
     assert trial.verdict(GPU).rates == {}
     assert trial.verdict(GPU).forms["speed"] == "crashed by SIGSEGV"
 

@@ -1,7 +1,8 @@
 """A program that stands in for the child of a trial, and does as $STAND_IN says.
 
-STAND_IN is a list of "step=deed" separated by semicolons; a step without a deed is right. Each run
-of the program adds a line to $STAND_IN_RUNS.
+STAND_IN is a list of "step=deed" separated by semicolons; a step without a deed is right. "start"
+is every run's first step, "restart" comes next in one that goes on. Each run of the program adds a
+line to $STAND_IN_RUNS.
 """
 
 import argparse
@@ -26,6 +27,8 @@ def main():
     deeds = dict(one.split("=") for one in filter(None, os.environ["STAND_IN"].split(";")))
     report = trial_process.Report(Path(asked.out))
     do(deeds.get("start"), report, "start")
+    if report.reasons:
+        do(deeds.get("restart"), report, "restart")
     for step in report.left:
         report.write(begin=step)
         reason = do(deeds.get(step), report, step) or ""

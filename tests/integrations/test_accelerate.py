@@ -290,6 +290,7 @@ def test_wrapped_models_are_looked_into():
     assert lorafast.restore(nn.Sequential(model)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_model_inside_ddp_is_taken(tmp_path):
     spawn(_step_in_a_group, args=(str(tmp_path / "meeting"),), nprocs=1)

@@ -59,11 +59,8 @@ def keys(folder):
         return [key.encode() for key in file.keys()]  # noqa: SIM118  (it is no dict)
 
 
-# One of them is enough for every day.
-NAMES = ["LoRA", *(pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS if n != "LoRA")]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_fifty_steps_are_the_same_before_and_after(name, encoder, tmp_path, calls):
     plain, swapped = (fresh(encoder, CONFIGS[name]) for _ in range(2))
     plain.encoder.save_pretrained(tmp_path / "start")

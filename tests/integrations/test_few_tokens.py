@@ -9,6 +9,7 @@ from lorafast.engine import masks, plain_products
 from lorafast.runtime import env
 
 peft = pytest.importorskip("peft")
+pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
 ours = pytest.importorskip("lorafast.integrations.peft_linear")
 peft_support = pytest.importorskip("lorafast.integrations.peft_support")
 pytestmark = pytest.mark.peft
@@ -85,6 +86,37 @@ def test_what_must_be_called_is_called(few):
         layer(x)
     assert heard == ["base_layer", "lora_A", "lora_B", "lora_dropout"]
     assert few == []
+
+
+@pytest.mark.parametrize("M", [3, MANY])
+def test_a_conv1d_is_served_alike(M, few, calls):
+    base = nn.Sequential(pytorch_utils.Conv1D(N, K))
+    model = peft.get_peft_model(
+        base,
+        peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, fan_in_fan_out=True),
+    )
+    layer, x = model.base_model.model[0], torch.randn(M, K)
+    expected = results(layer, x)
+    lorafast.accelerate(model)
+    for one, same in zip(results(layer, x), expected, strict=True):
+        torch.testing.assert_close(one, same, rtol=1e-4, atol=1e-4)
+    assert (len(few), calls) == (
+        (1, {"fast": 0, "why": []}) if M == 3 else (0, {"fast": 1, "why": []})
+    )
+
+
+def test_dropout_without_a_mask_of_ours_is_left_to_peft(few, calls, monkeypatch):
+    monkeypatch.setattr(plain_products, "makes_masks", lambda: False)
+    layer = layer_of(lora_dropout=0.3)
+    layer(torch.randn(3, K))
+    layer(torch.randn(MANY_COPIED, K))
+    assert (few, calls) == ([], {"fast": 1, "why": [peft_support.SMALL_CALL]})
+
+
+def test_fp16_throughout_is_left_to_peft(few, calls):
+    layer = layer_of(dtype=torch.float16).half()
+    layer(torch.randn(3, K).half())
+    assert (few, calls) == ([], {"fast": 0, "why": [peft_support.SMALL_CALL]})
 
 
 def test_the_state_of_a_layer_decides(few, calls):

@@ -146,7 +146,12 @@ def _run(code, *arguments):
 
 
 @pytest.mark.parametrize(
-    "imports", ["lorafast, torch, peft", "peft, lorafast", "torch, lorafast, peft"]
+    "imports",
+    [
+        "lorafast, torch, peft",
+        pytest.param("peft, lorafast", marks=pytest.mark.slow),
+        pytest.param("torch, lorafast, peft", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("written_by", ["peft", "lorafast"])
 def test_with_lorafast_imported_peft_reads_the_file(imports, written_by, tmp_path):

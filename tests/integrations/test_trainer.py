@@ -378,6 +378,7 @@ def _penalty_in_a_group(folder):
         assert torch.equal(theirs, parameter)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_in_a_process_group_rank_0_writes_and_all_resume(tmp_path):
     spawn(_in_a_group, args=(tmp_path,), nprocs=2)

@@ -198,3 +198,13 @@ def test_a_trained_weight_gets_its_gradient():
     layer(inputs()).sum().backward()
     assert layer.weight.grad is not None
     assert layer.lora_magnitude.grad is not None
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_linear_with_a_tensor_for_a_parameter_is_refused(name):
+    linear = nn.Linear(6, 5)
+    value = getattr(linear, name).detach()
+    delattr(linear, name)
+    setattr(linear, name, value)
+    with pytest.raises(TypeError, match=f"whose {name} is no Parameter"):
+        lorafast.Linear.from_linear(linear)

@@ -89,6 +89,7 @@ def test_the_copy_is_gone_once_all_are_frozen_and_decay_cannot_reach_them():
     assert torch.equal(model[0].lora_B, before)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ddp_goes_on_when_parameters_freeze(tmp_path):
     spawn(_train_in_a_group, args=(str(tmp_path / "rendezvous"),), nprocs=2)

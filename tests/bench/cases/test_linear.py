@@ -15,7 +15,7 @@ from lorafast.bench.report import record
 
 
 @pytest.mark.peft
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_every_candidate_is_measured_next_to_the_frozen_layer(dtype, tmp_path, capsys):
     options = f"--dropout 0,0.3 --dtype {dtype} --impl full,lorafast,peft,peft-bf16"
     status, rows, out = run(tmp_path, options)
@@ -151,7 +151,7 @@ def test_where_float64_does_not_fit_the_error_is_taken_over_fewer_tokens(monkeyp
     assert {(r.M, r.error_tokens, r.status) for r in measured} == {(8, 2, "ok")}
 
 
-@pytest.mark.compile
+@pytest.mark.slow
 @pytest.mark.compile
 def test_compiled_candidates_are_correct_and_marked(tmp_path):
     options = "--dropout 0.3 --impl lorafast+compile --methods lora --tokens 8"
@@ -162,6 +162,7 @@ def test_compiled_candidates_are_correct_and_marked(tmp_path):
 
 
 @pytest.mark.peft
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_inference_is_a_forward_without_gradients(dtype, tmp_path, capsys):
     options = f"--pass train,inference --tokens 1,8 --dtype {dtype}"

@@ -49,6 +49,7 @@ def test_losses_equal_pefts_and_fall(monkeypatch, tmp_path, capsys):
     assert "lora: the loss is at most" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_layer")
 def test_rows_have_every_key(tmp_path):
     options = "--impl full,lorafast,peft --batch-sizes 2 --steps 2 --train-batch 1"
