@@ -18,9 +18,9 @@ from lorafast.engine.kernels import gemm_routing
 
 MOST_INSTRUCTIONS, MOST_ALU, LEAST_IN_FLIGHT = 13.8, 6.9, 24 * 1024
 RANKS = (16, 64, 128, 256)
+# How often memory moves an element of the large operand, where it is not once.
+PASSES = {"low_rank_add, accumulated": 2, "drop": 2, "drop, accumulated": 3}
 LOW_RANK_ADD = ("low_rank_add", "low_rank_add, accumulated")
-ROW_NORM = ("row_norm, rows", "row_norm, columns")
-MASKED = ("grad_project, dropout", *LOW_RANK_ADD)
 
 
 def unmended(calls, reason, ranks=(16,)):
@@ -30,9 +30,10 @@ def unmended(calls, reason, ranks=(16,)):
 
 # What does not hold yet, by gate, call and R.
 UNMENDED = {
-    "instructions": unmended(LOW_RANK_ADD, "the mask takes too many"),
-    "alu": unmended(MASKED, "the mask takes too many"),
-    "serialized": unmended(["grad_project, dropout"], "x is masked in registers", (64,)),
+    "instructions": unmended(["low_rank_add"], "the mask takes too many"),
+    "alu": unmended(["grad_project, dropout", "low_rank_add"], "the mask takes too many"),
+    "serialized": unmended(["grad_project, dropout"], "x is masked in registers", (64,))
+    | unmended(["project, dropout"], "x is masked in registers", (64, 128)),
 }
 
 
@@ -58,13 +59,15 @@ def figures(call, R, capability=90):
 @each_call("instructions")
 @in_emulator
 def test_instructions_of_an_element_are_issued_while_memory_delivers_it(call, R):
-    assert figures(call, R).instructions <= MOST_INSTRUCTIONS, figures(call, R)
+    assert figures(call, R).instructions <= MOST_INSTRUCTIONS * PASSES.get(call, 1), figures(
+        call, R
+    )
 
 
 @each_call("alu")
 @in_emulator
 def test_integer_logic_of_an_element_is_done_while_memory_delivers_it(call, R):
-    assert figures(call, R).alu <= MOST_ALU, figures(call, R)
+    assert figures(call, R).alu <= MOST_ALU * PASSES.get(call, 1), figures(call, R)
 
 
 @each_call("in_flight")
