@@ -126,7 +126,9 @@ def runs_pefts_forward(layer: nn.Module, M: int, dtype: torch.dtype) -> bool:
     if isinstance(layer.lora_dropout["default"], SeededDropout):
         return True
     x = torch.empty(M, layer.in_features, dtype=dtype)
-    return peft_linear.usual_call(layer, x) is None and peft_support.is_small_call(layer, x)
+    usual = peft_linear.usual_call(layer)
+    served = usual is not None and peft_linear.fits_ops(x, usual)
+    return not served and peft_support.is_small_call(layer, x)
 
 
 class SeededDropout(nn.Module):

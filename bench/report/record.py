@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import get_args, get_type_hints
 
 from lorafast.bench.errors import BenchError
+from lorafast.runtime import whole_file
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "oom", "wrong", "unsupported", "missing")
@@ -178,15 +177,7 @@ class Results:
             path.write_text(text)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        whole_file.write(path, text, 0o644)
 
     @classmethod
     def read(cls, path: Path) -> Results:

@@ -19,6 +19,7 @@ import json
 import platform
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ import torch
 
 from lorafast.engine import trial_process
 from lorafast.engine.trial_process import SPEED
-from lorafast.runtime import build_cache, devices, env
+from lorafast.runtime import build_cache, devices, env, whole_file
 from lorafast.runtime.fallback import Provisional
 
 # In the order of trust: what is tried first is the simplest, and the most useful.
@@ -315,8 +316,8 @@ def _writable_folder() -> tuple[Path | None, str]:
         if str(cache).startswith("~"):
             raise FileNotFoundError(2, "there is no home folder")
         cache.mkdir(parents=True, exist_ok=True)
-        (cache / "trial.lock").touch()
-        return cache, ""
+        with tempfile.TemporaryFile(dir=cache):
+            return cache, ""
     except OSError as error:
         why = f"{env.CACHE.name}: {cache} cannot be used ({error.strerror or error})"
     try:
@@ -353,4 +354,4 @@ def _write(file: Path, gpu: Gpu, entry: str, found: Verdict) -> None:
         "seconds": found.seconds,
         "when": found.when,
     }
-    build_cache.write_whole(file, json.dumps(content, indent=1) + "\n")
+    whole_file.write(file, json.dumps(content, indent=1) + "\n")

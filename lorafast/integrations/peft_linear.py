@@ -60,12 +60,15 @@ class Linear(PeftLinear):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Return the output [...,N] for x [...,K]. With further arguments PEFT's forward runs."""
         # Before the checks in words, which take longer than few tokens do.
-        usual = None if args or kwargs else usual_call(self, x)
+        usual = None if args or kwargs else usual_call(self)
         if usual is not None:
             weight, bias, A, B, *_, lora_bias, _, _ = usual.tensors
             scaling, p = usual.options[:2]
             y = plain_products.linear(x, weight, bias, A, B, lora_bias, scaling, p)
-            return op_forward(self, x, usual) if y is None else y
+            if y is not None:
+                return y
+            if fits_ops(x, usual):
+                return op_forward(self, x, usual)
         if peft_support.is_small_call(self, x):
             return peft_forward(self, peft_support.SMALL_CALL, x, *args, **kwargs)
         why = peft_support.why_not_call(self, x, args, kwargs, *_dora_options(self))
@@ -131,20 +134,16 @@ class UsualCall(NamedTuple):
     options: CallOptions
 
 
-def usual_call(layer: Linear, x: torch.Tensor) -> UsualCall | None:
-    """Return the arguments of a call that the ops can serve, if the layer has one active LoRA.
+def usual_call(layer: Linear) -> UsualCall | None:
+    """Return the arguments of a call now, if the layer has one active LoRA and nothing unusual.
 
-    None is no refusal: peft_support.why_not_call decides then. Whatever that asks of a LoRA is
-    asked here in the quickest order, because every call comes here.
+    None is no refusal: peft_support.why_not_call decides then. What that asks of a layer is asked
+    here in the quickest order, because every call comes here.
     """
-    if type(x) is not torch.Tensor or not torch_internals.nothing_casts_or_traces():
-        return None
-    if torch.compiler.is_compiling() or torch_internals.transforms_active():
-        return None
     if layer.lora_variant or layer._disable_adapters or layer.merged_adapters:
         return None
     names = peft_support.active_adapters(layer)
-    if len(names) != 1 or not layer.cast_input_dtype_enabled:
+    if len(names) != 1 or not layer.cast_input_dtype_enabled or torch.compiler.is_compiling():
         return None
     base, transposed = layer._modules["base_layer"], layer.fan_in_fan_out
     A, B, dropout = modules = peft_support.adapter_modules(layer, names[0])
@@ -162,35 +161,46 @@ def usual_call(layer: Linear, x: torch.Tensor) -> UsualCall | None:
     try:
         weight, bias, lora_A, lora_B = own["weight"], own["bias"], down["weight"], up["weight"]
         lora_bias, scaling = up["bias"], layer.scaling[names[0]]
-        usual = (
-            down["bias"] is None
-            and (lora_bias is None or _is_usual(lora_bias, x))
-            and _is_usual(lora_A, x)
-            and _is_usual(lora_B, x)
-            and _is_usual(weight, x)
-            and not weight.requires_grad
-            and x.dtype is weight.dtype
-            and x.layout is weight.layout is torch.strided
-            and x.dim() > 0
-            and x.shape[-1] == layer.in_features
-            and (p == 0 or _drops_well(p, x))
-            # Left to the ops or, with few tokens, to PEFT.
-            and not (x.dtype is lora_A.dtype is lora_B.dtype is torch.float16)
-            and type(scaling) is float
-            and scaling - scaling == 0
-        )
-    except (KeyError, RuntimeError):
+    except KeyError:
         return None
-    if not usual:
+    plain = type(weight) is type(lora_A) is type(lora_B) is nn.Parameter
+    if not plain or down.get("bias") is not None or weight.requires_grad:
         return None
     matrix = weight.t() if transposed else weight
     tensors = LayerTensors(matrix, bias, lora_A, lora_B, lora_bias=lora_bias)
     return UsualCall(tensors, CallOptions(scaling, p, keep="auto"))
 
 
-def _is_usual(tensor: torch.Tensor, x: torch.Tensor) -> bool:
+def fits_ops(x: torch.Tensor, usual: UsualCall) -> bool:
+    """True if the ops can serve a usual call on x, which plain products have left to them.
+
+    False is no refusal either. fp16 throughout and dropout without a kernel for its mask are left
+    to the checks in words, by which few tokens and GPUs run PEFT's own forward.
+    """
+    (weight, _, A, B, *_), (scaling, p, *_) = usual
+    others = [A, B] if usual.tensors.lora_bias is None else [A, B, usual.tensors.lora_bias]
     return (
-        type(tensor) is nn.Parameter and tensor.dtype in checks.DTYPES and tensor.device == x.device
+        type(x) is torch.Tensor
+        and torch_internals.nothing_casts_or_traces()
+        and not torch_internals.transforms_active()
+        and type(scaling) is float
+        and scaling - scaling == 0  # neither inf nor nan
+        and x.dtype is weight.dtype
+        and x.dtype in checks.DTYPES
+        and x.layout is weight.layout is torch.strided
+        and not x.is_nested
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[1]
+        and x.device == weight.device
+        and all(_is_usual(factor, x) for factor in others)
+        and not x.dtype is A.dtype is B.dtype is torch.float16
+        and (p == 0 or _drops_well(p, x))
+    )
+
+
+def _is_usual(factor: torch.Tensor, x: torch.Tensor) -> bool:
+    return (
+        type(factor) is nn.Parameter and factor.dtype in checks.DTYPES and factor.device == x.device
     )
 
 

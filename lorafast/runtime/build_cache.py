@@ -46,21 +46,6 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that readers see whole or not at all. OSError if it cannot be written."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f"{path.name}.", delete=False
-    ) as file:
-        made = Path(file.name)
-        try:
-            file.write(text)
-            file.flush()
-            made.replace(path)
-        except OSError:
-            made.unlink(missing_ok=True)
-            raise
-
-
 def remember_failure(record: Path, tools: str, reason: str) -> None:
     """Write down that a build by these tools fails, and why."""
     # A folder that became unwritable meanwhile costs another try, no more.

@@ -106,7 +106,7 @@ def test_a_conv1d_is_served_alike(M, few, calls):
 
 
 def test_dropout_without_a_mask_of_ours_is_left_to_peft(few, calls, monkeypatch):
-    monkeypatch.setattr(plain_products, "makes_masks", lambda: False)
+    monkeypatch.setattr(plain_products, "_cpu_kernels", lambda: None)
     layer = layer_of(lora_dropout=0.3)
     layer(torch.randn(3, K))
     layer(torch.randn(MANY_COPIED, K))
