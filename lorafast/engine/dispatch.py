@@ -65,6 +65,20 @@ def describe_route(backend: str, primitive: str, problem: Problem) -> str | None
     return describe and describe(primitive, problem)
 
 
+def choice(primitive: str, problem: Problem) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """The name of a primitive's backend, and the reasons of those that were asked before it.
+
+    The name is "none" if a forced backend refuses. Nothing is remembered.
+    """
+    refusals: dict[str, tuple[str, ...]] = {}
+    for backend in candidates(env.backend()):
+        reasons = why_not(backend, primitive, problem)
+        if not reasons:
+            return backend, refusals
+        refusals[backend] = reasons
+    return "none", refusals
+
+
 def candidates(asked: str) -> tuple[str, ...]:
     """The backends to try, in order, for a value of LORAFAST_BACKEND. ValueError if unknown."""
     if asked == "auto":
@@ -90,6 +104,14 @@ class Routes(dict[str, Backend]):
         if not any(isinstance(reason, Provisional) for reason in refusals):
             self[primitive] = chosen
         return chosen
+
+
+class _MetaRoutes(Routes):
+    """The routes of meta tensors, which stand for those of a GPU while a step is modelled."""
+
+    def __getitem__(self, primitive: str) -> Backend:
+        modelled = devices.stand_in.get()
+        return modelled.backend if modelled else super().__getitem__(primitive)
 
 
 def routes(
@@ -156,7 +178,8 @@ def pick(primitive: str, problem: Problem) -> Backend:
 def _routes(key: tuple | Problem, backend: str | bytes | None, log: str | bytes | None) -> Routes:
     """The routes of a problem under values of the two variables, as env.raw_get gives them."""
     problem = key if isinstance(key, Problem) else Problem(*key)
-    return Routes(problem, env.parse_backend(backend), env.parse_log(log))
+    kind = _MetaRoutes if problem.arch.vendor == "meta" else Routes
+    return kind(problem, env.parse_backend(backend), env.parse_log(log))
 
 
 def _choose(

@@ -16,7 +16,7 @@ import torch
 from lorafast.engine import philox, row_blocks, trial
 from lorafast.engine.problem import SharedMask
 from lorafast.engine.row_blocks import flatten_tokens
-from lorafast.runtime import env
+from lorafast.runtime import devices, env
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -79,15 +79,23 @@ def add_rows(
 
 def kernel_serves(device: torch.device, dtype: torch.dtype) -> bool:
     """True if the kernel may drop numbers of this dtype there: it is asked for, or was tried."""
+    return not why_not_kernel(device, dtype)
+
+
+def why_not_kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the kernel may not drop numbers of this dtype there, in words; "" if it may."""
     asked = env.backend()
-    if dtype not in _DTYPES or asked not in ("auto", "triton"):
-        return False
+    if dtype not in _DTYPES:
+        return f"it drops no {dtype}"
+    if asked not in ("auto", "triton"):
+        return f"{env.BACKEND.name}={asked}"
     if device.type == "cpu":
         # Triton's interpreter computes bf16 wrongly.
-        return env.interprets() and dtype != torch.bfloat16
+        interprets = env.interprets() and dtype != torch.bfloat16
+        return "" if interprets else "it runs on a CPU in Triton's interpreter only"
     if device.type not in ("cuda", "xpu"):
-        return False
-    return asked == "triton" or not trial.why_not("drop", dtype, 0, device)
+        return f"it does not run on {device.type}"
+    return "" if asked == "triton" else trial.why_not("drop", dtype, 0, device)
 
 
 def made_by_torch(device: torch.device, dtype: torch.dtype) -> bool:
@@ -101,6 +109,9 @@ def made_by_torch(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _kernel_for(x: torch.Tensor) -> Callable | None:
     """kernels.drop.drop, if it is there and may serve; else None."""
+    if x.is_meta:
+        modelled = devices.stand_in.get()
+        return modelled and modelled.drop
     return _load() if kernel_serves(x.device, x.dtype) else None
 
 

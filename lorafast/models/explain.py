@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
-from lorafast.engine import dispatch, plain_products
+from lorafast.engine import dispatch, masks, plain_products
 from lorafast.engine.formula import resolve_keep, saved_mask
 from lorafast.engine.problem import (
     PRIMITIVES,
@@ -21,7 +22,7 @@ from lorafast.models.explanation import Explanation, Row
 from lorafast.models.module_names import require_module
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.embedding import Embedding
-from lorafast.runtime import env, symlinks
+from lorafast.runtime import devices, symlinks
 from lorafast.runtime.torch_internals import is_foreign_subclass
 
 
@@ -79,7 +80,8 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     Covers lorafast's layers and the layers of a PEFT model after lorafast.accelerate, those with
     one row for each adapter. Nothing is computed; activations are assumed to have the dtype of the
     weight. The table has one line for layers that differ in the indices of their names alone, and a
-    total; a notebook shows it in HTML. A GPU whose kernels have not been tried is tried first.
+    total; a notebook shows it in HTML. A GPU whose kernels have not been tried is tried first. For
+    a GPU a model's ratio of a training step to the frozen layer's is there, too.
 
     Args:
         model: the model, or one layer.
@@ -157,6 +159,7 @@ def _row(name: str, call: LayerCall, tokens: int) -> Row:
     backends: dict[str, str] = {}
     why_not: dict[str, tuple[str, ...]] = {}
     notes = _notes(call, options)
+    modelled = None
     if call.runs_op and not plain_products.why_not(tokens, tensors, options, weight.dtype):
         notes += (f"{tokens} tokens are few: {call.few_tokens} instead of the op",)
     elif call.runs_op:
@@ -166,14 +169,16 @@ def _row(name: str, call: LayerCall, tokens: int) -> Row:
         sizes = {"x": K * element_size, "y": N * element_size}
         referenced = {key: size for key, size in sizes.items() if getattr(mask, key)}
         for primitive, problem in _problems(tensors, options, tokens).items():
-            backends[primitive], refusals = _route(primitive, problem)
+            backends[primitive], refusals = dispatch.choice(primitive, problem)
             notes += _route_notes(backends[primitive], primitive, problem)
             for backend, reasons in refusals.items():
                 why_not[backend] = tuple(dict.fromkeys(why_not.get(backend, ()) + reasons))
+        modelled = _modelled_ratio(tokens, tensors, options, needs)
+        notes += _mask_notes(backends, options, weight)
     name = name or "(this layer)"
     return Row(
         name, call.method, (N, K), R, saved, tuple(referenced), backends, why_not, notes,
-        referenced, weight.device.type,
+        referenced, weight.device.type, modelled,
     )  # fmt: skip
 
 
@@ -187,25 +192,40 @@ def _problems(tensors: LayerTensors, options: CallOptions, tokens: int) -> dict[
     return problems
 
 
-def _route(primitive: str, problem: Problem) -> tuple[str, dict[str, tuple[str, ...]]]:
-    """Return the backend of a primitive, and the reasons of those that were asked before it.
-
-    The backend is "none" if a forced one refuses.
-    """
-    refusals: dict[str, tuple[str, ...]] = {}
-    for backend in dispatch.candidates(env.backend()):
-        reasons = dispatch.why_not(backend, primitive, problem)
-        if not reasons:
-            return backend, refusals
-        refusals[backend] = reasons
-    return "none", refusals
-
-
 def _route_notes(backend: str, primitive: str, problem: Problem) -> tuple[str, ...]:
     if backend == "none":
         return ()
     route = dispatch.describe_route(backend, primitive, problem)
     return (f"{primitive} by {backend}: {route}",) if route else ()
+
+
+def _modelled_ratio(
+    tokens: int, tensors: LayerTensors, options: CallOptions, needs: GradMask
+) -> float | None:
+    """Return the modelled time of the step by the frozen layer's; None on what is no GPU."""
+    if devices.of(tensors.weight.device).vendor in ("cpu", "meta"):
+        return None
+    if symlinks.why_missing("kernels"):
+        return None
+    # Imported where it is needed: it is no part of what a call imports.
+    from lorafast.engine import step_model
+
+    return step_model.ratio(tokens, tensors, options, needs)
+
+
+def _mask_notes(
+    backends: dict[str, str], options: CallOptions, weight: torch.Tensor
+) -> tuple[str, ...]:
+    """Return what makes the dropout mask on a GPU."""
+    if not options.dropout or weight.is_cpu or weight.is_meta:
+        return ()
+    drops = ("project", "grad_input", "grad_project")
+    eager = ", ".join(name for name in drops if backends.get(name) == "eager")
+    if not eager:
+        return ()
+    if why := masks.why_not_kernel(weight.device, weight.dtype):
+        return (f"the dropout mask of {eager} by torch's operations, not by Triton's drop: {why}",)
+    return (f"the dropout mask of {eager} by Triton's drop",)
 
 
 def _notes(call: LayerCall, options: CallOptions) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from lorafast.models.tables import html_list, html_table, text_table
 # Backends of GPUs, whose reasons to refuse a weight on the CPU are no news.
 _GPU_BACKENDS = ("cuda", "triton")
 # Columns whose cells are aligned to the right.
-_NUMBERS = ("n", "N x K", "r", "own", "x", "y")
+_NUMBERS = ("n", "N x K", "r", "own", "x", "y", "modelled")
 # The width that a table keeps to by naming the parent of all layers only once.
 _TERMINAL_COLUMNS = 80
 # The most ranges of indices that a name shows; more of them are shown as "*".
@@ -35,6 +35,8 @@ class Row(NamedTuple):
         referenced_bytes: bytes per token of each tensor in `referenced`. They cost memory only
             where no other layer or operation keeps the same tensor.
         device: type of the weight's device, such as "cpu".
+        modelled: the time of the layer's training step by the frozen layer's on its GPU, by a model
+            that counts (docs/modelled-steps.md), and no measurement; None where it says nothing.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Row(NamedTuple):
     notes: tuple[str, ...]
     referenced_bytes: dict[str, int]
     device: str
+    modelled: float | None = None
 
 
 class Group(NamedTuple):
@@ -127,15 +130,21 @@ class Explanation(NamedTuple):
         """Return the header and the lines of the table, the total last."""
         totals = self.referenced_bytes
         tensors = [key for key in ("x", "y") if key in totals]
-        header = ["layer", "n", "method", "N x K", "r", "own", *tensors, "backend"]
-        lines = [_line(group, tensors) for group in self.groups]
-        sums = [str(self.saved), *(str(totals[key]) for key in tensors)]
+        modelled = ["modelled"] * any(row.modelled for row in self.rows)
+        header = ["layer", "n", "method", "N x K", "r", "own", *tensors, *modelled, "backend"]
+        lines = [_line(group, tensors, bool(modelled)) for group in self.groups]
+        sums = [str(self.saved), *(str(totals[key]) for key in tensors), *("" for _ in modelled)]
         return header, [*lines, ["total", str(len(self.rows)), "", "", "", *sums, ""]]
 
     def _remarks(self) -> list[str]:
         """Return what is said below the table."""
         notes = dict.fromkeys(note for row in self.rows for note in row.notes)
         legend = _legend(self.referenced_bytes)
+        if any(row.modelled for row in self.rows):
+            legend.append(
+                "modelled: a training step by the frozen layer's, in a model and not measured "
+                '("modelled 1.17 × the frozen layer")'
+            )
         return [*self.lost, *legend, *_refusals(self.rows), *sorted(_joined(notes)), *self.missing]
 
 
@@ -177,7 +186,7 @@ def _joined(notes: Iterable[str]) -> list[str]:
     return [*others, *(f"{', '.join(names)} by {route}" for route, names in primitives.items())]
 
 
-def _line(group: Group, tensors: Sequence[str]) -> list[str]:
+def _line(group: Group, tensors: Sequence[str], models: bool) -> list[str]:
     row = group.rows[0]
     N, K = row.shape
     return [
@@ -188,6 +197,7 @@ def _line(group: Group, tensors: Sequence[str]) -> list[str]:
         str(row.r),
         "as torch" if row.saved is None else str(row.saved),
         *(str(row.referenced_bytes.get(key, "-")) for key in tensors),
+        *[f"{row.modelled:.2f} ×" if row.modelled else "-"] * models,
         _backends(row.backends),
     ]
 

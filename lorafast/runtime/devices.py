@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +26,19 @@ class Arch(NamedTuple):
     multiprocessors: int = 0
 
 
+class StandIn(NamedTuple):
+    """What meta tensors stand for while a step on a GPU is modelled (engine.step_model).
+
+    arch: that of the GPU. backend: what computes every primitive. drop: the kernel of the dropout
+    mask; None: torch's operations make it.
+    """
+
+    arch: Arch
+    backend: Any
+    drop: Any
+
+
+stand_in: ContextVar[StandIn | None] = ContextVar("stand_in", default=None)
 # The first device that was seen of each architecture.
 _seen: dict[Arch, torch.device] = {}
 
@@ -68,6 +82,9 @@ def traced() -> bool:
 
 def has_mixed_gemm(device: torch.device) -> bool:
     """True if torch.mm there multiplies half-precision operands into an fp32 result."""
+    if device.type == "meta":
+        modelled = stand_in.get()
+        return modelled is not None and modelled.arch.vendor == "nvidia"
     return device.type == "cuda" and torch.version.hip is None
 
 

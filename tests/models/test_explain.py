@@ -5,11 +5,15 @@ import re
 import pytest
 import torch
 from helpers import tiny_transformers
+from helpers.pretended_gpu import verdicts
 from torch import nn
 
 import lorafast
 from lorafast import DoRA, LoRA, testing
-from lorafast.engine import dispatch
+from lorafast.engine import dispatch, masks, trial
+from lorafast.runtime import devices
+
+triton = pytest.importorskip("lorafast.engine.backends.triton")
 
 pytestmark = pytest.mark.usefixtures("few_tokens_by_op")
 
@@ -208,3 +212,61 @@ def test_a_notebook_shows_a_table_with_every_text_escaped():
     assert "<th" in page
     assert "<li>own: bytes per token" in page
     assert lorafast.explain(nn.ReLU())._repr_html_() == "<p>no adapted layer</p>"
+
+
+@pytest.fixture
+def on_h200(monkeypatch):
+    """Tensors are taken for those of an H200; the mask's kernel serves where Triton's do."""
+    arch, of = devices.Arch("nvidia", "sm_90", 132), devices.of
+    monkeypatch.setattr(devices, "of", lambda device: of(device) if device.type == "meta" else arch)
+    monkeypatch.setattr(
+        masks, "why_not_kernel", lambda device, dtype: trial.why_not("drop", dtype, 0, device)
+    )
+    monkeypatch.setattr(triton.triton.knobs.runtime, "interpret", False)
+    dispatch._routes.cache_clear()
+    yield
+    dispatch._routes.cache_clear()
+
+
+def a_layer(**options):
+    return lorafast.Linear(
+        1024, 1024, bias=False, dtype=torch.bfloat16, adapter=LoRA(r=16, **options)
+    )
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_a_gpus_step_is_modelled_by_what_serves_there():
+    (alone,) = lorafast.explain(a_layer(dropout=0.05)).rows
+    with trial.assuming(verdicts()):
+        found = lorafast.explain(a_layer(dropout=0.05))
+        (plain,) = lorafast.explain(a_layer()).rows
+    (row,) = found.rows
+    assert set(row.backends.values()) == {"triton"}
+    assert 1 < plain.modelled < row.modelled < alone.modelled / 3
+    table = str(found)
+    assert re.search(rf"\b{row.modelled:.2f} ×", table)
+    assert "a training step by the frozen layer's, in a model and not measured" in table
+    assert "modelled" in found._repr_html_()
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_the_kernel_of_a_gpus_dropout_mask_is_named(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: False))
+    wrong = {"project bfloat16": "is wrong"}
+    with trial.assuming(verdicts(wrong)):
+        (row,) = lorafast.explain(a_layer(dropout=0.05)).rows
+        assert "the dropout mask of project by Triton's drop" in row.notes
+    with trial.assuming(verdicts(wrong | {"drop bfloat16": "crashed by SIGSEGV"})):
+        (row,) = lorafast.explain(a_layer(dropout=0.05)).rows
+        (note,) = (note for note in row.notes if "mask" in note)
+        assert note == (
+            "the dropout mask of project by torch's operations, not by Triton's drop: "
+            "crashed by SIGSEGV"
+        )
+        assert not any("mask" in note for note in lorafast.explain(a_layer()).rows[0].notes)
+
+
+def test_a_cpus_step_is_not_modelled():
+    found = lorafast.explain(a_layer(dropout=0.05))
+    assert found.rows[0].modelled is None
+    assert "modelled" not in str(found)

@@ -1,0 +1,284 @@
+"""The modelled time of a layer's training step on a GPU, and of the frozen layer's. No measurement.
+
+The step runs on meta tensors, which stand for those of the GPU meanwhile: torch's operations are
+noted as they come by, and launches of the kernels where they would be made. Nothing is computed, no
+GPU is asked, and triton is not imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lorafast.engine import dispatch, formula, kernel_choice, masks, trial
+from lorafast.engine.backends import eager
+from lorafast.engine.kernels import gpu_specs, measured, modelled
+from lorafast.engine.kernels.modelled import Machine, Work
+from lorafast.engine.modelled_launches import ModelledKernels
+from lorafast.engine.problem import PRIMITIVES, CallOptions, GradMask, LayerTensors
+from lorafast.runtime import devices
+from lorafast.runtime.devices import StandIn
+from lorafast.runtime.torch_internals import DispatchMode
+
+# A primitive is served by the kernels where they take at most this share of eager's time.
+WORTH = measured.GAIN
+# More tokens are modelled as so many: beyond, a step's ratio to the frozen layer's does not change.
+MOST_TOKENS = 1 << 15
+HALVES = (torch.bfloat16, torch.float16)
+
+# Operations that launch nothing.
+_VIEWS = frozenset(
+    {
+        "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like",
+        "empty_strided", "expand", "new_empty", "new_empty_strided", "permute", "select", "slice",
+        "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+    }
+)  # fmt: skip
+_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
+_OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")
+
+
+class Trace(DispatchMode):
+    """The operations and launches of what runs inside on meta tensors, in order."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self.machine = machine
+        self.works: list[Work] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = function._schema.name.split("::")[1]
+        if name not in _VIEWS and function.namespace == "aten":
+            self.works.append(_operation(name, args, kwargs, result, self.machine))
+        return result
+
+    @property
+    def seconds(self) -> float:
+        """The modelled time of everything."""
+        return sum(work.seconds + modelled.GAP for work in self.works)
+
+
+def _operation(name: str, args: tuple, kwargs: dict, result: object, machine: Machine) -> Work:
+    tensors = list(_tensors((args, kwargs)))
+    read = [tensor for tensor in tensors if tensor is not kwargs.get("out")]
+    if name in _OVERWRITES or (name == "addmm_" and kwargs.get("beta", 1) == 0):
+        read = read[1:]
+    moved = sum(map(modelled.bytes_of, (*read, *_tensors(result))))
+    flops, dtype = 0, torch.float32
+    if name in _PRODUCTS:
+        a, b = [t for t in tensors if t is not kwargs.get("out")][_PRODUCTS[name] :][:2]
+        flops, dtype = 2 * math.prod(a.shape) * b.shape[-1], a.dtype
+    return modelled.operation(name, moved, flops, dtype, machine.specs)
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors in arguments or in a result, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
+
+
+class Part(NamedTuple):
+    """The shape, strides and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Part:
+        """The part that a tensor is."""
+        return Part(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def meta(self) -> torch.Tensor:
+        """Return a meta tensor of this kind."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+
+class Layer(NamedTuple):
+    """One layer and its call in a training step.
+
+    M: tokens. parts: those of LayerTensors, in order. options: with keep resolved.
+    """
+
+    M: int
+    parts: tuple[Part | None, ...]
+    options: CallOptions
+    needs: GradMask
+
+    @property
+    def weight(self) -> Part:
+        """The base weight."""
+        return self.parts[0]
+
+
+class Chosen:
+    """A backend of which each primitive is the kernels' or eager's.
+
+    served: the primitives of the kernels; None: those for which the model gives them at most WORTH
+    of eager's time. took: which way each primitive went.
+    """
+
+    def __init__(self, trace: Trace, served: frozenset[str] | None) -> None:
+        self.trace, self.served = trace, served
+        self.kernels = ModelledKernels(trace.works.append, trace.machine)
+        self.took: dict[str, str] = {}
+
+    def __getattr__(self, primitive: str) -> Callable:
+        if self.served is None:
+            return functools.partial(self._better, primitive)
+        self.took[primitive] = "kernels" if primitive in self.served else "torch"
+        return getattr(self.kernels if primitive in self.served else eager, primitive)
+
+    def _better(self, primitive: str, *args, **kwargs):
+        before, tried = list(self.trace.works), []
+        for backend in (eager, self.kernels):
+            self.trace.works.clear()
+            result = getattr(backend, primitive)(*args, **kwargs)
+            tried.append((self.trace.seconds, list(self.trace.works), result))
+        kernels_win = tried[1][0] <= WORTH * tried[0][0]
+        self.took[primitive] = "kernels" if kernels_win else "torch"
+        _, works, result = tried[kernels_win]
+        self.trace.works[:] = before + works
+        return result
+
+
+class Step(NamedTuple):
+    """A modelled step: its seconds, and which way each primitive went ("kernels" or "torch")."""
+
+    seconds: float
+    took: dict[str, str]
+
+
+@functools.lru_cache(maxsize=1024)
+def step(layer: Layer, machine: Machine, served: frozenset[str] | None, mask: bool) -> Step:
+    """Return the modelled step of an adapted layer.
+
+    served: the primitives that the kernels compute; None: those that the model prefers. mask: True
+    if the kernel of the dropout mask serves where torch's operations compute.
+    """
+    trace = Trace(machine)
+    chosen = Chosen(trace, served)
+    (N, K), dtype, options = layer.weight.shape, layer.weight.dtype, layer.options
+    stand_in = StandIn(machine.arch, chosen, chosen.kernels.drop_into if mask else None)
+    with _modelling(stand_in), torch.no_grad():
+        tensors = LayerTensors(*(part and part.meta() for part in layer.parts))
+        x, dy = (torch.empty(layer.M, size, dtype=dtype, device="meta") for size in (K, N))
+        with trace:
+            if tensors.magnitude is not None:
+                tensors = tensors._replace(norm=formula.row_norm(tensors, options))
+            y, h, z = formula.forward(x, tensors, options)
+            kept = y if options.keep == "output" else z
+            grads = formula.backward(dy, x, h, kept, tensors, options, layer.needs)
+            if layer.needs.norm:
+                of_norm = GradMask(lora_A=layer.needs.lora_A, lora_B=layer.needs.lora_B)
+                d_norm = grads[GradMask._fields.index("norm")]
+                formula.row_norm_backward(d_norm, tensors.norm, tensors, options, of_norm)
+    return Step(trace.seconds, chosen.took)
+
+
+@functools.lru_cache(maxsize=1024)
+def frozen(M: int, weight: Part, bias: bool, machine: Machine) -> float:
+    """Return the modelled seconds of the frozen layer's step: y, and the gradient of x."""
+    N, K = weight.shape
+    layer = nn.Linear(K, N, bias, "meta", weight.dtype).requires_grad_(False)
+    return of_module(layer, M, weight, machine)
+
+
+def of_module(module: nn.Module, M: int, weight: Part, machine: Machine) -> float:
+    """Return the modelled seconds of a forward and backward pass of a module on the meta device.
+
+    Where a gradient goes is not counted.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        (N, K), dtype = weight.shape, weight.dtype
+        x = torch.empty(M, K, dtype=dtype, device="meta", requires_grad=True)
+        dy = torch.empty(M, N, dtype=dtype, device="meta")
+        needed = [x, *(p for p in module.parameters() if p.requires_grad)]
+        with Trace(machine) as trace:
+            torch.autograd.grad(module(x), needed, dy)
+    return trace.seconds
+
+
+@contextlib.contextmanager
+def _modelling(stand_in: StandIn) -> Iterator[None]:
+    token = devices.stand_in.set(stand_in)
+    try:
+        with torch.inference_mode(False):
+            yield
+    finally:
+        devices.stand_in.reset(token)
+
+
+def layer_of(M: int, tensors: LayerTensors, options: CallOptions, needs: GradMask) -> Layer:
+    """Return the layer that the tensors make; a seed and a norm need not be there."""
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if options.dropout else None
+    parts = tensors._replace(norm=None, seed=seed)
+    scaling: Any = 2.0 if isinstance(options.scaling, torch.Tensor) else options.scaling
+    return Layer(
+        min(M, MOST_TOKENS),
+        tuple(None if one is None else Part.of(one) for one in parts),
+        options._replace(scaling=scaling),
+        needs,
+    )
+
+
+def machine_of(device: torch.device, dtype: torch.dtype) -> Machine | None:
+    """Return a device as the model knows it; None for what is no GPU, or one of unknown rates.
+
+    What a trial has measured is in the place of what is published. No trial is run.
+    """
+    arch = devices.of(device)
+    if arch.vendor in ("cpu", "meta") or dtype not in HALVES:
+        return None
+    rates = getattr(trial.known(device, "streams"), "rates", {})
+    if arch.name not in gpu_specs.DEVICES and measured.COPY not in rates:
+        return None
+    routing = kernel_choice.measured_specs(device, arch, dtype)
+    return Machine(arch, routing or gpu_specs.device(arch), routing)
+
+
+def ratio(M: int, tensors: LayerTensors, options: CallOptions, needs: GradMask) -> float | None:
+    """Return the modelled time of a layer's step of M tokens by the frozen layer's, as auto serves.
+
+    None on what is no GPU, for other dtypes than bf16 and fp16, and where a forced backend refuses.
+    """
+    weight = tensors.weight
+    machine = machine_of(weight.device, weight.dtype)
+    if machine is None:
+        return None
+    served = served_by_kernels(M, tensors, options)
+    if served is None:
+        return None
+    layer = layer_of(M, tensors, options, needs)
+    mask = bool(options.dropout) and masks.kernel_serves(weight.device, weight.dtype)
+    ours = step(layer, machine, served, mask).seconds
+    return ours / frozen(layer.M, layer.weight, tensors.bias is not None, machine)
+
+
+def served_by_kernels(M: int, tensors: LayerTensors, options: CallOptions) -> frozenset[str] | None:
+    """Return the primitives of a step that the kernels serve; None if a forced backend refuses.
+
+    The first question about a GPU runs its trial.
+    """
+    x = tensors.weight.new_empty(0, tensors.weight.shape[1])
+    problem = replace(dispatch.problem_of(x, tensors, options), M=M)
+    asked = dict.fromkeys((*PRIMITIVES, *["drop"] * options.drops_base), problem)
+    del asked["row_norm"]
+    if tensors.magnitude is not None:
+        asked["row_norm"] = dispatch.norm_problem_of(tensors, options)
+    backends = {name: dispatch.choice(name, one)[0] for name, one in asked.items()}
+    if "none" in backends.values():
+        return None
+    return frozenset(name for name, backend in backends.items() if backend == "triton")
