@@ -105,21 +105,19 @@ def peft(setting: Setting, bf16: bool) -> float | None:
 
     bf16: the factors are bf16 too, and not fp32 as by default.
     """
-    from peft import LoraConfig, get_peft_model
-
     from lorafast.engine import step_model
     from lorafast.engine.kernels import modelled
+    from lorafast.integrations.peft_cost import Setting as PeftSetting
+    from lorafast.integrations.peft_cost import peft_seconds
 
     method, N, K, M, p = setting
     if method == "LaMDA":
         return None
-    base = torch.nn.Sequential(torch.nn.Linear(K, N, False, "meta", BF16))
-    config = LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, lora_dropout=p, use_dora=method == "DoRA", target_modules=["0"]
-    )
-    model = get_peft_model(base, config, autocast_adapter_dtype=not bf16)
-    weight = step_model.Part((N, K), (K, 1), BF16)
-    return step_model.of_module(model.base_model.model[0].train(), M, weight, modelled.H200)
+    weight, factor = step_model.Part((N, K), (K, 1), BF16), BF16 if bf16 else torch.float32
+    # PEFT's magnitude has the dtype of its factors.
+    dtypes = factor, factor, factor if method == "DoRA" else None
+    one = PeftSetting(M, weight, RANK, dtypes, (False, False), (True, True), p)
+    return peft_seconds(one, modelled.H200)
 
 
 def tables() -> str:

@@ -30,6 +30,7 @@ PRODUCTS = ("linear", "grad_input")
 _NOTHING = Verdict()
 # What else a primitive launches than the kernel of its name: u of many ranks is a projection of dy.
 _LAUNCHED = {"grad_output": ("project", "grad_output")}
+_SAME_DROP = "eager drops by the same kernel where that may serve"
 _SAME = "torch's own products are expected to be as fast here, and eager runs the same"
 
 
@@ -38,6 +39,8 @@ def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
 
     The first question about a GPU runs a trial. A Provisional holds for this call alone.
     """
+    if primitive == "drop":
+        return (_SAME_DROP,)
     device = devices.seen(problem.arch)
     if primitive in PRODUCTS:
         return _why_not_product(primitive, problem, device)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from lorafast.engine.modelled_launches import ModelledKernels
 from lorafast.engine.problem import PRIMITIVES, CallOptions, GradMask, LayerTensors
 from lorafast.runtime import devices
 from lorafast.runtime.devices import StandIn
+from lorafast.runtime.fallback import Provisional
 from lorafast.runtime.torch_internals import DispatchMode
 
 # A primitive is served by the kernels where they take at most this share of eager's time.
@@ -193,21 +195,22 @@ def frozen(M: int, weight: Part, bias: bool, machine: Machine) -> float:
     """Return the modelled seconds of the frozen layer's step: y, and the gradient of x."""
     N, K = weight.shape
     layer = nn.Linear(K, N, bias, "meta", weight.dtype).requires_grad_(False)
-    return of_module(layer, M, weight, machine)
+    return of_call(layer, (), M, weight, machine)
 
 
-def of_module(module: nn.Module, M: int, weight: Part, machine: Machine) -> float:
-    """Return the modelled seconds of a forward and backward pass of a module on the meta device.
+def of_call(
+    call: Callable, trained: Sequence[torch.Tensor], M: int, weight: Part, machine: Machine
+) -> float:
+    """Return the modelled seconds of a forward and backward pass of a call on meta tensors.
 
-    Where a gradient goes is not counted.
+    Where a gradient goes is not counted. trained: what gets one, beside x.
     """
+    (N, K), dtype = weight.shape, weight.dtype
     with torch.inference_mode(False), torch.enable_grad():
-        (N, K), dtype = weight.shape, weight.dtype
         x = torch.empty(M, K, dtype=dtype, device="meta", requires_grad=True)
         dy = torch.empty(M, N, dtype=dtype, device="meta")
-        needed = [x, *(p for p in module.parameters() if p.requires_grad)]
         with Trace(machine) as trace:
-            torch.autograd.grad(module(x), needed, dy)
+            torch.autograd.grad(call(x), [x, *trained], dy)
     return trace.seconds
 
 
@@ -249,36 +252,60 @@ def machine_of(device: torch.device, dtype: torch.dtype) -> Machine | None:
     return Machine(arch, routing or gpu_specs.device(arch), routing)
 
 
-def ratio(M: int, tensors: LayerTensors, options: CallOptions, needs: GradMask) -> float | None:
-    """Return the modelled time of a layer's step of M tokens by the frozen layer's, as auto serves.
+class ModelledStep(NamedTuple):
+    """A layer's step on its GPU as it is served there. lasts: False if that may change soon."""
+
+    layer: Layer
+    machine: Machine
+    seconds: float
+    lasts: bool
+
+
+def modelled_step(
+    M: int, tensors: LayerTensors, options: CallOptions, needs: GradMask
+) -> ModelledStep | None:
+    """Return the modelled step of a layer by the backends that serve it. options: keep resolved.
 
     None on what is no GPU, for other dtypes than bf16 and fp16, and where a forced backend refuses.
-    """
-    weight = tensors.weight
-    machine = machine_of(weight.device, weight.dtype)
-    if machine is None:
-        return None
-    served = served_by_kernels(M, tensors, options)
-    if served is None:
-        return None
-    layer = layer_of(M, tensors, options, needs)
-    mask = bool(options.dropout) and masks.kernel_serves(weight.device, weight.dtype)
-    ours = step(layer, machine, served, mask).seconds
-    return ours / frozen(layer.M, layer.weight, tensors.bias is not None, machine)
-
-
-def served_by_kernels(M: int, tensors: LayerTensors, options: CallOptions) -> frozenset[str] | None:
-    """Return the primitives of a step that the kernels serve; None if a forced backend refuses.
-
     The first question about a GPU runs its trial.
     """
+    weight = tensors.weight
+    device, dtype = weight.device, weight.dtype
+    if devices.of(device).vendor in ("cpu", "meta") or dtype not in HALVES:
+        return None
+    backends, lasts = _backends(M, tensors, options)
+    mask = bool(options.dropout) and masks.kernel_serves(device, dtype)
+    # After the trial that the choice of a backend may have run.
+    machine = machine_of(device, dtype)
+    if machine is None or "none" in backends.values():
+        return None
+    layer = layer_of(M, tensors, options, needs)
+    served = frozenset(name for name, backend in backends.items() if backend == "triton")
+    return ModelledStep(layer, machine, step(layer, machine, served, mask).seconds, lasts)
+
+
+def ratio(M: int, tensors: LayerTensors, options: CallOptions, needs: GradMask) -> float | None:
+    """Return the modelled time of a layer's step by the frozen layer's; None as modelled_step."""
+    found = modelled_step(M, tensors, options, needs)
+    if found is None:
+        return None
+    layer, machine, seconds, _ = found
+    return seconds / frozen(layer.M, layer.weight, tensors.bias is not None, machine)
+
+
+def _backends(M: int, tensors: LayerTensors, options: CallOptions) -> tuple[dict[str, str], bool]:
+    """The backend of each primitive of a step, and False if a refusal is Provisional."""
     x = tensors.weight.new_empty(0, tensors.weight.shape[1])
     problem = replace(dispatch.problem_of(x, tensors, options), M=M)
-    asked = dict.fromkeys((*PRIMITIVES, *["drop"] * options.drops_base), problem)
+    asked = dict.fromkeys(PRIMITIVES, problem)
     del asked["row_norm"]
     if tensors.magnitude is not None:
         asked["row_norm"] = dispatch.norm_problem_of(tensors, options)
-    backends = {name: dispatch.choice(name, one)[0] for name, one in asked.items()}
-    if "none" in backends.values():
-        return None
-    return frozenset(name for name, backend in backends.items() if backend == "triton")
+        if options.drops_base:
+            asked["drop"] = problem
+    backends, lasts = {}, True
+    for primitive, one in asked.items():
+        backends[primitive], refusals = dispatch.choice(primitive, one)
+        reasons = itertools.chain(*refusals.values())
+        lasts &= not any(isinstance(reason, Provisional) for reason in reasons)
+    return backends, lasts

@@ -26,7 +26,8 @@ class Report:
     Attributes:
         taken: names of the layers whose calls run on lorafast's ops, as long as they are neither
             merged nor disabled.
-        left: names of the layers that stay on PEFT's forward, each with the reason.
+        left: names of the layers that stay on PEFT's forward, each with the reason. On a GPU that
+            may be a model's, for a training step of 2048 tokens; each call then asks it anew.
     """
 
     taken: tuple[str, ...]
@@ -46,6 +47,8 @@ def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inn
     PEFT's. Each call checks whether the ops can serve it, and otherwise runs PEFT's own forward.
     Adapters that a PeftModel gets later are covered; after add_adapter of a transformers model on
     new modules, call accelerate again. Warns once if some layers, or all, stay on PEFT's forward.
+    On a GPU a layer stays there, too, where a model (docs/modelled-steps.md) expects that to take
+    less time; a GPU whose kernels have not been tried is tried first.
 
     Args:
         model: a PeftModel, a model with injected adapters (add_adapter of transformers), or either

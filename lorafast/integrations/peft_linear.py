@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from lorafast import functional
-from lorafast.engine import checks, masks, philox, plain_products
+from lorafast.engine import checks, philox, plain_products
 from lorafast.engine.multi_adapter import Factors
-from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling
-from lorafast.integrations import peft_lamda_variant, peft_support
+from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling, tokens
+from lorafast.integrations import peft_cost, peft_lamda_variant, peft_support
 from lorafast.models.explain import LayerCall
 from lorafast.runtime import extras, torch_internals
 
@@ -29,6 +29,8 @@ with extras.required("peft"):
 
 # The key of lorafast's norm in the cache of a PEFT DoRA layer.
 _NORM_CACHE_KEY = "lorafast-norm"
+# The tokens of a call by which accelerate reports, those of explain.
+TOKENS = 2048
 
 
 class Linear(PeftLinear):
@@ -72,6 +74,9 @@ class Linear(PeftLinear):
         if peft_support.is_small_call(self, x):
             return peft_forward(self, peft_support.SMALL_CALL, x, *args, **kwargs)
         why = peft_support.why_not_call(self, x, args, kwargs, *_dora_options(self))
+        if why is None and not torch.compiler.is_compiling():
+            # A compiler would have to trace the model and the trial that decide.
+            why = why_quicker(self, tokens(x), x.dtype)
         return peft_forward(self, why, x, *args, **kwargs) if why else op_forward(self, x)
 
     def update_layer(self, adapter_name: str, *args, **kwargs) -> None:
@@ -116,10 +121,10 @@ class Linear(PeftLinear):
         # Not super(): PEFT's ParamWrapper takes this function and calls it with itself.
         return PeftLinear.get_delta_weight(self, adapter)
 
-    def lorafast_calls(self) -> list[LayerCall]:
+    def lorafast_calls(self, tokens: int = TOKENS) -> list[LayerCall]:
         """Return the calls that lorafast.explain describes: the active adapters', else all."""
         names = peft_support.active_adapters(self) or self.lora_A
-        return [_explained_call(self, name) for name in names]
+        return [_explained_call(self, name, tokens) for name in names]
 
 
 def peft_forward(layer: Linear, why: str, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -195,6 +200,7 @@ def fits_ops(x: torch.Tensor, usual: UsualCall) -> bool:
         and all(_is_usual(factor, x) for factor in others)
         and not x.dtype is A.dtype is B.dtype is torch.float16
         and (p == 0 or _drops_well(p, x))
+        and (x.is_cpu or peft_cost.why_peft(tokens(x), x.dtype, *usual) is None)
     )
 
 
@@ -205,12 +211,46 @@ def _is_usual(factor: torch.Tensor, x: torch.Tensor) -> bool:
 
 
 def _drops_well(p: float, x: torch.Tensor) -> bool:
-    """True if p is something in 16 bits, and the mask is made by a kernel."""
+    """True if p is something in 16 bits and, on a CPU, the mask is made by a kernel."""
     if not 0 < round(p * philox.STEPS) < philox.STEPS:
         return False
-    if x.is_cpu:
-        return plain_products.makes_masks()
-    return not masks.made_by_torch(x.device, x.dtype)
+    return not x.is_cpu or plain_products.makes_masks()
+
+
+def why_quicker(layer: PeftLinear, M: int, dtype: torch.dtype) -> str | None:
+    """Return why PEFT's forward is expected to be quicker for M tokens of the dtype, or None.
+
+    For adapters that the ops serve.
+    """
+    names = peft_support.active_adapters(layer)
+    calls = (call_of(layer, name, adapter_factors(layer, name).dropout) for name in names)
+    if len(names) == 1:
+        return peft_cost.why_peft(M, dtype, *next(calls))
+    reasons = (peft_cost.why_slow_mask(dtype, *call) for call in calls)
+    return next((why for why in reasons if why), None)
+
+
+def call_of(layer: PeftLinear, name: str, p: float) -> UsualCall:
+    """Return the arguments of a call of one adapter that drops with p, whatever the layer's class.
+
+    The scaling is left out.
+    """
+    A, B, _ = peft_support.adapter_modules(layer, name)
+    base = layer.get_base_layer()
+    tensors = LayerTensors(
+        _weight_matrix(layer, base),
+        base.bias,
+        A.weight,
+        B.weight,
+        peft_lamda_variant.core(layer, name),
+        _magnitude(layer, name),
+        lora_bias=B.bias,
+    )
+    dropout_on = getattr(layer, "lorafast_dropout_on", Linear.lorafast_dropout_on)
+    keep = getattr(layer, "lorafast_keep", Linear.lorafast_keep)
+    frozen_columns = getattr(B, "frozen_columns", 0)
+    options = CallOptions(2.0, p, "out", dropout_on, keep, frozen_columns)
+    return UsualCall(tensors, options)
 
 
 def op_forward(layer: Linear, x: torch.Tensor, usual: UsualCall | None = None) -> torch.Tensor:
@@ -261,27 +301,17 @@ def adapter_factors(layer: PeftLinear, name: str) -> Factors:
     return Factors(A.weight, B.weight, B.bias, None, scale, scaling, dropout.p if drops else 0.0)
 
 
-def _explained_call(layer: Linear, name: str) -> LayerCall:
-    base = layer.get_base_layer()
-    A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    tensors = LayerTensors(
-        _weight_matrix(layer, base),
-        base.bias,
-        A.weight,
-        B.weight,
-        peft_lamda_variant.core(layer, name),
-        _magnitude(layer, name),
-        lora_bias=B.bias,
-    )
-    options = CallOptions(
-        dropout=dropout.p if peft_support.can_drop(dropout) else 0.0,
-        dropout_on=layer.lorafast_dropout_on,
-        frozen_columns=getattr(B, "frozen_columns", 0),
-    )
+def _explained_call(layer: Linear, name: str, tokens: int) -> LayerCall:
+    dropout = layer.lora_dropout[name]
+    p = dropout.p if peft_support.can_drop(dropout) else 0.0
+    tensors, options = call_of(layer, name, p)
     active = peft_support.active_adapters(layer)
     why = peft_support.why_not_state(layer, *_dora_options(layer))
-    if not why and peft_support.drops_slowly(layer, name, base.weight):
-        why = peft_support.SLOW_DROPOUT
+    dtype = tensors.weight.dtype
+    if not why and len(active) == 1:
+        why = peft_cost.why_peft(tokens, dtype, tensors, options)
+    elif not why:
+        why = peft_cost.why_slow_mask(dtype, tensors, options)
     if "forward" in vars(layer):
         why = "a forward of its own"
     return LayerCall(
@@ -351,9 +381,23 @@ def convert(model: nn.Module, dropout_on: str, keep: str) -> None:
             module.lorafast_options = options
 
 
-def why_not_convert(layer: nn.Module, dropout_on: str, keep: str) -> str | None:
-    """Return why a layer of PEFT's would never run on the ops, or None."""
-    return peft_support.why_not_layer(layer, (PeftLinear, Linear), dropout_on, keep)
+def why_not_convert(
+    layer: nn.Module, dropout_on: str, keep: str, tokens: int = TOKENS
+) -> str | None:
+    """Return why a layer of PEFT's would not run on the ops in training, or None.
+
+    tokens: of a call. That PEFT's forward is quicker is asked anew at each call.
+    """
+    if why := peft_support.why_not_layer(layer, (PeftLinear, Linear), dropout_on, keep):
+        return why
+    names = peft_support.active_adapters(layer)
+    if len(names) != 1:
+        return None
+    dropout = layer.lora_dropout[names[0]]
+    p = dropout.p if peft_support.can_drop(dropout) else 0.0
+    tensors, options = call_of(layer, names[0], p)
+    options = options._replace(dropout_on=dropout_on, keep=keep)
+    return peft_cost.why_peft(tokens, tensors.weight.dtype, tensors, options)
 
 
 def restore(model: nn.Module) -> int:

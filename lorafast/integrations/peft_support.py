@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lorafast.engine import checks, masks, philox, plain_products
+from lorafast.engine import checks, philox, plain_products
 from lorafast.engine.precision import activation_dtype
 from lorafast.engine.problem import tokens
 from lorafast.integrations import peft_lamda_variant
@@ -24,8 +24,6 @@ with extras.required("peft"):
 _TENSOR_TYPES = ("Tensor", "Parameter", "FakeTensor")
 # Arguments that PEFT passes with every call; None means that they are not used.
 _UNUSED_IF_NONE = ("adapter_names", "alora_offsets")
-# The reason where the ops would make the dropout bits by torch's operations on a GPU.
-SLOW_DROPOUT = "dropout without a kernel for its mask, for which PEFT's forward is quicker on a GPU"
 # The reason for a call that is_small_call leaves to PEFT.
 SMALL_CALL = "few tokens, for which PEFT's forward is quicker than the ops"
 
@@ -250,24 +248,7 @@ def _why_not_input(layer: PeftLinear, names: list[str], x: torch.Tensor) -> str 
         return "several active adapters where a program for other places is written"
     if torch_internals.transforms_active():
         return "torch.func or forward-mode AD is at work"
-    # A compiler would have to trace the trial that decides.
-    if not torch.compiler.is_compiling() and any(drops_slowly(layer, name, x) for name in names):
-        return SLOW_DROPOUT
     return None
-
-
-def drops_slowly(layer: PeftLinear, name: str, x: torch.Tensor) -> bool:
-    """True if an adapter drops now, and PEFT's forward is modelled to take less than the ops.
-
-    x: the input, or a tensor of its device and dtype. LaMDA is no adapter of PEFT's own, and DoRA
-    with fp32 factors costs PEFT far more.
-    """
-    A, _, dropout = adapter_modules(layer, name)
-    if not (can_drop(dropout) and dropout.training):
-        return False
-    method, half = method_name(layer, name), A.weight.dtype.itemsize == 2
-    dearer = method == "LoRA" or (method == "DoRA" and half)
-    return dearer and masks.made_by_torch(x.device, x.dtype)
 
 
 def can_drop(dropout: nn.Module) -> bool:

@@ -105,7 +105,7 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     rows = (
         _row(name, call, tokens)
         for name, module in model.named_modules()
-        for call in _calls(module)
+        for call in _calls(module, tokens)
     )
     lost = (
         f"{name}: its adapter is gone, {kind} is there now"
@@ -114,13 +114,13 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     return Explanation(tuple(rows), tuple(reason for reason in reasons if reason), tuple(lost))
 
 
-def _calls(module: nn.Module) -> list[LayerCall]:
+def _calls(module: nn.Module, tokens: int) -> list[LayerCall]:
     """Return the calls of a layer's adapters; none for other modules."""
     if isinstance(module, AdapterLayer):
         return [_adapter_layer_call(module)]
     # integrations.peft_linear.Linear, found by its method: PEFT takes seconds to import.
     explain_calls = getattr(type(module), "lorafast_calls", None)
-    return explain_calls(module) if explain_calls else []
+    return explain_calls(module, tokens) if explain_calls else []
 
 
 def _adapter_layer_call(layer: AdapterLayer) -> LayerCall:

@@ -6,7 +6,7 @@ import contextlib
 import pytest
 import torch
 from helpers import backends
-from helpers.pretended_gpu import verdicts
+from helpers.pretended_gpu import take_tensors_for, verdicts
 
 import lorafast
 from lorafast.engine import dispatch, kernel_choice, trial
@@ -63,6 +63,15 @@ def test_the_kernels_of_a_layer_with_dropout_serve():
     with given(verdicts()):
         for primitive in ("project", "grad_output", "grad_input", "grad_project", "row_norm"):
             assert chosen(primitive) == ("triton", ()), primitive
+
+
+def test_the_mask_of_a_dora_that_drops_its_base_is_eagers():
+    # Eager asks masks for the kernel, which is the same.
+    for known in (verdicts(), verdicts({"drop bfloat16": "is wrong"})):
+        with given(known):
+            backend, (why,) = chosen("drop", dropout_on="both", gain="out")
+            assert backend == "eager"
+            assert why == "eager drops by the same kernel where that may serve"
 
 
 def test_a_kernel_that_is_no_faster_does_not_serve():
@@ -251,8 +260,9 @@ def test_what_the_kernels_are_not_compiled_for_is_not_tried(arch):
 
 def test_explain_shows_what_a_verdict_chose(monkeypatch):
     layer = lorafast.Linear(4096, 4096, adapter=lorafast.DoRA(r=16), dtype=BF16, device="meta")
+    layer = layer.to_empty(device="cpu")
     layer.lora_dropout = torch.nn.Dropout(0.05)
-    monkeypatch.setattr(devices, "of", lambda device: H200)
+    take_tensors_for(H200, monkeypatch)
     with given(verdicts({"grad_project bfloat16": "crashed by SIGSEGV"})):
         (row,) = lorafast.explain(layer, tokens=8192).rows
         assert row.backends["project"] == row.backends["row_norm"] == "triton"

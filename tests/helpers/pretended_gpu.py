@@ -7,6 +7,7 @@ from pathlib import Path
 from lorafast.engine import trial, trial_process
 from lorafast.engine.kernels import measured
 from lorafast.engine.trial import Verdict
+from lorafast.runtime import devices
 
 FACTS = {"gpu": "Pretended 9000", "triton": "3.7.1", "driver": "1.2"}
 CHILD = (sys.executable, str(Path(__file__).parent / "trial_child.py"))
@@ -44,6 +45,12 @@ class Pretended:
     def file(self):
         """The file of the verdict."""
         return self.cache / f"gpu-{trial.Gpu(self.facts, '').sha16}.json"
+
+
+def take_tensors_for(arch, monkeypatch):
+    """Take all tensors that have memory for those of a device of an architecture."""
+    of = devices.of
+    monkeypatch.setattr(devices, "of", lambda device: of(device) if device.type == "meta" else arch)
 
 
 # Seconds for a stream's bytes at 4 TB/s by our kernels, and by eager as many times more.

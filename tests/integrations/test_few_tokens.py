@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lorafast
-from lorafast.engine import masks, plain_products
+from lorafast.engine import plain_products
 from lorafast.runtime import env
 
 peft = pytest.importorskip("peft")
@@ -177,28 +177,3 @@ def test_explain_tells():
     assert any("3 tokens are few: plain torch products" in note for note in row.notes)
     (row,) = lorafast.explain(layer, tokens=MANY).rows
     assert not any("are few" in note for note in row.notes)
-
-
-@pytest.mark.parametrize(
-    ("settings", "dtype", "left"),
-    [
-        ({}, torch.float32, False),
-        ({"lora_dropout": 0.3}, torch.float32, True),
-        ({"lora_dropout": 0.3, "use_dora": True}, torch.float32, False),
-        ({"lora_dropout": 0.3, "use_dora": True}, torch.bfloat16, True),
-    ],
-    ids=["no dropout", "lora", "dora, fp32 factors", "dora, bf16 factors"],
-)
-def test_dropout_that_torch_would_make_on_a_gpu_is_left_to_peft(
-    settings, dtype, left, calls, monkeypatch
-):
-    monkeypatch.setattr(masks, "made_by_torch", lambda device, dtype: True)
-    # The quick check asks only where x is on a GPU.
-    monkeypatch.setattr(ours, "usual_call", lambda *call: None)
-    layer, x = layer_of(dtype=dtype, **settings).to(dtype), torch.randn(MANY, K).to(dtype)
-    layer(x)
-    assert calls == {"fast": int(not left), "why": [peft_support.SLOW_DROPOUT] * left}
-    (row,) = lorafast.explain(layer, tokens=MANY).rows
-    assert any(peft_support.SLOW_DROPOUT in note for note in row.notes) == left
-    layer.eval()(x)
-    assert calls["fast"] == 1 + (not left)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from helpers import tiny_transformers
-from helpers.pretended_gpu import verdicts
+from helpers.pretended_gpu import take_tensors_for, verdicts
 from torch import nn
 
 import lorafast
@@ -217,8 +217,7 @@ def test_a_notebook_shows_a_table_with_every_text_escaped():
 @pytest.fixture
 def on_h200(monkeypatch):
     """Tensors are taken for those of an H200; the mask's kernel serves where Triton's do."""
-    arch, of = devices.Arch("nvidia", "sm_90", 132), devices.of
-    monkeypatch.setattr(devices, "of", lambda device: of(device) if device.type == "meta" else arch)
+    take_tensors_for(devices.Arch("nvidia", "sm_90", 132), monkeypatch)
     monkeypatch.setattr(
         masks, "why_not_kernel", lambda device, dtype: trial.why_not("drop", dtype, 0, device)
     )
