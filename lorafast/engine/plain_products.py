@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lorafast.engine import checks, dispatch, philox
+from lorafast.engine import checks, dispatch, half_products, philox
 from lorafast.engine.problem import CallOptions, LayerTensors, Scaling
 from lorafast.runtime import env, torch_internals
 
@@ -22,6 +22,11 @@ from lorafast.runtime import env, torch_internals
 # which is so for dropout and for factors wider than x.
 MOST_ELEMENTS = 1 << 18
 MOST_ELEMENTS_COPIED = 1 << 16
+# Multiply-adds M·N·K up to which it is so where torch's products in x's dtype are slow: dy W then
+# takes longer than the host path of the op. Measured on two cores with AVX2, shapes 32x32 to
+# 1024x4096, one thread: with a gradient of x the two cross between 2^17 and 2^18 multiply-adds,
+# without one between 2^17 and 2^19.
+MOST_WORK_SLOW = 1 << 17
 
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 
@@ -32,14 +37,14 @@ def is_auto(raw: str | bytes | None) -> bool:
     return env.parse_backend(raw) == "auto"
 
 
-def few_tokens(M: int, N: int, K: int, copies_x: bool) -> bool:
-    """True if a call on M tokens is expected to be quicker as plain products.
+def few_tokens(M: int, N: int, K: int, copies_x: bool, dtype: torch.dtype) -> bool:
+    """True if a call on M tokens of the dtype is expected to be quicker as plain products.
 
     copies_x: the products read x dropped or in a wider dtype.
     """
     most = MOST_ELEMENTS_COPIED if copies_x else MOST_ELEMENTS
-    elements = M * (N + K)
-    return elements <= most
+    elements, work = M * (N + K), M * N * K
+    return elements <= most and not (work > MOST_WORK_SLOW and half_products.torch_is_slow(dtype))
 
 
 def why_not(M: int, tensors: LayerTensors, options: CallOptions, dtype: torch.dtype) -> str | None:
@@ -70,7 +75,11 @@ def why_not(M: int, tensors: LayerTensors, options: CallOptions, dtype: torch.dt
         return "dropout without the C++ kernels, which make its mask, or on an untested torch"
     N, K = weight.shape
     copies_x = A.dtype.itemsize > dtype.itemsize or options.dropout > 0
-    return None if few_tokens(M, N, K, copies_x) else f"{M} tokens are not few"
+    if few_tokens(M, N, K, copies_x, dtype):
+        return None
+    if few_tokens(M, N, K, copies_x, torch.float32):
+        return f"torch has no quick product in {dtype} here"
+    return f"{M} tokens are not few"
 
 
 def linear(
@@ -132,7 +141,8 @@ def linear(
     elif dtype is torch.float16:
         return None
     copies_x = wide is not dtype or p > 0
-    if elements * (N + K) > (MOST_ELEMENTS_COPIED if copies_x else MOST_ELEMENTS) * K:
+    slow = elements * N > MOST_WORK_SLOW and half_products.torch_is_slow(dtype)
+    if slow or elements * (N + K) > (MOST_ELEMENTS_COPIED if copies_x else MOST_ELEMENTS) * K:
         return None
     mask = _drop_mask(x, p, seed) if p > 0 else None
     if p > 0 and mask is None:

@@ -66,7 +66,7 @@ def is_small_call(layer: PeftLinear, x: torch.Tensor) -> bool:
     A, _, dropout = adapter_modules(layer, names[0])
     copies_x = (dropout.training and can_drop(dropout)) or A.weight.dtype != x.dtype
     M = x.shape[0] if x.dim() == 2 else tokens(x)
-    return plain_products.few_tokens(M, layer.out_features, layer.in_features, copies_x)
+    return plain_products.few_tokens(M, layer.out_features, layer.in_features, copies_x, x.dtype)
 
 
 def why_not_call(

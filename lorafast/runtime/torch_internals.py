@@ -8,6 +8,7 @@ public counterpart: the guard of dispatch_below_autograd, which torch's own cust
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -272,6 +273,25 @@ def onednn_bias_linear() -> Any:
 def onednn_enabled() -> bool:
     """True if torch may use oneDNN now."""
     return _mkldnn_enabled is not None and _mkldnn_enabled()
+
+
+def onednn_multiplies(dtype: torch.dtype) -> bool | None:
+    """True if torch leaves matrix products of a half-precision dtype to oneDNN on this processor.
+
+    None if this torch does not say.
+    """
+    if not enabled or _mkldnn_enabled is None:
+        return None
+    supported = _onednn_supports(dtype)
+    return supported and onednn_enabled()
+
+
+@functools.cache
+def _onednn_supports(dtype: torch.dtype) -> bool | None:
+    """What torch itself asks before it hands a product of the dtype to oneDNN."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return supported and supported()
 
 
 def foreach(name: str) -> Callable:

@@ -1,5 +1,6 @@
 """The C++ backend for CPU tensors: torch's GEMM for the base, csrc/cpu for what is added to it.
 
+Where torch has no quick GEMM in half precision, the base goes by panels in fp32 (half_products).
 Each addition is one pass over its large operand. Results do not depend on the number of threads,
 which is torch's. Python is slow right after a GEMM that has emptied the caches, so the arguments of
 what follows one are made before it. lorafast.engine.backends.Backend describes the functions.
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lorafast.engine import philox
+from lorafast.engine import half_products, philox
 from lorafast.engine.backends import eager
 from lorafast.engine.precision import apply_core, low_rank_grad_dtype
 from lorafast.engine.problem import (
@@ -75,8 +76,17 @@ def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
 
 
 def describe_route(primitive: str, problem: Problem) -> str | None:
-    """The instruction set that the kernels were compiled for."""
-    return None if isinstance(library(), str) else library().ISA
+    """The instruction set that the kernels were compiled for, and how the base is multiplied."""
+    if isinstance(library(), str):
+        return None
+    isa, M, N, K = library().ISA, problem.M, sum(problem.N), problem.K
+    if primitive == "linear":
+        panels = half_products.applies(problem.dtype, M, N, K, not problem.transposed)
+    else:
+        panels = primitive == "grad_input" and half_products.applies(
+            problem.dtype, M, K, N, problem.transposed
+        )
+    return f"{isa}, the base product by panels in fp32" if panels else isa
 
 
 def workspace() -> int:
@@ -120,7 +130,10 @@ def linear(
             h_core, B, dtype, scaling, scale, gain=gain, bias=last_bias, inner=z
         )
     large = M * N * K >= _SMALL
-    if large and gemm_bias is not None and onednn.is_available(x, weight):
+    if dtype is not torch.float32 and half_products.serves(M, weight.t()):
+        y = torch.empty(*x.shape[:-1], N, dtype=dtype)
+        half_products.addmm(gemm_bias, flatten_tokens(x), weight.t(), y.view(M, N))
+    elif large and gemm_bias is not None and onednn.is_available(x, weight):
         y = onednn.linear(x, weight, gemm_bias)
     elif large or x.dim() != 2:
         # With leading dims torch's own result would be a view.
@@ -157,15 +170,21 @@ def grad_output(
 
 
 def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Tensor:
-    first, *more = bases
+    first = bases[0]
     dx = torch.empty(*first.dy.shape[:-1], first.weight.shape[1], dtype=first.dy.dtype)
     dx2 = dx if dx.dim() == 2 else flatten_tokens(dx)
     additions = [
         _low_rank_add(v, A.t(), dx.dtype, seed=seed, p=p) for v, A, seed, p, _ in low_ranks
     ]
-    torch.mm(*_gained_operands(first), out=dx2)
-    for base in more:
-        dx2.addmm_(*_gained_operands(base))
+    for base in bases:
+        dy2, weight = _gained_operands(base)
+        start = None if base is first else dx2
+        if dx.dtype is not torch.float32 and half_products.serves(dx2.shape[0], weight):
+            half_products.addmm(start, dy2, weight, dx2)
+        elif start is None:
+            torch.mm(dy2, weight, out=dx2)
+        else:
+            dx2.addmm_(dy2, weight)
     for addition in additions:
         library().low_rank_add(*addition.arguments, dx.data_ptr())
     return dx
