@@ -39,6 +39,19 @@ GEMMS = ("gemm_pointers", "gemm_tma")
 HALVES = (torch.bfloat16, torch.float16)
 # The largest rank of the forms that are tried first.
 RANKS = 64
+# Of each vendor the architectures that the kernels are compiled for; AMD's by how they begin.
+ARCHS = {
+    "nvidia": (
+        "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120",
+        "sm_121",
+    ),
+    "amd": ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12"),
+    "xpu": ("xpu",),
+}  # fmt: skip
+# What a reason begins with where a form ran out of memory.
+OUT_OF_MEMORY = "out of memory"
+# Bytes of the device that every trial can be done in, and its child's context.
+ENOUGH_MEMORY = 4 << 30
 # The version of the file's content.
 _FORMAT = 1
 _ENGINE = Path(__file__).parent
@@ -78,7 +91,8 @@ class Verdict:
     forms: each form's name, with "" if it is right and the reason in words if it does not serve.
     rates: constants that were measured; kernels/measured.py says what they mean.
     reason: why a form does not serve that `forms` does not name.
-    seconds: how long the trial took. when: the time of its end, in seconds since 1970.
+    seconds: how long the trial took. when: the time of its end, in seconds since 1970. free: the
+    bytes of the device that were free when it began, if a form ran out of memory.
     """
 
     forms: dict[str, str] = field(default_factory=dict)
@@ -86,6 +100,13 @@ class Verdict:
     reason: str = "has not been tried on this GPU"
     seconds: float = 0.0
     when: float = 0.0
+    free: int = 0
+
+    @property
+    def was_short(self) -> bool:
+        """True if a form ran out of memory on a device that had little of it."""
+        short = any(reason.startswith(OUT_OF_MEMORY) for reason in self.forms.values())
+        return short and self.free < ENOUGH_MEMORY
 
     def why_not(self, form: Form) -> str:
         """Why the form does not serve; "" if it does."""
@@ -160,9 +181,11 @@ def verdict(
         return Verdict(reason=f"{env.TRIAL.name}=0: no kernel serves unasked")
     since = max(since, _began if asked == "again" else 0.0)
     gpu = gpu_of(device)
+    if refusal := why_not_device(gpu):
+        return Verdict(reason=refusal)
     with contextlib.suppress(OSError, _Damaged):
         found = _read(_file(Path(env.cache()), gpu), entry)
-    if found is None or found.when < since:
+    if found is None or not _holds(found, since, device):
         if devices.traced():
             return Provisional(
                 "has not been tried on this GPU, and nothing is tried during a capture or a trace"
@@ -210,6 +233,36 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu({name: str(fact) for name, fact in facts.items()}, uuid)
 
 
+def why_not_device(gpu: Gpu) -> str:
+    """Why no kernel of ours runs on a device, so that none is tried there; "" if they may."""
+    if env.triton_interprets():
+        return "TRITON_INTERPRET=1 is set, and interprets kernels on CPU tensors alone"
+    name = gpu.facts["architecture"]
+    if name in (*ARCHS["nvidia"], *ARCHS["xpu"]) or name.startswith(ARCHS["amd"]):
+        return ""
+    nvidia, amd = (", ".join(ARCHS[vendor]) for vendor in ("nvidia", "amd"))
+    return f"is compiled for NVIDIA {nvidia}, AMD {amd} and Intel's GPUs; this is {name}"
+
+
+def _holds(found: Verdict, since: float, device: torch.device) -> bool:
+    """True if a verdict from a file counts.
+
+    One of a trial that was short of memory does until there is enough, and then one trial decides:
+    it is short of memory no more. A process has its first verdict for good.
+    """
+    if found.when < since:
+        return False
+    return not found.was_short or devices.traced() or _free_memory(device) < ENOUGH_MEMORY
+
+
+def _free_memory(device: torch.device) -> int:
+    """The bytes of a device that no process uses; 0 if that is not known."""
+    try:
+        return torch.get_device_module(device).mem_get_info(device)[0]
+    except Exception:
+        return 0
+
+
 def _driver() -> str:
     """The version of the GPU's driver, as the operating system gives it."""
     for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
@@ -253,14 +306,18 @@ def _tried(device: torch.device, gpu: Gpu, entry: str, since: float) -> Verdict:
         with build_cache.locked(file.with_suffix(".lock")):
             why = unusable or f"no verdict on it is in {folder}"
             try:
-                for written in (known(device, entry), _read(file, entry)):
-                    if written is not None and written.when >= since:
-                        return written
-                    if written is not None:
-                        why = "it was to be tried again"
+                own, written = known(device, entry), _read(file, entry)
+                if own is not None and own.when >= since:
+                    return own
+                if written is not None and _holds(written, since, device):
+                    return written
+                if own is not None or written is not None:
+                    why = "it was to be tried again"
+                if written is not None and written.was_short:
+                    why = "memory ran out when it was tried, and there is enough now"
             except _Damaged as damage:
                 why = str(damage)
-            found = _run(folder, why, gpu, entry)
+            found = _run(folder, why, device, gpu, entry)
             # Here, for the threads that wait: not every verdict is in the file.
             _known[device, entry] = found
             return found
@@ -268,11 +325,11 @@ def _tried(device: torch.device, gpu: Gpu, entry: str, since: float) -> Verdict:
         return Verdict(reason=f"could not be tried: {error}")
 
 
-def _run(folder: Path, why: str, gpu: Gpu, entry: str) -> Verdict:
+def _run(folder: Path, why: str, device: torch.device, gpu: Gpu, entry: str) -> Verdict:
     """Run the trial here and now, and say on stderr what happens, why, and how long it took."""
     forms = [str(form) for form in ENTRIES[entry]]
     _say(f"lorafast: trying its Triton kernels ({entry}) once on {gpu.name} because {why} ... ")
-    begin = time.monotonic()
+    begin, free = time.monotonic(), _free_memory(device)
     outcome = trial_process.run(gpu.uuid, entry, [*forms, SPEED], folder)
     took = time.monotonic() - begin
     if outcome.unusable:
@@ -280,7 +337,9 @@ def _run(folder: Path, why: str, gpu: Gpu, entry: str) -> Verdict:
         # the next process asks.
         _say(f"{took:.1f} s; none serves: {outcome.unusable}\n")
         return Verdict(reason=f"could not be tried: {outcome.unusable}")
-    found = Verdict(outcome.reasons, outcome.rates, seconds=round(took, 1), when=time.time())
+    found = Verdict(
+        outcome.reasons, outcome.rates, seconds=round(took, 1), when=time.time(), free=free
+    )
     with contextlib.suppress(OSError):
         _write(_file(folder, gpu), gpu, entry, found)
     _say(f"{took:.1f} s; {_summary(forms, found)}\n")
@@ -294,7 +353,10 @@ def _summary(forms: list[str], found: Verdict) -> str:
         wrong.append(f"{SPEED}: {found.forms[SPEED]}")
     if not wrong:
         return right
-    return f"{right}, not {'; '.join(wrong)} ({env.TRIAL.name}=again tries anew)"
+    later = f"{env.TRIAL.name}=again tries anew"
+    if found.was_short:
+        later += f", and so does a process that finds {ENOUGH_MEMORY >> 30} GiB free"
+    return f"{right}, not {'; '.join(wrong)} ({later})"
 
 
 def _say(text: str) -> None:
@@ -353,5 +415,6 @@ def _write(file: Path, gpu: Gpu, entry: str, found: Verdict) -> None:
         "rates": found.rates,
         "seconds": found.seconds,
         "when": found.when,
+        "free": found.free,
     }
     whole_file.write(file, json.dumps(content, indent=1) + "\n")

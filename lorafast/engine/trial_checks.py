@@ -101,7 +101,7 @@ def steps(report: Report, entry: str, device: torch.device, sizes: list[Sizes]) 
         except Exception as error:
             reason = _first_line(error)
             if devices.is_out_of_memory(error):
-                reason = f"out of memory: {reason}"
+                reason = f"{trial.OUT_OF_MEMORY}: {reason}"
         report.write(end=step, reason=reason, rates=rates)
         if reason and not _still_computes(device):
             return POISONED

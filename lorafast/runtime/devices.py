@@ -14,16 +14,18 @@ _OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_F
 
 
 class Arch(NamedTuple):
-    """An architecture, and the size of the device.
+    """An architecture, and the kind of device.
 
     vendor: cpu, nvidia, amd or the device type. name: as the vendor's compilers spell it, such as
     sm_90 or gfx942. multiprocessors: those of a GPU, which devices of one architecture differ in; 0
-    for any other device.
+    for any other device. model: a GPU's name as its vendor gives it: what is measured of one kind
+    holds for no other.
     """
 
     vendor: str
     name: str
     multiprocessors: int = 0
+    model: str = ""
 
 
 class StandIn(NamedTuple):
@@ -39,7 +41,7 @@ class StandIn(NamedTuple):
 
 
 stand_in: ContextVar[StandIn | None] = ContextVar("stand_in", default=None)
-# The first device that was seen of each architecture.
+# The first device that was seen of each kind.
 _seen: dict[Arch, torch.device] = {}
 
 
@@ -52,20 +54,21 @@ def of(device: torch.device) -> Arch:
 
 
 def seen(arch: Arch) -> torch.device | None:
-    """The first device of an architecture that this process has computed on; None if none."""
+    """The first device of a kind that this process has computed on; None if none."""
     return _seen.get(arch)
 
 
 def _arch_of(device: torch.device) -> Arch:
     if device.type == "xpu":
-        count = getattr(torch.xpu.get_device_properties(device), "gpu_subslice_count", 0)
-        return Arch("xpu", "xpu", count)
+        xpu = torch.xpu.get_device_properties(device)
+        return Arch("xpu", "xpu", getattr(xpu, "gpu_subslice_count", 0), xpu.name)
     if device.type != "cuda":
         return Arch(device.type, device.type)
     facts = torch.cuda.get_device_properties(device)
+    kind = facts.multi_processor_count, facts.name
     if torch.version.hip:
-        return Arch("amd", facts.gcnArchName.split(":")[0], facts.multi_processor_count)
-    return Arch("nvidia", f"sm_{facts.major}{facts.minor}", facts.multi_processor_count)
+        return Arch("amd", facts.gcnArchName.split(":")[0], *kind)
+    return Arch("nvidia", f"sm_{facts.major}{facts.minor}", *kind)
 
 
 def capturing(tensor: torch.Tensor) -> bool:

@@ -80,7 +80,12 @@ def parse_backend(raw: str | bytes | None) -> str:
 
 def interprets() -> bool:
     """True if Triton's kernels are to run on CPU tensors: interpreter on, backend forced."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1" and backend() == "triton"
+    return triton_interprets() and backend() == "triton"
+
+
+def triton_interprets() -> bool:
+    """True if Triton interprets its kernels, on CPU tensors, and compiles none."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def log() -> bool:

@@ -2,11 +2,12 @@
 they do not, eager serves with the reason."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
 from helpers import backends
-from helpers.pretended_gpu import take_tensors_for, verdicts
+from helpers.pretended_gpu import FACTS, take_tensors_for, verdicts
 
 import lorafast
 from lorafast.engine import dispatch, kernel_choice, trial
@@ -221,13 +222,36 @@ def test_a_provisional_answer_is_not_remembered(monkeypatch):
 
 def test_a_capture_is_answered_by_eager_and_the_next_call_by_the_kernels(monkeypatch):
     monkeypatch.setattr(devices, "_seen", {H200: torch.device("cuda", 0)})
-    monkeypatch.setattr(trial, "gpu_of", lambda device: trial.Gpu({"gpu": "x"}, ""))
+    monkeypatch.setattr(trial, "gpu_of", lambda device: trial.Gpu(FACTS, ""))
     monkeypatch.setattr(devices, "traced", lambda: True)
     backend, (why,) = chosen("project")
     assert backend == "eager"
     assert isinstance(why, Provisional)
     with given(verdicts()):
         assert chosen("project") == ("triton", ())
+
+
+def test_two_kinds_of_gpu_of_one_architecture_have_verdicts_of_their_own(monkeypatch):
+    class Properties:
+        major, minor, multi_processor_count = 9, 0, 132
+
+        def __init__(self, name):
+            self.name = name
+
+    kinds = {0: Properties("H100"), 1: Properties("H200"), 2: Properties("H200")}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: kinds[device.index])
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(devices, "_seen", {})
+    monkeypatch.setattr(devices, "of", functools.cache(devices.of.__wrapped__))
+    first, second, third = archs = [devices.of(torch.device("cuda", i)) for i in range(3)]
+    assert second == third != first
+    assert [devices.seen(arch).index for arch in archs] == [0, 1, 1]
+    known = {(torch.device("cuda", 0), "streams"): verdicts({"project bfloat16": "is wrong"})}
+    known = {key: found["streams"] for key, found in known.items()}
+    known[torch.device("cuda", 1), "streams"] = verdicts()["streams"]
+    monkeypatch.setattr(trial, "_known", known)
+    assert chosen("project", arch=first)[0] == "eager"
+    assert chosen("project", arch=second)[0] == chosen("project", arch=third)[0] == "triton"
 
 
 def test_a_forced_backend_asks_no_verdict(monkeypatch):

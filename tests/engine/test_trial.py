@@ -11,11 +11,12 @@ import torch
 from helpers.pretended_gpu import Pretended
 from helpers.trial_child import RATES
 
-from lorafast.engine import trial, trial_process
+from lorafast.engine import masks, trial, trial_process
 from lorafast.engine.trial import Form, Verdict
 from lorafast.runtime import build_cache, devices, env
 from lorafast.runtime.fallback import Provisional
 
+triton = pytest.importorskip("lorafast.engine.backends.triton")
 GPU = torch.device("cuda", 0)
 
 
@@ -102,6 +103,79 @@ def test_a_kernel_that_fails_is_named_and_remembered(gpu, capsys, deed):
     gpu.forget()
     assert why_not() == DEEDS[deed]
     assert len(gpu.runs) == runs
+
+
+def test_a_trial_that_was_short_of_memory_is_done_once_more_with_enough(gpu, capsys, monkeypatch):
+    free = [1 << 30]
+    monkeypatch.setattr(trial, "_free_memory", lambda device: free[0])
+    gpu.does("project bfloat16=out of memory: CUDA out of memory")
+    assert why_not() == "out of memory: CUDA out of memory"
+    assert "and so does a process that finds 4 GiB free" in capsys.readouterr().err
+    runs = len(gpu.runs)
+    # Neither this process nor others that find as little try again.
+    free[0] = 8 << 30
+    assert "out of memory" in why_not()
+    gpu.forget()
+    free[0] = (4 << 30) - 1
+    assert "out of memory" in why_not()
+    assert len(gpu.runs) == runs
+    gpu.forget()
+    free[0] = 4 << 30
+    assert "out of memory" in why_not()
+    said = capsys.readouterr().err
+    assert "because memory ran out when it was tried, and there is enough now" in said
+    assert "GiB free" not in said
+    again = len(gpu.runs)
+    assert again > runs
+    # With enough memory it has run out all the same: that is a verdict.
+    gpu.forget()
+    free[0] = 99 << 30
+    assert "out of memory" in why_not()
+    assert len(gpu.runs) == again
+
+
+def test_a_trial_that_was_short_of_memory_may_find_all_right_later(gpu, monkeypatch):
+    gpu.does("speed=out of memory")
+    assert why_not() == ""
+    assert trial.verdict(GPU).was_short
+    gpu.does("")
+    gpu.forget()
+    monkeypatch.setattr(trial, "_free_memory", lambda device: 4 << 30)
+    # A capture takes the verdict as it is.
+    monkeypatch.setattr(devices, "traced", lambda: True)
+    assert trial.verdict(GPU).rates == RATES
+    assert len(gpu.runs) == 1
+    gpu.forget()
+    monkeypatch.setattr(devices, "traced", lambda: False)
+    assert trial.verdict(GPU).forms["speed"] == ""
+    assert len(gpu.runs) == 2
+
+
+@pytest.mark.parametrize("name", ["sm_75", "sm_70", "gfx906", "gfx1030", "sm_9"])
+def test_a_gpu_that_the_kernels_are_not_compiled_for_tries_nothing(gpu, name, monkeypatch):
+    monkeypatch.delenv("LORAFAST_BACKEND", raising=False)
+    gpu.facts["architecture"] = name
+    # As at the first dropout there.
+    assert masks.made_by_torch(GPU, torch.bfloat16)
+    why = masks.why_not_kernel(GPU, torch.bfloat16)
+    assert why.startswith("is compiled for NVIDIA sm_80, ")
+    assert why.endswith(f"this is {name}")
+    for entry in trial.ENTRIES:
+        assert trial.verdict(GPU, entry).forms == {}
+    assert gpu.runs == []
+
+
+@pytest.mark.parametrize("name", ["sm_86", "sm_121", "gfx942", "gfx1100", "xpu"])
+def test_a_gpu_that_the_kernels_are_compiled_for_is_tried(gpu, name):
+    gpu.facts["architecture"] = name
+    assert why_not() == ""
+    assert triton.ARCHS == trial.ARCHS
+
+
+def test_nothing_is_tried_where_triton_interprets(gpu, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "interprets kernels on CPU tensors alone" in why_not()
+    assert gpu.runs == []
 
 
 def test_a_kernel_that_hangs_ends_the_trial(gpu, monkeypatch):
@@ -262,7 +336,7 @@ ASK = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 from helpers.pretended_gpu import CHILD, FACTS
-from lorafast.engine import trial, trial_process
+from lorafast.engine import masks, trial, trial_process
 trial.gpu_of = lambda device: trial.Gpu(FACTS, "GPU-1")
 trial_process.COMMAND = CHILD
 print(repr(trial.why_not("project", torch.bfloat16, 8, torch.device("cuda", 0))))

@@ -9,7 +9,7 @@ from lorafast.engine.kernels import measured
 from lorafast.engine.trial import Verdict
 from lorafast.runtime import devices
 
-FACTS = {"gpu": "Pretended 9000", "triton": "3.7.1", "driver": "1.2"}
+FACTS = {"gpu": "Pretended 9000", "architecture": "sm_90", "triton": "3.7.1", "driver": "1.2"}
 CHILD = (sys.executable, str(Path(__file__).parent / "trial_child.py"))
 
 
@@ -24,6 +24,7 @@ class Pretended:
         monkeypatch.setenv("STAND_IN_RUNS", str(self.runs_file))
         monkeypatch.setattr(trial, "gpu_of", lambda device: trial.Gpu(dict(self.facts), "GPU-1"))
         monkeypatch.setattr(trial_process, "COMMAND", CHILD)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         self.does("")
         self.forget()
 
