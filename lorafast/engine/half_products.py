@@ -14,6 +14,7 @@ import platform
 
 import torch
 
+from lorafast.engine.problem import Problem
 from lorafast.runtime import torch_internals
 
 # Elements of a panel of W, and of a block of x or of y: 2 and 4 MiB in fp32, which stay in the
@@ -65,6 +66,18 @@ def serves(M: int, b: torch.Tensor) -> bool:
 
 def _is_along_rows(b: torch.Tensor) -> bool:
     return b.stride(0) == 1 and b.stride(1) != 1
+
+
+def describe_route(primitive: str, problem: Problem) -> str | None:
+    """In words, that a primitive's base product goes by panels; None if it does not."""
+    M, N, K, transposed = problem.M, sum(problem.N), problem.K, problem.transposed
+    if problem.arch.vendor != "cpu":
+        return None
+    if primitive == "linear":
+        panels = applies(problem.dtype, M, N, K, not transposed)
+    else:
+        panels = primitive == "grad_input" and applies(problem.dtype, M, K, N, transposed)
+    return "the base product by panels in fp32" if panels else None
 
 
 def addmm(

@@ -1,9 +1,11 @@
 """Products in half precision by fp32 panels: exact, rounded once, in bounded memory, where due."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from helpers.backends import each_name, problem
 from helpers.cpp_compiler import needs_compiler
 from helpers.integer_problems import LAYOUTS, whole_numbers
 
@@ -12,7 +14,8 @@ from lorafast import testing
 from lorafast.engine import half_products, plain_products
 from lorafast.engine.backends import cpu
 from lorafast.engine.problem import BaseTerm, CallOptions, LayerTensors, UpProj
-from lorafast.runtime import torch_internals
+from lorafast.runtime import env, torch_internals
+from lorafast.runtime.devices import Arch
 from lorafast.testing import FORMS, Case
 
 BY_NAME = {form.name: form for form in FORMS}
@@ -194,23 +197,25 @@ CASES = [
 ]
 
 
-@needs_compiler
+@each_name(["cpu", "eager"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_error_rule(case, by_panels, few_tokens_by_op):
+def test_the_error_rule(case, name, by_panels, monkeypatch):
+    monkeypatch.setenv(env.BACKEND.name, name)
     ratios = testing.error_ratios(case, seeds=range(5))
     assert max(ratios.values()) <= 2, ratios
     assert {(case.M, case.K, case.N), (case.M, case.N, case.K)} <= set(by_panels)
 
 
-@needs_compiler
-def test_one_token_and_leading_dims(by_panels, few_tokens_by_op):
+@each_name(["cpu", "eager"])
+def test_one_token_and_leading_dims(name, by_panels, monkeypatch):
+    monkeypatch.setenv(env.BACKEND.name, name)
     W, A, B = torch.randn(33, 40).bfloat16(), torch.randn(3, 40), torch.randn(33, 3)
     x = torch.randn(2, 1, 40).bfloat16().requires_grad_()
     y = lorafast.linear(x, W, None, A, B)
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert y.shape == (2, 1, 33)
     assert not y._is_view()
-    assert by_panels == [(2, 40, 33), (2, 33, 40)]
+    assert {(2, 40, 33), (2, 33, 40)} <= set(by_panels)
     wide = W.double() + B.double() @ A.double()
     torch.testing.assert_close(y.double(), x.double() @ wide.t(), rtol=0.02, atol=0.1)
     torch.testing.assert_close(dx.double(), wide.sum(0).expand(2, 1, 40), rtol=0.02, atol=0.1)
@@ -248,6 +253,16 @@ def test_explain_names_the_panels(slow):
     assert f"linear by cpu: {isa}" in notes
     assert f"grad_input by cpu: {isa}, the base product by panels in fp32" in notes
     assert "panels" not in str(lorafast.explain(layer.float(), tokens=2048))
+
+
+def test_explain_names_the_panels_of_eager(slow, monkeypatch):
+    monkeypatch.setenv(env.BACKEND.name, "eager")
+    layer = lorafast.Linear(256, 384, adapter=lorafast.LoRA(r=4), dtype=torch.float16)
+    said = str(lorafast.explain(layer, tokens=64))
+    assert "linear, grad_input by eager: the base product by panels in fp32" in said
+    on_gpu = problem(arch=Arch("nvidia", "sm_90"), dtype=torch.float16, M=64)
+    assert half_products.describe_route("linear", replace(on_gpu, arch=Arch("cpu", "x86_64")))
+    assert half_products.describe_route("linear", on_gpu) is None
 
 
 def test_few_tokens_go_by_the_op_where_torchs_products_are_slow(slow, monkeypatch):

@@ -79,14 +79,8 @@ def describe_route(primitive: str, problem: Problem) -> str | None:
     """The instruction set that the kernels were compiled for, and how the base is multiplied."""
     if isinstance(library(), str):
         return None
-    isa, M, N, K = library().ISA, problem.M, sum(problem.N), problem.K
-    if primitive == "linear":
-        panels = half_products.applies(problem.dtype, M, N, K, not problem.transposed)
-    else:
-        panels = primitive == "grad_input" and half_products.applies(
-            problem.dtype, M, K, N, problem.transposed
-        )
-    return f"{isa}, the base product by panels in fp32" if panels else isa
+    panels = half_products.describe_route(primitive, problem)
+    return f"{library().ISA}, {panels}" if panels else library().ISA
 
 
 def workspace() -> int:

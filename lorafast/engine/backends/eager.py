@@ -2,7 +2,8 @@
 
 Every sum and product that could round twice runs in the accumulator's dtype or inside a GEMM.
 Elementwise work on an activation goes in blocks of rows, so that no mask and no fp32 temporary has
-the activation's size. lorafast.engine.backends.Backend describes the functions.
+the activation's size. Where torch has no quick GEMM in half precision, products with the base go by
+panels in fp32 (half_products). lorafast.engine.backends.Backend describes the functions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 
 import torch
 
-from lorafast.engine import masks, philox, row_blocks
+from lorafast.engine import half_products, masks, philox, row_blocks
 from lorafast.engine.precision import (
     accumulator,
     apply_core,
@@ -42,6 +43,7 @@ _WIDE = {
 }
 
 drop = masks.drop
+describe_route = half_products.describe_route
 
 
 def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
@@ -182,7 +184,10 @@ def add_products(
 ) -> None:
     """out = out (if started) + Σ a b over the products, given low-rank ones before the base's."""
     for a, b in products if low_rank_first else reversed(products):
-        out.addmm_(a, b, beta=int(started))
+        if out.dtype.itemsize == 2 and out.is_cpu and half_products.serves(a.shape[0], b):
+            half_products.addmm(out if started else None, a, b, out)
+        else:
+            out.addmm_(a, b, beta=int(started))
         started = True
 
 
