@@ -24,7 +24,7 @@ from lorafast.engine.kernels import gpu_specs, measured, modelled
 from lorafast.engine.kernels.modelled import Machine, Work
 from lorafast.engine.modelled_launches import ModelledKernels
 from lorafast.engine.problem import PRIMITIVES, CallOptions, GradMask, LayerTensors
-from lorafast.runtime import devices
+from lorafast.runtime import devices, torch_internals
 from lorafast.runtime.devices import StandIn
 from lorafast.runtime.fallback import Provisional
 from lorafast.runtime.torch_internals import DispatchMode
@@ -266,12 +266,15 @@ def modelled_step(
 ) -> ModelledStep | None:
     """Return the modelled step of a layer by the backends that serve it. options: keep resolved.
 
-    None on what is no GPU, for other dtypes than bf16 and fp16, and where a forced backend refuses.
-    The first question about a GPU runs its trial.
+    None on what is no GPU, for other dtypes than bf16 and fp16, where a forced backend refuses, and
+    inside a dispatch mode, which would see the model's operations. The first question about a GPU
+    runs its trial.
     """
     weight = tensors.weight
     device, dtype = weight.device, weight.dtype
     if devices.of(device).vendor in ("cpu", "meta") or dtype not in HALVES:
+        return None
+    if torch_internals.dispatch_modes_active():
         return None
     backends, lasts = _backends(M, tensors, options)
     mask = bool(options.dropout) and masks.kernel_serves(device, dtype)

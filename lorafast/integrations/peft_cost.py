@@ -18,7 +18,7 @@ from lorafast.engine.formula import resolve_keep
 from lorafast.engine.kernels.modelled import Machine
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors
 from lorafast.engine.step_model import Part
-from lorafast.runtime import devices, env, extras
+from lorafast.runtime import devices, env, extras, torch_internals
 
 with extras.required("peft"):
     from peft import LoraConfig, get_peft_model
@@ -28,6 +28,7 @@ with extras.required("peft"):
 SLOW_DROPOUT = "dropout without a kernel for its mask, for which PEFT's forward is quicker on a GPU"
 # By what decides them; "" for the ops. What may be answered otherwise the next time is not kept.
 _answers: dict[tuple, str] = {}
+_recent: dict[tuple, str] = {}
 _MOST_ANSWERS = 4096
 
 
@@ -45,9 +46,11 @@ def why_peft(M: int, dtype: torch.dtype, tensors: LayerTensors, options: CallOpt
     if (
         dtype in step_model.HALVES
         and weight.dtype is dtype
-        and not torch.is_autocast_enabled(device.type)
+        and not torch_internals.any_autocast()
+        # One of selective checkpointing is active in both of its passes, which must go one way.
+        and not torch_internals.dispatch_modes_active()
     ):
-        answer = _modelled(M, tensors, options)
+        answer = _remembered(M, tensors, options)
         if answer is not None:
             return answer or None
     return why_slow_mask(dtype, tensors, options)
@@ -64,8 +67,23 @@ def why_slow_mask(dtype: torch.dtype, tensors: LayerTensors, options: CallOption
     return SLOW_DROPOUT if masks.made_by_torch(tensors.weight.device, dtype) else None
 
 
-def _modelled(M: int, tensors: LayerTensors, options: CallOptions) -> str | None:
-    """The answer of the model: a reason, "" for the ops, None where it says nothing."""
+def _remembered(M: int, tensors: LayerTensors, options: CallOptions) -> str | None:
+    """The answer of the model: a reason, "" for the ops, None where it says nothing.
+
+    That of the same tensors is found sooner, at every call of a layer. Another tensor at an address
+    may get the answer of one that is gone: both ways compute the same.
+    """
+    key = (M, id(tensors.weight), id(tensors.lora_A), options.dropout, env.raw_get(env.BACKEND_KEY))
+    answer = _recent.get(key)
+    if answer is None:
+        answer, lasts = _modelled(M, tensors, options)
+        if lasts and answer is not None:
+            _keep(_recent, key, answer)
+    return answer
+
+
+def _modelled(M: int, tensors: LayerTensors, options: CallOptions) -> tuple[str | None, bool]:
+    """The answer, and True if it lasts."""
     weight, bias, A, B, *_ = tensors
     # Of calls of many lengths few are modelled.
     M = 1 << max(0, M - 1).bit_length()
@@ -75,14 +93,19 @@ def _modelled(M: int, tensors: LayerTensors, options: CallOptions) -> str | None
         A.requires_grad, B.requires_grad, options[1:5],
         env.raw_get(env.BACKEND_KEY),
     )  # fmt: skip
-    answer = _answers.get(key)
-    if answer is None:
-        answer, lasts = _compare(M, tensors, options)
-        if lasts and answer is not None:
-            if len(_answers) >= _MOST_ANSWERS:
-                _answers.clear()
-            _answers[key] = answer
-    return answer
+    known = _answers.get(key)
+    if known is not None:
+        return known, True
+    answer, lasts = _compare(M, tensors, options)
+    if lasts and answer is not None:
+        _keep(_answers, key, answer)
+    return answer, lasts
+
+
+def _keep(answers: dict[tuple, str], key: tuple, answer: str) -> None:
+    if len(answers) >= _MOST_ANSWERS:
+        answers.clear()
+    answers[key] = answer
 
 
 def _compare(M: int, tensors: LayerTensors, options: CallOptions) -> tuple[str | None, bool]:
@@ -152,7 +175,8 @@ def peft_seconds(setting: Setting, machine: Machine) -> float:
         lora_bias=lora_bias, target_modules=["0"],
     )  # fmt: skip
     # PEFT initialises factors on the CPU: the user's stream of random numbers stays what it is.
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+    cpu = torch.device("cpu")
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), cpu:
         base = nn.Sequential(nn.Linear(K, N, bias, "meta", weight.dtype))
         model = get_peft_model(base, config, autocast_adapter_dtype=False)
     layer = model.base_model.model[0].train()

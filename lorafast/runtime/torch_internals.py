@@ -127,6 +127,11 @@ def bypasses_dispatcher(x: torch.Tensor, tensors: tuple[torch.Tensor | None, ...
     return True
 
 
+def dispatch_modes_active() -> bool:
+    """True if a dispatch mode would see operations on any tensor, or if this torch cannot say."""
+    return _dispatch_modes is None or _dispatch_modes() > 0
+
+
 def needs_plain_ops(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     """True if an op of lorafast would be foreign to what comes next: torch's own ops are not.
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.pretended_gpu import take_tensors_for, verdicts
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import lorafast
 from lorafast.engine import dispatch, masks, step_model, trial
@@ -32,6 +33,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(masks, "made_by_torch", lambda *what: not masks.kernel_serves(*what))
     monkeypatch.setattr(triton.triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(peft_cost, "_answers", {})
+    monkeypatch.setattr(peft_cost, "_recent", {})
     dispatch._routes.cache_clear()
     yield monkeypatch
     dispatch._routes.cache_clear()
@@ -76,6 +78,7 @@ def test_a_layer_goes_the_way_that_is_modelled_as_quicker(case, gpu):
     settings, left_without, left_with = CASES[case]
     assert bool(accelerated(**settings)[0].left) == left_without
     peft_cost._answers.clear()
+    peft_cost._recent.clear()
     with trial.assuming(verdicts()):
         dispatch._routes.cache_clear()
         assert bool(accelerated(**settings)[0].left) == left_with
@@ -116,6 +119,7 @@ def test_an_answer_is_remembered_unless_it_is_provisional(gpu):
     assert ours.why_quicker(layer, 1000, BF16) != first
     assert len(asked) == 2
     peft_cost._answers.clear()
+    peft_cost._recent.clear()
     gpu.setattr(triton.kernel_choice, "why_not", lambda *problem: (Provisional("is captured"),))
     for _ in range(2):
         assert ours.why_quicker(layer, 2000, BF16) == first
@@ -172,6 +176,16 @@ def test_the_users_random_numbers_stay_what_they_are(gpu):
     step_model.step.cache_clear()
     assert ours.why_quicker(layer, 2048, BF16)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_dispatch_mode_sees_nothing_of_the_model(gpu):
+    layer = model_of().base_model.model[0]
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counted:
+            assert ours.why_quicker(layer, 2048, BF16) is None
+        assert counted.get_total_flops() == 0
+        # As known as it may be, the answer is the same in both passes of a checkpoint.
+        assert ours.why_quicker(layer, 2048, BF16)
 
 
 def test_a_lamda_stays_on_the_ops(gpu):
