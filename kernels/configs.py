@@ -63,6 +63,7 @@ def project(M: int, K: int, R: int, dtype: torch.dtype, arch: Arch) -> SplitTile
     few, many = _PROJECT[dtype == torch.float32][block_r(R)]
     # With few rows the tile is small and K is split, so that enough programs fill the GPU.
     tile = many if 32 * device(arch).multiprocessors <= M else few
+    tile = _on(arch.name, "project", tile)
     return _split(tile, ceil_div(M, tile.BLOCK_M), ceil_div(K, tile.BLOCK_K), arch)
 
 
@@ -83,16 +84,17 @@ def grad_project(M: int, K: int, R: int, dtype: torch.dtype, arch: Arch) -> Spli
 
 def grad_output(M: int, N: int, R: int, dtype: torch.dtype, arch: Arch, sums: int) -> SplitTile:
     """Return grad_output's tile. The grid covers columns of dy; rows are split to fill the GPU."""
-    tile = grad_output_tile(block_r(R), dtype, sums)
+    tile = grad_output_tile(block_r(R), dtype, sums, arch.name)
     return _split(tile, ceil_div(N, tile.BLOCK_N), ceil_div(M, tile.BLOCK_M), arch)
 
 
-def grad_output_tile(block: int, dtype: torch.dtype, sums: int) -> Tile:
+def grad_output_tile(block: int, dtype: torch.dtype, sums: int, arch: str = "") -> Tile:
     """Return grad_output's tile for a block of ranks.
 
-    sums: 2 if a step reads a tile of kept, too. Each of the two then has half the rows.
+    sums: 2 if a step reads a tile of kept, too. Each of the two then has half the rows. arch: the
+    name of the architecture.
     """
-    tile = _GRAD_OUTPUT[dtype == torch.float32][block]
+    tile = _on(arch, "grad_output", _GRAD_OUTPUT[dtype == torch.float32][block])
     return tile._replace(BLOCK_M=tile.BLOCK_M // 2) if sums > 1 else tile
 
 
@@ -139,8 +141,8 @@ DROP = Tile(32, 0, 128, 0, 4, 1)
 SCALE_CAST = Tile(0, 32, 32, 0, 4, 1)
 
 # By "x is fp32", which in full precision uses no tensor cores but many registers, and by BLOCK_R.
-# Each tile compiles without a spill on every architecture and in every form; many similar tiles do
-# not.
+# Each tile compiles without a spill in every form on every architecture but those of _INSTEAD; many
+# similar tiles do not.
 _PROJECT = {  # few rows, many rows
     False: {
         16: (Tile(16, 0, 128, 16, 4, 3), Tile(64, 0, 128, 16, 4, 3)),
@@ -197,6 +199,13 @@ _ROW_NORM = {
         256: Tile(0, 16, 16, 256, 8, 3),
     },
 }
+# The tiles that need a stack on sm_120, and those in their place there and on its kin.
+_INSTEAD_ON = ("sm_120", "sm_121")
+_INSTEAD = {
+    ("project", Tile(64, 0, 64, 64, 8, 3)): Tile(64, 0, 32, 64, 8, 3),
+    ("grad_output", Tile(32, 64, 0, 128, 8, 3)): Tile(64, 32, 0, 128, 8, 3),
+    ("gemm", Tile(64, 128, 16, 0, 8, 3)): Tile(64, 64, 16, 0, 8, 3),
+}
 
 # The GEMM's tiles, largest first. With a masked summand the largest one has one stage less, and its
 # shared memory suffices for one base summand only.
@@ -217,27 +226,36 @@ SPLIT_ROWS = 64
 LIBRARY_TILES = (*_TMA, *_HALF)
 
 
-def gemm(form: str, dtype: torch.dtype, masked: bool, many_summands: bool) -> tuple[Tile, ...]:
+def gemm(
+    form: str, dtype: torch.dtype, masked: bool, many_summands: bool, arch: str = ""
+) -> tuple[Tile, ...]:
     """Return the GEMM's tiles for one form, "tma" or "pointers".
 
     masked: a low-rank summand is masked. many_summands: there are more than a base and a low-rank
-    one.
+    one. arch: the name of the architecture.
     """
     if form == "tma":
         return (_TMA_MASKED[many_summands:] if masked else _TMA) if dtype != torch.float32 else ()
-    tiles = _FULL if dtype == torch.float32 else _HALF
+    tiles = [_on(arch, "gemm", tile) for tile in (_FULL if dtype == torch.float32 else _HALF)]
     # Tiles of 16 rows serve decoding, which has no dropout and no backward pass.
-    return tuple(tile for tile in tiles if tile.BLOCK_M > 16) if masked or many_summands else tiles
+    return tuple(tile for tile in tiles if tile.BLOCK_M > 16 or not (masked or many_summands))
 
 
-def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """Return every tile that a streaming kernel can be launched with in a dtype."""
+def tiles(kernel: str, dtype: torch.dtype, arch: str = "") -> tuple[Tile, ...]:
+    """Return every tile that a streaming kernel can be launched with in a dtype.
+
+    arch: the name of the architecture.
+    """
     full = dtype == torch.float32
     by_kernel = {
-        "project": [tile for pair in _PROJECT[full].values() for tile in pair],
+        "project": [
+            _on(arch, "project", tile) for pair in _PROJECT[full].values() for tile in pair
+        ],
         "project_finish": [project_finish(R) for R in BLOCKS_R],
         "grad_project": _GRAD_PROJECT[full].values(),
-        "grad_output": [grad_output_tile(R, dtype, sums) for R in BLOCKS_R for sums in (0, 2)],
+        "grad_output": [
+            grad_output_tile(R, dtype, sums, arch) for R in BLOCKS_R for sums in (0, 2)
+        ],
         "grad_output_finish": [grad_output_finish(R) for R in BLOCKS_R],
         "drop": [DROP],
         "scale_cast": [SCALE_CAST],
@@ -245,6 +263,11 @@ def tiles(kernel: str, dtype: torch.dtype) -> tuple[Tile, ...]:
         "row_norm": _ROW_NORM[full].values(),
     }
     return tuple(dict.fromkeys(by_kernel[kernel]))
+
+
+def _on(arch: str, kernel: str, tile: Tile) -> Tile:
+    """Return a kernel's tile, or the one in its place on an architecture."""
+    return _INSTEAD.get((kernel, tile), tile) if arch in _INSTEAD_ON else tile
 
 
 def _split(tile: Tile, programs: int, blocks: int, arch: Arch, share: int = 2) -> SplitTile:

@@ -209,7 +209,7 @@ def candidates(query: RouteQuery) -> list[Route]:
 def _tiles(query: RouteQuery, form: str) -> tuple[Tile, ...]:
     if form == "tma" and not (query.aligned and query.dtype != torch.float32 and query.device.tma):
         return ()
-    return configs.gemm(form, query.dtype, query.masked, query.many_summands)
+    return configs.gemm(form, query.dtype, query.masked, query.many_summands, query.arch.name)
 
 
 def _routes_of_tile(query: RouteQuery, form: str, tile: Tile) -> list[Route]:

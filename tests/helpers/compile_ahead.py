@@ -62,9 +62,9 @@ def forms(kernel, dtype, capability):
         yield from _gemm_forms(kernel, dtype, capability, precise)
         return
     if kernel == "grad_output":
-        yield from _grad_output_forms(dtype, precise)
+        yield from _grad_output_forms(dtype, precise, f"sm_{capability}")
         return
-    for tile in configs.tiles(kernel, DTYPES[dtype]):
+    for tile in configs.tiles(kernel, DTYPES[dtype], f"sm_{capability}"):
         if kernel == "project":
             for drops, parts in itertools.product(both, both):
                 yield project.project_kernel, tile, {"DROPS": drops, "PARTS": parts} | precise
@@ -94,7 +94,7 @@ def forms(kernel, dtype, capability):
                 yield row_norm.row_norm_kernel, tile, flags
 
 
-def _grad_output_forms(dtype, precise):
+def _grad_output_forms(dtype, precise, arch):
     smaller = 0
     for block in configs.BLOCKS_R:
         one_pass = configs.one_pass(smaller + 1, smaller + 1)
@@ -104,7 +104,7 @@ def _grad_output_forms(dtype, precise):
             forms += itertools.product((True, False), (False,), (1, 2))
         smaller = block
         for u, P, sums in forms:
-            tile = configs.grad_output_tile(block, DTYPES[dtype], sums)
+            tile = configs.grad_output_tile(block, DTYPES[dtype], sums, arch)
             lanes = configs.rows_at_once(tile, DTYPES[dtype])
             flags = {"U": u, "P": P, "SUMS": sums, "LANES": lanes}
             yield grad_output.grad_output_kernel, tile, flags | precise
@@ -119,7 +119,7 @@ def _gemm_forms(kernel, dtype, capability, precise):
         return
     for masked, many, by_row in itertools.product((False, True), repeat=3):
         flags = {"SEGMENTS": (4 if many else 2) - masked, "MASKED": masked, "BY_ROW": by_row}
-        for tile in configs.gemm(form, DTYPES[dtype], masked, many):
+        for tile in configs.gemm(form, DTYPES[dtype], masked, many, f"sm_{capability}"):
             if form == "tma":
                 yield gemm.gemm_tma_kernel, tile, flags
                 continue

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafast.engine.kernels import configs
+from lorafast.engine.kernels import configs, gemm_routing
+from lorafast.engine.kernels.gemm_routing import RouteQuery
+from lorafast.runtime.devices import Arch
 
 ROOT = Path(__file__).resolve().parents[2]
 STREAMING = (
@@ -33,12 +35,13 @@ GEMMS = ("gemm_tma", "gemm_pointers", "gemm_finish")
 SHARED = {80: 101376, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # fp16 has the tiles of bf16, and its code differs in the type of an operand only: one architecture
 # stands for all.
-CASES = [(dtype, capability) for dtype in ("bf16", "fp32") for capability in (80, 90, 100)] + [
+CASES = [(dtype, capability) for dtype in ("bf16", "fp32") for capability in (80, 90, 100, 120)] + [
     ("fp16", 90),
     ("tf32", 90),
+    ("tf32", 120),
 ]
 # Architectures of which only the first form of each kernel is compiled.
-OTHERS = (86, 89, 120)
+OTHERS = (86, 89)
 # The kernels without a matrix product.
 NO_PRODUCT = ("grad_output_finish", "drop", "scale_cast", "gemm_finish")
 
@@ -47,7 +50,7 @@ NO_PRODUCT = ("grad_output_finish", "drop", "scale_cast", "gemm_finish")
 @pytest.mark.parametrize("kernels", [GEMMS, STREAMING], ids=["gemm", "streaming"])
 @pytest.mark.parametrize(("dtype", "capability"), CASES)
 def test_every_form_compiles_without_spills(dtype, capability, kernels, tmp_path, record_property):
-    check_forms(dtype, capability, kernels, tmp_path, record_property)
+    check_forms(dtype, capability, there(kernels, capability), tmp_path, record_property)
 
 
 @pytest.mark.parametrize(
@@ -56,9 +59,14 @@ def test_every_form_compiles_without_spills(dtype, capability, kernels, tmp_path
 def test_the_first_form_of_each_kernel_compiles_without_spills(
     capability, tmp_path, record_property
 ):
-    # sm_120 loads by TMA, too, and has too little shared memory for our tiles.
-    kernels = [one for one in GEMMS + STREAMING if (capability, one) != (120, "gemm_tma")]
+    kernels = there(GEMMS + STREAMING, capability)
     check_forms("bf16", capability, kernels, tmp_path, record_property, "--first")
+
+
+def there(kernels, capability):
+    """The kernels that may serve on an architecture."""
+    # sm_120 loads by TMA, too, and has too little shared memory for our tiles.
+    return [one for one in kernels if (capability, one) != (120, "gemm_tma")]
 
 
 @pytest.mark.parametrize(("dtype", "capability"), [("bf16", 89), ("fp16", 86), ("fp32", 120)])
@@ -130,6 +138,24 @@ def multiplies(form):
         and flags.get("CORE", 2) == 2
         and (flags.get("P", True) or flags["U"])
     )
+
+
+def test_a_tile_of_one_architecture_is_in_the_place_of_another():
+    """Of the tiles that need a stack on sm_120 none is launched there."""
+    for name, replaced in (("sm_120", True), ("sm_121", True), ("sm_90", False)):
+        arch = Arch("nvidia", name, 170)
+        project = configs.project(1 << 14, 4096, 64, torch.bfloat16, arch).tile
+        grad_output = [
+            configs.grad_output(1 << 14, 4096, 128, torch.float32, arch, sums).tile
+            for sums in (0, 1, 2)
+        ]
+        assert (32 if replaced else 64) == project.BLOCK_K
+        assert [tile.BLOCK_N for tile in grad_output] == [32 if replaced else 64] * 3
+        assert project in configs.tiles("project", torch.bfloat16, name)
+        assert set(grad_output) <= {*configs.tiles("grad_output", torch.float32, name)}
+        query = RouteQuery(1 << 14, 4096, (4096,), 16, torch.float32, arch)
+        gemm = {route.tile for route in gemm_routing.candidates(query) if route.fused}
+        assert max(tile.BLOCK_N for tile in gemm) == (64 if replaced else 128)
 
 
 def test_every_block_of_ranks_is_compiled():
