@@ -146,7 +146,7 @@ LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
 def test_call(layer: str, benchmark) -> None:
     """Time a forward call in training mode on 4 tokens of 16 features.
 
-    The arithmetic takes next to no time: what is measured is Python, torch's and lorafast's.
+    The arithmetic takes next to no time: what is measured is the host's work, torch's and ours.
     """
     torch.manual_seed(0)
     called, x = LAYERS[layer](), torch.randn(4, 16, requires_grad=True)
@@ -156,6 +156,17 @@ def test_call(layer: str, benchmark) -> None:
     benchmark.group = "call 4x16x16"
     # Many calls per round, because one is as short as the clock's resolution.
     benchmark.pedantic(called, (x,), iterations=200, rounds=100, warmup_rounds=5)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_step(layer: str, benchmark) -> None:
+    """Time a forward call and its backward on 4 tokens of 16 features, as test_call does."""
+    torch.manual_seed(0)
+    called, x, dy = LAYERS[layer](), torch.randn(4, 16, requires_grad=True), torch.randn(4, 16)
+    if hasattr(called, "lora_B"):
+        torch.nn.init.normal_(called.lora_B)
+    benchmark.group = "step 4x16x16"
+    benchmark.pedantic(lambda: called(x).backward(dy), iterations=200, rounds=100, warmup_rounds=5)
 
 
 FUNCTIONS = ("linear", "several-of-one")

@@ -14,8 +14,9 @@ from lorafast.runtime.extension import Module
 from lorafast.runtime.toolchain import Failure, UnknownFlags
 
 _BUILD = f"""\
-Build the C++ kernels of the CPU backend ahead of their first use, for example in the image of a
-container or on a node that has a compiler. A build that failed before is tried again.
+Build the C++ ahead of its first use, for example in the image of a container or on a node that has
+a compiler: the kernels of the CPU backend, and the host path, which makes the calls of layers, for
+the torch installed. A build that failed before is tried again.
 
 {env.CACHE.name} is the folder that they go to ({env.CACHE.default} unless set), CXX names the
 compiler, and {env.CXXFLAGS.name} adds flags. The run that uses them needs the same folder and
@@ -44,14 +45,25 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if options.all:
-        return build_all()
+        return build_all() or build_host()
     # Another machine may run what is named here; what the environment names is for this one.
     if options.isa not in (None, "auto"):
-        return build_first((options.isa,))
+        return build_first((options.isa,)) or build_host()
     try:
-        return build_first(instruction_sets.candidates(options.isa or env.cpu_isa()))
+        isas = instruction_sets.candidates(options.isa or env.cpu_isa())
     except (ValueError, RuntimeError) as error:
         build.error(str(error))
+    return build_first(isas) or build_host()
+
+
+def build_host() -> int:
+    """Build the host path for the torch installed; return 1 if that fails."""
+    try:
+        print(_built("host"))
+    except Failure as failure:
+        print(f"host: {failure}")
+        return 1
+    return 0
 
 
 def build_all() -> int:
@@ -83,9 +95,14 @@ def build_first(isas: tuple[str, ...]) -> int:
 
 
 def _built(isa: str) -> str:
-    """Build one instruction set and return a line that says where it is and how long it took."""
+    """Build the kernels of one instruction set, or "host", and return a line that says where it is
+    and how long it took.
+    """
     begin = time.monotonic()
-    module = Module.of(isa, extension.SOURCES, env.cache(), env.cxxflags())
+    if isa == "host":
+        module = Module.of_host(extension.HOST_SOURCES, env.cache(), env.cxxflags())
+    else:
+        module = Module.of(isa, extension.SOURCES, env.cache(), env.cxxflags())
     try:
         complete = is_complete(module.path)
         there = complete and not _why_unusable(module)
@@ -104,7 +121,7 @@ def _built(isa: str) -> str:
 
 def _why_unusable(module: Module) -> str:
     """Return why this machine cannot load the module; "" if it can, or lacks the instructions."""
-    if module.isa not in instruction_sets.available():
+    if not module.is_host and module.isa not in instruction_sets.available():
         return ""
     # The module's OpenMP runtime may be one that only torch's wheel has.
     import torch  # noqa: F401

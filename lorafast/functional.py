@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
-from lorafast.engine import checks, formula, multi_adapter, ops, philox, plain_products, reference
+from lorafast.engine import (
+    checks,
+    formula,
+    host,
+    multi_adapter,
+    ops,
+    philox,
+    plain_products,
+    reference,
+)
 from lorafast.engine.multi_adapter import Factors
 from lorafast.engine.precision import activation_dtype
 from lorafast.engine.problem import (
@@ -92,18 +101,26 @@ def linear(
     Source:
         arXiv:2106.09685, arXiv:2402.09353, arXiv:2406.12832
     """
-    if (
-        core is magnitude is norm is out_scale is None
-        and not frozen_columns
-        and (axis, dropout_on, keep) == _DEFAULT_WORDS
-        and type(dropout) is float
-        and (dropout == 0 or 0 < round(dropout * philox.STEPS) < philox.STEPS)
-        and (seed is None or checks.is_seed(seed))
+    if type(dropout) is float and (
+        dropout == 0 or 0 < round(dropout * philox.STEPS) < philox.STEPS
     ):
         p = dropout if training else 0.0
-        y = plain_products.linear(x, weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed)
-        if y is not None:
-            return y
+        if not torch.compiler.is_compiling():
+            y = host.linear(
+                x, weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed,
+                scaling, p, axis, dropout_on, keep, frozen_columns, True,
+            )  # fmt: skip
+            if y is not None:
+                return y
+        if (
+            core is magnitude is norm is out_scale is None
+            and not frozen_columns
+            and (axis, dropout_on, keep) == _DEFAULT_WORDS
+            and (seed is None or checks.is_seed(seed))
+        ):
+            y = plain_products.linear(x, weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed)
+            if y is not None:
+                return y
     tensors = LayerTensors(
         weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed
     )
@@ -145,6 +162,11 @@ def _linear_checked(
             factors = _norm_factors(tensors, scale)
             norm = ops.row_norm(factors, CallOptions(scaling, 0.0, axis), norm_policy)
             tensors = LayerTensors(*tensors[:6], norm, *tensors[7:])
+            # One that is computed and detached is the host path's own, which has refused the call.
+            if norm_policy != _COMPUTE:
+                y = _by_host(x, tensors, options, scaling, p)
+                if y is not None:
+                    return y
         if grad and (magnitude.requires_grad or norm.requires_grad):
             has_bias = tensors.bias is not None or tensors.lora_bias is not None
             options = CallOptions(scaling, p, axis, dropout_on)
@@ -152,6 +174,17 @@ def _linear_checked(
     if x.dtype != dtype:
         x = x.to(dtype)
     return ops.linear(x, tensors, CallOptions(scaling, p, axis, dropout_on, kept, frozen_columns))
+
+
+def _by_host(
+    x: torch.Tensor, tensors: LayerTensors, options: CallOptions, scaling: float, p: float
+) -> torch.Tensor | None:
+    """The output by the host path, for a norm that it does not compute itself; None: not served."""
+    *given, scale = tensors
+    if scale is not None or torch.compiler.is_compiling():
+        return None
+    _, _, axis, dropout_on, keep, frozen_columns = options
+    return host.linear(x, *given, scaling, p, axis, dropout_on, keep, frozen_columns, False)
 
 
 def several(

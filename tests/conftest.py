@@ -35,12 +35,25 @@ def few_tokens_by_op(monkeypatch):
 
 
 @pytest.fixture
+def calls_by_python(monkeypatch):
+    """Calls of layers are made by the Python path, for tests of what that does."""
+    from lorafast.engine import host
+
+    monkeypatch.setattr(host, "linear", host._declined)
+
+
+@pytest.fixture
 def calls(monkeypatch):
     """How many calls of PEFT's layers ran on lorafast's ops, and why the others did not."""
     from lorafast.integrations import peft_linear as ours
 
     found = {"fast": 0, "why": []}
-    op_forward, peft_forward = ours.op_forward, ours.peft_forward
+    host_forward, op_forward, peft_forward = ours.host_forward, ours.op_forward, ours.peft_forward
+
+    def counted_by_host(x, usual):
+        y = host_forward(x, usual)
+        found["fast"] += y is not None
+        return y
 
     def counted(layer, x, *usual):
         found["fast"] += 1
@@ -50,6 +63,7 @@ def calls(monkeypatch):
         found["why"].append(why)
         return peft_forward(layer, why, *args, **kwargs)
 
+    monkeypatch.setattr(ours, "host_forward", counted_by_host)
     monkeypatch.setattr(ours, "op_forward", counted)
     monkeypatch.setattr(ours, "peft_forward", told)
     return found

@@ -17,6 +17,7 @@ from lorafast.runtime.extension import Module
 def sources(tmp_path, monkeypatch):
     """A tiny module in place of the kernels, on a machine with AVX2, and an empty cache."""
     monkeypatch.setattr(extension, "SOURCES", write_sources(tmp_path / "sources"))
+    monkeypatch.setattr(extension, "HOST_SOURCES", write_sources(tmp_path / "host"))
     monkeypatch.setattr(instruction_sets, "available", lambda: ("avx2", "scalar"))
     monkeypatch.setenv("LORAFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LORAFAST_CXXFLAGS", "-O0")
@@ -27,6 +28,10 @@ def sources(tmp_path, monkeypatch):
 
 def path_of(isa):
     return Module.of(isa, extension.SOURCES, env.cache(), env.cxxflags()).path
+
+
+def host_path():
+    return Module.of_host(extension.HOST_SOURCES, env.cache(), env.cxxflags()).path
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["compile"], []])
@@ -45,12 +50,15 @@ def test_the_command_line_answers_without_torch(arguments):
 @needs_compiler
 def test_it_builds_what_this_machine_would_use(sources, capsys, monkeypatch):
     assert command_line.main(["build"]) == 0
-    line = capsys.readouterr().out
-    assert line.startswith(f"avx2: {path_of('avx2')} (built in ")
-    assert line.endswith(" s)\n")
+    kernels, host = capsys.readouterr().out.splitlines()
+    assert kernels.startswith(f"avx2: {path_of('avx2')} (built in ")
+    assert host.startswith(f"host: {host_path()} (built in ")
+    assert host.endswith(" s)")
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert command_line.main(["build", "--isa", "auto"]) == 0
-    assert capsys.readouterr().out == f"avx2: {path_of('avx2')} (built before)\n"
+    kernels, host = capsys.readouterr().out.splitlines()
+    assert kernels == f"avx2: {path_of('avx2')} (built before)"
+    assert host == f"host: {host_path()} (built before)"
     assert not path_of("scalar").exists()
 
 
@@ -74,15 +82,15 @@ def test_the_environment_or_the_option_names_another(sources, capsys, monkeypatc
 def test_an_old_compiler_builds_what_it_knows(sources, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CXX", compiler(tmp_path, refuses("-mavx*")))
     assert command_line.main(["build"]) == 0
-    unknown, built = capsys.readouterr().out.splitlines()
+    unknown, built, _ = capsys.readouterr().out.splitlines()
     assert unknown.startswith("avx2: ")
     assert "does not take -mavx2 -mfma -mf16c -mbmi2" in unknown
     assert built.startswith(f"scalar: {path_of('scalar')} (built in ")
     # All of them: what it does not know is no failure.
     assert command_line.main(["build", "--all"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in said] == list(instruction_sets.ISAS)
-    assert said[-1] == f"scalar: {path_of('scalar')} (built before)"
+    assert [line.split(":")[0] for line in said] == [*instruction_sets.ISAS, "host"]
+    assert said[-2] == f"scalar: {path_of('scalar')} (built before)"
     assert command_line.main(["build", "--isa", "avx512"]) == 1
 
 
@@ -97,6 +105,16 @@ def test_what_fails_is_said_and_tried_again_each_time(sources, tmp_path, capsys,
         assert "compiling" in said.err
     assert command_line.main(["build", "--all"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == len(instruction_sets.ISAS)
+
+
+@needs_compiler
+def test_a_host_path_that_cannot_be_built_is_a_failure(sources, capsys):
+    (extension.HOST_SOURCES / "bindings.cpp").write_text("#error no such torch")
+    assert command_line.main(["build"]) == 1
+    kernels, host = capsys.readouterr().out.splitlines()
+    assert "built in" in kernels
+    assert host.startswith("host: the compiler")
+    assert "no such torch" in host
 
 
 @needs_compiler

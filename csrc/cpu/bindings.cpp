@@ -131,6 +131,11 @@ PyMethodDef methods[] = {
     {},
 };
 
+Kernels kernels = {
+    &entries::project,  &entries::low_rank_add, &entries::grad_project, &entries::grad_output,
+    &entries::row_norm, &entries::scale,        &entries::drop,
+};
+
 PyModuleDef module = {PyModuleDef_HEAD_INIT, LORAFAST_TEXT_OF(LORAFAST_MODULE), nullptr, -1,
                       methods};
 
@@ -139,6 +144,11 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, LORAFAST_TEXT_OF(LORAFAST_MODULE), 
 
 PyMODINIT_FUNC LORAFAST_INIT_OF(LORAFAST_MODULE)() {
   PyObject* made = PyModule_Create(&lorafast::module);
-  if (made && PyModule_AddStringConstant(made, "ISA", lorafast::ISA) < 0) Py_CLEAR(made);
+  if (!made) return nullptr;
+  PyObject* table = PyCapsule_New(&lorafast::kernels, lorafast::Kernels::NAME, nullptr);
+  const bool added = PyModule_AddStringConstant(made, "ISA", lorafast::ISA) == 0 && table &&
+                     PyModule_AddObjectRef(made, "kernels", table) == 0;
+  Py_XDECREF(table);
+  if (!added) Py_CLEAR(made);
   return made;
 }

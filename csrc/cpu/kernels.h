@@ -56,3 +56,20 @@ void drop(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride, 
 void drop_mask(int64_t rows, int64_t columns, Address seed, uint32_t threshold, Address out);
 
 }  // namespace lorafast::entries
+
+namespace lorafast {
+
+// The entry points for C++ of another module: csrc/host gets them as a capsule of this name.
+struct Kernels {
+  static constexpr const char* NAME = "lorafast.Kernels";
+
+  decltype(&entries::project) project;
+  decltype(&entries::low_rank_add) low_rank_add;
+  decltype(&entries::grad_project) grad_project;
+  decltype(&entries::grad_output) grad_output;
+  decltype(&entries::row_norm) row_norm;
+  decltype(&entries::scale) scale;
+  decltype(&entries::drop) drop;
+};
+
+}  // namespace lorafast

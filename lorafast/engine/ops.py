@@ -204,8 +204,7 @@ class _Linear(torch.autograd.Function):
         ctx.options, ctx.needs = options, needs
         if keep == "output":
             ctx.output = weakref.ref(y), torch_internals.version_of(y)
-            name = getattr(tensors.magnitude, "lorafast_name", None)
-            ctx.layer = name or f"the DoRA layer with weight {tuple(tensors.weight.shape)}"
+            ctx.words = modified_words(tensors.weight, tensors.magnitude)
         if direct:
             return y
         ctx.mark_non_differentiable(h, z)
@@ -224,6 +223,13 @@ class _Linear(torch.autograd.Function):
             grads = [next(made) if need else None for need in needs]
         d_x, *d_tensors = grads
         return None, None, d_x, None, *d_tensors, None, None
+
+
+def modified_words(weight: torch.Tensor | None, magnitude: torch.Tensor | None) -> str:
+    """The error where the output that keep="output" reads has been modified in place."""
+    name = getattr(magnitude, "lorafast_name", None)
+    shape = "of unknown shape" if weight is None else tuple(weight.shape)
+    return _MODIFIED.format(name or f"the DoRA layer with weight {shape}")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -247,12 +253,12 @@ def _with_unmodified_output(ctx) -> tuple[torch.Tensor | None, ...]:
     except RuntimeError as error:
         # A y that has been freed has no version to compare, but is the likeliest cause.
         if modified or (y is None and "inplace" in str(error)):
-            raise RuntimeError(_MODIFIED.format(ctx.layer)) from error
+            raise RuntimeError(ctx.words) from error
         raise
     # Under saved-tensor hooks, non-reentrant checkpointing among them, torch itself checks nothing:
     # the y that comes back has been recomputed, and overwritten again by the op that follows.
     if modified or torch_internals.version_of(saved[2]) != version:
-        raise RuntimeError(_MODIFIED.format(ctx.layer))
+        raise RuntimeError(ctx.words)
     return saved
 
 

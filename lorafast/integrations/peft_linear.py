@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorafast import functional
-from lorafast.engine import checks, philox, plain_products
+from lorafast.engine import checks, host, philox, plain_products
 from lorafast.engine.multi_adapter import Factors
 from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling, tokens
 from lorafast.integrations import peft_cost, peft_lamda_variant, peft_support
@@ -64,6 +64,9 @@ class Linear(PeftLinear):
         # Before the checks in words, which take longer than few tokens do.
         usual = None if args or kwargs else usual_call(self)
         if usual is not None:
+            y = host_forward(x, usual)
+            if y is not None:
+                return y
             weight, bias, A, B, *_, lora_bias, _, _ = usual.tensors
             scaling, p = usual.options[:2]
             y = plain_products.linear(x, weight, bias, A, B, lora_bias, scaling, p)
@@ -174,6 +177,15 @@ def usual_call(layer: Linear) -> UsualCall | None:
     matrix = weight.t() if transposed else weight
     tensors = LayerTensors(matrix, bias, lora_A, lora_B, lora_bias=lora_bias)
     return UsualCall(tensors, CallOptions(scaling, p, keep="auto"))
+
+
+def host_forward(x: torch.Tensor, usual: UsualCall) -> torch.Tensor | None:
+    """Return the output of a usual call by the host path; None where it does not serve."""
+    (weight, bias, A, B, *_, lora_bias, _, _), (scaling, p, *_) = usual
+    return host.linear(
+        x, weight, bias, A, B, None, None, None, None, lora_bias, None, scaling, p, "out",
+        "adapter", "auto", 0, True,
+    )  # fmt: skip
 
 
 def fits_ops(x: torch.Tensor, usual: UsualCall) -> bool:

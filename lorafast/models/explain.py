@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lorafast.engine import dispatch, masks, plain_products
+from lorafast.engine import dispatch, host, masks, plain_products
 from lorafast.engine.formula import resolve_keep, saved_mask
 from lorafast.engine.problem import (
     PRIMITIVES,
@@ -160,7 +160,7 @@ def _row(name: str, call: LayerCall, tokens: int) -> Row:
     why_not: dict[str, tuple[str, ...]] = {}
     notes = _notes(call, options)
     modelled = None
-    if call.runs_op and not plain_products.why_not(tokens, tensors, options, weight.dtype):
+    if call.runs_op and _runs_products(tensors, options, tokens):
         notes += (f"{tokens} tokens are few: {call.few_tokens} instead of the op",)
     elif call.runs_op:
         mask = saved_mask(needs, options, tensors.magnitude is not None)
@@ -180,6 +180,13 @@ def _row(name: str, call: LayerCall, tokens: int) -> Row:
         name, call.method, (N, K), R, saved, tuple(referenced), backends, why_not, notes,
         referenced, weight.device.type, modelled,
     )  # fmt: skip
+
+
+def _runs_products(tensors: LayerTensors, options: CallOptions, tokens: int) -> bool:
+    """True if a call of so few tokens runs as plain torch products."""
+    if plain_products.why_not(tokens, tensors, options, tensors.weight.dtype):
+        return False
+    return not host.serves(_problems(tensors, options, tokens))
 
 
 def _problems(tensors: LayerTensors, options: CallOptions, tokens: int) -> dict[str, Problem]:

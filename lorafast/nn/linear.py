@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorafast import functional
-from lorafast.engine import plain_products, weight_norm
+from lorafast.engine import host, plain_products, weight_norm
 from lorafast.engine.problem import CallOptions, LayerTensors
 from lorafast.methods.adapter import Adapter
 from lorafast.nn.adapter_layer import AdapterLayer
@@ -19,6 +19,8 @@ from lorafast.nn.adapter_layer import AdapterLayer
 # The modules and names of classes with a forward of their own that is a linear's. Falcon's adds the
 # bias in a second step.
 _PLAIN_FORWARDS = (("modeling_falcon", "FalconLinear"),)
+# The norm is computed, and no gradient flows through it.
+_COMPUTE = weight_norm.NormPolicy()
 
 
 class AdapterLinearBase(AdapterLayer):
@@ -50,21 +52,29 @@ class AdapterLinearBase(AdapterLayer):
         dropout, p, frozen_columns = self._modules["lora_dropout"], 0.0, 0
         if type(dropout) is not nn.Identity:
             p = _probability(dropout)
+        adapter, scaling, policy = self.adapter, self.scaling, None
+        if self.freezing:
+            B, frozen_columns = self._call_columns(B)
+        if magnitude is not None:
+            policy = weight_norm.policy_of(adapter.detach_norm, adapter.cache_norm)
+        if not torch.compiler.is_compiling():
+            y = host.linear(
+                input, weight, bias, A, B, core, magnitude, None, out_scale, lora_bias, None,
+                scaling, p, adapter.axis, adapter.dropout_on, adapter.keep, frozen_columns,
+                policy is None or policy == _COMPUTE,
+            )  # fmt: skip
+            if y is not None:
+                return y
         if core is magnitude is out_scale is None and not self.freezing:
-            y = plain_products.linear(input, weight, bias, A, B, lora_bias, self.scaling, p)
+            y = plain_products.linear(input, weight, bias, A, B, lora_bias, scaling, p)
             if y is not None:
                 return y
         tensors = LayerTensors(weight, bias, A, B, core, magnitude, None, out_scale, lora_bias)
-        adapter = self.adapter
-        if self.freezing:
-            lora_B, frozen_columns = self._call_columns(tensors.lora_B)
-            tensors = tensors._replace(lora_B=lora_B)
         options = CallOptions(
-            self.scaling, p, adapter.axis, adapter.dropout_on, adapter.keep, frozen_columns
+            scaling, p, adapter.axis, adapter.dropout_on, adapter.keep, frozen_columns
         )
-        if tensors.magnitude is None:
+        if policy is None:
             return functional._linear_checked(input, tensors, options)
-        policy = weight_norm.policy_of(adapter.detach_norm, adapter.cache_norm)
         return functional._linear_checked(input, tensors, options, norm_policy=policy)
 
     def _attach(

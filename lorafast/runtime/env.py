@@ -32,6 +32,12 @@ CPU_ISA = Variable(
     "best that the machine runs; a name (`scalar`, `avx2`, `avx512`, `avx512bf16`) forces that "
     "one, which raises if the machine lacks it",
 )
+HOST = Variable(
+    "LORAFAST_HOST",
+    "1",
+    "`0` keeps the calls of layers in Python, where `1` makes them by C++ that is compiled for the "
+    "torch installed. Read at the first call of a layer on a CPU",
+)
 CACHE = Variable(
     "LORAFAST_CACHE",
     "~/.cache/lorafast",
@@ -51,14 +57,16 @@ CXXFLAGS = Variable(
     "flags to compile and link the C++ kernels with, after our own; `CXX` names the compiler",
 )
 
-VARIABLES = (BACKEND, LOG, CPU_ISA, CACHE, TRIAL, CXXFLAGS)
+VARIABLES = (BACKEND, LOG, CPU_ISA, HOST, CACHE, TRIAL, CXXFLAGS)
 
 # For what reads a variable at every call of a layer: raw_get(KEY) tells one value from another
 # without encoding a name, and without the exception that os.environ raises inside for a name that
 # is not set, which takes 20 times as long.
-_raw = getattr(os.environ, "_data", None)
-raw_get = _raw.get if isinstance(_raw, dict) else os.environ.get
-_encode = os.environ.encodekey if isinstance(_raw, dict) else str
+# RAW is the dict itself, for C++; None where there is none.
+_data = getattr(os.environ, "_data", None)
+RAW: dict | None = _data if isinstance(_data, dict) else None
+raw_get = os.environ.get if RAW is None else RAW.get
+_encode = str if RAW is None else os.environ.encodekey
 BACKEND_KEY, LOG_KEY = _encode(BACKEND.name), _encode(LOG.name)
 
 
@@ -101,6 +109,11 @@ def parse_log(raw: str | bytes | None) -> bool:
 def cpu_isa() -> str:
     """The instruction set asked for, `auto` unless set."""
     return os.environ.get(CPU_ISA.name, "").strip().lower() or CPU_ISA.default
+
+
+def host() -> bool:
+    """True if calls of layers may be made by C++."""
+    return os.environ.get(HOST.name, "").strip() != "0"
 
 
 def cache() -> str:

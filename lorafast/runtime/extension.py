@@ -1,4 +1,5 @@
-"""The C++ of csrc, built on first use and loaded: one module per instruction set.
+"""The C++ of csrc, built on first use and loaded: the CPU kernels, one module per instruction set,
+and the host path, one module per version of torch.
 
 Every failure is a reason in words, never a traceback.
 
@@ -21,6 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -31,8 +33,13 @@ from lorafast.runtime.fallback import Remediable
 from lorafast.runtime.toolchain import Failure, Toolchain, UnknownFlags
 
 SOURCES = Path(__file__).parent.parent / "engine" / "csrc" / "cpu"
-# What a compiler needs for the kernels on one core, to say how long a build will take.
-_COMPILE_SECONDS = 25
+HOST_SOURCES = SOURCES.parent / "host"
+# The headers of other folders that the host path includes.
+_HOST_INCLUDES = ("kernels.h", "types.h")
+# What a compiler needs for a module on one core, to say how long a build will take.
+_KERNEL_SECONDS, _HOST_SECONDS = 25, 60
+# torch's headers ask for C++20; the last -std counts.
+_HOST_FLAGS = ("-O2", "-std=c++20")
 
 
 class NeverBuilt(Failure):
@@ -54,6 +61,17 @@ def cpu(isa: str | None = None, sources: Path = SOURCES) -> ModuleType | str:
 
 
 @functools.cache
+def host(sources: Path = HOST_SOURCES) -> ModuleType | str:
+    """Return the module of the host path, or why there is none; as cpu, which it needs."""
+    try:
+        return _load(Module.of_host(sources, env.cache(), env.cxxflags()), env.cxx())
+    except NeverBuilt as failure:
+        return str(failure)
+    except Failure as failure:
+        return Remediable(failure)
+
+
+@functools.cache
 def _cpu(
     candidates: tuple[str, ...], sources: Path, cache: str, cxx: str, extra: str
 ) -> ModuleType | str:
@@ -72,7 +90,10 @@ def _cpu(
 
 
 class Module(NamedTuple):
-    """One module: the file at path, made of these sources by these flags."""
+    """One module: the file at path, made of these sources by these flags.
+
+    isa: the instruction set of kernels, or "host" for the host path, which calls torch's C++.
+    """
 
     isa: str
     sources: Path
@@ -82,14 +103,40 @@ class Module(NamedTuple):
 
     @classmethod
     def of(cls, isa: str, sources: Path, cache: str, extra: str) -> Module:
-        """Return the module's name and place; needs no compiler and no ninja.
+        """Return the name and place of a module of kernels; needs no compiler and no ninja.
 
         A Failure if it cannot be built here.
         """
+        own = (*toolchain.FLAGS, *instruction_sets.compiler_flags(isa))
+        return cls._of(f"cpu_{isa}", isa, sources, own, cache, extra)
+
+    @classmethod
+    def of_host(cls, sources: Path, cache: str, extra: str) -> Module:
+        """Return the name and place of the module of the host path, as of does."""
+        import torch
+
+        own = (*toolchain.FLAGS, *_HOST_FLAGS)
+        # Built against one torch, it serves no other.
+        version = f"{torch.__version__} {torch.version.git_version}"
+        headers = [sources.parent / "cpu" / name for name in _HOST_INCLUDES]
+        headers = [path for path in headers if path.exists()]
+        return cls._of("host", "host", sources, own, cache, extra, headers, version)
+
+    @classmethod
+    def _of(
+        cls,
+        label: str,
+        isa: str,
+        sources: Path,
+        own: tuple[str, ...],
+        cache: str,
+        extra: str,
+        headers: Sequence[Path] = (),
+        version: str = "",
+    ) -> Module:
         if sys.platform != "linux":
             raise NeverBuilt(f"the C++ kernels are built on Linux only, not on {sys.platform}")
         try:
-            own = (*toolchain.FLAGS, *instruction_sets.compiler_flags(isa))
             flags = (*own, *shlex.split(extra))
         except ValueError as error:
             raise Failure(
@@ -99,6 +146,7 @@ class Module(NamedTuple):
         if not any(path.suffix == ".cpp" for path in files):
             why = f"there is no C++ in {sources}: install lorafast again"
             raise Failure(symlinks.why_missing("csrc") or why)
+        files += headers
         try:
             contents = [
                 (path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
@@ -113,14 +161,20 @@ class Module(NamedTuple):
             sysconfig.get_platform(),
             sysconfig.get_config_var("EXT_SUFFIX"),
             runtime and runtime.name,
+            *([version] if version else []),
         )
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         # The function that makes the module has this name too, so that no other module of this
         # process can be taken for it.
-        name = f"lorafast_cpu_{isa}_{digest}"
+        name = f"lorafast_{label}_{digest}"
         # Without a home folder it stays as it is, for `build` to refuse.
         folder = Path(cache) if cache.startswith("~") else Path(cache).absolute()
         return cls(isa, sources, flags, folder, name)
+
+    @property
+    def is_host(self) -> bool:
+        """True for the host path."""
+        return self.isa == "host"
 
     @property
     def path(self) -> Path:
@@ -148,8 +202,9 @@ def build(module: Module, cxx: str, again: bool = False, retry: bool = False) ->
         for left in module.cache.glob(f"{module.name}.build-*"):
             shutil.rmtree(left, ignore_errors=True)
         tools, record = Toolchain.find(cxx), module.beside(".failed")
-        if flags := instruction_sets.compiler_flags(module.isa):
-            tools.check(flags)
+        needed = _HOST_FLAGS if module.is_host else instruction_sets.compiler_flags(module.isa)
+        if needed:
+            tools.check(needed)
         reason = None if retry else build_cache.remembered_failure(record, tools.fingerprint)
         if reason:
             raise Failure(f"{reason} (it failed before; to try again, delete {record})")
@@ -163,9 +218,11 @@ def build(module: Module, cxx: str, again: bool = False, retry: bool = False) ->
 
 def _compile(module: Module, tools: Toolchain) -> None:
     cores = len(os.sched_getaffinity(0))
+    torch = toolchain.Torch.find() if module.is_host else None
+    what = "host path" if module.is_host else f"CPU kernels for {module.isa}"
+    seconds = _HOST_SECONDS if module.is_host else _KERNEL_SECONDS
     _say(
-        f"compiling its CPU kernels for {module.isa}, once, into {module.cache} "
-        f"(about {-(-_COMPILE_SECONDS // min(cores, 4))} s)"
+        f"compiling its {what}, once, into {module.cache} (about {-(-seconds // min(cores, 4))} s)"
     )
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(
@@ -173,7 +230,7 @@ def _compile(module: Module, tools: Toolchain) -> None:
     ) as folder:
         made = Path(folder) / "module.so"
         named = f"-DLORAFAST_MODULE={module.name}"
-        tools.compile(module.sources, (*module.flags, named), made, module.beside(".log"))
+        tools.compile(module.sources, (*module.flags, named), made, module.beside(".log"), torch)
         build_cache.seal(made)
         made.replace(module.path)
     _say(f"compiled in {time.monotonic() - begin:.1f} s")
@@ -204,7 +261,7 @@ def _load(module: Module, cxx: str) -> ModuleType:
         raise type(failure)(f"{failure} ({unusable})") from failure
     if new:
         fallback.warn_once(
-            f"{unusable}. lorafast's CPU kernels were compiled into {temporary.cache}, and will be "
+            f"{unusable}. lorafast's C++ was compiled into {temporary.cache}, and will be "
             f"again when that is emptied: {remedy}."
         )
     return loaded

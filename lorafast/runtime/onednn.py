@@ -24,6 +24,11 @@ def is_available(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return torch_internals.onednn_enabled() and _op() is not None
 
 
+def has_bias_product() -> bool:
+    """True if this torch and processor have such a product at all."""
+    return _op() is not None
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Return x Wᵀ + bias.  x [...,K], weight [N,K], bias [N] -> y [...,N]"""
     return _op()(x, weight, bias, "none", [], "")

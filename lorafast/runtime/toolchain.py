@@ -60,6 +60,30 @@ def mangled_openmp(packages: Path | None = None) -> Path | None:
     )
 
 
+class Torch(NamedTuple):
+    """What sources that call torch's C++ are compiled with and linked against."""
+
+    includes: tuple[str, ...]
+    libraries: tuple[str, ...]
+
+    @classmethod
+    def find(cls) -> Torch:
+        """Return the headers and libraries of the torch that Python imports.
+
+        A Failure if it came without them.
+        """
+        folder = Path(importlib.util.find_spec("torch").origin).parent
+        includes = (folder / "include", folder / "include/torch/csrc/api/include")
+        # A shared object names them by soname, and the process has loaded them before it.
+        libraries = tuple(
+            folder / "lib" / f"lib{name}.so" for name in ("torch_python", "torch_cpu", "c10")
+        )
+        missing = [path for path in (*includes, *libraries) if not path.exists()]
+        if missing:
+            raise Failure(f"this torch came without {missing[0].name}: install torch's own wheel")
+        return cls(tuple(map(str, includes)), tuple(map(str, libraries)))
+
+
 class Toolchain(NamedTuple):
     """What a build needs.
 
@@ -112,12 +136,21 @@ class Toolchain(NamedTuple):
                 f"{_error_line(done.stdout)}; {_ANOTHER}"
             )
 
-    def compile(self, sources: Path, flags: tuple[str, ...], target: Path, log: Path) -> None:
+    def compile(
+        self,
+        sources: Path,
+        flags: tuple[str, ...],
+        target: Path,
+        log: Path,
+        torch: Torch | None = None,
+    ) -> None:
         """Compile every .cpp of sources by itself and link them into target.
 
-        Object files and build.ninja go to the folder of target.
+        Object files and build.ninja go to the folder of target. torch: the C++ of torch, for
+        sources that call it.
         """
-        (target.parent / "build.ninja").write_text(self._build_file(sources, flags, target))
+        build_file = self._build_file(sources, flags, target, torch or Torch((), ()))
+        (target.parent / "build.ninja").write_text(build_file)
         # Errors are looked for by their English name.
         done = _run(["env", "LC_ALL=C", self.ninja, "-C", str(target.parent)])
         log.write_text(f"{shlex.join(self.cxx)}: {self.identity}\n{done.stdout}")
@@ -133,14 +166,15 @@ class Toolchain(NamedTuple):
                 why = f"the compiler {shlex.join(self.cxx)} fails: {why}"
             raise Failure(f"{why} (all of it: {log}); {_ANOTHER}")
 
-    def _build_file(self, sources: Path, flags: tuple[str, ...], target: Path) -> str:
-        includes = [word for folder in self.includes for word in ("-isystem", folder)]
+    def _build_file(self, sources: Path, flags: tuple[str, ...], target: Path, torch: Torch) -> str:
+        folders = (*torch.includes, *self.includes)
+        includes = [word for folder in folders for word in ("-isystem", folder)]
         compiling = shlex.join([*self.cxx, *flags, *includes]).replace("$", "$$")
         # The libraries last: many a linker drops one that nothing before it asked for.
         linking = shlex.join(
             [*self.cxx, "-shared", *(flag for flag in flags if flag != "-fopenmp")]
         ).replace("$", "$$")
-        runtime = shlex.quote(self._openmp()).replace("$", "$$")
+        runtime = shlex.join([self._openmp(), *torch.libraries]).replace("$", "$$")
         files = sorted(sources.glob("*.cpp"))
         objects = [_escaped(f"{path.stem}.o") for path in files]
         return "\n".join(

@@ -41,7 +41,7 @@ def small_panels(monkeypatch):
 
 
 @pytest.fixture
-def by_panels(slow, small_panels, monkeypatch):
+def by_panels(slow, small_panels, monkeypatch, calls_by_python):
     """Every product in half precision goes by panels; return the shapes of those that went."""
     monkeypatch.setattr(half_products, "_FEW_TOKENS", 0)
     monkeypatch.setattr(half_products, "_FEWEST_ALONG_ROWS", 1)

@@ -12,6 +12,7 @@ from lorafast.engine.problem import CallOptions, LayerTensors
 from lorafast.runtime import env
 from lorafast.testing import FORMS, GRADIENTS, Case
 
+pytestmark = pytest.mark.usefixtures("calls_by_python")
 BY_NAME = {form.name: form for form in FORMS}
 M, N, K, R = 5, 11, 13, 3
 SERVED = ("lora", "lora-bias")

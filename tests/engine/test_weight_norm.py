@@ -14,7 +14,7 @@ from lorafast.engine import formula, weight_norm
 
 
 @pytest.fixture
-def computed(monkeypatch):
+def computed(monkeypatch, calls_by_python):
     """How often a norm was really computed."""
     calls, real = [], formula.row_norm
     monkeypatch.setattr(formula, "row_norm", lambda *args: calls.append(1) or real(*args))

@@ -434,7 +434,9 @@ def test_keep_output_steps_aside_where_it_cannot_serve():
     assert lora(X).isfinite().all()
 
 
-def test_the_cache_of_doras_norm_is_pefts_switch_and_forgets_when_pefts_does(monkeypatch):
+def test_the_cache_of_doras_norm_is_pefts_switch_and_forgets_when_pefts_does(
+    monkeypatch, calls_by_python
+):
     model = peft_model(targets=["up"], use_dora=True).eval()
     lorafast.accelerate(model)
     seen, right = [], formula.row_norm

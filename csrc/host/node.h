@@ -1,0 +1,20 @@
+// The autograd node of a layer's call: the twin of _Linear in lorafast/engine/ops.py.
+#pragma once
+
+#include "formula.h"
+
+namespace lorafast::host {
+
+// forward of a call that nobody may differentiate. The GIL is held, and released meanwhile.
+Outputs computed(const Backend& backend, const at::Tensor& x, const Tensors& tensors,
+                 const Options& options);
+
+// y [...,N] of a call that somebody may differentiate: recorded, with what backward needs saved.
+// The GIL is held, for hooks on saved tensors.
+at::Tensor recorded(const Backend& backend, const at::Tensor& x, const Tensors& tensors,
+                    const Options& options);
+
+// norm_of, outside of autograd and autocast.
+at::Tensor detached_norm(const Backend& backend, const Tensors& tensors, const Options& options);
+
+}  // namespace lorafast::host

@@ -1,0 +1,52 @@
+// The plan of each problem, made once by Python's rules and remembered.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <unordered_map>
+
+#include "primitives.h"
+
+namespace lorafast::host {
+
+// What decides a plan: the fields of lorafast/engine/problem.py's Problem, for one CPU.
+struct ProblemKey {
+  std::array<int64_t, 6> words;
+
+  ProblemKey(const at::Tensor& x, const Tensors& tensors, const Options& options) {
+    const at::Tensor& weight = tensors.weight;
+    const bool transposed = weight.stride(0) == 1 && weight.size(0) != 1 && weight.size(1) != 1;
+    int64_t flags = 0;
+    for (const int64_t part :
+         {static_cast<int64_t>(x.scalar_type()), static_cast<int64_t>(weight.scalar_type()),
+          static_cast<int64_t>(tensors.A.scalar_type()), static_cast<int64_t>(options.keep),
+          tensors.core.defined() ? tensors.core.dim() : 0, int64_t{transposed},
+          int64_t{tensors.magnitude.defined()}, int64_t{tensors.out_scale.defined()},
+          int64_t{options.in_axis}, int64_t{options.on_both}})
+      flags = flags << 6 | part;
+    int64_t dropout;
+    std::memcpy(&dropout, &options.dropout, sizeof dropout);
+    words = {tokens(x), weight.size(1), weight.size(0), tensors.A.size(0), flags, dropout};
+  }
+
+  bool operator==(const ProblemKey& other) const { return words == other.words; }
+};
+
+struct ProblemHash {
+  size_t operator()(const ProblemKey& key) const {
+    uint64_t hash = 0;
+    for (const int64_t word : key.words) {
+      hash = (hash ^ static_cast<uint64_t>(word)) * 0x9E3779B97F4A7C15;
+      hash ^= hash >> 32;
+    }
+    return hash;
+  }
+};
+
+using Plans = std::unordered_map<ProblemKey, long, ProblemHash>;
+
+// Text of every length has a number of tokens of its own.
+constexpr size_t MOST_PLANS = 4096;
+
+}  // namespace lorafast::host

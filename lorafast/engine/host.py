@@ -1,0 +1,139 @@
+"""The host path in C++: one call from a layer's tensors to its output, and its autograd node.
+
+csrc/host executes the formula where the `cpu` backend serves all primitives of a call; everything
+else is left to the Python path, which gives the same bits. This module loads it, and holds what it
+asks of Python: the plan of a problem, made once by the rules of engine.dispatch, and the slow ways.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from lorafast.engine import dispatch, half_products, ops
+from lorafast.engine.problem import CallOptions, GradMask, LayerTensors, Problem, tokens
+from lorafast.runtime import env, extension, fallback, onednn, torch_internals
+from lorafast.runtime.fallback import Remediable
+
+# The flags of a plan, as csrc/host/primitives.h numbers them.
+PYTHON, SERVED, ONEDNN_BIAS, Y_ALONG, Y_ACROSS, DX_ALONG, DX_ACROSS = 0, 1, 2, 4, 8, 16, 32
+_PRIMITIVES = ("project", "linear", "grad_output", "grad_input", "grad_project")
+
+
+def _declined(*_: Any) -> None:
+    """No call is served."""
+
+
+def _first_call(x: Any, *rest: Any) -> torch.Tensor | None:
+    """linear, until a call comes that it may serve."""
+    global linear
+    if not isinstance(x, torch.Tensor) or not x.is_cpu or not _may_serve():
+        return None
+    served = _load()
+    if isinstance(served, str):
+        if isinstance(served, Remediable):
+            fallback.warn_once(f"lorafast's layers take the slower way through Python: {served}")
+        linear = _declined
+        return None
+    linear = served
+    return linear(x, *rest) if rest else None
+
+
+# linear(x, weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed,
+# scaling, dropout, axis, dropout_on, keep, frozen_columns, computes_norm) -> y, or None where the
+# Python path must serve: it checks nothing aloud. computes_norm: a norm that is None is computed,
+# detached. Not to be called while torch.compile traces.
+linear: Any = _first_call
+
+
+def is_ready() -> bool:
+    """True if the host path has been loaded and serves."""
+    return linear is not _first_call and linear is not _declined
+
+
+def serves(problems: dict[str, Problem]) -> bool:
+    """True if the host path makes the calls of these problems, by primitive; loads it if need be.
+
+    For calls on a CPU whose tensors are plain ones.
+    """
+    if linear is _first_call:
+        _first_call(torch.empty(0))
+    cpu = dispatch.load("cpu")
+    return is_ready() and all(dispatch.pick(name, one) is cpu for name, one in problems.items())
+
+
+def _may_serve() -> bool:
+    """True if a backend is asked for that the host path executes, and this torch is known."""
+    if not torch_internals.enabled or env.RAW is None or not env.host():
+        return False
+    return env.parse_backend(env.raw_get(env.BACKEND_KEY)) in ("auto", "cpu")
+
+
+def _load() -> Any:
+    """The function of the C++ module, or why there is none."""
+    backend: Any = dispatch.load("cpu")
+    if isinstance(backend, str):
+        return str(backend)
+    try:
+        kernels = backend.library()
+    except (ValueError, RuntimeError) as error:
+        # An instruction set that is unknown or missing: the Python path raises it.
+        return str(error)
+    if isinstance(kernels, str):
+        # The backend itself warns.
+        return str(kernels)
+    module = extension.host()
+    if isinstance(module, str):
+        return module
+    module.configure(
+        kernels.kernels, _plan, _backward, ops.modified_words, half_products.addmm,
+        env.RAW, (env.BACKEND_KEY, env.LOG_KEY), vars(forward_ad),
+    )  # fmt: skip
+    return module.linear
+
+
+def _plan(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    core: torch.Tensor | None,
+    magnitude: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    scaling: float,
+    p: float,
+    axis: str,
+    dropout_on: str,
+    keep: str,
+) -> int:
+    """What executes the calls of a problem: PYTHON, or SERVED with flags."""
+    tensors = LayerTensors(weight, None, A, B, core, magnitude, None, out_scale)
+    options = CallOptions(scaling, p, axis, dropout_on, keep)
+    backend, routes = dispatch.load("cpu"), dispatch.routes(x, tensors, options)
+    served = all(routes[primitive] is backend for primitive in _PRIMITIVES)
+    if served and magnitude is not None:
+        served = dispatch.norm_routes(tensors, options)["row_norm"] is backend
+    if not served:
+        return PYTHON
+    (N, K), M, applies = weight.shape, tokens(x), half_products.applies
+    flags = {
+        ONEDNN_BIAS: onednn.has_bias_product(),
+        Y_ALONG: applies(x.dtype, M, N, K, True),
+        Y_ACROSS: applies(x.dtype, M, N, K, False),
+        DX_ALONG: applies(x.dtype, M, K, N, True),
+        DX_ACROSS: applies(x.dtype, M, K, N, False),
+    }
+    return SERVED | sum(flag for flag, is_set in flags.items() if is_set)
+
+
+def _backward(
+    dy: torch.Tensor,
+    saved: tuple[torch.Tensor | None, ...],
+    options: tuple,
+    needs: tuple[bool, ...],
+) -> list[torch.Tensor | None]:
+    """The gradients in GradMask's order by the op, for who looks on."""
+    made = iter(torch.ops.lorafast.linear_backward(dy, *saved, *options, list(needs)))
+    return [next(made) if need else None for need in GradMask(*needs)]
