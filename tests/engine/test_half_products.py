@@ -161,6 +161,7 @@ def test_torch_is_slow_where_it_says_that_onednn_has_no_product(dtype, monkeypat
         monkeypatch.setattr(half_products, "_is_x86", lambda: x86)
         return half_products.torch_is_slow(dtype)
 
+    monkeypatch.setattr(torch_internals, "enabled", True)
     monkeypatch.setattr(torch_internals, "_mkldnn_enabled", lambda: True)
     assert answer(False)
     assert not answer(True)
@@ -176,6 +177,7 @@ def test_torch_is_slow_where_it_says_that_onednn_has_no_product(dtype, monkeypat
     assert not answer(False)
 
 
+@pytest.mark.skipif(not torch_internals.enabled, reason="a torch that is not asked")
 def test_what_torch_says_of_this_processor():
     for dtype in HALVES:
         assert torch_internals.onednn_multiplies(dtype) in (True, False)
