@@ -8,6 +8,7 @@ spills (tests/kernels/test_compiled_kernels.py).
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,7 @@ def core_in_registers(R: int, dtype: torch.dtype) -> bool:
     return widest >= R
 
 
+@functools.lru_cache(maxsize=4096)
 def project(M: int, K: int, R: int, dtype: torch.dtype, arch: Arch) -> SplitTile:
     """Return project's tile. The grid covers rows of x; K is split if they do not fill the GPU."""
     few, many = _PROJECT[dtype == torch.float32][block_r(R)]
@@ -76,12 +78,14 @@ def casts_first(tile: Tile, M: int, K: int, R: int, arch: Arch) -> bool:
     return saved > LAUNCH * CACHE * device(arch).bandwidth
 
 
+@functools.lru_cache(maxsize=4096)
 def grad_project(M: int, K: int, R: int, dtype: torch.dtype, arch: Arch) -> SplitTile:
     """Return grad_project's tile. The grid covers columns of x; rows are split to fill the GPU."""
     tile = _GRAD_PROJECT[dtype == torch.float32][block_r(R)]
     return _split(tile, ceil_div(K, tile.BLOCK_K), ceil_div(M, tile.BLOCK_M), arch)
 
 
+@functools.lru_cache(maxsize=4096)
 def grad_output(M: int, N: int, R: int, dtype: torch.dtype, arch: Arch, sums: int) -> SplitTile:
     """Return grad_output's tile. The grid covers columns of dy; rows are split to fill the GPU."""
     tile = grad_output_tile(block_r(R), dtype, sums, arch.name)
@@ -112,6 +116,7 @@ def one_pass(R: int, ranks: int) -> bool:
     return max(R, ranks) <= BLOCKS_R[0]
 
 
+@functools.lru_cache(maxsize=4096)
 def row_norm(N: int, K: int, R: int, dtype: torch.dtype, arch: Arch, by_row: bool) -> SplitTile:
     """Return row_norm's tile. The grid covers rows (or columns) of W, and splits their length."""
     tile = _ROW_NORM[dtype == torch.float32][block_r(R)]

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from lorafast.engine import philox
 from lorafast.engine.kernels import configs, launch
 from lorafast.engine.kernels.philox import drop_tile
 
@@ -65,10 +64,10 @@ def drop(
     if not out.numel():
         return
     tile = configs.DROP
-    with launch.on(out):
-        launch.run(
-            drop_kernel, (configs.ceil_div(M, tile.BLOCK_M), configs.ceil_div(K, tile.BLOCK_K)),
-            tile, x2, seed, out, first_row, M, K, *x2.stride(), out.stride(0),
-            launch.groups(K), philox.threshold(p), philox.scale(p) if scaled else 1.0,
-            ACCUMULATES=accumulate,
-        )  # fmt: skip
+    groups, threshold, scale = launch.dropout(K, p)
+    launch.run(
+        drop_kernel, (configs.ceil_div(M, tile.BLOCK_M), configs.ceil_div(K, tile.BLOCK_K)),
+        tile, x2, seed, out, first_row, M, K, *x2.stride(), out.stride(0),
+        groups, threshold, scale if scaled else 1.0,
+        ACCUMULATES=accumulate,
+    )  # fmt: skip

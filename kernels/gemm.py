@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from lorafast.engine import philox
 from lorafast.engine.kernels import configs, launch
 from lorafast.engine.kernels.gemm_routing import Route
 from lorafast.engine.kernels.philox import keep_tile
@@ -359,18 +358,17 @@ def gemm(
         vectors=tuple(out if vector is None else vector.contiguous() for vector in (gain, bias)),
         seed=launch.seed_of(drop.seed, out),
         has=(int(gain is not None), int(bias is not None), int(inner is not None)),
-        dropout=(launch.groups(out.shape[1]), philox.threshold(drop.p), philox.scale(drop.p)),
+        dropout=launch.dropout(out.shape[1], drop.p),
         flags={
             "SEGMENTS": segments - 1 if masked else segments,
             "MASKED": masked is not None,
             "BY_ROW": launch.dense(summands[0].b, 1),
         },
     )
-    with launch.on(out):
-        if route.form == "tma":
-            _launch_tma(call, route)
-        else:
-            _launch_pointers(call, route)
+    if route.form == "tma":
+        _launch_tma(call, route)
+    else:
+        _launch_pointers(call, route)
 
 
 def is_many(unmasked: int, masked: bool) -> bool:
@@ -403,7 +401,7 @@ def _launch_pointers(call: _Call, route: Route) -> None:
     (M, N), tile, out = call.out.shape, route.tile, call.out
     pairs = [(call.slots[0] if slot is None else slot)[:2] for slot in call.slots]
     row_axis_of_b = 0 if call.flags["BY_ROW"] else 1
-    strides = [stride for a, b in pairs for stride in (a.stride(0), b.stride(row_axis_of_b))]
+    strides = [n for a, b in pairs for n in (a.stride()[0], b.stride()[row_axis_of_b])]
     split = route.splits > 1
     sums = out.new_empty(route.splits, M, N, dtype=torch.float32) if split else out
     z = out if call.inner is None else call.inner

@@ -211,7 +211,7 @@ def _pass(
     u_specs = [spec for spec in specs if _needs_u(spec)]
     P_specs = [spec for spec in specs if _needs_P(spec)]
     factors, inverses = _factors(u_specs, gain, dtype)
-    h_cores = [apply_core(spec.h, spec.core)[:, _skipped(spec) :] for spec in P_specs]
+    h_cores = [_live_columns(apply_core(spec.h, spec.core), spec) for spec in P_specs]
     u_ranks, P_ranks = sum(B.shape[1] for B in factors), sum(h.shape[1] for h in h_cores)
     column_sums = bool(P_ranks or sums_requested)
     one_pass = bool(factors) and column_sums and configs.one_pass(u_ranks, P_ranks)
@@ -285,14 +285,13 @@ def _launch(dy2, kept2, h_core, B, u, P, sums, split) -> None:
     kept2, h_core, B, u_out, P_out, sums_out = (
         dy2 if tensor is None else tensor for tensor in (kept2, h_core, B, u, P, sums)
     )
-    with launch.on(dy2):
-        launch.run(
-            grad_output_kernel, (configs.ceil_div(N, tile.BLOCK_N), split.splits), tile,
-            dy2, kept2, h_core, B, u_out, P_out, sums_out, M, N, R, live,
-            *dy2.stride(), *kept2.stride(), *h_core.stride(), split.steps, 1.0,
-            U=u is not None, P=P is not None, SUMS=0 if sums is None else sums.shape[1],
-            PRECISION=launch.precision(dy2), LANES=configs.rows_at_once(tile, dy2.dtype),
-        )  # fmt: skip
+    launch.run(
+        grad_output_kernel, (configs.ceil_div(N, tile.BLOCK_N), split.splits), tile,
+        dy2, kept2, h_core, B, u_out, P_out, sums_out, M, N, R, live,
+        *dy2.stride(), *kept2.stride(), *h_core.stride(), split.steps, 1.0,
+        U=u is not None, P=P is not None, SUMS=0 if sums is None else sums.shape[1],
+        PRECISION=launch.precision(dy2), LANES=configs.rows_at_once(tile, dy2.dtype),
+    )  # fmt: skip
 
 
 def _finish_P(
@@ -313,15 +312,15 @@ def _finish_P(
     vectors = [P if one is None else one.contiguous() for one in (gain, spec.out_scale)]
     outputs = [P if one is None else one for one in (dB, d_out_scale)]
     if N:
-        with launch.on(dy2):
-            launch.run(
-                grad_output_finish_kernel, (configs.ceil_div(N, tile.BLOCK_N),), tile,
-                P[..., first:], *vectors, spec.B, spec.scaling if has_scale else P, *outputs,
-                N, R, P.shape[2], *spec.B.stride(), _skipped(spec), spec.frozen_columns, P.shape[0],
-                int(gain is not None), int(spec.out_scale is not None),
-                int(spec.want_B), int(spec.want_out_scale),
-                int(has_scale), 1.0 if has_scale else float(spec.scaling),
-            )  # fmt: skip
+        own_P = P[..., first:] if first else P
+        launch.run(
+            grad_output_finish_kernel, (configs.ceil_div(N, tile.BLOCK_N),), tile,
+            own_P, *vectors, spec.B, spec.scaling if has_scale else P, *outputs,
+            N, R, P.shape[2], *spec.B.stride(), _skipped(spec), spec.frozen_columns, P.shape[0],
+            int(gain is not None), int(spec.out_scale is not None),
+            int(spec.want_B), int(spec.want_out_scale),
+            int(has_scale), 1.0 if has_scale else float(spec.scaling),
+        )  # fmt: skip
     return dB, d_out_scale
 
 
@@ -336,6 +335,12 @@ def _needs_u(spec: UpProjGradSpec) -> bool:
 
 def _needs_P(spec: UpProjGradSpec) -> bool:
     return spec.want_B or spec.want_out_scale
+
+
+def _live_columns(h_core: torch.Tensor, spec: UpProjGradSpec) -> torch.Tensor:
+    """Return the columns of h_core that P is computed of."""
+    skipped = _skipped(spec)
+    return h_core[:, skipped:] if skipped else h_core
 
 
 def _skipped(spec: UpProjGradSpec) -> int:

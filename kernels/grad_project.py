@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from lorafast.engine import philox
 from lorafast.engine.kernels import configs, launch
 from lorafast.engine.kernels.philox import drop_tile
 from lorafast.engine.precision import scaled_to_fp16
@@ -66,13 +65,12 @@ def sum_over_rows(
         v, inverse = scaled_to_fp16(v)
     (M, K), R = x2.shape, v.shape[1]
     tile, splits, steps = configs.grad_project(M, K, R, x2.dtype, launch.arch_of(x2))
-    out = x2.new_empty(splits, R, K, dtype=torch.float32)
-    with launch.on(x2):
-        launch.run(
-            grad_project_kernel, (configs.ceil_div(K, tile.BLOCK_K), splits), tile,
-            x2, v, launch.seed_of(seed, x2), out, M, K, R, *x2.stride(), *v.stride(),
-            launch.groups(K), philox.threshold(p), philox.scale(p), steps,
-            DROPS=p > 0, PRECISION=launch.precision(x2),
-        )  # fmt: skip
-    total = out[0] if splits == 1 else out.sum(0)
+    out = x2.new_empty((splits, R, K) if splits > 1 else (R, K), dtype=torch.float32)
+    launch.run(
+        grad_project_kernel, (configs.ceil_div(K, tile.BLOCK_K), splits), tile,
+        x2, v, launch.seed_of(seed, x2), out, M, K, R, *x2.stride(), *v.stride(),
+        *launch.dropout(K, p), steps,
+        DROPS=p > 0, PRECISION=launch.precision(x2),
+    )  # fmt: skip
+    total = out if splits == 1 else out.sum(0)
     return total if inverse is None else total.mul_(inverse)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -14,13 +14,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lorafast.engine import philox
 from lorafast.engine.kernels import configs, triton_internals
 from lorafast.runtime import devices
-
-
-def on(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Return a context in which x's device is the current one, on which Triton launches."""
-    if x.is_cuda:
-        return torch.cuda.device(x.device)
-    return torch.xpu.device(x.device) if x.is_xpu else contextlib.nullcontext()
 
 
 def arch_of(x: torch.Tensor) -> devices.Arch:
@@ -51,31 +44,56 @@ def seed_of(seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     return x if seed is None else seed
 
 
-def groups(K: int) -> int:
-    """Return the number of Philox calls for a row of K elements."""
-    return configs.ceil_div(K, philox.GROUP)
+@functools.lru_cache(maxsize=4096)
+def dropout(K: int, p: float) -> tuple[int, int, float]:
+    """Return the number of Philox calls for a row of K elements, the threshold and the scale."""
+    return configs.ceil_div(K, philox.GROUP), philox.threshold(p), philox.scale(p)
 
 
 def dense(t: torch.Tensor, dim: int) -> bool:
     """True if neighbours along dim are adjacent in memory."""
-    return t.stride(dim) == 1 or t.shape[dim] == 1
+    # The tuple of all strides takes half the time of one of them.
+    return t.stride()[dim] == 1 or t.shape[dim] == 1
+
+
+class Layout(NamedTuple):
+    """How a matrix lies in memory. aligned: its first element lies at a multiple of 16 bytes."""
+
+    shape: tuple[int, int]
+    stride: tuple[int, int]
+    itemsize: int
+    aligned: bool
+
+    def dense(self, dim: int) -> bool:
+        """True if neighbours along dim are adjacent."""
+        return self.stride[dim] == 1 or self.shape[dim] == 1
+
+    @property
+    def describable(self) -> bool:
+        """True if a TMA descriptor can describe the matrix.
+
+        One dim is dense, the other has a stride of a multiple of 16 bytes, and rows neither overlap
+        nor are empty.
+        """
+        dim = 1 if self.dense(1) else 0
+        stride = self.stride[1 - dim]
+        return (
+            self.dense(dim)
+            and min(self.shape) > 0
+            and stride >= self.shape[dim]
+            and stride * self.itemsize % 16 == 0
+            and self.aligned
+        )
+
+
+def layout(t: torch.Tensor) -> Layout:
+    """Return how a matrix lies in memory."""
+    return Layout(t.shape, t.stride(), t.itemsize, t.data_ptr() % 16 == 0)
 
 
 def aligned(t: torch.Tensor) -> bool:
-    """True if a TMA descriptor can describe the matrix.
-
-    One dim is dense, the other has a stride of a multiple of 16 bytes, and rows neither overlap nor
-    are empty.
-    """
-    dim = 1 if dense(t, 1) else 0
-    stride = t.stride(1 - dim)
-    return (
-        dense(t, dim)
-        and t.numel() > 0
-        and stride >= t.shape[dim]
-        and stride * t.itemsize % 16 == 0
-        and t.data_ptr() % 16 == 0
-    )
+    """True if a TMA descriptor can describe the matrix."""
+    return layout(t).describable
 
 
 def descriptor(t: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
@@ -112,7 +130,7 @@ def _cached_descriptor(
 def run(
     kernel: Any, grid: tuple[int, ...], tile: configs.Tile, *args: object, **flags: object
 ) -> None:
-    """Launch a kernel on the current device: all launches of lorafast's kernels are made here.
+    """Launch a kernel on its tensors' device: all launches of lorafast's kernels are made here.
 
     The first launch of its kind goes through Triton, which compiles. Its compiled kernel is kept,
     and the next ones call it without Triton's binder, which takes longer than all else in a launch.
@@ -121,7 +139,8 @@ def run(
     those, the warps and the stages are the tile's.
     """
     if triton_internals.binder_needed(kernel):
-        _through_triton(kernel, grid, tile, args, flags)
+        with _on_device_of(args):
+            _through_triton(kernel, grid, tile, args, flags)
         return
     kinds = kernel.fn, tuple(map(type, args))
     # kernel itself would hash its source.
@@ -129,6 +148,10 @@ def run(
     if arguments is None:
         arguments = _arguments[kinds] = _Arguments(kernel, kinds[1])
     device = triton_internals.current_device()
+    if arguments.elsewhere(args, device):
+        with _on_device_of(args):
+            run(kernel, grid, tile, *args, **flags)
+        return
     key = arguments.key(args, device, tile, flags)
     compiled = arguments.compiled.get(key)
     if compiled is not None:
@@ -139,6 +162,18 @@ def run(
     compiled = triton_internals.compiled_form(kernel, form, constants)
     if key is not None and compiled is not None:
         arguments.keep(key, compiled)
+
+
+def _on_device_of(args: tuple) -> contextlib.AbstractContextManager:
+    """Return a context in which the current device, on which Triton launches, is the tensors'."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if arg.is_cuda:
+                return torch.cuda.device(arg.device)
+            if arg.is_xpu:
+                return torch.xpu.device(arg.device)
+            break
+    return contextlib.nullcontext()
 
 
 def _through_triton(kernel, grid, tile: configs.Tile, args: tuple, flags: dict) -> Any:
@@ -178,9 +213,17 @@ class _Arguments:
             )
 
         self.tensors = of(torch.Tensor, torch.nn.Parameter)
+        self.first = next(
+            (i for i, kind in enumerate(types) if issubclass(kind, torch.Tensor)), None
+        )
         self.descriptors = of(TensorDescriptor)
         self.sizes = of(int, where=(True,))
         self.counts = of(int, where=(False,))
+
+    def elsewhere(self, args: tuple, device: int) -> bool:
+        """True if the tensors lie on another device than this one, which is the current one."""
+        # A tensor of a CPU lies on device -1.
+        return self.first is not None and args[self.first].get_device() not in (device, -1)
 
     def key(self, args: tuple, device: int, tile: configs.Tile, flags: dict) -> tuple | None:
         """Return what the kernel is compiled for, None if a kernel for it is not to be kept."""

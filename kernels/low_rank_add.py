@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from lorafast.engine import philox
 from lorafast.engine.kernels import configs, launch
 from lorafast.engine.kernels.philox import drop_tile
 from lorafast.engine.problem import LowRankTerm
@@ -64,11 +63,10 @@ def low_rank_add(out: torch.Tensor, term: LowRankTerm, accumulate: bool) -> None
     if not out.numel():
         return
     tile = configs.low_rank_add(out.dtype)
-    with launch.on(out):
-        launch.run(
-            low_rank_add_kernel,
-            (configs.ceil_div(M, tile.BLOCK_M), configs.ceil_div(K, tile.BLOCK_K)), tile,
-            term.v, term.A, term.seed, out, M, K, R, *term.v.stride(), *term.A.stride(),
-            launch.groups(K), philox.threshold(term.p), philox.scale(term.p),
-            ACCUMULATES=accumulate, PRECISION=launch.precision(out),
-        )  # fmt: skip
+    launch.run(
+        low_rank_add_kernel,
+        (configs.ceil_div(M, tile.BLOCK_M), configs.ceil_div(K, tile.BLOCK_K)), tile,
+        term.v, term.A, term.seed, out, M, K, R, *term.v.stride(), *term.A.stride(),
+        *launch.dropout(K, term.p),
+        ACCUMULATES=accumulate, PRECISION=launch.precision(out),
+    )  # fmt: skip

@@ -183,13 +183,12 @@ def _launch(x2: torch.Tensor, down: DownProj, split: configs.SplitTile, h: torch
     A = down.A
     if x2.itemsize < 4 and configs.casts_first(tile, M, K, R, launch.arch_of(x2)):
         A = scale_cast(A, x2.dtype)
-    with launch.on(x2):
-        launch.run(
-            project_kernel, (configs.ceil_div(M, tile.BLOCK_M), split.splits), tile,
-            x2, A, launch.seed_of(down.seed, x2), h, M, K, R, *x2.stride(), *A.stride(),
-            launch.groups(K), philox.threshold(down.p), philox.scale(down.p), split.steps,
-            DROPS=down.p > 0, PARTS=h.dim() == 3, PRECISION=launch.precision(x2),
-        )  # fmt: skip
+    launch.run(
+        project_kernel, (configs.ceil_div(M, tile.BLOCK_M), split.splits), tile,
+        x2, A, launch.seed_of(down.seed, x2), h, M, K, R, *x2.stride(), *A.stride(),
+        *launch.dropout(K, down.p), split.steps,
+        DROPS=down.p > 0, PARTS=h.dim() == 3, PRECISION=launch.precision(x2),
+    )  # fmt: skip
 
 
 def finish(
@@ -205,6 +204,8 @@ def finish(
     parts [splits,M,·] -> h, h_core [M,R]. h takes R columns of the parts from column `first` on.
     """
     splits, M, width = parts.shape
+    # A view takes longer than the rest of this function.
+    own_parts = parts[..., first:] if first else parts
     h = parts.new_empty(M, R, dtype=dtype)
     # A core that is too wide for registers is multiplied by torch.
     in_registers = core is not None and configs.core_in_registers(R, dtype)
@@ -212,11 +213,10 @@ def finish(
     strides = (core.stride(0), core.stride(-1)) if in_registers else (0, 0)
     tile = configs.project_finish(R)
     if M:
-        with launch.on(parts):
-            launch.run(
-                project_finish_kernel, (configs.ceil_div(M, tile.BLOCK_M),), tile,
-                parts[..., first:], core if in_registers else h, h, h_core, M, R, width, *strides,
-                scale, splits, CORE=core.dim() if in_registers else 0,
-                PRECISION=launch.precision(h),
-            )  # fmt: skip
+        launch.run(
+            project_finish_kernel, (configs.ceil_div(M, tile.BLOCK_M),), tile,
+            own_parts, core if in_registers else h, h, h_core, M, R, width, *strides,
+            scale, splits, CORE=core.dim() if in_registers else 0,
+            PRECISION=launch.precision(h),
+        )  # fmt: skip
     return h, h_core if in_registers else apply_core(h, core)

@@ -119,12 +119,11 @@ def row_norm(
     has_scale = isinstance(scaling, torch.Tensor)
     if length:
         grid = configs.ceil_div(length, tile.BLOCK_N if by_row else tile.BLOCK_K), splits
-        with launch.on(weight):
-            launch.run(
-                row_norm_kernel, grid, tile,
-                weight, A, B, scaling if has_scale else squares, squares, N, K, R,
-                *weight.stride(), *A.stride(), *B.stride(),
-                int(has_scale), 1.0 if has_scale else float(scaling), steps,
-                BY_ROW=by_row, ROUNDED=rounded, PRECISION=precision,
-            )  # fmt: skip
+        launch.run(
+            row_norm_kernel, grid, tile,
+            weight, A, B, scaling if has_scale else squares, squares, N, K, R,
+            *weight.stride(), *A.stride(), *B.stride(),
+            int(has_scale), 1.0 if has_scale else float(scaling), steps,
+            BY_ROW=by_row, ROUNDED=rounded, PRECISION=precision,
+        )  # fmt: skip
     return squares.sum(0).sqrt_()

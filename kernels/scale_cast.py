@@ -73,18 +73,21 @@ def scale_cast(
         and launch.dense(F, 1 if by_row else 0)
     ):
         return F
-    out = F.new_empty(I, width, dtype=dtype) if by_row else F.new_empty(width, I, dtype=dtype).t()
-    if not out.numel():
+    if by_row:
+        out, strides = F.new_empty(I, width, dtype=dtype), (width, 1)
+    else:
+        strides = (1, I)
+        out = F.new_empty_strided((I, width), strides, dtype=dtype)
+    if not I * width:
         return out
     tile = configs.SCALE_CAST
     grid = configs.ceil_div(I, tile.BLOCK_N), configs.ceil_div(width, tile.BLOCK_K)
     # A kernel argument that is not read still needs a pointer.
     rows = F if row_scale is None else row_scale.contiguous()
-    with launch.on(F):
-        launch.run(
-            scale_cast_kernel, grid, tile,
-            F, rows, scaling if has_scale else F, out, I, J, width, *F.stride(), *out.stride(),
-            int(row_scale is not None), int(has_scale), 1.0 if has_scale else float(scaling),
-            TF32=tf32,
-        )  # fmt: skip
+    launch.run(
+        scale_cast_kernel, grid, tile,
+        F, rows, scaling if has_scale else F, out, I, J, width, *F.stride(), *strides,
+        int(row_scale is not None), int(has_scale), 1.0 if has_scale else float(scaling),
+        TF32=tf32,
+    )  # fmt: skip
     return out

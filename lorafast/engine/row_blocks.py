@@ -14,8 +14,9 @@ ELEMENTS = 1 << 25
 
 
 def flatten_tokens(x: torch.Tensor) -> torch.Tensor:
-    """The activation as [M, width]: a view where its strides allow one, else a transient copy."""
-    return x.reshape(tokens(x), x.shape[-1])
+    """The activation as [M, width]: itself or a view where its strides allow one, else a copy."""
+    # A single row may have any stride; a view of it has the usual one, which TMA needs.
+    return x if x.dim() == 2 and x.shape[0] != 1 else x.reshape(tokens(x), x.shape[-1])
 
 
 def row_blocks(x2: torch.Tensor) -> Iterator[slice]:

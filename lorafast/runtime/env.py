@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -81,6 +82,7 @@ def is_forced(name: str) -> bool:
     return bool(raw) and parse_backend(raw) == name
 
 
+@functools.lru_cache(maxsize=64)
 def parse_backend(raw: str | bytes | None) -> str:
     """The backend that a value of LORAFAST_BACKEND asks for, as os.environ or raw_get gives it."""
     return (os.fsdecode(raw).strip().lower() if raw else "") or BACKEND.default

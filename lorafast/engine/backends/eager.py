@@ -193,7 +193,9 @@ def add_products(
 
 def gained_operands(base: BaseTerm) -> tuple[torch.Tensor, torch.Tensor]:
     """The operands of (gain⊙dy) W in dy's dtype, the gain rounded into the smaller one."""
-    dy2, weight = flatten_tokens(base.dy), base.weight.to(base.dy.dtype)
+    dy2, weight = flatten_tokens(base.dy), base.weight
+    if weight.dtype != dy2.dtype:
+        weight = weight.to(dy2.dtype)
     if base.gain is None:
         return dy2, weight
     if dy2.shape[0] < weight.shape[1]:

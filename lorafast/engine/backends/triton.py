@@ -8,6 +8,7 @@ it anywhere. lorafast.engine.backends.Backend describes the functions.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from lorafast.engine.kernels import grad_project as grad_project_kernels
 from lorafast.engine.kernels import project as project_kernels
 from lorafast.engine.kernels.drop import drop as drop_into
 from lorafast.engine.kernels.gemm import Summand, gemm, is_many
+from lorafast.engine.kernels.gpu_specs import Device
 from lorafast.engine.kernels.low_rank_add import low_rank_add
 from lorafast.engine.kernels.row_norm import row_norm as row_norm_kernel
 from lorafast.engine.kernels.scale_cast import scale_cast
@@ -121,7 +123,7 @@ def linear(
     keep_inner: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     x2, (N, K) = flatten_tokens(x), weight.shape
-    M, base = x2.shape[0], Summand(x2, weight.to(x.dtype))
+    M, base = x2.shape[0], Summand(x2, _cast(weight, x.dtype))
     R, passes = sum(up.B.shape[1] for up in ups), _epilogue_passes(gain is not None, keep_inner)
     query = _route_query(M, N, [base], R, epilogue_passes=passes)
     route = gemm_routing.pick(query)
@@ -132,7 +134,7 @@ def linear(
     z = x2.new_empty(M, N) if keep_inner else None
     low_ranks = [_LowRank(up.h_core, up.B, up.scaling, up.out_scale) for up in ups]
     summands = [_dense(base), *_concatenated(low_ranks, route, query.by_row)]
-    gemm(y.view(M, N), summands, None, route, gain, bias, z)
+    gemm(flatten_tokens(y), summands, None, route, gain, bias, z)
     return y, z
 
 
@@ -150,12 +152,15 @@ def grad_output(
 def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Tensor:
     dy, K = bases[0].dy, bases[0].weight.shape[1]
     # v may be fp32 beside fp16: what is too small for fp16 does not count in dx, which is fp16.
-    low_ranks = [term._replace(v=term.v.to(dy.dtype)) for term in low_ranks]
+    low_ranks = [
+        term if term.v.dtype == dy.dtype else term._replace(v=term.v.to(dy.dtype))
+        for term in low_ranks
+    ]
     M, R = tokens(dy), sum(term.A.shape[0] for term in low_ranks)
     plain = [term for term in low_ranks if not term.p]
     dropped = [term for term in low_ranks if term.p]
     dx = dy.new_empty(*dy.shape[:-1], K)
-    dx2 = dx.view(M, K)
+    dx2 = flatten_tokens(dx)
     products = [Summand(a, b.t()) for a, b in map(eager.gained_operands, bases)]
     query = _route_query(M, K, products, R, len(dropped), bool(plain))
     route = gemm_routing.pick(query)
@@ -207,10 +212,15 @@ def _epilogue_passes(gains: bool, keeps_inner: bool) -> int:
 def _dense(base: Summand) -> Summand:
     """The summand with both operands dense along an axis by which a kernel reads them."""
     a, b = base.a, base.b
-    return base._replace(
-        a=a if launch.dense(a, 1) else a.contiguous(),
-        b=b if launch.dense(b, 1) or launch.dense(b, 0) else b.contiguous(),
-    )
+    dense_a, dense_b = launch.dense(a, 1), launch.dense(b, 1) or launch.dense(b, 0)
+    if dense_a and dense_b:
+        return base
+    return base._replace(a=a if dense_a else a.contiguous(), b=b if dense_b else b.contiguous())
+
+
+def _cast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """t.to(dtype), which takes longer where there is nothing to cast."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 class _LowRank(NamedTuple):
@@ -273,22 +283,37 @@ def _route_query(
 
     dropped: the number of low-rank summands with a mask. plain: True if one has none.
     """
-    first, e = bases[0], bases[0].a.itemsize
-    by_row = launch.dense(first.b, 1) or not launch.dense(first.b, 0)
+    device, dtype = bases[0].a.device, bases[0].a.dtype
+    arch = devices.of(device)
+    specs = kernel_choice.measured_specs(device, arch, dtype)
+    layouts = tuple([(launch.layout(base.a), launch.layout(base.b)) for base in bases])
+    return _query_of(M, N, layouts, R, dropped, plain, epilogue_passes, dtype, arch, specs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _query_of(
+    M: int,
+    N: int,
+    layouts: tuple[tuple[launch.Layout, launch.Layout], ...],
+    R: int,
+    dropped: int,
+    plain: bool,
+    epilogue_passes: int,
+    dtype: torch.dtype,
+    arch: devices.Arch,
+    specs: Device | None,
+) -> gemm_routing.RouteQuery:
+    first_b, e = layouts[0][1], dtype.itemsize
+    by_row = first_b.dense(1) or not first_b.dense(0)
     # An operand that is not dense is copied, and then aligned as its length allows. y and z have
     # rows of length N.
     aligned = [N * e % 16 == 0]
-    for a, b, *_ in bases:
-        dense = launch.dense(a, 1), launch.dense(b, 1) or launch.dense(b, 0)
-        aligned += [
-            launch.aligned(t) if is_dense else t.shape[1] * e % 16 == 0
-            for t, is_dense in zip((a, b), dense, strict=True)
-        ]
-    same_order = all(launch.dense(base.b, 1 if by_row else 0) for base in bases[1:])
+    for a, b in layouts:
+        for operand, is_dense in ((a, a.dense(1)), (b, b.dense(1) or b.dense(0))):
+            aligned.append(operand.describable if is_dense else operand.shape[1] * e % 16 == 0)
+    same_order = all(b.dense(1 if by_row else 0) for _, b in layouts[1:])
     return gemm_routing.RouteQuery(
-        M, N, tuple(base.a.shape[1] for base in bases), R, first.a.dtype,
-        launch.arch_of(first.a), by_row, dropped > 0, is_many(len(bases) + plain, dropped > 0),
-        epilogue_passes, all(aligned),
-        same_order and dropped <= 1 and len(bases) + plain + dropped <= 4,
-        kernel_choice.measured_specs(first.a.device, devices.of(first.a.device), first.a.dtype),
+        M, N, tuple(a.shape[1] for a, _ in layouts), R, dtype, arch, by_row, dropped > 0,
+        is_many(len(layouts) + plain, dropped > 0), epilogue_passes, all(aligned),
+        same_order and dropped <= 1 and len(layouts) + plain + dropped <= 4, specs,
     )  # fmt: skip
