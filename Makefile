@@ -1,5 +1,5 @@
-# make bench | test | quick | test-slow | lint | types | imports | docs | readme-table | mutants
-#      | micro | build | sanitize | conformance | dist | env
+# make bench | test | quick | test-slow | test-python-path | lint | types | imports | docs
+#      | readme-table | mutants | micro | build | sanitize | conformance | dist | env
 # PYTHON= is the interpreter to build on, VENV= where the environment goes
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ KERNEL_TESTS ?= $(wildcard tests/engine/test_cpu*.py) tests/engine/test_host.py
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: bench test quick test-slow coverage lint types imports docs readme-table mutants micro
+.PHONY: bench test quick test-slow test-python-path coverage lint types imports docs readme-table mutants micro
 .PHONY: build sanitize conformance dist env clean
 
 # One layer, a real encoder, a few tokens at a time, text generation; then one page of all. A wrong
@@ -40,6 +40,11 @@ quick: env
 # All forms of all kernels, whole models, packaging, every instruction set.
 test-slow: env
 	$(PYTEST) -m slow
+
+# What layers and the op promise, with their calls kept in Python: the path without C++.
+test-python-path: env
+	LORAFAST_HOST=0 $(PYTEST) -m "not slow" tests/engine tests/nn tests/methods \
+		tests/test_functional.py tests/integrations/test_accelerate.py
 
 coverage: env
 	$(PYTEST) -m "not slow" --cov=lorafast --cov-report=term
