@@ -78,13 +78,14 @@ mutants: env
 build: env
 	$(BIN)/python -m lorafast build --all
 
-# The tests of the C++ kernels with a guard on every access. The runtimes come first because Python
-# was not linked with them, and libstdc++ with them, or a C++ exception finds no handler. Built
-# before, so that the compiler does not run under the guard.
+# The tests of the C++ with a guard on every access. The runtimes come first because Python was not
+# linked with them, and libstdc++ with them, or a C++ exception finds no handler. Built before, so
+# that the compiler does not run under the guard; there the runtimes may come late.
 sanitize: export LORAFAST_CXXFLAGS = $(SANITIZERS)
+sanitize: export ASAN_OPTIONS = detect_leaks=0:verify_asan_link_order=0
 sanitize: build
 	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/python -m pytest -q -s -p no:cacheprovider $(KERNEL_TESTS)
 
 # Every primitive and every kind of call on its own. Times alone: nothing here is right or wrong.
