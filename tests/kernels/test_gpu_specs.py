@@ -37,11 +37,13 @@ def test_streams_split_into_two_programs_a_multiprocessor(count):
 
 def test_a_device_says_how_many_multiprocessors_it_has(monkeypatch):
     class Facts:
-        major, minor, multi_processor_count = 9, 0, 114
+        major, minor, multi_processor_count, name = 9, 0, 114, "NVIDIA H100 PCIe"
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Facts)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert devices.of.__wrapped__(torch.device("cuda", 7)) == Arch("nvidia", "sm_90", 114)
+    assert devices.of.__wrapped__(torch.device("cuda", 7)) == Arch(
+        "nvidia", "sm_90", 114, "NVIDIA H100 PCIe"
+    )
     assert devices.of(torch.device("cpu")).multiprocessors == 0
     assert devices.of(torch.device("meta")).multiprocessors == 0
 
