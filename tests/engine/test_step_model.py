@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import threading
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -110,6 +111,7 @@ def real_wrappers(note, machine):
             (triton, "gemm", gemm),
             (kernel_choice, "measured_specs", lambda *_: machine.routing),
             (launch, "arch_of", lambda x: machine.arch),
+            (triton, "devices", SimpleNamespace(of=lambda device: machine.arch)),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
