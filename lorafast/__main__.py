@@ -58,6 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_host() -> int:
     """Build the host path for the torch installed; return 1 if that fails."""
+    # It takes seconds to import.
+    from lorafast.engine import host
+
+    if not host.is_used():
+        print("host: not used on this torch, or turned off")
+        return 0
     try:
         print(_built("host"))
     except Failure as failure:

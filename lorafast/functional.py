@@ -57,9 +57,9 @@ def linear(
     gain = magnitude/norm (1 without a magnitude; for axis="in" it multiplies x instead).
 
     For backward it keeps x by reference if lora_A trains, h [M,R], and what `keep` says. A weight
-    that requires a gradient runs on plain autograd, and so does a LoRA on few tokens of a CPU, at
-    most 2¹⁸ elements of x and y together; with factors wider than x or with dropout, at most 2¹⁶,
-    it keeps a copy of x and h in their dtype.
+    that requires a gradient runs on plain autograd. So does, where calls are not made by C++, a
+    LoRA on few tokens of a CPU, at most 2¹⁸ elements of x and y together; with factors wider than x
+    or with dropout, at most 2¹⁶, it keeps a copy of x and h in their dtype.
 
     Args:
         x: activation [...,K], of any strides. fp64, fp32, bf16 or fp16; under autocast it is cast

@@ -35,6 +35,8 @@ struct Python {
 Plans plans;
 // The values of the variables that the plans were made under; null: not set.
 std::array<PyObject*, 2> planned_under{};
+// How often the plans have been forgotten.
+int64_t forgotten = 0;
 
 constexpr const char* KEEPS[] = {"none", "output", "inner", "recompute"};
 
@@ -176,6 +178,7 @@ void follow_variables() {
         PyDict_GetItemWithError(python.environ, PyTuple_GET_ITEM(python.variables, i));
     if (value == planned_under[i]) continue;
     plans.clear();
+    ++forgotten;
     Py_XINCREF(value);
     std::swap(value, planned_under[i]);
     Py_XDECREF(value);
@@ -188,6 +191,7 @@ long plan_of(const Tensor& x, const Tensors& tensors, const Options& options,
   follow_variables();
   const ProblemKey key(x, tensors, options);
   if (const auto found = plans.find(key); found != plans.end()) return found->second;
+  const int64_t before = forgotten;
   PyObject* own_x = THPVariable_Wrap(x);
   if (!own_x) throw python_error();
   PyObject* answer = PyObject_CallFunction(
@@ -198,7 +202,8 @@ long plan_of(const Tensor& x, const Tensors& tensors, const Options& options,
   const long plan = answer ? PyLong_AsLong(answer) : -1;
   Py_XDECREF(answer);
   if (PyErr_Occurred()) throw python_error();
-  if (plan != UNDECIDED) {
+  // Another thread may have changed a variable meanwhile.
+  if (plan != UNDECIDED && forgotten == before) {
     if (plans.size() >= MOST_PLANS) plans.clear();
     plans.emplace(key, plan);
   }
@@ -213,7 +218,7 @@ Tensor linear_or_none(PyObject* const* given) {
   int keep;
   Tensor* const tensors[] = {&x,           &t.weight, &t.bias,      &t.A,         &t.B,   &t.core,
                              &t.magnitude, &t.norm,   &t.out_scale, &t.lora_bias, &t.seed};
-  if (anybody_observes() || forward_ad_active()) return {};
+  if (observers_active() || forward_ad_active()) return {};
   for (int i = 0; i <= GIVEN_SEED; ++i)
     if (!read(given[i], *tensors[i])) return {};
   if (!read_options(given, options, keep) || !fits(x, t, options.in_axis)) return {};
@@ -232,7 +237,10 @@ Tensor linear_or_none(PyObject* const* given) {
   if (t.magnitude.defined())
     options.keep =
         resolved(keep, options, trains_gain, t.bias.defined() || t.lora_bias.defined(), dtype);
-  x = cast(x, dtype);
+  if (x.scalar_type() != dtype) {
+    const WithoutGil released;
+    x = x.to(dtype);
+  }
   const long plan = plan_of(x, t, options, given);
   if (plan <= 0) return {};
   const Backend backend{python.kernels, plan};
@@ -274,6 +282,7 @@ PyObject* configure(PyObject*, PyObject* arguments) {
             variables,
             forward_ad};
   plans.clear();
+  ++forgotten;
   Py_RETURN_NONE;
 }
 

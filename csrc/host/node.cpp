@@ -8,6 +8,8 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <exception>
+
 #include "observers.h"
 #include "python.h"
 
@@ -42,8 +44,9 @@ struct LinearBackward : torch::autograd::Node {
   // y and how often it had been written, for Keep::output.
   c10::weak_intrusive_ptr<c10::TensorImpl> output{c10::intrusive_ptr<c10::TensorImpl>()};
   uint32_t output_version = 0;
+  bool traced = false;
 
-  std::string name() const override { return "LorafastLinearBackward"; }
+  std::string name() const override { return "_LinearBackward"; }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -64,7 +67,10 @@ struct LinearBackward : torch::autograd::Node {
   variable_list apply_with_saved(const variable_list& incoming,
                                  torch::dynamo::autograd::SwapSavedVariables& swapped) override {
     for (SavedVariable& variable : saved) swapped.before(variable);
+    // Stand-ins have versions of their own; compiled_args has unpacked the tensors themselves.
+    traced = true;
     variable_list grads = apply(variable_list(incoming));
+    traced = false;
     for (SavedVariable& variable : saved) swapped.after(variable);
     return grads;
   }
@@ -74,7 +80,7 @@ struct LinearBackward : torch::autograd::Node {
     const std::array<Tensor, SLOTS> kept = unpacked();
     Tensor dy = std::move(incoming[0]);
     if (!dy.defined()) dy = input_metadata(0).zeros_like();
-    if (at::GradMode::is_enabled() || anybody_observes() || !is_plain(dy) || !all_plain(kept))
+    if (at::GradMode::is_enabled() || observers_active() || !is_plain(dy) || !all_plain(kept))
       return backward_by_dispatcher(dy, variable_list(kept.begin(), kept.end()), options,
                                     std::vector<bool>(needs.begin(), needs.end()));
     const c10::impl::ExcludeDispatchKeyGuard below(ABOVE);
@@ -96,26 +102,26 @@ struct LinearBackward : torch::autograd::Node {
   std::array<Tensor, SLOTS> unpacked() {
     const auto self = getptr();
     std::array<Tensor, SLOTS> tensors;
-    for (int i = 0; i < SLOTS; ++i)
-      if (i != SAVED_KEPT) tensors[i] = saved[i].unpack(self);
-    if (options.keep != Keep::output) {
-      tensors[SAVED_KEPT] = saved[SAVED_KEPT].unpack(self);
-      return tensors;
+    const bool checks = options.keep == Keep::output && !traced;
+    std::exception_ptr failure;
+    bool in_place = false;
+    for (int i = 0; i < SLOTS; ++i) {
+      try {
+        tensors[i] = saved[i].unpack(self);
+      } catch (const c10::Error& error) {
+        if (!checks || i != SAVED_KEPT) throw;
+        failure = std::current_exception();
+        in_place = std::string(error.what()).find("inplace") != std::string::npos;
+      }
     }
+    if (!checks) return tensors;
     const auto alive = output.lock();
-    const bool modified = alive && alive->version_counter().current_version() != output_version;
-    const auto words = [&] { return modified_words(tensors[SAVED_WEIGHT], tensors[SAVED_M]); };
-    try {
-      tensors[SAVED_KEPT] = saved[SAVED_KEPT].unpack(self);
-    } catch (const c10::Error& error) {
-      const bool inplace = std::string(error.what()).find("inplace") != std::string::npos;
-      // A y that has been freed has no version to compare, but is the likeliest cause.
-      if (modified || (!alive && inplace)) throw std::runtime_error(words());
-      throw;
-    }
+    bool modified = alive && alive->version_counter().current_version() != output_version;
+    // A y that has been freed has no version to compare, but is the likeliest cause.
+    if (failure && !modified && !(in_place && !alive)) std::rethrow_exception(failure);
     // Under hooks on saved tensors torch itself checks nothing.
-    if (modified || tensors[SAVED_KEPT]._version() != output_version)
-      throw std::runtime_error(words());
+    modified |= failure || tensors[SAVED_KEPT]._version() != output_version;
+    if (modified) throw std::runtime_error(modified_words(tensors[SAVED_WEIGHT], tensors[SAVED_M]));
     return tensors;
   }
 };

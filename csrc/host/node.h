@@ -5,11 +5,11 @@
 
 namespace lorafast::host {
 
-// forward of a call that nobody may differentiate. The GIL is held, and released meanwhile.
+// forward of a call that records no gradient. The GIL is held, and released meanwhile.
 Outputs computed(const Backend& backend, const at::Tensor& x, const Tensors& tensors,
                  const Options& options);
 
-// y [...,N] of a call that somebody may differentiate: recorded, with what backward needs saved.
+// y [...,N] of a call that records gradients, with what backward needs saved.
 // The GIL is held, for hooks on saved tensors.
 at::Tensor recorded(const Backend& backend, const at::Tensor& x, const Tensors& tensors,
                     const Options& options);

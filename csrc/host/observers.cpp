@@ -30,7 +30,7 @@ const c10::DispatchKeySet PLAIN_KEYS =
 
 }  // namespace
 
-bool anybody_observes() {
+bool observers_active() {
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
   return included.has(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          included.has(DispatchKey::FuncTorchDynamicLayerBackMode) ||

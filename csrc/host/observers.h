@@ -1,4 +1,5 @@
-// Who looks on: the twin of bypasses_dispatcher in lorafast/runtime/torch_internals.py.
+// What must see every operation, and plain tensors: the twin of bypasses_dispatcher in
+// lorafast/runtime/torch_internals.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,7 +7,7 @@
 namespace lorafast::host {
 
 // True if a dispatch or function mode, a functorch transform, a trace or a profiler is active.
-bool anybody_observes();
+bool observers_active();
 
 // True for a strided tensor in a CPU's memory with nothing that the dispatcher would do first.
 bool is_plain(const at::Tensor& tensor);

@@ -1,6 +1,8 @@
 // The plan of each problem, made once by Python's rules and remembered.
 #pragma once
 
+#include <ATen/Context.h>
+
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -25,6 +27,8 @@ struct ProblemKey {
           int64_t{tensors.magnitude.defined()}, int64_t{tensors.out_scale.defined()},
           int64_t{options.in_axis}, int64_t{options.on_both}})
       flags = flags << 6 | part;
+    // Without oneDNN other products in half precision are slow.
+    flags = flags << 1 | at::globalContext().userEnabledMkldnn();
     int64_t dropout;
     std::memcpy(&dropout, &options.dropout, sizeof dropout);
     words = {tokens(x), weight.size(1), weight.size(0), tensors.A.size(0), flags, dropout};

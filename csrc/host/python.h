@@ -22,7 +22,8 @@ class WithoutGil {
   PyThreadState* state;
 };
 
-// The gradients by torch.ops.lorafast.linear_backward, for who looks on. Takes the GIL.
+// The gradients by torch.ops.lorafast.linear_backward, where an observer is active or second
+// derivatives are asked for. Takes the GIL.
 std::vector<at::Tensor> backward_by_dispatcher(const at::Tensor& dy,
                                                const std::vector<at::Tensor>& saved,
                                                const Options& options,

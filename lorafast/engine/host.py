@@ -64,11 +64,14 @@ def serves(problems: dict[str, Problem]) -> bool:
     return is_ready() and all(dispatch.pick(name, one) is cpu for name, one in problems.items())
 
 
+def is_used() -> bool:
+    """True if the host path is used on this torch, and not turned off."""
+    return torch_internals.enabled and env.RAW is not None and env.host()
+
+
 def _may_serve() -> bool:
-    """True if a backend is asked for that the host path executes, and this torch is known."""
-    if not torch_internals.enabled or env.RAW is None or not env.host():
-        return False
-    return env.parse_backend(env.raw_get(env.BACKEND_KEY)) in ("auto", "cpu")
+    """True if it is used, and a backend is asked for that it executes."""
+    return is_used() and env.parse_backend(env.raw_get(env.BACKEND_KEY)) in ("auto", "cpu")
 
 
 def _load() -> Any:
@@ -134,6 +137,8 @@ def _backward(
     options: tuple,
     needs: tuple[bool, ...],
 ) -> list[torch.Tensor | None]:
-    """The gradients in GradMask's order by the op, for who looks on."""
+    """The gradients by the op, in GradMask's order: where an observer is active or second
+    derivatives are asked for.
+    """
     made = iter(torch.ops.lorafast.linear_backward(dy, *saved, *options, list(needs)))
     return [next(made) if need else None for need in GradMask(*needs)]

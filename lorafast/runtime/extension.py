@@ -202,6 +202,7 @@ def build(module: Module, cxx: str, again: bool = False, retry: bool = False) ->
         for left in module.cache.glob(f"{module.name}.build-*"):
             shutil.rmtree(left, ignore_errors=True)
         tools, record = Toolchain.find(cxx), module.beside(".failed")
+        torch = toolchain.Torch.find() if module.is_host else None
         needed = _HOST_FLAGS if module.is_host else instruction_sets.compiler_flags(module.isa)
         if needed:
             tools.check(needed)
@@ -209,16 +210,15 @@ def build(module: Module, cxx: str, again: bool = False, retry: bool = False) ->
         if reason:
             raise Failure(f"{reason} (it failed before; to try again, delete {record})")
         try:
-            _compile(module, tools)
+            _compile(module, tools, torch)
         except Failure as failure:
             build_cache.remember_failure(record, tools.fingerprint, str(failure))
             raise
         record.unlink(missing_ok=True)
 
 
-def _compile(module: Module, tools: Toolchain) -> None:
+def _compile(module: Module, tools: Toolchain, torch: toolchain.Torch | None) -> None:
     cores = len(os.sched_getaffinity(0))
-    torch = toolchain.Torch.find() if module.is_host else None
     what = "host path" if module.is_host else f"CPU kernels for {module.isa}"
     seconds = _HOST_SECONDS if module.is_host else _KERNEL_SECONDS
     _say(

@@ -116,10 +116,12 @@ def test_base_products_by_panels(dtype, transposed, served, by_python, monkeypat
 
 
 @pytest.mark.compile
-def test_compiled_autograd_traces_the_op(served):
+@pytest.mark.parametrize("keep", [None, "output", "inner"])
+def test_compiled_autograd_traces_the_op(keep, served):
     from torch._dynamo import compiled_autograd
 
-    layer, x = lora(dropout=0.3), torch.randn(5, 16)
+    adapter = lorafast.LoRA(r=4, dropout=0.3) if keep is None else lorafast.DoRA(r=4, keep=keep)
+    layer, x = lora(adapter=adapter), torch.randn(5, 16)
     plain = step(layer, x)
     seen = []
 
@@ -183,11 +185,12 @@ def test_autocast_casts_as_the_python_path_does(make, served, by_python):
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_saved_tensors_are_the_same_in_the_same_order(make, served, by_python):
+def test_tensors_are_packed_and_unpacked_in_the_same_order(make, served, by_python):
     def packed():
         seen = []
         hooks = torch.autograd.graph.saved_tensors_hooks(
-            lambda t: seen.append((t.dtype, t.shape, t.clone())) or t, lambda t: t
+            lambda t: seen.append((t.dtype, t.shape, t.clone())) or t,
+            lambda t: seen.append((t.dtype, t.shape, t.clone())) or t,
         )
         torch.manual_seed(3)
         with hooks:
