@@ -15,7 +15,7 @@ from torch import nn
 from lorafast import functional
 from lorafast.engine import checks, host, philox, plain_products
 from lorafast.engine.multi_adapter import Factors
-from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling, tokens
+from lorafast.engine.problem import CallOptions, LayerTensors, Scaling, split_scaling, tokens
 from lorafast.integrations import peft_cost, peft_lamda_variant, peft_support
 from lorafast.models.explain import LayerCall
 from lorafast.runtime import extras, torch_internals
@@ -67,9 +67,7 @@ class Linear(PeftLinear):
             y = host_forward(x, usual)
             if y is not None:
                 return y
-            weight, bias, A, B, *_, lora_bias, _, _ = usual.tensors
-            scaling, p = usual.options[:2]
-            y = plain_products.linear(x, weight, bias, A, B, lora_bias, scaling, p)
+            y = plain_products.linear(x, *usual)
             if y is not None:
                 return y
             if fits_ops(x, usual):
@@ -135,11 +133,29 @@ def peft_forward(layer: Linear, why: str, x: torch.Tensor, *args, **kwargs) -> t
     return PeftLinear.forward(layer, x, *args, **kwargs)
 
 
-class UsualCall(NamedTuple):
-    """The arguments of a call of one LoRA."""
+class AdapterCall(NamedTuple):
+    """The arguments of a call of one adapter."""
 
     tensors: LayerTensors
     options: CallOptions
+
+
+class UsualCall(NamedTuple):
+    """The arguments of a call of one LoRA."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    lora_bias: torch.Tensor | None
+    scaling: Scaling
+    p: float
+
+    def as_call(self) -> AdapterCall:
+        """Return them as those of any adapter."""
+        weight, bias, A, B, lora_bias, scaling, p = self
+        tensors = LayerTensors(weight, bias, A, B, lora_bias=lora_bias)
+        return AdapterCall(tensors, CallOptions(scaling, p, keep="auto"))
 
 
 def usual_call(layer: Linear) -> UsualCall | None:
@@ -160,7 +176,16 @@ def usual_call(layer: Linear) -> UsualCall | None:
     if not type(A) is type(B) is nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
         return None
     for module in (base, *modules):
-        if peft_support.why_not_skippable(module):
+        # peft_support.why_not_skippable, without its call.
+        attributes = module.__dict__
+        if (
+            attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+            or "forward" in attributes
+            or "_hf_hook" in attributes
+        ):
             return None
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     # Reading _parameters takes a tenth of the time of nn.Module's attributes; what a library has
@@ -175,13 +200,12 @@ def usual_call(layer: Linear) -> UsualCall | None:
     if not plain or down.get("bias") is not None or weight.requires_grad:
         return None
     matrix = weight.t() if transposed else weight
-    tensors = LayerTensors(matrix, bias, lora_A, lora_B, lora_bias=lora_bias)
-    return UsualCall(tensors, CallOptions(scaling, p, keep="auto"))
+    return UsualCall(matrix, bias, lora_A, lora_B, lora_bias, scaling, p)
 
 
 def host_forward(x: torch.Tensor, usual: UsualCall) -> torch.Tensor | None:
     """Return the output of a usual call by the host path; None where it does not serve."""
-    (weight, bias, A, B, *_, lora_bias, _, _), (scaling, p, *_) = usual
+    weight, bias, A, B, lora_bias, scaling, p = usual
     return host.linear(
         x, weight, bias, A, B, None, None, None, None, lora_bias, None, scaling, p, "out",
         "adapter", "auto", 0, True,
@@ -194,8 +218,8 @@ def fits_ops(x: torch.Tensor, usual: UsualCall) -> bool:
     False is no refusal either. fp16 throughout and dropout without a kernel for its mask are left
     to the checks in words, by which few tokens and GPUs run PEFT's own forward.
     """
-    (weight, _, A, B, *_), (scaling, p, *_) = usual
-    others = [A, B] if usual.tensors.lora_bias is None else [A, B, usual.tensors.lora_bias]
+    weight, _, A, B, lora_bias, scaling, p = usual
+    others = [A, B] if lora_bias is None else [A, B, lora_bias]
     return (
         type(x) is torch.Tensor
         and torch_internals.nothing_casts_or_traces()
@@ -212,7 +236,7 @@ def fits_ops(x: torch.Tensor, usual: UsualCall) -> bool:
         and all(_is_usual(factor, x) for factor in others)
         and not x.dtype is A.dtype is B.dtype is torch.float16
         and (p == 0 or _drops_well(p, x))
-        and (x.is_cpu or peft_cost.why_peft(tokens(x), x.dtype, *usual) is None)
+        and (x.is_cpu or peft_cost.why_peft(tokens(x), x.dtype, *usual.as_call()) is None)
     )
 
 
@@ -242,7 +266,7 @@ def why_quicker(layer: PeftLinear, M: int, dtype: torch.dtype) -> str | None:
     return next((why for why in reasons if why), None)
 
 
-def call_of(layer: PeftLinear, name: str, p: float) -> UsualCall:
+def call_of(layer: PeftLinear, name: str, p: float) -> AdapterCall:
     """Return the arguments of a call of one adapter that drops with p, whatever the layer's class.
 
     The scaling is left out.
@@ -262,7 +286,7 @@ def call_of(layer: PeftLinear, name: str, p: float) -> UsualCall:
     keep = getattr(layer, "lorafast_keep", Linear.lorafast_keep)
     frozen_columns = getattr(B, "frozen_columns", 0)
     options = CallOptions(2.0, p, "out", dropout_on, keep, frozen_columns)
-    return UsualCall(tensors, options)
+    return AdapterCall(tensors, options)
 
 
 def op_forward(layer: Linear, x: torch.Tensor, usual: UsualCall | None = None) -> torch.Tensor:
@@ -271,7 +295,7 @@ def op_forward(layer: Linear, x: torch.Tensor, usual: UsualCall | None = None) -
     usual: the arguments; without them peft_support.why_not_call must have returned None.
     """
     if usual is not None:
-        return functional._linear_checked(x, usual.tensors, usual.options)
+        return functional._linear_checked(x, *usual.as_call())
     base, names = layer.base_layer, peft_support.active_adapters(layer)
     weight, bias = _weight_matrix(layer, base), base.bias
     if len(names) > 1:
