@@ -7,6 +7,7 @@ from unittest import mock
 
 from emulator import driver
 
+from lorafast.engine import host
 from lorafast.engine.kernels import gemm_routing
 from lorafast.runtime import devices
 
@@ -15,7 +16,9 @@ from lorafast.runtime import devices
 def nvidia(capability: int) -> Iterator[None]:
     """Return a context in which every device has an architecture, such as 90 for sm_90."""
     arch = devices.Arch("nvidia", f"sm_{capability}")
-    with mock.patch.object(devices, "of", return_value=arch):
+    # The host path tells a CPU by its tensors.
+    by_python = mock.patch.object(host, "linear", host._declined)
+    with mock.patch.object(devices, "of", return_value=arch), by_python:
         yield
 
 

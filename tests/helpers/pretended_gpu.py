@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from lorafast.engine import trial, trial_process
+from lorafast.engine import host, trial, trial_process
 from lorafast.engine.kernels import measured
 from lorafast.engine.trial import Verdict
 from lorafast.runtime import devices
@@ -24,6 +24,8 @@ class Pretended:
         monkeypatch.setenv("STAND_IN_RUNS", str(self.runs_file))
         monkeypatch.setattr(trial, "gpu_of", lambda device: trial.Gpu(dict(self.facts), "GPU-1"))
         monkeypatch.setattr(trial_process, "COMMAND", CHILD)
+        # It would be built anew into that folder.
+        monkeypatch.setattr(host, "linear", host._declined)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         self.does("")
         self.forget()
@@ -51,6 +53,8 @@ class Pretended:
 def take_tensors_for(arch, monkeypatch):
     """Take all tensors that have memory for those of a device of an architecture."""
     of = devices.of
+    # The host path tells a CPU by its tensors.
+    monkeypatch.setattr(host, "linear", host._declined)
     monkeypatch.setattr(devices, "of", lambda device: of(device) if device.type == "meta" else arch)
 
 
