@@ -399,16 +399,24 @@ def _launch_tma(call: _Call, route: Route) -> None:
 
 def _launch_pointers(call: _Call, route: Route) -> None:
     (M, N), tile, out = call.out.shape, route.tile, call.out
-    pairs = [(call.slots[0] if slot is None else slot)[:2] for slot in call.slots]
     row_axis_of_b = 0 if call.flags["BY_ROW"] else 1
-    strides = [n for a, b in pairs for n in (a.stride()[0], b.stride()[row_axis_of_b])]
+    operands: list[torch.Tensor] = []
+    strides: list[int] = []
+    for slot in call.slots:
+        if slot is None:
+            # An empty slot has no steps; the first one stands in for it.
+            operands += operands[:2]
+            strides += strides[:2]
+        else:
+            operands += slot[:2]
+            strides += (slot.a.stride()[0], slot.b.stride()[row_axis_of_b])
     split = route.splits > 1
-    sums = out.new_empty(route.splits, M, N, dtype=torch.float32) if split else out
+    sums = launch.empty(out, torch.float32, route.splits, M, N) if split else out
     z = out if call.inner is None else call.inner
     tiles = configs.ceil_div(M, tile.BLOCK_M) * configs.ceil_div(N, tile.BLOCK_N)
     launch.run(
         gemm_kernel, (tiles, route.splits), tile,
-        *(t for pair in pairs for t in pair), *call.vectors, call.seed, sums, z, M, N,
+        *operands, *call.vectors, call.seed, sums, z, M, N,
         *call.lengths, *strides, *call.has, *call.dropout, route.steps_per_split,
         **call.flags, SPLIT=split, PRECISION=launch.precision(out),
     )  # fmt: skip

@@ -218,9 +218,9 @@ def _pass(
     tile_ranks = max(1, P_ranks, one_pass * u_ranks)
     split = configs.grad_output(M, N, tile_ranks, dtype, launch.arch_of(dy2), sums_requested)
     blocks, splits = configs.ceil_div(N, split.tile.BLOCK_N), split.splits
-    u = dy2.new_empty(blocks, M, u_ranks, dtype=torch.float32) if one_pass else None
-    P = dy2.new_empty(splits, N, P_ranks, dtype=torch.float32) if P_ranks else None
-    sums = dy2.new_empty(splits, sums_requested, N, dtype=torch.float32) if sums_requested else None
+    u = launch.empty(dy2, torch.float32, blocks, M, u_ranks) if one_pass else None
+    P = launch.empty(dy2, torch.float32, splits, N, P_ranks) if P_ranks else None
+    sums = launch.empty(dy2, torch.float32, splits, sums_requested, N) if sums_requested else None
     if column_sums and N:
         B = _side_by_side(factors) if one_pass else None
         _launch(dy2, kept2, _side_by_side(h_cores), B, u, P, sums, split)
@@ -303,8 +303,8 @@ def _finish_P(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return dB and d_out_scale of one adapter, whose parts start at column `first` of P."""
     (N, R), has_scale = spec.B.shape, isinstance(spec.scaling, torch.Tensor)
-    dB = dy2.new_empty(N, R, dtype=torch.float32) if spec.want_B else None
-    d_out_scale = dy2.new_empty(N, dtype=torch.float32) if spec.want_out_scale else None
+    dB = launch.empty(dy2, torch.float32, N, R) if spec.want_B else None
+    d_out_scale = launch.empty(dy2, torch.float32, N) if spec.want_out_scale else None
     if P is None:  # every column is frozen
         return dB.zero_(), d_out_scale
     tile = configs.grad_output_finish(R)

@@ -65,7 +65,8 @@ def sum_over_rows(
         v, inverse = scaled_to_fp16(v)
     (M, K), R = x2.shape, v.shape[1]
     tile, splits, steps = configs.grad_project(M, K, R, x2.dtype, launch.arch_of(x2))
-    out = x2.new_empty((splits, R, K) if splits > 1 else (R, K), dtype=torch.float32)
+    shape = (splits, R, K) if splits > 1 else (R, K)
+    out = launch.empty(x2, torch.float32, *shape)
     launch.run(
         grad_project_kernel, (configs.ceil_div(K, tile.BLOCK_K), splits), tile,
         x2, v, launch.seed_of(seed, x2), out, M, K, R, *x2.stride(), *v.stride(),

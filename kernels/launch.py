@@ -13,7 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorafast.engine import philox
 from lorafast.engine.kernels import configs, triton_internals
-from lorafast.runtime import devices
+from lorafast.runtime import devices, extension, fallback
+from lorafast.runtime.fallback import Remediable
 
 
 def arch_of(x: torch.Tensor) -> devices.Arch:
@@ -86,14 +87,23 @@ class Layout(NamedTuple):
         )
 
 
-def layout(t: torch.Tensor) -> Layout:
-    """Return how a matrix lies in memory."""
-    return Layout(t.shape, t.stride(), t.itemsize, t.data_ptr() % 16 == 0)
+def layout(t: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int], int, bool]:
+    """Return how a matrix lies in memory: the fields of its Layout, which take longer to name."""
+    return t.shape, t.stride(), t.itemsize, t.data_ptr() % 16 == 0
 
 
 def aligned(t: torch.Tensor) -> bool:
     """True if a TMA descriptor can describe the matrix."""
-    return layout(t).describable
+    return Layout(*layout(t)).describable
+
+
+def _empty(like: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return like.new_empty(*shape, dtype=dtype)
+
+
+# empty(like, dtype, *shape): an uninitialised tensor on another's device. It is csrc/host's as soon
+# as that has been loaded for launches, and takes half the time then.
+empty: Callable[..., torch.Tensor] = _empty
 
 
 def descriptor(t: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
@@ -127,10 +137,10 @@ def _cached_descriptor(
     return TensorDescriptor(Address(pointer, dtype), list(shape), [stride, 1], list(block))
 
 
-def run(
+def _run(
     kernel: Any, grid: tuple[int, ...], tile: configs.Tile, *args: object, **flags: object
 ) -> None:
-    """Launch a kernel on its tensors' device: all launches of lorafast's kernels are made here.
+    """Launch a kernel on its tensors' device.
 
     The first launch of its kind goes through Triton, which compiles. Its compiled kernel is kept,
     and the next ones call it without Triton's binder, which takes longer than all else in a launch.
@@ -150,18 +160,50 @@ def run(
     device = triton_internals.current_device()
     if arguments.elsewhere(args, device):
         with _on_device_of(args):
-            run(kernel, grid, tile, *args, **flags)
+            _run(kernel, grid, tile, *args, **flags)
         return
     key = arguments.key(args, device, tile, flags)
     compiled = arguments.compiled.get(key)
     if compiled is not None:
         triton_internals.launch(compiled, grid, device, args)
-        return
-    constants = flags | _blocks(kernel, tile)
-    form = _through_triton(kernel, grid, tile, args, flags)
-    compiled = triton_internals.compiled_form(kernel, form, constants)
-    if key is not None and compiled is not None:
+    else:
+        form = _through_triton(kernel, grid, tile, args, flags)
+        constants = flags | _blocks(kernel, tile)
+        compiled = triton_internals.compiled_form(kernel, form, constants, len(args))
+        if key is None or compiled is None:
+            return
         arguments.keep(key, compiled)
+    if compiled.passed is not None:
+        _keep_in_cpp(compiled.passed, kernel, grid, tile, args, flags)
+
+
+# All launches of lorafast's kernels are made by this: _run, and where it can serve the launcher of
+# csrc/host, which leaves to _run what it has no kernel for.
+run: Callable[..., None] = _run
+
+
+def _keep_in_cpp(
+    passed: triton_internals.Passed, kernel, grid, tile: configs.Tile, args: tuple, flags: dict
+) -> None:
+    """Let the next launch for such arguments be made in C++, if that may be."""
+    global run, empty
+    launcher = _launcher()
+    if launcher is None:
+        return
+    launcher.declare(kernel, bytes(triton_internals.specialized(kernel)))
+    if launcher.keep(*passed, kernel, grid, tile, *args, **flags) and run is _run:
+        run, empty = launcher, launcher.empty
+
+
+@functools.cache
+def _launcher() -> Any:
+    """The launcher of csrc/host, None where there is none."""
+    host = extension.launcher()
+    if isinstance(host, str):
+        if isinstance(host, Remediable):
+            fallback.warn_once(f"lorafast launches its kernels the slower way, by Python: {host}")
+        return None
+    return triton_internals.launcher(host.Launcher, _run, TensorDescriptor)
 
 
 def _on_device_of(args: tuple) -> contextlib.AbstractContextManager:

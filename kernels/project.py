@@ -149,7 +149,7 @@ def _project_one(
     if split.splits > 1 or in_registers:
         parts = _partial_sums(x2, down, split)
         return finish(parts, 0, R, down.core, philox.scale(down.p), dtype)
-    h = x2.new_empty(M, R, dtype=dtype)
+    h = launch.empty(x2, dtype, M, R)
     _launch(x2, down, split, h)
     return h, apply_core(h, down.core)
 
@@ -170,7 +170,7 @@ def _project_stack(
 
 def _partial_sums(x2: torch.Tensor, down: DownProj, split: configs.SplitTile) -> torch.Tensor:
     """Return drop(x) Aᵀ, unscaled, as fp32 parts that remain to be added: [splits,M,R]."""
-    parts = x2.new_empty(split.splits, x2.shape[0], down.A.shape[0], dtype=torch.float32)
+    parts = launch.empty(x2, torch.float32, split.splits, x2.shape[0], down.A.shape[0])
     _launch(x2, down, split, parts)
     return parts
 
@@ -206,7 +206,7 @@ def finish(
     splits, M, width = parts.shape
     # A view takes longer than the rest of this function.
     own_parts = parts[..., first:] if first else parts
-    h = parts.new_empty(M, R, dtype=dtype)
+    h = launch.empty(parts, dtype, M, R)
     # A core that is too wide for registers is multiplied by torch.
     in_registers = core is not None and configs.core_in_registers(R, dtype)
     h_core = torch.empty_like(h) if in_registers else h

@@ -108,7 +108,7 @@ def row_norm(
     (N, K), R, by_row = weight.shape, A.shape[0], axis == "out"
     tile, splits, steps = configs.row_norm(N, K, R, weight.dtype, launch.arch_of(weight), by_row)
     length = N if by_row else K
-    squares = weight.new_empty(splits, length, dtype=torch.float32)
+    squares = launch.empty(weight, torch.float32, splits, length)
     full = weight.dtype == torch.float32
     precision = launch.precision(weight) if full else launch.tf32_if_any(weight)
     rounded = precision == "tf32" and configs.BLOCKS_R[0] < R

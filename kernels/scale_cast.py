@@ -74,7 +74,7 @@ def scale_cast(
     ):
         return F
     if by_row:
-        out, strides = F.new_empty(I, width, dtype=dtype), (width, 1)
+        out, strides = launch.empty(F, dtype, I, width), (width, 1)
     else:
         strides = (1, I)
         out = F.new_empty_strided((I, width), strides, dtype=dtype)

@@ -7,7 +7,10 @@ launch goes through `kernel[grid](...)`, which does the same.
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,6 +41,11 @@ _runtime, _compilation = _find("runtime"), _find("compilation")
 _enter_hooks = _find("runtime.launch_enter_hook")
 _exit_hooks = _find("runtime.launch_exit_hook")
 
+try:
+    _cuda: Any = importlib.import_module("triton.backends.nvidia.driver")
+except ImportError:
+    _cuda = None
+
 # True if compiled kernels may be launched without Triton's binder. A test sets it to False to
 # pretend another Triton.
 enabled = (
@@ -51,13 +59,36 @@ enabled = (
 )
 
 
+# Triton's types of the numbers that a launch in C++ passes on.
+_NUMBERS = ("i32", "i64", "fp32")
+# The type of the devices whose tensors are launched with in C++. A test has others.
+LAUNCHED_TENSORS = "cuda"
+
+
+class Passed(NamedTuple):
+    """What CUDA is given of a compiled kernel: its function, its warps, its bytes of shared memory.
+
+    kinds: for each argument of a launch "number", None for one that is no parameter of the
+    function, or what Triton's encoder of tensor maps is told about a descriptor.
+    """
+
+    function: int
+    warps: int
+    shared: int
+    kinds: list[object]
+
+
 class Compiled(NamedTuple):
-    """A compiled kernel as it is launched. constants: its constexprs, which come last."""
+    """A compiled kernel as it is launched. constants: its constexprs, which come last.
+
+    passed: None if a launch gives CUDA more than what Passed holds.
+    """
 
     launch: Callable[..., None]
     function: object
     metadata: object
     constants: tuple[object, ...]
+    passed: Passed | None
 
 
 def binder_needed(kernel: Any) -> bool:
@@ -98,17 +129,89 @@ def current_device() -> int:
     return driver.active.get_current_device()
 
 
-def compiled_form(kernel: JITFunction, form: Any, constants: dict[str, object]) -> Compiled | None:
+def compiled_form(
+    kernel: JITFunction, form: Any, constants: dict[str, object], count: int
+) -> Compiled | None:
     """Return what `kernel[grid](...)` returned as it is launched, None if Triton launches it alone.
 
-    constants: the constexprs by name.
+    constants: the constexprs by name. count: the number of other arguments.
     """
     names = kernel.arg_names[len(kernel.arg_names) - len(constants) :]
     if form is None or set(names) != set(constants):
         return None
     return Compiled(
-        form.run, form.function, form.packed_metadata, tuple(constants[name] for name in names)
-    )
+        form.run, form.function, form.packed_metadata, tuple(constants[name] for name in names),
+        _passed_to_driver(form, count),
+    )  # fmt: skip
+
+
+def _passed_to_driver(form: Any, count: int) -> Passed | None:
+    run = form.run
+    if _cuda is None or type(run) is not _cuda.CudaLauncher:
+        return None
+    if type(driver.active.utils) is not _cuda.CudaUtils:
+        return None
+    special = (
+        run.launch_cooperative_grid, run.launch_pdl, run.global_scratch_size,
+        run.profile_scratch_size, run.num_ctas != 1,
+    )  # fmt: skip
+    if any(special) or len(form.packed_metadata) != 3:
+        return None
+    warps, _, shared = form.packed_metadata
+    types = [*form.src.signature.values()][:count]
+    descriptors = [type for type in types if type.startswith("tensordesc")]
+    metas = list(getattr(form.metadata, "tensordesc_meta", None) or ())
+    if len(metas) != len(descriptors):
+        return None
+    kinds: list[object] = []
+    for type_ in types:
+        if type_.startswith("tensordesc"):
+            kinds.append(metas.pop(0))
+        elif type_ == "constexpr":
+            kinds.append(None)
+        elif type_.startswith("*") or type_ in _NUMBERS:
+            kinds.append("number")
+        else:
+            return None
+    return Passed(form.function, warps, shared, kinds)
+
+
+def launcher(make: Callable, slow: Callable, descriptor_type: type) -> Any:
+    """Return a launcher of csrc/host, None where CUDA's driver has no function for it.
+
+    make: its type. slow: makes all launches that it does not.
+    """
+    try:
+        function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    except (OSError, AttributeError):
+        return None
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    return make(
+        slow, _tensor_map, _watched(), "pre_run_hooks", driver, descriptor_type, address,
+        LAUNCHED_TENSORS,
+    )  # fmt: skip
+
+
+def _watched() -> list[tuple[object, str, object]]:
+    """What binder_needed looks at, its kernel apart: objects, attributes and what they have to be.
+
+    None: anything false.
+    """
+    return [
+        (sys.modules[__name__], "enabled", True),
+        (_runtime, "launch_enter_hook", _enter_hooks),
+        (_runtime, "launch_exit_hook", _exit_hooks),
+        (_enter_hooks, "calls", None),
+        (_exit_hooks, "calls", None),
+        (_runtime, "debug", None),
+        (_runtime, "add_stages_inspection_hook", None),
+        (_compilation, "instrumentation_mode", None),
+    ]
+
+
+def _tensor_map(descriptor: Any, meta: dict) -> object:
+    """Return Triton's object for a tensor map, whose last 128 bytes are CUDA's."""
+    return _cuda.make_tensordesc_arg(descriptor, meta)[0]
 
 
 def launch(compiled: Compiled, grid: tuple[int, ...], device: int, args: tuple) -> None:

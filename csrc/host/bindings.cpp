@@ -8,6 +8,7 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "launch.h"
 #include "node.h"
 #include "observers.h"
 #include "plans.h"
@@ -371,5 +372,7 @@ std::string modified_words(const Tensor& weight, const Tensor& magnitude) {
 }  // namespace lorafast::host
 
 PyMODINIT_FUNC LORAFAST_INIT_OF(LORAFAST_MODULE)() {
-  return PyModule_Create(&lorafast::host::module);
+  PyObject* made = PyModule_Create(&lorafast::host::module);
+  if (made && !lorafast::host::add_launcher(made)) Py_CLEAR(made);
+  return made;
 }

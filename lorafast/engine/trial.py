@@ -30,7 +30,7 @@ import torch
 
 from lorafast.engine import trial_process
 from lorafast.engine.trial_process import SPEED
-from lorafast.runtime import build_cache, devices, env, whole_file
+from lorafast.runtime import build_cache, devices, env, extension, whole_file
 from lorafast.runtime.fallback import Provisional
 
 # In the order of trust: what is tried first is the simplest, and the most useful.
@@ -286,6 +286,7 @@ def _sources() -> str:
     """A hash of what is tried, and of what tries it."""
     folders = (_ENGINE, _ENGINE / "kernels", _ENGINE / "backends")
     files = [file for folder in folders for file in folder.glob("*.py")]
+    files += (_ENGINE / "csrc" / "host").glob("launch*")
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.name.encode() + file.read_bytes())
@@ -328,9 +329,13 @@ def _tried(device: torch.device, gpu: Gpu, entry: str, since: float) -> Verdict:
 def _run(folder: Path, why: str, device: torch.device, gpu: Gpu, entry: str) -> Verdict:
     """Run the trial here and now, and say on stderr what happens, why, and how long it took."""
     forms = [str(form) for form in ENTRIES[entry]]
+    # The child launches by csrc/host, as this process will. It is built here: the child's time is
+    # limited, and none of a trial's.
+    on_nvidia = gpu.facts["architecture"].startswith("sm_")
+    in_cpp = on_nvidia and not isinstance(extension.launcher(), str)
     _say(f"lorafast: trying its Triton kernels ({entry}) once on {gpu.name} because {why} ... ")
     begin, free = time.monotonic(), _free_memory(device)
-    outcome = trial_process.run(gpu.uuid, entry, [*forms, SPEED], folder)
+    outcome = trial_process.run(gpu.uuid, entry, [*forms, SPEED], folder, in_cpp)
     took = time.monotonic() - begin
     if outcome.unusable:
         # Whatever prevents the child from beginning is no fault of a kernel: it may be gone when

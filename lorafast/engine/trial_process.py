@@ -84,10 +84,11 @@ class Report:
             file.write(f"\n{json.dumps(said)}\n")
 
 
-def run(uuid: str, entry: str, steps: list[str], folder: Path) -> Outcome:
+def run(uuid: str, entry: str, steps: list[str], folder: Path, in_cpp: bool) -> Outcome:
     """Run children until every step has ended or the time is up.
 
     uuid: the device. entry: the name of what is tried. folder: where a temporary file may lie.
+    in_cpp: launches are made by csrc/host, which is there; else by Python, and nothing is built.
     """
     end = time.monotonic() + LIMIT
     with tempfile.TemporaryDirectory(prefix="trial-", dir=folder) as inside:
@@ -96,7 +97,7 @@ def run(uuid: str, entry: str, steps: list[str], folder: Path) -> Outcome:
         Report(path).write(steps=steps)
         ended = 0
         while True:
-            why = _run_child(uuid, entry, path, end - time.monotonic())
+            why = _run_child(uuid, entry, path, end - time.monotonic(), in_cpp)
             report = Report(path)
             if report.running is not None:
                 report.write(end=report.running, reason=why or "the child ended in it")
@@ -114,14 +115,14 @@ def run(uuid: str, entry: str, steps: list[str], folder: Path) -> Outcome:
             ended = len(report.reasons)
 
 
-def _run_child(uuid: str, entry: str, report: Path, seconds: float) -> str:
+def _run_child(uuid: str, entry: str, report: Path, seconds: float, in_cpp: bool) -> str:
     """Run one child and return why it ended, in words; "" if it ended as it should."""
     command = [*COMMAND, "--device", uuid, "--entry", entry, "--out", str(report)]
     with (report.parent / "stderr").open("w+b") as stderr:
         try:
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
-                env=_environment(), start_new_session=True,
+                env=_environment(in_cpp), start_new_session=True,
             )  # fmt: skip
         except (OSError, ValueError, TypeError) as error:
             return f"the child cannot be started: {error}"
@@ -136,7 +137,7 @@ def _run_child(uuid: str, entry: str, report: Path, seconds: float) -> str:
         return _why(status, stderr.read().decode(errors="replace"))
 
 
-def _environment() -> dict[str, str]:
+def _environment(in_cpp: bool) -> dict[str, str]:
     """The environment of a child: it imports what this process imports, and tries nothing itself.
 
     cuBLAS repeats its results only with a workspace of its own.
@@ -144,7 +145,7 @@ def _environment() -> dict[str, str]:
     return env.child(
         PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path),
         CUBLAS_WORKSPACE_CONFIG=":4096:8",
-        **{env.TRIAL.name: "0", env.BACKEND.name: "auto"},
+        **{env.TRIAL.name: "0", env.BACKEND.name: "auto", env.HOST.name: "1" if in_cpp else "0"},
     )
 
 

@@ -71,6 +71,18 @@ def host(sources: Path = HOST_SOURCES) -> ModuleType | str:
         return Remediable(failure)
 
 
+def launcher() -> ModuleType | str:
+    """Return the module of the host path for launches on a GPU, or why they are made in Python."""
+    from lorafast.runtime import torch_internals
+
+    if not env.host():
+        return f"{env.HOST.name}=0 is set"
+    # The module reads tensors by torch's C++ API.
+    if not torch_internals.enabled:
+        return "the host path is not tested with this torch"
+    return host()
+
+
 @functools.cache
 def _cpu(
     candidates: tuple[str, ...], sources: Path, cache: str, cxx: str, extra: str

@@ -13,7 +13,7 @@ from helpers.trial_child import RATES
 
 from lorafast.engine import masks, trial, trial_process
 from lorafast.engine.trial import Form, Verdict
-from lorafast.runtime import build_cache, devices, env
+from lorafast.runtime import build_cache, devices, env, extension
 from lorafast.runtime.fallback import Provisional
 
 triton = pytest.importorskip("lorafast.engine.backends.triton")
@@ -176,6 +176,32 @@ def test_nothing_is_tried_where_triton_interprets(gpu, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "interprets kernels on CPU tensors alone" in why_not()
     assert gpu.runs == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "module", "asked"),
+    [("sm_90", object(), "1"), ("sm_90", "no compiler", "0"), ("gfx942", object(), "0")],
+)
+def test_the_child_finds_a_launcher_or_builds_none(gpu, monkeypatch, architecture, module, asked):
+    built, began = [], []
+    gpu.facts["architecture"] = architecture
+    monkeypatch.setattr(extension, "launcher", lambda: built.append(not began) or module)
+    run_child, environment = trial_process._run_child, trial_process._environment
+
+    def noted(*args):
+        began.append(True)
+        return run_child(*args)
+
+    found = []
+    monkeypatch.setattr(trial_process, "_run_child", noted)
+    monkeypatch.setattr(
+        trial_process,
+        "_environment",
+        lambda in_cpp: found.append(environment(in_cpp)) or found[-1],
+    )
+    assert why_not() == ""
+    assert [one["LORAFAST_HOST"] for one in found] == [asked]
+    assert built == ([True] if architecture == "sm_90" else [])
 
 
 def test_a_kernel_that_hangs_ends_the_trial(gpu, monkeypatch):

@@ -21,6 +21,8 @@ class Pretended:
         self.runs_file = folder / "runs"
         self.facts = dict(FACTS)
         monkeypatch.setenv("LORAFAST_CACHE", str(self.cache))
+        # A trial builds the host path where there is none, which takes a minute.
+        monkeypatch.setenv("LORAFAST_HOST", "0")
         monkeypatch.setenv("STAND_IN_RUNS", str(self.runs_file))
         monkeypatch.setattr(trial, "gpu_of", lambda device: trial.Gpu(dict(self.facts), "GPU-1"))
         monkeypatch.setattr(trial_process, "COMMAND", CHILD)

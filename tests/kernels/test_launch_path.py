@@ -15,9 +15,17 @@ from emulator import binder
 from emulator.memory import Fault
 from emulator.process import in_emulator
 from helpers.emulated_device import nvidia
+from helpers.launch_arguments import (
+    SIZES,
+    TILES,
+    any_route,
+    cached_descriptor,
+    descriptors,
+    vectors,
+)
 from helpers.random_layers import Draw, call, run
 
-from lorafast.engine.kernels import configs, gemm_routing, launch, triton_internals
+from lorafast.engine.kernels import gemm_routing, launch, triton_internals
 
 # What every range of calls launches.
 KERNELS = {
@@ -25,11 +33,6 @@ KERNELS = {
     "grad_project_kernel", "low_rank_add_kernel", "project_finish_kernel", "project_kernel",
     "row_norm_kernel", "scale_cast_kernel",
 }  # fmt: skip
-
-
-def cached_descriptor(t, block):
-    """Return a descriptor as a GPU's tensors have them, cached by address."""
-    return launch._cached_descriptor(t.data_ptr(), t.dtype, tuple(t.shape), t.stride(0), block)
 
 
 def launched(cases, capability):
@@ -40,14 +43,8 @@ def launched(cases, capability):
         stubs.enter_context(nvidia(capability))
         launches = stubs.enter_context(binder.binding(capability))
         for case in cases:
-            one, draw = call(case), Draw(case)
-
-            def any_route(query, draw=draw):
-                routes = gemm_routing.candidates(query)
-                some = [route for route in routes if route.form == "tma" or route.splits > 1]
-                return draw.choice(some if some and draw.random() < 0.7 else routes)
-
-            with mock.patch.object(gemm_routing, "pick", any_route), torch.no_grad():
+            one, pick = call(case), any_route(Draw(case))
+            with mock.patch.object(gemm_routing, "pick", pick), torch.no_grad():
                 try:
                     run(one)
                 except Exception as error:
@@ -139,16 +136,6 @@ def launch_varied(kernel, draw, arguments, tiles, flags, capability=90):
     return len(launches), len(bound)
 
 
-def vectors(*dtypes):
-    """Return vectors of some dtypes, aligned and misaligned."""
-    wide = [torch.empty(64, dtype=dtype) for dtype in dtypes]
-    return [vector[first:] for vector in wide for first in (0, 1, 8)]
-
-
-SIZES = [48, 1, 32, 17, 2**31, 2**31 + 1, -16, 2**63]
-TILES = [configs.DROP, *(configs.DROP._replace(**{name: 8}) for name in configs.Tile._fields)]
-
-
 @in_emulator
 def test_every_kept_kernel_fits_its_arguments():
     from lorafast.engine.kernels.drop import drop_kernel
@@ -166,12 +153,7 @@ def test_every_kept_kernel_fits_its_arguments():
 def test_every_kept_kernel_fits_its_descriptors():
     from emulator.kernels import tma_product_kernel
 
-    descriptors = [
-        cached_descriptor(torch.empty(64, 64, dtype=dtype), block)
-        for block in ((64, 32), (32, 64))
-        for dtype in (torch.bfloat16, torch.float16)
-    ]
-    arguments = [*[[*descriptors, None]] * 3, *[SIZES] * 3]
+    arguments = [*[[*descriptors(), None]] * 3, *[SIZES] * 3]
     launches, bound = launch_varied(
         tma_product_kernel, Draw(0), arguments, TILES, {"BY_ROW": [False, True]}
     )

@@ -130,8 +130,8 @@ def linear(
     if not route.fused or not M * N * K:
         low_rank_first = None if route.fused else route.form == "low first"
         return eager.linear(x, base.b, ups, gain, bias, keep_inner, low_rank_first)
-    y = x.new_empty(*x.shape[:-1], N)
-    z = x2.new_empty(M, N) if keep_inner else None
+    y = launch.empty(x, x.dtype, *x.shape[:-1], N)
+    z = launch.empty(x, x.dtype, M, N) if keep_inner else None
     low_ranks = [_LowRank(up.h_core, up.B, up.scaling, up.out_scale) for up in ups]
     summands = [_dense(base), *_concatenated(low_ranks, route, query.by_row)]
     gemm(flatten_tokens(y), summands, None, route, gain, bias, z)
@@ -159,7 +159,7 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
     M, R = tokens(dy), sum(term.A.shape[0] for term in low_ranks)
     plain = [term for term in low_ranks if not term.p]
     dropped = [term for term in low_ranks if term.p]
-    dx = dy.new_empty(*dy.shape[:-1], K)
+    dx = launch.empty(dy, dy.dtype, *dy.shape[:-1], K)
     dx2 = flatten_tokens(dx)
     products = [Summand(a, b.t()) for a, b in map(eager.gained_operands, bases)]
     query = _route_query(M, K, products, R, len(dropped), bool(plain))
@@ -286,7 +286,7 @@ def _route_query(
     device, dtype = bases[0].a.device, bases[0].a.dtype
     arch = devices.of(device)
     specs = kernel_choice.measured_specs(device, arch, dtype)
-    layouts = tuple([(launch.layout(base.a), launch.layout(base.b)) for base in bases])
+    layouts = tuple([launch.layout(t) for base in bases for t in base[:2]])
     return _query_of(M, N, layouts, R, dropped, plain, epilogue_passes, dtype, arch, specs)
 
 
@@ -294,7 +294,7 @@ def _route_query(
 def _query_of(
     M: int,
     N: int,
-    layouts: tuple[tuple[launch.Layout, launch.Layout], ...],
+    layouts: tuple[tuple, ...],
     R: int,
     dropped: int,
     plain: bool,
@@ -303,17 +303,19 @@ def _query_of(
     arch: devices.Arch,
     specs: Device | None,
 ) -> gemm_routing.RouteQuery:
-    first_b, e = layouts[0][1], dtype.itemsize
+    operands = [launch.Layout(*one) for one in layouts]
+    pairs = list(zip(operands[::2], operands[1::2], strict=True))
+    first_b, e = operands[1], dtype.itemsize
     by_row = first_b.dense(1) or not first_b.dense(0)
     # An operand that is not dense is copied, and then aligned as its length allows. y and z have
     # rows of length N.
     aligned = [N * e % 16 == 0]
-    for a, b in layouts:
+    for a, b in pairs:
         for operand, is_dense in ((a, a.dense(1)), (b, b.dense(1) or b.dense(0))):
             aligned.append(operand.describable if is_dense else operand.shape[1] * e % 16 == 0)
-    same_order = all(b.dense(1 if by_row else 0) for _, b in layouts[1:])
+    same_order = all(b.dense(1 if by_row else 0) for _, b in pairs[1:])
     return gemm_routing.RouteQuery(
-        M, N, tuple(a.shape[1] for a, _ in layouts), R, dtype, arch, by_row, dropped > 0,
-        is_many(len(layouts) + plain, dropped > 0), epilogue_passes, all(aligned),
-        same_order and dropped <= 1 and len(layouts) + plain + dropped <= 4, specs,
+        M, N, tuple(a.shape[1] for a, _ in pairs), R, dtype, arch, by_row, dropped > 0,
+        is_many(len(pairs) + plain, dropped > 0), epilogue_passes, all(aligned),
+        same_order and dropped <= 1 and len(pairs) + plain + dropped <= 4, specs,
     )  # fmt: skip
