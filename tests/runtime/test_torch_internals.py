@@ -292,7 +292,7 @@ def test_the_versions_on_which_private_symbols_are_used(version, tested):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("form", [form.name for form in FORMS])
-def test_an_untested_torch_gives_the_same_numbers(form, p, monkeypatch, called):
+def test_an_untested_torch_gives_the_same_numbers(form, p, monkeypatch, called, calls_by_python):
     case = Case(BY_NAME[form], 7, 6, 9, 3, torch.float32, p)
     if not case.works:
         pytest.skip("keep='output' and a mask on the base term exclude each other")
@@ -305,7 +305,7 @@ def test_an_untested_torch_gives_the_same_numbers(form, p, monkeypatch, called):
     assert all(torch.equal(fast[name], slow[name]) for name in fast)
 
 
-def test_an_untested_torch_casts_as_autocast_says(monkeypatch):
+def test_an_untested_torch_casts_as_autocast_says(monkeypatch, calls_by_python):
     monkeypatch.setattr(torch_internals, "enabled", False)
     layer, x = layer_of(lorafast.DoRA(r=4)), X.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
