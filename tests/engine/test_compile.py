@@ -57,6 +57,7 @@ def test_dynamic_shapes_need_no_recompile():
     assert counter.frame_count == seen
 
 
+@pytest.mark.usefixtures("few_tokens_by_op")
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_aot_eager_one_graph_and_one_dynamic_recompile(name):
     layer = layer_of(ADAPTERS[name])
