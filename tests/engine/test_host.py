@@ -413,6 +413,7 @@ def test_the_output_is_no_view_and_takes_writes(served):
     assert served == [True, True]
 
 
+@pytest.mark.slow
 def test_several_thousand_lengths_do_not_fill_memory(served):
     layer = lora(K=2, N=2)
     with torch.no_grad():

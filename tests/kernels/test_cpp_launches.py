@@ -76,7 +76,7 @@ def both_ways(capability):
 
 
 @pytest.mark.parametrize(
-    ("first", "count"), [(0, 60), pytest.param(1000, 1000, marks=pytest.mark.slow)]
+    ("first", "count"), [(0, 20), pytest.param(1000, 1000, marks=pytest.mark.slow)]
 )
 @in_emulator
 def test_layers_launch_the_same(first, count):
