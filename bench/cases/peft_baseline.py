@@ -120,14 +120,14 @@ def peft_layer(base: nn.Linear, impl: Impl, method: str, adapter: Adapter) -> nn
 
 def runs_pefts_forward(layer: nn.Module, M: int, dtype: torch.dtype) -> bool:
     """True if an accelerated layer leaves a call of M tokens to PEFT's own forward."""
-    from lorafast.integrations import peft_linear, peft_support
+    from lorafast.integrations import peft_calls, peft_support
 
     # SeededDropout, which only PEFT's forward takes, may be in place already.
     if isinstance(layer.lora_dropout["default"], SeededDropout):
         return True
     x = torch.empty(M, layer.in_features, dtype=dtype)
-    usual = peft_linear.usual_call(layer)
-    served = usual is not None and peft_linear.fits_ops(x, usual)
+    usual = peft_calls.usual_call(layer)
+    served = usual is not None and peft_calls.fits_ops(x, usual)
     return not served and peft_support.is_small_call(layer, x)
 
 

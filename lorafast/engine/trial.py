@@ -237,7 +237,11 @@ def why_not_device(gpu: Gpu) -> str:
     """Why no kernel of ours runs on a device, so that none is tried there; "" if they may."""
     if env.triton_interprets():
         return "TRITON_INTERPRET=1 is set, and interprets kernels on CPU tensors alone"
-    name = gpu.facts["architecture"]
+    return why_not_architecture(gpu.facts["architecture"])
+
+
+def why_not_architecture(name: str) -> str:
+    """Why the kernels are not compiled for an architecture; "" if they are."""
     if name in (*ARCHS["nvidia"], *ARCHS["xpu"]) or name.startswith(ARCHS["amd"]):
         return ""
     nvidia, amd = (", ".join(ARCHS[vendor]) for vendor in ("nvidia", "amd"))

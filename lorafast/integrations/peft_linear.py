@@ -7,18 +7,17 @@ PEFT's own forward.
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from lorafast import functional
-from lorafast.engine import checks, host, philox, plain_products
+from lorafast.engine import host, plain_products
 from lorafast.engine.multi_adapter import Factors
-from lorafast.engine.problem import CallOptions, LayerTensors, Scaling, split_scaling, tokens
-from lorafast.integrations import peft_cost, peft_lamda_variant, peft_support
+from lorafast.engine.problem import tokens
+from lorafast.integrations import peft_calls, peft_cost, peft_lamda_variant, peft_support
 from lorafast.models.explain import LayerCall
-from lorafast.runtime import extras, torch_internals
+from lorafast.runtime import extras
 
 with extras.required("peft"):
     from peft.tuners.lora import dora
@@ -56,13 +55,13 @@ class Linear(PeftLinear):
         assert type(model.base_model.model[0]) is peft_linear.Linear
     """
 
-    lorafast_dropout_on = "both"
-    lorafast_keep = "inner"
+    lorafast_dropout_on = peft_calls.DROPOUT_ON
+    lorafast_keep = peft_calls.KEEP
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Return the output [...,N] for x [...,K]. With further arguments PEFT's forward runs."""
         # Before the checks in words, which take longer than few tokens do.
-        usual = None if args or kwargs else usual_call(self)
+        usual = None if args or kwargs else peft_calls.usual_call(self)
         if usual is not None:
             y = host_forward(x, usual)
             if y is not None:
@@ -70,7 +69,7 @@ class Linear(PeftLinear):
             y = plain_products.linear(x, *usual)
             if y is not None:
                 return y
-            if fits_ops(x, usual):
+            if peft_calls.fits_ops(x, usual):
                 return op_forward(self, x, usual)
         if peft_support.is_small_call(self, x):
             return peft_forward(self, peft_support.SMALL_CALL, x, *args, **kwargs)
@@ -133,77 +132,7 @@ def peft_forward(layer: Linear, why: str, x: torch.Tensor, *args, **kwargs) -> t
     return PeftLinear.forward(layer, x, *args, **kwargs)
 
 
-class AdapterCall(NamedTuple):
-    """The arguments of a call of one adapter."""
-
-    tensors: LayerTensors
-    options: CallOptions
-
-
-class UsualCall(NamedTuple):
-    """The arguments of a call of one LoRA."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-    lora_bias: torch.Tensor | None
-    scaling: Scaling
-    p: float
-
-    def as_call(self) -> AdapterCall:
-        """Return them as those of any adapter."""
-        weight, bias, A, B, lora_bias, scaling, p = self
-        tensors = LayerTensors(weight, bias, A, B, lora_bias=lora_bias)
-        return AdapterCall(tensors, CallOptions(scaling, p, keep="auto"))
-
-
-def usual_call(layer: Linear) -> UsualCall | None:
-    """Return the arguments of a call now, if the layer has one active LoRA and nothing unusual.
-
-    None is no refusal: peft_support.why_not_call decides then. What that asks of a layer is asked
-    here in the quickest order, because every call comes here.
-    """
-    if layer.lora_variant or layer._disable_adapters or layer.merged_adapters:
-        return None
-    names = peft_support.active_adapters(layer)
-    if len(names) != 1 or not layer.cast_input_dtype_enabled or torch.compiler.is_compiling():
-        return None
-    base, transposed = layer._modules["base_layer"], layer.fan_in_fan_out
-    A, B, dropout = modules = peft_support.adapter_modules(layer, names[0])
-    if type(base) is not (peft_support.Conv1D if transposed else nn.Linear):
-        return None
-    if not type(A) is type(B) is nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
-        return None
-    for module in (base, *modules):
-        # peft_support.why_not_skippable, without its call.
-        attributes = module.__dict__
-        if (
-            attributes["_forward_hooks"]
-            or attributes["_forward_pre_hooks"]
-            or attributes["_backward_hooks"]
-            or attributes["_backward_pre_hooks"]
-            or "forward" in attributes
-            or "_hf_hook" in attributes
-        ):
-            return None
-    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    # Reading _parameters takes a tenth of the time of nn.Module's attributes; what a library has
-    # put elsewhere is unusual.
-    own, down, up = base._parameters, A._parameters, B._parameters
-    try:
-        weight, bias, lora_A, lora_B = own["weight"], own["bias"], down["weight"], up["weight"]
-        lora_bias, scaling = up["bias"], layer.scaling[names[0]]
-    except KeyError:
-        return None
-    plain = type(weight) is type(lora_A) is type(lora_B) is nn.Parameter
-    if not plain or down.get("bias") is not None or weight.requires_grad:
-        return None
-    matrix = weight.t() if transposed else weight
-    return UsualCall(matrix, bias, lora_A, lora_B, lora_bias, scaling, p)
-
-
-def host_forward(x: torch.Tensor, usual: UsualCall) -> torch.Tensor | None:
+def host_forward(x: torch.Tensor, usual: peft_calls.UsualCall) -> torch.Tensor | None:
     """Return the output of a usual call by the host path; None where it does not serve."""
     weight, bias, A, B, lora_bias, scaling, p = usual
     return host.linear(
@@ -212,84 +141,25 @@ def host_forward(x: torch.Tensor, usual: UsualCall) -> torch.Tensor | None:
     )  # fmt: skip
 
 
-def fits_ops(x: torch.Tensor, usual: UsualCall) -> bool:
-    """True if the ops can serve a usual call on x, which plain products have left to them.
-
-    False is no refusal either. fp16 throughout and dropout without a kernel for its mask are left
-    to the checks in words, by which few tokens and GPUs run PEFT's own forward.
-    """
-    weight, _, A, B, lora_bias, scaling, p = usual
-    others = [A, B] if lora_bias is None else [A, B, lora_bias]
-    return (
-        type(x) is torch.Tensor
-        and torch_internals.nothing_casts_or_traces()
-        and not torch_internals.transforms_active()
-        and type(scaling) is float
-        and scaling - scaling == 0  # neither inf nor nan
-        and x.dtype is weight.dtype
-        and x.dtype in checks.DTYPES
-        and x.layout is weight.layout is torch.strided
-        and not x.is_nested
-        and x.dim() > 0
-        and x.shape[-1] == weight.shape[1]
-        and x.device == weight.device
-        and all(_is_usual(factor, x) for factor in others)
-        and not x.dtype is A.dtype is B.dtype is torch.float16
-        and (p == 0 or _drops_well(p, x))
-        and (x.is_cpu or peft_cost.why_peft(tokens(x), x.dtype, *usual.as_call()) is None)
-    )
-
-
-def _is_usual(factor: torch.Tensor, x: torch.Tensor) -> bool:
-    return (
-        type(factor) is nn.Parameter and factor.dtype in checks.DTYPES and factor.device == x.device
-    )
-
-
-def _drops_well(p: float, x: torch.Tensor) -> bool:
-    """True if p is something in 16 bits and, on a CPU, the mask is made by a kernel."""
-    if not 0 < round(p * philox.STEPS) < philox.STEPS:
-        return False
-    return not x.is_cpu or plain_products.makes_masks()
-
-
 def why_quicker(layer: PeftLinear, M: int, dtype: torch.dtype) -> str | None:
     """Return why PEFT's forward is expected to be quicker for M tokens of the dtype, or None.
 
     For adapters that the ops serve.
     """
     names = peft_support.active_adapters(layer)
-    calls = (call_of(layer, name, adapter_factors(layer, name).dropout) for name in names)
+    calls = (
+        peft_calls.call_of(layer, name, peft_calls.adapter_factors(layer, name).dropout)
+        for name in names
+    )
     if len(names) == 1:
         return peft_cost.why_peft(M, dtype, *next(calls))
     reasons = (peft_cost.why_slow_mask(dtype, *call) for call in calls)
     return next((why for why in reasons if why), None)
 
 
-def call_of(layer: PeftLinear, name: str, p: float) -> AdapterCall:
-    """Return the arguments of a call of one adapter that drops with p, whatever the layer's class.
-
-    The scaling is left out.
-    """
-    A, B, _ = peft_support.adapter_modules(layer, name)
-    base = layer.get_base_layer()
-    tensors = LayerTensors(
-        _weight_matrix(layer, base),
-        base.bias,
-        A.weight,
-        B.weight,
-        peft_lamda_variant.core(layer, name),
-        _magnitude(layer, name),
-        lora_bias=B.bias,
-    )
-    dropout_on = getattr(layer, "lorafast_dropout_on", Linear.lorafast_dropout_on)
-    keep = getattr(layer, "lorafast_keep", Linear.lorafast_keep)
-    frozen_columns = getattr(B, "frozen_columns", 0)
-    options = CallOptions(2.0, p, "out", dropout_on, keep, frozen_columns)
-    return AdapterCall(tensors, options)
-
-
-def op_forward(layer: Linear, x: torch.Tensor, usual: UsualCall | None = None) -> torch.Tensor:
+def op_forward(
+    layer: Linear, x: torch.Tensor, usual: peft_calls.UsualCall | None = None
+) -> torch.Tensor:
     """Return the output by lorafast's ops.
 
     usual: the arguments; without them peft_support.why_not_call must have returned None.
@@ -297,15 +167,15 @@ def op_forward(layer: Linear, x: torch.Tensor, usual: UsualCall | None = None) -
     if usual is not None:
         return functional._linear_checked(x, *usual.as_call())
     base, names = layer.base_layer, peft_support.active_adapters(layer)
-    weight, bias = _weight_matrix(layer, base), base.bias
+    weight, bias = peft_calls.weight_matrix(layer, base), base.bias
     if len(names) > 1:
-        adapters = [adapter_factors(layer, name) for name in names]
+        adapters = [peft_calls.adapter_factors(layer, name) for name in names]
         return functional.several(x, weight, bias, adapters)
     name = names[0]
-    factors = adapter_factors(layer, name)
+    factors = peft_calls.adapter_factors(layer, name)
     lora_B, frozen_columns = peft_lamda_variant.call_columns(layer, name)
     norm, dropout_on, keep = None, "adapter", "auto"
-    magnitude = _magnitude(layer, name)
+    magnitude = peft_calls.magnitude_of(layer, name)
     if magnitude is not None:
         norm = _peft_cached_norm(layer, name, weight, factors)
         dropout_on, keep = _dora_options(layer)
@@ -327,20 +197,10 @@ def op_forward(layer: Linear, x: torch.Tensor, usual: UsualCall | None = None) -
     )
 
 
-def adapter_factors(layer: PeftLinear, name: str) -> Factors:
-    """Return one adapter's tensors, scaling and dropout, as they are now."""
-    A, B, dropout = peft_support.adapter_modules(layer, name)
-    # PEFT's DoRA reads the training flag of the layer, its LoRA that of the dropout module.
-    trains = layer.training or name not in layer.lora_magnitude_vector
-    drops = peft_support.can_drop(dropout) and dropout.training and trains
-    scaling, scale = split_scaling(layer.scaling[name])
-    return Factors(A.weight, B.weight, B.bias, None, scale, scaling, dropout.p if drops else 0.0)
-
-
 def _explained_call(layer: Linear, name: str, tokens: int) -> LayerCall:
     dropout = layer.lora_dropout[name]
     p = dropout.p if peft_support.can_drop(dropout) else 0.0
-    tensors, options = call_of(layer, name, p)
+    tensors, options = peft_calls.call_of(layer, name, p)
     active = peft_support.active_adapters(layer)
     why = peft_support.why_not_state(layer, *_dora_options(layer))
     dtype = tensors.weight.dtype
@@ -359,15 +219,6 @@ def _explained_call(layer: Linear, name: str, tokens: int) -> LayerCall:
         bypass=why and f"PEFT's own forward: {why}",
         few_tokens="plain torch products" if len(active) == 1 else "PEFT's own forward",
     )
-
-
-def _weight_matrix(layer: PeftLinear, base: nn.Module) -> torch.Tensor:
-    """Return the base weight as [N,K]: a view where the base layer holds [K,N]."""
-    return base.weight.t() if layer.fan_in_fan_out else base.weight
-
-
-def _magnitude(layer: PeftLinear, name: str) -> torch.Tensor | None:
-    return layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
 
 
 def _peft_cached_norm(
@@ -431,7 +282,7 @@ def why_not_convert(
         return None
     dropout = layer.lora_dropout[names[0]]
     p = dropout.p if peft_support.can_drop(dropout) else 0.0
-    tensors, options = call_of(layer, names[0], p)
+    tensors, options = peft_calls.call_of(layer, names[0], p)
     options = options._replace(dropout_on=dropout_on, keep=keep)
     return peft_cost.why_peft(tokens, tensors.weight.dtype, tensors, options)
 

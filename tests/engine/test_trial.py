@@ -16,7 +16,7 @@ from lorafast.engine.trial import Form, Verdict
 from lorafast.runtime import build_cache, devices, env, extension
 from lorafast.runtime.fallback import Provisional
 
-triton = pytest.importorskip("lorafast.engine.backends.triton")
+pytest.importorskip("triton")
 GPU = torch.device("cuda", 0)
 
 
@@ -169,7 +169,6 @@ def test_a_gpu_that_the_kernels_are_not_compiled_for_tries_nothing(gpu, name, mo
 def test_a_gpu_that_the_kernels_are_compiled_for_is_tried(gpu, name):
     gpu.facts["architecture"] = name
     assert why_not() == ""
-    assert triton.ARCHS == trial.ARCHS
 
 
 def test_nothing_is_tried_where_triton_interprets(gpu, monkeypatch):

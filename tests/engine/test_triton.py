@@ -222,7 +222,7 @@ def test_what_is_beyond_the_end_is_not_written():
     ("fields", "why"),
     [
         ({"arch": Arch("amd", "gfx1030")}, "AMD gfx90a, gfx942, gfx950, gfx11, gfx12 and Intel"),
-        ({"arch": Arch("nvidia", "sm_75")}, "this is nvidia sm_75"),
+        ({"arch": Arch("nvidia", "sm_75")}, "this is sm_75"),
         ({"dtype": torch.float64}, "x is torch.float64"),
         ({"weight_dtype": torch.float64}, "weight is torch.float64"),
         ({"factor_dtype": torch.float64}, "a factor is torch.float64"),

@@ -1,8 +1,10 @@
-"""Arguments of launches that differ in what Triton compiles for."""
+"""Arguments of launches that differ in what Triton compiles for, and what makes one unusual."""
+
+from unittest import mock
 
 import torch
 
-from lorafast.engine.kernels import configs, gemm_routing, launch
+from lorafast.engine.kernels import configs, gemm_routing, launch, triton_internals
 
 SIZES = [48, 1, 32, 17, 2**31, 2**31 + 1, -16, 2**63]
 TILES = [configs.DROP, *(configs.DROP._replace(**{name: 8}) for name in configs.Tile._fields)]
@@ -37,3 +39,21 @@ def any_route(draw):
         return draw.choice(some if some and draw.random() < 0.7 else routes)
 
     return pick
+
+
+def followed_or_changed(kernel):
+    """Return contexts in each of which Triton itself must launch the kernel."""
+    from triton import knobs
+
+    runtime, hook = knobs.runtime, mock.Mock()
+    return [
+        mock.patch.object(triton_internals, "enabled", False),
+        mock.patch.object(runtime.launch_enter_hook, "calls", [hook]),
+        mock.patch.object(runtime.launch_exit_hook, "calls", [hook]),
+        mock.patch.object(runtime, "launch_enter_hook", None),
+        mock.patch.object(runtime, "launch_exit_hook", None),
+        mock.patch.object(runtime, "debug", True),
+        mock.patch.object(runtime, "add_stages_inspection_hook", return_value=("k", "h")),
+        mock.patch.dict(vars(knobs.compilation), {"instrumentation_mode": "fpsan"}),
+        mock.patch.object(kernel, "pre_run_hooks", [hook]),
+    ]

@@ -16,6 +16,7 @@ from lorafast.runtime.fallback import Provisional
 peft = pytest.importorskip("peft")
 triton = pytest.importorskip("lorafast.engine.backends.triton")
 ours = pytest.importorskip("lorafast.integrations.peft_linear")
+peft_calls = pytest.importorskip("lorafast.integrations.peft_calls")
 peft_cost = pytest.importorskip("lorafast.integrations.peft_cost")
 peft_lamda = pytest.importorskip("lorafast.integrations.peft_lamda")
 pytestmark = pytest.mark.peft
@@ -86,7 +87,7 @@ def test_a_layer_goes_the_way_that_is_modelled_as_quicker(case, gpu):
 
 def test_a_call_asks_for_its_own_number_of_tokens(gpu, calls):
     # The quick check asks only where x is on a GPU.
-    gpu.setattr(ours, "usual_call", lambda layer: None)
+    gpu.setattr(peft_calls, "usual_call", lambda layer: None)
     gpu.setattr(ours.peft_support, "is_small_call", lambda layer, x: False)
     report, layer = accelerated()
     (why,) = report.left.values()
@@ -141,7 +142,7 @@ def test_what_the_model_does_not_know_is_left_only_for_its_mask(gpu):
     with torch.autocast("cpu", BF16):
         assert (
             peft_cost.why_peft(
-                2048, BF16, *ours.call_of(model_of().base_model.model[0], "default", 0.0)
+                2048, BF16, *peft_calls.call_of(model_of().base_model.model[0], "default", 0.0)
             )
             is None
         )
@@ -161,7 +162,7 @@ def test_nothing_is_asked_under_a_compiler_or_on_a_cpu(monkeypatch, calls):
     assert ours.why_quicker(layer, 2048, BF16) is None
     x = torch.randn(4, SIZE, dtype=BF16)
     monkeypatch.setattr(peft_cost, "why_peft", lambda *call: "was asked")
-    monkeypatch.setattr(ours, "usual_call", lambda layer: None)
+    monkeypatch.setattr(peft_calls, "usual_call", lambda layer: None)
     monkeypatch.setattr(ours.peft_support, "is_small_call", lambda layer, x: False)
     layer(x)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorafast
 from lorafast import testing
+from lorafast.integrations import peft_calls
 from lorafast.integrations import peft_linear as ours
 
 pytestmark = pytest.mark.peft
@@ -375,7 +376,7 @@ class Checkpointed(nn.Module):
 def test_an_odd_core_is_not_the_ops_and_dropout_asks_itself():
     layer = lamda_model(targets=["up"], lora_dropout=0.5).base_model.model.up
     layer.training = False
-    assert ours.adapter_factors(layer, "default").dropout == 0.5
+    assert peft_calls.adapter_factors(layer, "default").dropout == 0.5
     layer.lora_core["default"] = nn.Parameter(
         torch.eye(4).to(torch.float8_e4m3fn), requires_grad=False
     )

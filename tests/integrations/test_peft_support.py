@@ -16,8 +16,8 @@ from helpers.peft_models import (
 from torch import nn
 
 import lorafast
+from lorafast.integrations import peft_calls, peft_support
 from lorafast.integrations import peft_linear as ours
-from lorafast.integrations import peft_support
 
 pytestmark = [pytest.mark.peft, pytest.mark.usefixtures("few_tokens_by_op")]
 
@@ -370,9 +370,9 @@ def test_dropout_listens_to_whom_peft_listens():
     for dora, drops in ((False, True), (True, False)):
         layer = peft_model(targets=["up"], use_dora=dora, lora_dropout=0.5).base_model.model.up
         layer.training = False
-        assert (ours.adapter_factors(layer, "default").dropout > 0) == drops
+        assert (peft_calls.adapter_factors(layer, "default").dropout > 0) == drops
         layer.training, layer.lora_dropout["default"].training = True, False
-        assert ours.adapter_factors(layer, "default").dropout == 0
+        assert peft_calls.adapter_factors(layer, "default").dropout == 0
 
 
 def test_restore_refuses_what_has_become_another_class_and_leaves_nothing_behind():

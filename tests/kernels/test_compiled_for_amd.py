@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafast.engine.backends import triton
+from lorafast.engine import trial
 from lorafast.engine.kernels import launch
 from lorafast.runtime import devices
 from lorafast.runtime.devices import Arch
@@ -65,8 +65,8 @@ def assert_clean(forms, arch):
 
 
 def test_every_architecture_that_is_admitted_is_compiled():
-    assert all(name.startswith(triton.ARCHS["amd"]) for name in SHARED)
-    assert all(any(name.startswith(one) for name in SHARED) for one in triton.ARCHS["amd"])
+    assert all(name.startswith(trial.ARCHS["amd"]) for name in SHARED)
+    assert all(any(name.startswith(one) for name in SHARED) for one in trial.ARCHS["amd"])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from helpers.launch_arguments import (
     any_route,
     cached_descriptor,
     descriptors,
+    followed_or_changed,
     vectors,
 )
 from helpers.random_layers import Draw, call, run
@@ -122,24 +123,11 @@ def test_kept_kernels_fit_their_arguments():
 
 @in_emulator
 def test_what_is_followed_or_refused_is_tritons():
-    from triton import knobs
-
     from lorafast.engine.kernels.drop import drop_kernel
 
-    runtime, nothing = knobs.runtime, mock.Mock()
     x, seed = torch.empty(32, 32), torch.zeros(1, dtype=torch.int64)
     args = (drop_kernel, (1, 1), configs.DROP, x, seed, x, 0, 32, 32, 32, 1, 32, 4, 5, 1.0)
-    unusual = [
-        mock.patch.object(triton_internals, "enabled", False),
-        mock.patch.object(runtime.launch_enter_hook, "calls", [nothing]),
-        mock.patch.object(runtime.launch_exit_hook, "calls", [nothing]),
-        mock.patch.object(runtime, "launch_enter_hook", None),
-        mock.patch.object(runtime, "launch_exit_hook", None),
-        mock.patch.object(runtime, "debug", True),
-        mock.patch.object(runtime, "add_stages_inspection_hook", return_value=("k", "h")),
-        mock.patch.object(knobs.compilation, "instrumentation_mode", "fpsan"),
-        mock.patch.object(drop_kernel, "pre_run_hooks", [nothing]),
-    ]
+    unusual = followed_or_changed(drop_kernel)
     with both_ways(90) as both:
         for _ in range(3):
             both.launcher(*args, ACCUMULATES=False)

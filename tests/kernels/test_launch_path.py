@@ -21,6 +21,7 @@ from helpers.launch_arguments import (
     any_route,
     cached_descriptor,
     descriptors,
+    followed_or_changed,
     vectors,
 )
 from helpers.random_layers import Draw, call, run
@@ -163,23 +164,10 @@ def test_every_kept_kernel_fits_its_descriptors():
 
 @in_emulator
 def test_the_binder_launches_what_is_followed_or_changed():
-    from triton import knobs
-
     from lorafast.engine.kernels.scale_cast import scale_cast, scale_cast_kernel
 
-    F, runtime = torch.randn(32, 32), knobs.runtime
-    nothing = mock.Mock()
-    unusual = [
-        mock.patch.object(triton_internals, "enabled", False),
-        mock.patch.object(runtime.launch_enter_hook, "calls", [nothing]),
-        mock.patch.object(runtime.launch_exit_hook, "calls", [nothing]),
-        mock.patch.object(runtime, "launch_enter_hook", None),
-        mock.patch.object(runtime, "launch_exit_hook", None),
-        mock.patch.object(runtime, "debug", True),
-        mock.patch.object(runtime, "add_stages_inspection_hook", return_value=("k", "h")),
-        mock.patch.dict(vars(knobs.compilation), {"instrumentation_mode": "fpsan"}),
-        mock.patch.object(scale_cast_kernel, "pre_run_hooks", [nothing]),
-    ]
+    F = torch.randn(32, 32)
+    unusual = followed_or_changed(scale_cast_kernel)
     assert triton_internals.enabled
     with binder.binding(90) as launches, bindings() as bound:
         for _ in range(3):

@@ -66,7 +66,10 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     assert isinstance(told.value.__cause__, ModuleNotFoundError)
 
 
-NEED_PEFT = ("trainer", "peft_lamda", "peft_lamda_variant", "peft_linear", "peft_support")
+NEED_PEFT = (
+    "peft_calls", "peft_cost", "peft_lamda", "peft_lamda_variant", "peft_linear", "peft_support",
+    "trainer",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("module", NEED_PEFT)

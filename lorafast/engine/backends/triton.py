@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from lorafast.engine import kernel_choice
+from lorafast.engine import kernel_choice, trial
 from lorafast.engine.backends import eager
 from lorafast.engine.kernels import configs, gemm_routing, launch
 from lorafast.engine.kernels import grad_output as grad_output_kernels
@@ -40,15 +40,6 @@ from lorafast.engine.problem import (
 from lorafast.engine.row_blocks import flatten_tokens
 from lorafast.runtime import devices, env
 
-# Of each vendor the architectures that the kernels are compiled for; AMD's by how they begin.
-ARCHS = {
-    "nvidia": (
-        "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120",
-        "sm_121",
-    ),
-    "amd": ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12"),
-    "xpu": ("xpu",),
-}  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -80,12 +71,8 @@ def _why_not_device(vendor: str, name: str, any_bf16: bool) -> list[str]:
     if vendor == "cpu" and any_bf16:
         reasons.append("Triton's interpreter computes bf16 wrongly")
     if vendor != "cpu":
-        known = ARCHS.get(vendor, ())
-        if not name.startswith(known) if vendor == "amd" else name not in known:
-            reasons.append(
-                f"is compiled for NVIDIA {', '.join(ARCHS['nvidia'])}, AMD "
-                f"{', '.join(ARCHS['amd'])} and Intel's GPUs; this is {vendor} {name}"
-            )
+        if why := trial.why_not_architecture(name):
+            reasons.append(why)
         if triton.knobs.runtime.interpret:
             reasons.append("TRITON_INTERPRET=1 is set, and interprets kernels on CPU tensors alone")
     return reasons
