@@ -197,13 +197,13 @@ def _keep_in_cpp(
 
 @functools.cache
 def _launcher() -> Any:
-    """The launcher of csrc/host, None where there is none."""
-    host = extension.launcher()
-    if isinstance(host, str):
-        if isinstance(host, Remediable):
-            fallback.warn_once(f"lorafast launches its kernels the slower way, by Python: {host}")
+    """The launcher of csrc/launch, None where there is none."""
+    module = extension.launcher()
+    if isinstance(module, str):
+        if isinstance(module, Remediable):
+            fallback.warn_once(f"lorafast launches its kernels the slower way, by Python: {module}")
         return None
-    return triton_internals.launcher(host.Launcher, _run, TensorDescriptor)
+    return triton_internals.launcher(module.Launcher, _run, TensorDescriptor)
 
 
 def _on_device_of(args: tuple) -> contextlib.AbstractContextManager:

@@ -177,7 +177,7 @@ def _passed_to_driver(form: Any, count: int) -> Passed | None:
 
 
 def launcher(make: Callable, slow: Callable, descriptor_type: type) -> Any:
-    """Return a launcher of csrc/host, None where CUDA's driver has no function for it.
+    """Return a launcher of csrc/launch, None where CUDA's driver has no function for it.
 
     make: its type. slow: makes all launches that it does not.
     """

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lorafast.runtime import env, extension, instruction_sets
@@ -15,8 +18,9 @@ from lorafast.runtime.toolchain import Failure, UnknownFlags
 
 _BUILD = f"""\
 Build the C++ ahead of its first use, for example in the image of a container or on a node that has
-a compiler: the kernels of the CPU backend, and the host path, which makes the calls of layers, for
-the torch installed. A build that failed before is tried again.
+a compiler: the kernels of the CPU backend, and for the torch installed the host path, which makes
+the calls of layers, and, if torch is built for CUDA, the launcher of kernels. A build that failed
+before is tried again.
 
 {env.CACHE.name} is the folder that they go to ({env.CACHE.default} unless set), CXX names the
 compiler, and {env.CXXFLAGS.name} adds flags. The run that uses them needs the same folder and
@@ -44,90 +48,93 @@ def main(arguments: list[str] | None = None) -> int:
         "--all", action="store_true", help="every instruction set that the compiler knows"
     )
     options = parser.parse_args(arguments)
-    if options.all:
-        return build_all() or build_host()
-    # Another machine may run what is named here; what the environment names is for this one.
-    if options.isa not in (None, "auto"):
-        return build_first((options.isa,)) or build_host()
-    try:
-        isas = instruction_sets.candidates(options.isa or env.cpu_isa())
-    except (ValueError, RuntimeError) as error:
-        build.error(str(error))
-    return build_first(isas) or build_host()
-
-
-def build_host() -> int:
-    """Build the host path for the torch installed; return 1 if that fails."""
-    # It takes seconds to import.
-    from lorafast.engine import host
-
-    if not host.is_used():
-        print("host: not used on this torch, or turned off")
-        return 0
-    try:
-        print(_built("host"))
-    except Failure as failure:
-        print(f"host: {failure}")
-        return 1
-    return 0
-
-
-def build_all() -> int:
-    """Build every instruction set; return 1 if one failed that the compiler knows."""
-    status = 0
-    for isa in instruction_sets.ISAS:
+    isas = instruction_sets.ISAS
+    if not options.all:
         try:
-            print(_built(isa))
-        except UnknownFlags as unknown:
-            print(f"{isa}: {unknown}")
-        except Failure as failure:
-            print(f"{isa}: {failure}")
-            status = 1
+            isas = _asked(options.isa)
+        except (ValueError, RuntimeError) as error:
+            build.error(str(error))
+    # Side by side, they take as long as the host path alone.
+    with ThreadPoolExecutor(2) as threads:
+        builds = (
+            threads.submit(build_kernels, isas, options.all),
+            threads.submit(build_parts),
+        )
+        status = 0
+        for done in builds:
+            for line, failed in done.result():
+                print(line, flush=True)
+                status |= failed
     return status
 
 
-def build_first(isas: tuple[str, ...]) -> int:
-    """Build the first instruction set that the compiler knows; return 1 if that fails."""
+def _asked(isa: str | None) -> tuple[str, ...]:
+    """Return the instruction sets that a name stands for, as instruction_sets.candidates does."""
+    # Another machine may run what is named here; what the environment names is for this one.
+    if isa not in (None, "auto"):
+        return (isa,)
+    return instruction_sets.candidates(isa or env.cpu_isa())
+
+
+def build_kernels(isas: tuple[str, ...], all_of_them: bool) -> list[tuple[str, bool]]:
+    """Build the first instruction set that the compiler knows, or all that it knows.
+
+    Returns a line for each, and whether it is a failure.
+    """
+    said = []
     for isa in isas:
         try:
-            print(_built(isa))
-            return 0
+            said.append(_built(isa, functools.partial(Module.of, isa, extension.SOURCES)))
+            if not all_of_them:
+                break
         except UnknownFlags as unknown:
-            print(f"{isa}: {unknown}")
-        except Failure as failure:
-            print(f"{isa}: {failure}")
-            return 1
-    return 1
+            # No failure while another may be known.
+            failed = isa == isas[-1] and not all_of_them
+            said.append((f"{isa}: {unknown}", failed))
+    return said
 
 
-def _built(isa: str) -> str:
-    """Build the kernels of one instruction set, or "host", and return a line that says where it is
-    and how long it took.
+def build_parts() -> list[tuple[str, bool]]:
+    """Build what calls torch's C++: the host path, and the launcher where torch knows CUDA.
+
+    Returns what build_kernels does.
+    """
+    # Only here, because it takes seconds.
+    import torch
+
+    if why := extension.why_unused():
+        return [(f"host path: not built, because {why}", False)]
+    parts = [extension.HOST, *([extension.LAUNCHER] if torch.version.cuda else [])]
+    return [_built(part.what, functools.partial(Module.of_torch, part)) for part in parts]
+
+
+def _built(what: str, module_of: Callable[[str, str], Module]) -> tuple[str, bool]:
+    """Build a module, and return a line that says where it is and how long it took, or why there
+    is none, and whether that is a failure. UnknownFlags are for the caller.
     """
     begin = time.monotonic()
-    if isa == "host":
-        module = Module.of_host(extension.HOST_SOURCES, env.cache(), env.cxxflags())
-    else:
-        module = Module.of(isa, extension.SOURCES, env.cache(), env.cxxflags())
     try:
+        module = module_of(env.cache(), env.cxxflags())
         complete = is_complete(module.path)
         there = complete and not _why_unusable(module)
         if not there:
             extension.build(module, env.cxx(), again=complete, retry=True)
             if why := _why_unusable(module):
                 raise Failure(why)
+    except UnknownFlags:
+        raise
+    except Failure as failure:
+        return f"{what}: {failure}", True
     except OSError as error:
-        raise Failure(
-            f"{env.CACHE.name}: {module.cache} cannot be used: {error.strerror or error}; "
-            f"set {env.CACHE.name} to a folder that can be written"
-        ) from error
+        unusable = f"{env.CACHE.name}: {module.cache} cannot be used: {error.strerror or error}"
+        return f"{what}: {unusable}; set {env.CACHE.name} to a folder that can be written", True
     took = "built before" if there else f"built in {time.monotonic() - begin:.1f} s"
-    return f"{isa}: {module.path} ({took})"
+    return f"{what}: {module.path} ({took})", False
 
 
 def _why_unusable(module: Module) -> str:
     """Return why this machine cannot load the module; "" if it can, or lacks the instructions."""
-    if not module.is_host and module.isa not in instruction_sets.available():
+    if module.isa and module.isa not in instruction_sets.available():
         return ""
     # The module's OpenMP runtime may be one that only torch's wheel has.
     import torch  # noqa: F401

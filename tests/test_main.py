@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.cpp_compiler import needs_compiler
 from helpers.tiny_extension import compiler, dies, refuses, write_sources
 
 from lorafast import __main__ as command_line
-from lorafast.runtime import build_cache, env, extension, instruction_sets
+from lorafast.runtime import build_cache, env, extension, instruction_sets, torch_internals
 from lorafast.runtime.extension import Module
 
 
@@ -17,7 +18,10 @@ from lorafast.runtime.extension import Module
 def sources(tmp_path, monkeypatch):
     """A tiny module in place of the kernels, on a machine with AVX2, and an empty cache."""
     monkeypatch.setattr(extension, "SOURCES", write_sources(tmp_path / "sources"))
-    monkeypatch.setattr(extension, "HOST_SOURCES", write_sources(tmp_path / "host"))
+    for name in ("HOST", "LAUNCHER"):
+        part = getattr(extension, name)
+        tiny = part._replace(sources=write_sources(tmp_path / part.label))
+        monkeypatch.setattr(extension, name, tiny)
     monkeypatch.setattr(instruction_sets, "available", lambda: ("avx2", "scalar"))
     monkeypatch.setenv("LORAFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LORAFAST_CXXFLAGS", "-O0")
@@ -30,8 +34,8 @@ def path_of(isa):
     return Module.of(isa, extension.SOURCES, env.cache(), env.cxxflags()).path
 
 
-def host_path():
-    return Module.of_host(extension.HOST_SOURCES, env.cache(), env.cxxflags()).path
+def path_of_part(part):
+    return Module.of_torch(part, env.cache(), env.cxxflags()).path
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["compile"], []])
@@ -52,13 +56,13 @@ def test_it_builds_what_this_machine_would_use(sources, capsys, monkeypatch):
     assert command_line.main(["build"]) == 0
     kernels, host = capsys.readouterr().out.splitlines()
     assert kernels.startswith(f"avx2: {path_of('avx2')} (built in ")
-    assert host.startswith(f"host: {host_path()} (built in ")
+    assert host.startswith(f"host path: {path_of_part(extension.HOST)} (built in ")
     assert host.endswith(" s)")
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert command_line.main(["build", "--isa", "auto"]) == 0
     kernels, host = capsys.readouterr().out.splitlines()
     assert kernels == f"avx2: {path_of('avx2')} (built before)"
-    assert host == f"host: {host_path()} (built before)"
+    assert host == f"host path: {path_of_part(extension.HOST)} (built before)"
     assert not path_of("scalar").exists()
 
 
@@ -89,7 +93,7 @@ def test_an_old_compiler_builds_what_it_knows(sources, tmp_path, capsys, monkeyp
     # All of them: what it does not know is no failure.
     assert command_line.main(["build", "--all"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in said] == [*instruction_sets.ISAS, "host"]
+    assert [line.split(":")[0] for line in said] == [*instruction_sets.ISAS, "host path"]
     assert said[-2] == f"scalar: {path_of('scalar')} (built before)"
     assert command_line.main(["build", "--isa", "avx512"]) == 1
 
@@ -104,16 +108,38 @@ def test_what_fails_is_said_and_tried_again_each_time(sources, tmp_path, capsys,
         assert "failed before" not in said.out
         assert "compiling" in said.err
     assert command_line.main(["build", "--all"]) == 1
-    assert len(capsys.readouterr().out.splitlines()) == len(instruction_sets.ISAS)
+    assert len(capsys.readouterr().out.splitlines()) == len(instruction_sets.ISAS) + 1
+
+
+@needs_compiler
+def test_the_launcher_is_built_where_torch_knows_cuda(sources, capsys, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert command_line.main(["build"]) == 0
+    _, host, launcher = capsys.readouterr().out.splitlines()
+    assert host.startswith("host path: ")
+    assert launcher.startswith(f"launcher: {path_of_part(extension.LAUNCHER)} (built in ")
+
+
+@needs_compiler
+@pytest.mark.parametrize("why", ["LORAFAST_HOST=0 is set", "it is not tested with this torch"])
+def test_what_calls_torch_is_built_where_it_is_used(sources, capsys, monkeypatch, why):
+    if "set" in why:
+        monkeypatch.setenv("LORAFAST_HOST", "0")
+    else:
+        monkeypatch.setattr(torch_internals, "enabled", False)
+    assert command_line.main(["build"]) == 0
+    _, host = capsys.readouterr().out.splitlines()
+    assert host == f"host path: not built, because {why}"
+    assert extension.host() == extension.launcher() == why
 
 
 @needs_compiler
 def test_a_host_path_that_cannot_be_built_is_a_failure(sources, capsys):
-    (extension.HOST_SOURCES / "bindings.cpp").write_text("#error no such torch")
+    (extension.HOST.sources / "bindings.cpp").write_text("#error no such torch")
     assert command_line.main(["build"]) == 1
     kernels, host = capsys.readouterr().out.splitlines()
     assert "built in" in kernels
-    assert host.startswith("host: the compiler")
+    assert host.startswith("host path: the compiler")
     assert "no such torch" in host
 
 

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "module_name.h"
 #include "vector.h"
 #include "workspace.h"
 
@@ -112,11 +113,6 @@ PyMethodDef method(const char* name) {
   const auto call = reinterpret_cast<void (*)()>(&Bound<function>::call);
   return {name, reinterpret_cast<PyCFunction>(call), METH_FASTCALL, nullptr};
 }
-
-#define LORAFAST_TEXT(name) #name
-#define LORAFAST_TEXT_OF(name) LORAFAST_TEXT(name)
-#define LORAFAST_INIT(name) PyInit_##name
-#define LORAFAST_INIT_OF(name) LORAFAST_INIT(name)
 
 PyMethodDef methods[] = {
     method<&Workspace::largest>("largest_workspace"),

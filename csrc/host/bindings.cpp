@@ -8,7 +8,7 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "launch.h"
+#include "../cpu/module_name.h"
 #include "node.h"
 #include "observers.h"
 #include "plans.h"
@@ -204,7 +204,7 @@ long plan_of(const Tensor& x, const Tensors& tensors, const Options& options,
   Py_XDECREF(answer);
   if (PyErr_Occurred()) throw python_error();
   // Another thread may have changed a variable meanwhile.
-  if (plan != UNDECIDED && forgotten == before) {
+  if (forgotten == before) {
     if (plans.size() >= MOST_PLANS) plans.clear();
     plans.emplace(key, plan);
   }
@@ -294,11 +294,6 @@ PyMethodDef methods[] = {
     {},
 };
 
-#define LORAFAST_TEXT(name) #name
-#define LORAFAST_TEXT_OF(name) LORAFAST_TEXT(name)
-#define LORAFAST_INIT(name) PyInit_##name
-#define LORAFAST_INIT_OF(name) LORAFAST_INIT(name)
-
 PyModuleDef module = {PyModuleDef_HEAD_INIT, LORAFAST_TEXT_OF(LORAFAST_MODULE), nullptr, -1,
                       methods};
 
@@ -372,7 +367,5 @@ std::string modified_words(const Tensor& weight, const Tensor& magnitude) {
 }  // namespace lorafast::host
 
 PyMODINIT_FUNC LORAFAST_INIT_OF(LORAFAST_MODULE)() {
-  PyObject* made = PyModule_Create(&lorafast::host::module);
-  if (made && !lorafast::host::add_launcher(made)) Py_CLEAR(made);
-  return made;
+  return PyModule_Create(&lorafast::host::module);
 }

@@ -13,7 +13,6 @@ namespace lorafast::host {
 
 // What executes the calls of a problem, as lorafast/engine/host.py decides it: flags of a plan.
 enum Plan : long {
-  UNDECIDED = -1,   // the Python path serves this call; ask again at the next
   PYTHON = 0,       // the Python path serves
   SERVED = 1,       // the C++ kernels serve all primitives
   ONEDNN_BIAS = 2,  // oneDNN has a bf16 product with a bias

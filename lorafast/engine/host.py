@@ -7,6 +7,7 @@ asks of Python: the plan of a problem, made once by the rules of engine.dispatch
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 
 from lorafast.engine import dispatch, half_products, ops
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors, Problem, tokens
-from lorafast.runtime import env, extension, fallback, onednn, torch_internals
+from lorafast.runtime import env, extension, fallback, instruction_sets, onednn
 from lorafast.runtime.fallback import Remediable
 
 # The flags of a plan, as csrc/host/primitives.h numbers them.
@@ -64,14 +65,11 @@ def serves(problems: dict[str, Problem]) -> bool:
     return is_ready() and all(dispatch.pick(name, one) is cpu for name, one in problems.items())
 
 
-def is_used() -> bool:
-    """True if the host path is used on this torch, and not turned off."""
-    return torch_internals.enabled and env.RAW is not None and env.host()
-
-
 def _may_serve() -> bool:
-    """True if it is used, and a backend is asked for that it executes."""
-    return is_used() and env.parse_backend(env.raw_get(env.BACKEND_KEY)) in ("auto", "cpu")
+    """True if the host path is used, and a backend is asked for that it executes."""
+    if extension.why_unused():
+        return False
+    return env.parse_backend(env.raw_get(env.BACKEND_KEY)) in ("auto", "cpu")
 
 
 def _load() -> Any:
@@ -80,14 +78,18 @@ def _load() -> Any:
     if isinstance(backend, str):
         return str(backend)
     try:
-        kernels = backend.library()
+        instruction_sets.candidates(env.cpu_isa())
     except (ValueError, RuntimeError) as error:
         # An instruction set that is unknown or missing: the Python path raises it.
         return str(error)
+    # Compiled side by side, they take as long as the host path alone.
+    with ThreadPoolExecutor(1) as thread:
+        building = thread.submit(extension.host)
+        kernels = backend.library()
     if isinstance(kernels, str):
         # The backend itself warns.
         return str(kernels)
-    module = extension.host()
+    module = building.result()
     if isinstance(module, str):
         return module
     module.configure(

@@ -290,7 +290,7 @@ def _sources() -> str:
     """A hash of what is tried, and of what tries it."""
     folders = (_ENGINE, _ENGINE / "kernels", _ENGINE / "backends")
     files = [file for folder in folders for file in folder.glob("*.py")]
-    files += (_ENGINE / "csrc" / "host").glob("launch*")
+    files += (_ENGINE / "csrc" / "launch").glob("*")
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.name.encode() + file.read_bytes())
@@ -333,7 +333,7 @@ def _tried(device: torch.device, gpu: Gpu, entry: str, since: float) -> Verdict:
 def _run(folder: Path, why: str, device: torch.device, gpu: Gpu, entry: str) -> Verdict:
     """Run the trial here and now, and say on stderr what happens, why, and how long it took."""
     forms = [str(form) for form in ENTRIES[entry]]
-    # The child launches by csrc/host, as this process will. It is built here: the child's time is
+    # The child launches by csrc/launch, as this process will. It is built here: the child's time is
     # limited, and none of a trial's.
     on_nvidia = gpu.facts["architecture"].startswith("sm_")
     in_cpp = on_nvidia and not isinstance(extension.launcher(), str)

@@ -88,7 +88,7 @@ def run(uuid: str, entry: str, steps: list[str], folder: Path, in_cpp: bool) -> 
     """Run children until every step has ended or the time is up.
 
     uuid: the device. entry: the name of what is tried. folder: where a temporary file may lie.
-    in_cpp: launches are made by csrc/host, which is there; else by Python, and nothing is built.
+    in_cpp: launches are made by csrc/launch, which is there; else by Python, and nothing is built.
     """
     end = time.monotonic() + LIMIT
     with tempfile.TemporaryDirectory(prefix="trial-", dir=folder) as inside:

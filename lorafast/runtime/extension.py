@@ -1,5 +1,5 @@
-"""The C++ of csrc, built on first use and loaded: the CPU kernels, one module per instruction set,
-and the host path, one module per version of torch.
+"""The C++ of csrc, built on first use and loaded: the CPU kernels, one module per instruction set;
+the host path and the launcher, one module of each per version of torch.
 
 Every failure is a reason in words, never a traceback.
 
@@ -22,7 +22,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -33,17 +32,32 @@ from lorafast.runtime.fallback import Remediable
 from lorafast.runtime.toolchain import Failure, Toolchain, UnknownFlags
 
 SOURCES = Path(__file__).parent.parent / "engine" / "csrc" / "cpu"
-HOST_SOURCES = SOURCES.parent / "host"
-# The headers of other folders that the host path includes.
-_HOST_INCLUDES = ("kernels.h", "types.h")
-# What a compiler needs for a module on one core, to say how long a build will take.
-_KERNEL_SECONDS, _HOST_SECONDS = 25, 120
+# What a compiler needs for the kernels on one core, to say how long a build will take.
+_KERNEL_SECONDS = 25
 # torch's headers ask for C++20; the last -std counts.
-_HOST_FLAGS = ("-O2", "-std=c++20")
+_TORCH_FLAGS: tuple[str, ...] = ("-O2", "-std=c++20")
+# The headers of the kernels that other modules include.
+_SHARED_HEADERS = ("kernels.h", "module_name.h", "types.h")
 
 
 class NeverBuilt(Failure):
     """No kernels are built on this platform, whatever the user does."""
+
+
+class Part(NamedTuple):
+    """A module whose sources call torch's C++.
+
+    seconds: what a compiler needs for it, on however many cores.
+    """
+
+    label: str
+    what: str
+    seconds: int
+    sources: Path
+
+
+HOST = Part("host", "host path", 25, SOURCES.parent / "host")
+LAUNCHER = Part("launch", "launcher", 20, SOURCES.parent / "launch")
 
 
 def cpu(isa: str | None = None, sources: Path = SOURCES) -> ModuleType | str:
@@ -60,27 +74,29 @@ def cpu(isa: str | None = None, sources: Path = SOURCES) -> ModuleType | str:
     return _cpu(candidates, sources, env.cache(), env.cxx(), env.cxxflags())
 
 
-@functools.cache
-def host(sources: Path = HOST_SOURCES) -> ModuleType | str:
-    """Return the module of the host path, or why there is none; as cpu, which it needs."""
-    try:
-        return _load(Module.of_host(sources, env.cache(), env.cxxflags()), env.cxx())
-    except NeverBuilt as failure:
-        return str(failure)
-    except Failure as failure:
-        return Remediable(failure)
+def host() -> ModuleType | str:
+    """Return the module of the host path, or why calls are made in Python; as cpu, which it
+    needs.
+    """
+    return why_unused() or _of_torch(HOST, env.cache(), env.cxx(), env.cxxflags())
 
 
 def launcher() -> ModuleType | str:
-    """Return the module of the host path for launches on a GPU, or why they are made in Python."""
+    """Return the module that launches Triton's kernels on NVIDIA's GPUs, or why that is done in
+    Python.
+    """
+    return why_unused() or _of_torch(LAUNCHER, env.cache(), env.cxx(), env.cxxflags())
+
+
+def why_unused() -> str:
+    """Return why no C++ that calls torch's is used in this process; "" if it is."""
     from lorafast.runtime import torch_internals
 
     if not env.host():
         return f"{env.HOST.name}=0 is set"
-    # The module reads tensors by torch's C++ API.
-    if not torch_internals.enabled:
-        return "the host path is not tested with this torch"
-    return host()
+    if not torch_internals.enabled or env.RAW is None:
+        return "it is not tested with this torch"
+    return ""
 
 
 @functools.cache
@@ -101,13 +117,27 @@ def _cpu(
     return Remediable(reason)
 
 
+@functools.cache
+def _of_torch(part: Part, cache: str, cxx: str, extra: str) -> ModuleType | str:
+    try:
+        return _load(Module.of_torch(part, cache, extra), cxx)
+    except NeverBuilt as failure:
+        return str(failure)
+    except Failure as failure:
+        return Remediable(failure)
+
+
 class Module(NamedTuple):
     """One module: the file at path, made of these sources by these flags.
 
-    isa: the instruction set of kernels, or "host" for the host path, which calls torch's C++.
+    what: it is, for the user. seconds: about what a build takes here. isa: the instruction set of
+    kernels; None for a module that calls torch's C++. name: also that of the function that makes
+    the module, so that no other module of this process can be taken for it.
     """
 
-    isa: str
+    what: str
+    seconds: int
+    isa: str | None
     sources: Path
     flags: tuple[str, ...]
     cache: Path
@@ -120,73 +150,26 @@ class Module(NamedTuple):
         A Failure if it cannot be built here.
         """
         own = (*toolchain.FLAGS, *instruction_sets.compiler_flags(isa))
-        return cls._of(f"cpu_{isa}", isa, sources, own, cache, extra)
+        flags, digest = _identity(sources, [], own, extra)
+        what, seconds = (
+            f"CPU kernels for {isa}",
+            -(-_KERNEL_SECONDS // min(len(os.sched_getaffinity(0)), 4)),
+        )
+        name = f"lorafast_cpu_{isa}_{digest}"
+        return cls(what, seconds, isa, sources, flags, _folder(cache), name)
 
     @classmethod
-    def of_host(cls, sources: Path, cache: str, extra: str) -> Module:
-        """Return the name and place of the module of the host path, as of does."""
+    def of_torch(cls, part: Part, cache: str, extra: str) -> Module:
+        """Return the name and place of a module that calls torch's C++, as of does."""
         import torch
 
-        own = (*toolchain.FLAGS, *_HOST_FLAGS)
+        own = (*toolchain.FLAGS, *_TORCH_FLAGS)
         # Built against one torch, it serves no other.
         version = f"{torch.__version__} {torch.version.git_version}"
-        headers = [sources.parent / "cpu" / name for name in _HOST_INCLUDES]
-        headers = [path for path in headers if path.exists()]
-        return cls._of("host", "host", sources, own, cache, extra, headers, version)
-
-    @classmethod
-    def _of(
-        cls,
-        label: str,
-        isa: str,
-        sources: Path,
-        own: tuple[str, ...],
-        cache: str,
-        extra: str,
-        headers: Sequence[Path] = (),
-        version: str = "",
-    ) -> Module:
-        if sys.platform != "linux":
-            raise NeverBuilt(f"the C++ kernels are built on Linux only, not on {sys.platform}")
-        try:
-            flags = (*own, *shlex.split(extra))
-        except ValueError as error:
-            raise Failure(
-                f"{env.CXXFLAGS.name}={extra} cannot be read: {error}; correct or unset it"
-            ) from error
-        files = sorted(path for path in sources.glob("*") if path.suffix in (".cpp", ".h"))
-        if not any(path.suffix == ".cpp" for path in files):
-            why = f"there is no C++ in {sources}: install lorafast again"
-            raise Failure(symlinks.why_missing("csrc") or why)
-        files += headers
-        try:
-            contents = [
-                (path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
-            ]
-        except OSError as error:
-            why = f"the C++ sources cannot be read: {error}; install lorafast again"
-            raise Failure(why) from error
-        runtime = toolchain.mangled_openmp()
-        parts = (
-            flags,
-            contents,
-            sysconfig.get_platform(),
-            sysconfig.get_config_var("EXT_SUFFIX"),
-            runtime and runtime.name,
-            *([version] if version else []),
-        )
-        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-        # The function that makes the module has this name too, so that no other module of this
-        # process can be taken for it.
-        name = f"lorafast_{label}_{digest}"
-        # Without a home folder it stays as it is, for `build` to refuse.
-        folder = Path(cache) if cache.startswith("~") else Path(cache).absolute()
-        return cls(isa, sources, flags, folder, name)
-
-    @property
-    def is_host(self) -> bool:
-        """True for the host path."""
-        return self.isa == "host"
+        headers = [SOURCES / name for name in _SHARED_HEADERS]
+        flags, digest = _identity(part.sources, headers, own, extra, version)
+        name = f"lorafast_{part.label}_{digest}"
+        return cls(part.what, part.seconds, None, part.sources, flags, _folder(cache), name)
 
     @property
     def path(self) -> Path:
@@ -196,6 +179,48 @@ class Module(NamedTuple):
     def beside(self, suffix: str) -> Path:
         """A file of the module's name with another suffix."""
         return self.cache / f"{self.name}{suffix}"
+
+
+def _identity(
+    sources: Path, headers: list[Path], own: tuple[str, ...], extra: str, version: str = ""
+) -> tuple[tuple[str, ...], str]:
+    """Return all flags of a module, and a hash of what it is made of.
+
+    headers: those of other folders, where they are there.
+    """
+    if sys.platform != "linux":
+        raise NeverBuilt(f"the C++ kernels are built on Linux only, not on {sys.platform}")
+    try:
+        flags = (*own, *shlex.split(extra))
+    except ValueError as error:
+        raise Failure(
+            f"{env.CXXFLAGS.name}={extra} cannot be read: {error}; correct or unset it"
+        ) from error
+    files = sorted(path for path in sources.glob("*") if path.suffix in (".cpp", ".h"))
+    if not any(path.suffix == ".cpp" for path in files):
+        why = f"there is no C++ in {sources}: install lorafast again"
+        raise Failure(symlinks.why_missing("csrc") or why)
+    files += [path for path in headers if path.exists()]
+    try:
+        contents = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    except OSError as error:
+        why = f"the C++ sources cannot be read: {error}; install lorafast again"
+        raise Failure(why) from error
+    runtime = toolchain.mangled_openmp()
+    parts = (
+        flags,
+        contents,
+        sysconfig.get_platform(),
+        sysconfig.get_config_var("EXT_SUFFIX"),
+        runtime and runtime.name,
+        version,
+    )
+    return flags, hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _folder(cache: str) -> Path:
+    # Without a home folder it stays as it is, for `build` to refuse.
+    return Path(cache) if cache.startswith("~") else Path(cache).absolute()
 
 
 def build(module: Module, cxx: str, again: bool = False, retry: bool = False) -> None:
@@ -214,8 +239,8 @@ def build(module: Module, cxx: str, again: bool = False, retry: bool = False) ->
         for left in module.cache.glob(f"{module.name}.build-*"):
             shutil.rmtree(left, ignore_errors=True)
         tools, record = Toolchain.find(cxx), module.beside(".failed")
-        torch = toolchain.Torch.find() if module.is_host else None
-        needed = _HOST_FLAGS if module.is_host else instruction_sets.compiler_flags(module.isa)
+        torch = toolchain.Torch.find() if module.isa is None else None
+        needed = instruction_sets.compiler_flags(module.isa) if module.isa else _TORCH_FLAGS
         if needed:
             tools.check(needed)
         reason = None if retry else build_cache.remembered_failure(record, tools.fingerprint)
@@ -230,12 +255,7 @@ def build(module: Module, cxx: str, again: bool = False, retry: bool = False) ->
 
 
 def _compile(module: Module, tools: Toolchain, torch: toolchain.Torch | None) -> None:
-    cores = len(os.sched_getaffinity(0))
-    what = "host path" if module.is_host else f"CPU kernels for {module.isa}"
-    seconds = _HOST_SECONDS if module.is_host else _KERNEL_SECONDS
-    _say(
-        f"compiling its {what}, once, into {module.cache} (about {-(-seconds // min(cores, 4))} s)"
-    )
+    _say(f"compiling its {module.what}, once, into {module.cache} (about {module.seconds} s)")
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(
         prefix=f"{module.name}.build-", dir=module.cache, ignore_cleanup_errors=True
@@ -245,7 +265,7 @@ def _compile(module: Module, tools: Toolchain, torch: toolchain.Torch | None) ->
         tools.compile(module.sources, (*module.flags, named), made, module.beside(".log"), torch)
         build_cache.seal(made)
         made.replace(module.path)
-    _say(f"compiled in {time.monotonic() - begin:.1f} s")
+    _say(f"compiled its {module.what} in {time.monotonic() - begin:.1f} s")
 
 
 def _say(line: str) -> None:

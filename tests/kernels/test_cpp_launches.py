@@ -37,11 +37,11 @@ class Both:
     """
 
     def __init__(self, cuda: fake_cuda.Cuda):
-        host = extension.host()
-        if isinstance(host, str):
-            pytest.skip(host)
+        module = extension.launcher()
+        if isinstance(module, str):
+            pytest.skip(module)
         self.cuda, self.counted, self.by_python = cuda, 0, 0
-        self.launcher = triton_internals.launcher(host.Launcher, self._slow, TensorDescriptor)
+        self.launcher = triton_internals.launcher(module.Launcher, self._slow, TensorDescriptor)
         self.patches = contextlib.ExitStack()
         self.patches.enter_context(
             mock.patch.object(launch, "_launcher", return_value=self.launcher)
@@ -209,7 +209,7 @@ def test_launches_are_made_by_python_where_there_is_no_module(why, monkeypatch):
         monkeypatch.setattr(torch_internals, "enabled", False)
     elif why == "unbuilt":
         built.side_effect = [fallback.Remediable("no compiler")]
-    monkeypatch.setattr(extension, "host", built)
+    monkeypatch.setattr(extension, "_of_torch", built)
     with warnings.catch_warnings(record=True) as issued:
         warnings.simplefilter("always")
         assert launch._launcher.__wrapped__() is None

@@ -60,7 +60,7 @@ def test_it_builds_once_and_loads(sources, capfd, monkeypatch):
     compiling, compiled = lines_of(capfd, "lorafast: ")
     begin = f"lorafast: compiling its CPU kernels for scalar, once, into {env.cache()}"
     assert re.fullmatch(rf"{re.escape(begin)} \(about \d+ s\)", compiling)
-    assert re.fullmatch(r"lorafast: compiled in \d+\.\d s", compiled)
+    assert re.fullmatch(r"lorafast: compiled its CPU kernels for scalar in \d+\.\d s", compiled)
     assert sorted(path.suffix for path in Path(env.cache()).iterdir()) == [".lock", ".log", ".so"]
     # Built ahead, then compiler and ninja go, and the cache may only be read.
     monkeypatch.setenv("CXX", "/nowhere/c++")

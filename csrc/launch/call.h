@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <Python.h>
 
 #include <array>
 #include <cstdint>
@@ -14,9 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "launch.h"
-
-namespace lorafast::host::launches {
+namespace lorafast::launches {
 
 // The configuration of a launch as cuda.h has it since CUDA 11.8.
 struct LaunchConfig {
@@ -160,4 +159,4 @@ const Descriptor* descriptor_of(State& state, PyObject* object);
 bool read_call(State& state, PyObject* const* given, size_t count, PyObject* names, Call& call,
                Object& device);
 
-}  // namespace lorafast::host::launches
+}  // namespace lorafast::launches

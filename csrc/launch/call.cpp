@@ -1,9 +1,9 @@
-#include "launch_call.h"
+#include "call.h"
 
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-namespace lorafast::host::launches {
+namespace lorafast::launches {
 namespace {
 
 enum Tag : uint64_t { TENSOR = 1, DESCRIPTOR, SIZE, COUNT, FLOAT, NONE, TRUE_, FALSE_, TEXT };
@@ -198,4 +198,4 @@ bool read_call(State& state, PyObject* const* given, size_t count, PyObject* nam
   return call.key.fits();
 }
 
-}  // namespace lorafast::host::launches
+}  // namespace lorafast::launches

@@ -1,11 +1,9 @@
-// A Launcher takes the arguments of a launch as lorafast/engine/kernels/launch.py has them. It
-// launches a kernel that is kept for such arguments by the driver, and leaves every other launch to
-// a function of Python.
+// The Python module, which has one type. A Launcher takes the arguments of a launch as
+// lorafast/engine/kernels/launch.py has them. It launches a kernel that is kept for such arguments
+// by the driver, and leaves every other launch to a function of Python.
 //
 // What the driver gets is what Triton's own launcher gives it. Everything private of Triton is told
 // by lorafast/engine/kernels/triton_internals.py.
-#include "launch.h"
-
 #include <ATen/ops/empty.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
@@ -17,12 +15,11 @@
 #include <memory>
 #include <string>
 
-#include "launch_call.h"
+#include "../cpu/module_name.h"
+#include "call.h"
 
-namespace lorafast::host {
+namespace lorafast::launches {
 namespace {
-
-using namespace launches;
 
 struct Launcher {
   PyObject base;
@@ -136,12 +133,11 @@ PyObject* launcher_call(PyObject* self, PyObject* const* given, size_t nargsf, P
 // if Triton compiles for the value of an int.
 PyObject* declare(PyObject* self, PyObject* arguments) {
   PyObject* kernel;
-  const char* sized;
-  Py_ssize_t count;
-  if (!PyArg_ParseTuple(arguments, "Oy#", &kernel, &sized, &count)) return nullptr;
+  PyObject* sized;
+  if (!PyArg_ParseTuple(arguments, "OO!", &kernel, &PyBytes_Type, &sized)) return nullptr;
   State& state = *reinterpret_cast<Launcher*>(self)->state;
-  state.declared[kernel] = {Object::borrowed(kernel),
-                            std::string(sized, static_cast<size_t>(count))};
+  const auto count = static_cast<size_t>(PyBytes_GET_SIZE(sized));
+  state.declared[kernel] = {Object::borrowed(kernel), std::string(PyBytes_AS_STRING(sized), count)};
   Py_RETURN_NONE;
 }
 
@@ -288,9 +284,10 @@ PyMethodDef launcher_methods[] = {
 
 PyTypeObject launcher_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
 
-}  // namespace
+PyModuleDef module = {PyModuleDef_HEAD_INIT, LORAFAST_TEXT_OF(LORAFAST_MODULE), nullptr, -1,
+                      nullptr};
 
-bool add_launcher(PyObject* module) {
+bool add_launcher(PyObject* made) {
   launcher_type.tp_name = "lorafast.Launcher";
   launcher_type.tp_basicsize = sizeof(Launcher);
   launcher_type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
@@ -299,7 +296,14 @@ bool add_launcher(PyObject* module) {
   launcher_type.tp_new = launcher_new;
   launcher_type.tp_dealloc = launcher_free;
   launcher_type.tp_methods = launcher_methods;
-  return PyModule_AddType(module, &launcher_type) == 0;
+  return PyModule_AddType(made, &launcher_type) == 0;
 }
 
-}  // namespace lorafast::host
+}  // namespace
+}  // namespace lorafast::launches
+
+PyMODINIT_FUNC LORAFAST_INIT_OF(LORAFAST_MODULE)() {
+  PyObject* made = PyModule_Create(&lorafast::launches::module);
+  if (made && !lorafast::launches::add_launcher(made)) Py_CLEAR(made);
+  return made;
+}
