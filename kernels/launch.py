@@ -178,7 +178,7 @@ def _run(
 
 
 # All launches of lorafast's kernels are made by this: _run, and where it can serve the launcher of
-# csrc/host, which leaves to _run what it has no kernel for.
+# csrc/launch, which leaves to _run what it has no kernel for.
 run: Callable[..., None] = _run
 
 

@@ -1,4 +1,4 @@
-// The Python module, which has one type. A Launcher takes the arguments of a launch as
+// The Python module, and its type Launcher. A Launcher takes the arguments of a launch as
 // lorafast/engine/kernels/launch.py has them. It launches a kernel that is kept for such arguments
 // by the driver, and leaves every other launch to a function of Python.
 //
@@ -17,6 +17,7 @@
 
 #include "../cpu/module_name.h"
 #include "call.h"
+#include "cuda_kernel.h"
 
 namespace lorafast::launches {
 namespace {
@@ -304,6 +305,8 @@ bool add_launcher(PyObject* made) {
 
 PyMODINIT_FUNC LORAFAST_INIT_OF(LORAFAST_MODULE)() {
   PyObject* made = PyModule_Create(&lorafast::launches::module);
-  if (made && !lorafast::launches::add_launcher(made)) Py_CLEAR(made);
+  if (made &&
+      !(lorafast::launches::add_launcher(made) && lorafast::launches::add_cuda_kernel(made)))
+    Py_CLEAR(made);
   return made;
 }

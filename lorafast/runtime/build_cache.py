@@ -6,11 +6,17 @@ import contextlib
 import hashlib
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 _PREFIX = "lorafast-kernels-"
+
+
+def say(line: str) -> None:
+    """Tell the user on stderr what is being built."""
+    print(f"lorafast: {line}", file=sys.stderr, flush=True)
 
 
 def seal(path: Path) -> None:

@@ -255,7 +255,9 @@ def build(module: Module, cxx: str, again: bool = False, retry: bool = False) ->
 
 
 def _compile(module: Module, tools: Toolchain, torch: toolchain.Torch | None) -> None:
-    _say(f"compiling its {module.what}, once, into {module.cache} (about {module.seconds} s)")
+    build_cache.say(
+        f"compiling its {module.what}, once, into {module.cache} (about {module.seconds} s)"
+    )
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(
         prefix=f"{module.name}.build-", dir=module.cache, ignore_cleanup_errors=True
@@ -265,11 +267,7 @@ def _compile(module: Module, tools: Toolchain, torch: toolchain.Torch | None) ->
         tools.compile(module.sources, (*module.flags, named), made, module.beside(".log"), torch)
         build_cache.seal(made)
         made.replace(module.path)
-    _say(f"compiled its {module.what} in {time.monotonic() - begin:.1f} s")
-
-
-def _say(line: str) -> None:
-    print(f"lorafast: {line}", file=sys.stderr, flush=True)
+    build_cache.say(f"compiled its {module.what} in {time.monotonic() - begin:.1f} s")
 
 
 def _load(module: Module, cxx: str) -> ModuleType:
@@ -283,7 +281,7 @@ def _load(module: Module, cxx: str) -> ModuleType:
         temporary = module._replace(cache=build_cache.temporary_folder())
         new = not is_complete(temporary.path)
         if new:
-            _say(f"{unusable}; a temporary folder serves")
+            build_cache.say(f"{unusable}; a temporary folder serves")
         loaded = _load_from_cache(temporary, cxx)
     except OSError as error:
         raise Failure(
