@@ -19,9 +19,15 @@ def pytest_configure(config):
     """Patch PEFT and count calls, before any test is imported."""
     _patches.enter_context(lorafast.patch_peft())
     op_forward, peft_forward = peft_linear.op_forward, peft_linear.peft_forward
+    host_forward = peft_linear.host_forward
 
-    def count_op_call(layer, x):
-        y = op_forward(layer, x)
+    def count_host_call(layer, x):
+        y = host_forward(layer, x)
+        _counts[OP_CALLS] += y is not None
+        return y
+
+    def count_op_call(layer, x, *usual):
+        y = op_forward(layer, x, *usual)
         _counts[OP_CALLS] += 1
         return y
 
@@ -30,6 +36,7 @@ def pytest_configure(config):
         return peft_forward(layer, why, *args, **kwargs)
 
     peft_linear.op_forward, peft_linear.peft_forward = count_op_call, count_peft_call
+    peft_linear.host_forward = count_host_call
 
 
 def pytest_sessionfinish(session):

@@ -1,4 +1,5 @@
-// The Python module: linear, one call from a layer's arguments to its output, and configure.
+// The Python module: linear, one call from a layer's arguments, or from a layer of PEFT, to its
+// output; and configure.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/randint.h>
@@ -11,6 +12,7 @@
 #include "../cpu/module_name.h"
 #include "node.h"
 #include "observers.h"
+#include "peft_layer.h"
 #include "plans.h"
 #include "python.h"
 
@@ -254,11 +256,35 @@ Tensor linear_or_none(PyObject* const* given) {
   return computed(backend, x, t, options).y;
 }
 
+// The same for x, a lora.Linear of PEFT, and the classes of its parts.
+Tensor peft_linear_or_none(PyObject* x, PyObject* layer, PyObject* classes) {
+  static PyObject* const axis = PyUnicode_InternFromString("out");
+  static PyObject* const dropout_on = PyUnicode_InternFromString("adapter");
+  static PyObject* const keep = PyUnicode_InternFromString("auto");
+  static PyObject* const transpose = PyUnicode_InternFromString("t");
+  static PyObject* const zero = PyLong_FromLong(0);
+  PeftCall call;
+  Tensor own_x, weight;
+  if (observers_active() || !read(x, own_x)) return {};
+  if (!read_peft_layer(layer, classes, at::GradMode::is_enabled(), call)) return {};
+  if (!read(call.weight, weight) || weight.requires_grad() || weight.dim() != 2) return {};
+  if (call.transposed) {
+    PyObject* matrix = PyObject_CallMethodNoArgs(call.weight, transpose);
+    if (!matrix) throw python_error();
+    Py_SETREF(call.weight, matrix);
+  }
+  PyObject* const given[ARGUMENTS] = {x,       call.weight,  call.bias,    call.A,  call.B,
+                                      Py_None, Py_None,      Py_None,      Py_None, call.lora_bias,
+                                      Py_None, call.scaling, call.dropout, axis,    dropout_on,
+                                      keep,    zero,         Py_True};
+  return linear_or_none(given);
+}
+
 PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != ARGUMENTS)
-    return PyErr_Format(PyExc_TypeError, "takes %d arguments, not %zd", ARGUMENTS, count);
-  Tensor y = linear_or_none(given);
+  if (count != ARGUMENTS && count != 3)
+    return PyErr_Format(PyExc_TypeError, "takes %d or 3 arguments, not %zd", ARGUMENTS, count);
+  Tensor y = count == 3 ? peft_linear_or_none(given[0], given[1], given[2]) : linear_or_none(given);
   if (!y.defined()) Py_RETURN_NONE;
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS

@@ -23,6 +23,8 @@ with extras.required("peft"):
 # accelerate's default.
 DROPOUT_ON = "both"
 KEEP = "inner"
+# Of a usual call: the base layer and the factors, a base layer that holds [K,N], and the dropout.
+CLASSES = (nn.Linear, peft_support.Conv1D, nn.Dropout, nn.Identity)
 
 
 class AdapterCall(NamedTuple):
@@ -54,12 +56,13 @@ def usual_call(layer: PeftLinear) -> UsualCall | None:
     """Return the arguments of a call now, if the layer has one active LoRA and nothing unusual.
 
     None is no refusal: peft_support.why_not_call decides then. What that asks of a layer is asked
-    here in the quickest order, because every call comes here.
+    here in the quickest order, because every call comes here that the host path does not serve;
+    csrc/host/peft_layer.cpp asks the same. Not to be called while torch.compile traces.
     """
     if layer.lora_variant or layer._disable_adapters or layer.merged_adapters:
         return None
     names = peft_support.active_adapters(layer)
-    if len(names) != 1 or not layer.cast_input_dtype_enabled or torch.compiler.is_compiling():
+    if len(names) != 1 or not layer.cast_input_dtype_enabled:
         return None
     base, transposed = layer._modules["base_layer"], layer.fan_in_fan_out
     A, B, dropout = modules = peft_support.adapter_modules(layer, names[0])

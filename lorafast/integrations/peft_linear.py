@@ -61,11 +61,13 @@ class Linear(PeftLinear):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Return the output [...,N] for x [...,K]. With further arguments PEFT's forward runs."""
         # Before the checks in words, which take longer than few tokens do.
-        usual = None if args or kwargs else peft_calls.usual_call(self)
-        if usual is not None:
-            y = host_forward(x, usual)
+        usual = None
+        if not (args or kwargs or torch.compiler.is_compiling()):
+            y = host_forward(self, x)
             if y is not None:
                 return y
+            usual = peft_calls.usual_call(self)
+        if usual is not None:
             y = plain_products.linear(x, *usual)
             if y is not None:
                 return y
@@ -132,13 +134,9 @@ def peft_forward(layer: Linear, why: str, x: torch.Tensor, *args, **kwargs) -> t
     return PeftLinear.forward(layer, x, *args, **kwargs)
 
 
-def host_forward(x: torch.Tensor, usual: peft_calls.UsualCall) -> torch.Tensor | None:
-    """Return the output of a usual call by the host path; None where it does not serve."""
-    weight, bias, A, B, lora_bias, scaling, p = usual
-    return host.linear(
-        x, weight, bias, A, B, None, None, None, None, lora_bias, None, scaling, p, "out",
-        "adapter", "auto", 0, True,
-    )  # fmt: skip
+def host_forward(layer: Linear, x: torch.Tensor) -> torch.Tensor | None:
+    """Return the output by the host path; None where it does not serve the call."""
+    return host.linear(x, layer, peft_calls.CLASSES)
 
 
 def why_quicker(layer: PeftLinear, M: int, dtype: torch.dtype) -> str | None:

@@ -157,7 +157,7 @@ def test_several_adapters_are_left_only_for_their_mask(gpu):
     assert ours.why_quicker(layer.eval(), 2048, BF16) is None
 
 
-def test_nothing_is_asked_under_a_compiler_or_on_a_cpu(monkeypatch, calls):
+def test_nothing_is_asked_under_a_compiler_or_on_a_cpu(monkeypatch, calls, calls_by_python):
     _, layer = accelerated()
     assert ours.why_quicker(layer, 2048, BF16) is None
     x = torch.randn(4, SIZE, dtype=BF16)
