@@ -104,6 +104,33 @@ inline void pack_for_project(const Factor& f, const ColumnScale& column_scale, f
   });
 }
 
+// W columns of a factor from column l on, whose rows are asked for in turn. Where a row is not
+// dense, several are transposed before the first is loaded: a load of numbers that were stored one
+// by one just before waits until the last of them has left the store buffer.
+template <class S>
+class Columns {
+ public:
+  Columns(const Factor& f, const S* data, int64_t l)
+      : f(f), from(data + l * f.stride_length), count(min(f.length - l, W)) {}
+
+  Vector at(int64_t r) {
+    if (f.stride_length == 1) return load_partial(from + r * f.stride_R, count);
+    if (r % AT_ONCE == 0)
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < min(AT_ONCE, f.R - r); ++j)
+          numbers[j][i] = from[i * f.stride_length + (r + j) * f.stride_R];
+    return load(numbers[r % AT_ONCE]);
+  }
+
+ private:
+  static constexpr int64_t AT_ONCE = 8;
+
+  const Factor& f;
+  const S* const from;
+  const int64_t count;
+  S numbers[AT_ONCE][W] = {};
+};
+
 // The columns of one tile of `low_rank_add`.
 constexpr int64_t LOW_RANK_ADD_COLUMNS = LOW_RANK_ADD_VECTORS * W;
 
@@ -129,13 +156,10 @@ inline void pack_for_low_rank_add(const Factor& f, const ColumnScale& column_sca
           continue;
         }
         const Vector multiplier = column_scale.load(l, f.length - l);
+        Columns columns(f, data, l);
         for (int64_t r = 0; r < f.R; r += step) {
-          const auto* from = data + r * f.stride_R + l * f.stride_length;
-          const Vector a = mul(gather(from, f.stride_length, f.length - l), multiplier);
-          const bool both = step == 2 && r + 1 < f.R;
-          const Vector b =
-              both ? mul(gather(from + f.stride_R, f.stride_length, f.length - l), multiplier)
-                   : zero();
+          const Vector a = mul(columns.at(r), multiplier);
+          const Vector b = step == 2 && r + 1 < f.R ? mul(columns.at(r + 1), multiplier) : zero();
           store(to + r / step * LOW_RANK_ADD_COLUMNS + n, make_cells<T>(a, b));
         }
       }
