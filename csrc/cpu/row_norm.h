@@ -7,14 +7,14 @@
 
 namespace lorafast {
 
-// The squares of V = W + BA, computed in tiles and passed on for a sum per row or per column.
+// V = W + BA, computed in tiles and passed on for a sum of squares per row or per column.
 template <class T>
-class SquareTile {
+class NormTile {
  public:
-  SquareTile(const Matrix<const T>& weight, const float* A, int64_t R_cells)
+  NormTile(const Matrix<const T>& weight, const float* A, int64_t R_cells)
       : weight(weight), A(A), R_cells(R_cells) {}
 
-  // Calls gather(i, k, squares of V[n0 + i, k : k+W]) for i < rows and k0 <= k < k1. B: rows n0 ..
+  // Calls gather(i, k, V[n0 + i, k : k+W]) for i < rows and k0 <= k < k1. B: rows n0 ..
   // n0+rows of the factor, as cells [rows][B_row].
   template <class Gather>
   void operator()(const float* B, int64_t B_row, int64_t n0, int64_t rows, int64_t k0, int64_t k1,
@@ -26,13 +26,22 @@ class SquareTile {
         clear(sums);
         multiply_broadcast<paired<T>>(B + i * B_row, B_row, 1, A + k * R_cells,
                                       LOW_RANK_ADD_COLUMNS, R_cells, sums);
-        for (int j = 0; j < LOW_RANK_ADD_VECTORS && k + j * W < k1; ++j)
+        if (k + LOW_RANK_ADD_COLUMNS <= k1) {
+#pragma GCC unroll 12
+          for (int ii = 0; ii < I; ++ii)
+#pragma GCC unroll 4
+            for (int j = 0; j < LOW_RANK_ADD_VECTORS; ++j) {
+              const int64_t column = k + j * W;
+              gather(i + ii, column, add(load(weight.row(n0 + i + ii) + column), sums[ii][j]));
+            }
+          continue;
+        }
+        for (int j = 0; k + j * W < k1; ++j)
           for (int ii = 0; ii < I; ++ii) {
             const int64_t column = k + j * W;
-            const Vector v =
-                add(load_partial(weight.row(n0 + i + ii) + column, weight.columns - column),
-                    sums[ii][j]);
-            gather(i + ii, column, mul(v, v));
+            const Vector w =
+                load_partial(weight.row(n0 + i + ii) + column, weight.columns - column);
+            gather(i + ii, column, add(w, sums[ii][j]));
           }
       }
     });
@@ -82,7 +91,7 @@ void row_norm(const Matrix<const T>& weight, const Factor& A, const Factor& B, f
   const int64_t N = weight.rows, K = weight.columns, Kp = padded(K), Rp = padded(A.R);
   const Partition partition(N, K, STAGED_COLUMNS);
   const Workspace work(low_rank_add_pack_size(K, A.R) + (by_row ? 0 : partition.splits * Kp));
-  const SquareTile<T> tile(weight, work, cells<T>(A.R));
+  const NormTile<T> tile(weight, work, cells<T>(A.R));
   float* sums = work + low_rank_add_pack_size(K, A.R);
   parallel(threads, [&] {
     pack_for_low_rank_add<T>(A, {}, work);
@@ -94,7 +103,7 @@ void row_norm(const Matrix<const T>& weight, const Factor& A, const Factor& B, f
         for (auto& square : squares) square = zero();
         stage_factor<T>(B, s, n0, rows, B_cells, Rp);
         tile(B_cells, Rp, n0, rows, 0, K,
-             [&](int64_t i, int64_t, Vector square) { squares[i] = add(squares[i], square); });
+             [&](int64_t i, int64_t, Vector v) { squares[i] = fma(v, v, squares[i]); });
         for (int64_t i = 0; i < rows; ++i) out[n0 + i] = std::sqrt(sum_lanes(squares[i]));
       });
     else {
@@ -108,9 +117,8 @@ void row_norm(const Matrix<const T>& weight, const Factor& A, const Factor& B, f
         for (int64_t n0 = split * partition.rows; n0 < end; n0 += LOW_RANK_ADD_ROWS) {
           const int64_t rows = min(LOW_RANK_ADD_ROWS, end - n0);
           stage_factor<T>(B, s, n0, rows, B_cells, Rp);
-          tile(B_cells, Rp, n0, rows, k0, k1, [&](int64_t, int64_t k, Vector square) {
-            store(to + k, add(load(to + k), square));
-          });
+          tile(B_cells, Rp, n0, rows, k0, k1,
+               [&](int64_t, int64_t k, Vector v) { store(to + k, fma(v, v, load(to + k))); });
         }
       });
       parallel_for(ceil_div(K, W), [&](int64_t task) {
