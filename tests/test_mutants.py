@@ -12,7 +12,15 @@ import lorafast
 
 ROOT = Path(lorafast.__file__).resolve().parent.parent
 # What the lists must cover.
-FOLDERS = ("lorafast/engine/", "lorafast/nn/", "lorafast/functional.py", "kernels/", "csrc/cpu/")
+FOLDERS = (
+    "lorafast/engine/",
+    "lorafast/nn/",
+    "lorafast/functional.py",
+    "kernels/",
+    "csrc/cpu/",
+    "csrc/host/",
+    "csrc/launch/",
+)
 
 
 def _tool():

@@ -3,7 +3,6 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/macros/Export.h>
 
 #include <memory>
@@ -31,11 +30,11 @@ const c10::DispatchKeySet PLAIN_KEYS =
 }  // namespace
 
 bool observers_active() {
+  // A dispatch mode includes PythonTLSSnapshot.
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
   return included.has(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          included.has(DispatchKey::FuncTorchDynamicLayerBackMode) ||
          included.has(DispatchKey::PythonTLSSnapshot) || included.has(DispatchKey::Functionalize) ||
-         c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||
          at::impl::PythonTorchFunctionTLS::stack_len() > 0 ||
          torch::jit::tracer::getTracingState() || torch::profiler::impl::profilerEnabled();
 }

@@ -1,7 +1,6 @@
 // What a lora.Linear of PEFT holds: its parts are read without Python's interpreter.
 #pragma once
 
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <initializer_list>

@@ -4,6 +4,7 @@
 // The parameters are a letter each: p a tensor's address, 0 for None; q 64 bits; i 32 bits; f fp32.
 #include "cuda_kernel.h"
 
+#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -38,8 +39,7 @@ PyObject* refused(Py_ssize_t index, const char* wanted, PyObject* given) {
                       Py_TYPE(given)->tp_name);
 }
 
-// The values of a launch, each in the first bytes of a word, and the device of its tensors, -1
-// without one.
+// The values of a launch, each in the first bytes of a word, and the device of its tensors.
 struct Values {
   std::array<uint64_t, MOST_ARGUMENTS> words{};
   at::Device device{at::DeviceType::CPU};
@@ -132,6 +132,9 @@ PyObject* cuda_kernel_call(PyObject* self, PyObject* const* given, size_t nargsf
     params[i] = &values.words[i];
   }
   if (is_empty) Py_RETURN_NONE;
+  // The handle of a default stream is 0, which stands for that of the current device.
+  c10::OptionalDeviceGuard guard;
+  if (values.has_tensor) guard.reset_device(values.device);
   const Object device(PyLong_FromLong(values.device.has_index() ? values.device.index() : 0));
   const Object stream(PyObject_CallOneArg(form.stream_of.get(), device.get()));
   if (!stream) return nullptr;

@@ -329,6 +329,12 @@ def allocations(profile: Any) -> list[tuple[int, int, int]]:
     return sorted(events)
 
 
+def raw_stream() -> Callable[[int], int]:
+    """Return the function from a CUDA device's index to the handle of torch's current stream."""
+    quick = _find("_cuda_getCurrentRawStream") if enabled else None
+    return quick or (lambda index: torch.cuda.current_stream(index).cuda_stream)
+
+
 def has_gradient_hooks(tensor: torch.Tensor) -> bool:
     """Return True if something is to be called when the tensor gets its gradient."""
     names = ("_backward_hooks", "_post_accumulate_grad_hooks")

@@ -64,7 +64,7 @@ class NotCompiled:
         self.metadata = SimpleNamespace(
             num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0,
             profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False,
-            tensordesc_meta=[_meta(kind) for kind in kinds],
+            tensordesc_meta=[_meta(kind, options.num_warps % 4) for kind in kinds],
         )  # fmt: skip
         self.packed_metadata = (options.num_warps, 1, 1024 * options.num_stages)
         self.function = next(_functions)
@@ -77,11 +77,11 @@ class NotCompiled:
         """Return nothing: no hook looks at launches."""
 
 
-def _meta(kind: str) -> dict[str, object]:
+def _meta(kind: str, swizzle: int) -> dict[str, object]:
     """What a compiler may say about a descriptor, such as tensordesc<bf16[128,64]>."""
     dtype, block = kind.removeprefix("tensordesc<").rstrip(">]").split("[")
     return {
-        "swizzle": 3, "elem_size": 4 if dtype.endswith("32") else 2, "elem_type": len(dtype),
+        "swizzle": swizzle, "elem_size": 4 if dtype.endswith("32") else 2, "elem_type": len(dtype),
         "block_size": [int(size) for size in block.split(",")], "fp4_padded": False,
     }  # fmt: skip
 

@@ -215,6 +215,60 @@ def test_the_output_is_no_view_and_takes_writes(served):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("keep", ["inner", "output", "recompute"])
+def test_frozen_columns_and_biases(keep, served, by_python):
+    """Parts of a layer that do not train, each with what it leaves out of a backward."""
+    x, weight, bias, A, B, lora_bias = (
+        torch.randn(*shape) for shape in ((9, 16), (24, 16), (24,), (4, 16), (24, 4), (24,))
+    )
+    norm = lorafast.functional.row_norm(weight, A, B)
+    magnitude = norm * 1.5
+    trained = {"A": A, "B": B, "magnitude": magnitude}
+
+    def grads():
+        for tensor in trained.values():
+            tensor.requires_grad_().grad = None
+        y = lorafast.linear(
+            x, weight, bias, A, B, None, magnitude, norm,
+            lora_bias=lora_bias, scaling=0.5, keep=keep, frozen_columns=3,
+        )  # fmt: skip
+        y.square().sum().backward()
+        return {"y": y.detach(), **{name: tensor.grad for name, tensor in trained.items()}}
+
+    ours = grads()
+    assert served == [True]
+    assert not ours["B"][:, :3].any()
+    assert ours["B"][:, 3:].all()
+    by_python()
+    assert_same_bits(ours, grads())
+
+
+def test_a_gain_without_a_norm_is_zero(served, by_python):
+    layer = lora(adapter=lorafast.DoRA(r=4))
+    with torch.no_grad():
+        layer.weight[2] = layer.lora_B[2] = 0
+    x = torch.randn(9, 16)
+    ours = step(layer, x)
+    assert served == [True]
+    assert torch.equal(ours["y"][:, 2], layer.bias[2].expand(9))
+    assert all(value.isfinite().all() for value in ours.values())
+    by_python()
+    assert_same_bits(ours, step(layer, x))
+
+
+def test_plans_are_those_of_their_own_problem(served):
+    """Problems that differ in one size alone."""
+    x = torch.randn(6, 300)
+    for r in (4, 300):
+        layer = lorafast.Linear(300, 300, adapter=lorafast.LoRA(r=r))
+        torch.nn.init.normal_(layer.lora_B)
+        delta = layer.lora_B.double() @ layer.lora_A.double() * layer.adapter.scaling
+        wanted = x.double() @ (layer.weight.double() + delta).T + layer.bias.double()
+        torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-4, atol=1e-3)
+    # A rank of 300 is beyond the kernels.
+    assert served == [True, False]
+
+
 def test_several_thousand_lengths_do_not_fill_memory(served):
     layer = lora(K=2, N=2)
     with torch.no_grad():

@@ -95,6 +95,16 @@ def test_an_output_modified_in_place(dropped, keep, served):
     assert served == [True]
 
 
+def test_an_output_modified_where_hooks_keep_it(served):
+    """Nothing else knows of the write: the output is gone, and under hooks torch checks nothing."""
+    layer = lora(adapter=lorafast.DoRA(r=4, keep="output"))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        loss = layer(torch.randn(5, 16, requires_grad=True)).mul_(2).sum()
+    with pytest.raises(RuntimeError, match="its output was modified"):
+        loss.backward()
+    assert served == [True]
+
+
 def test_a_second_backward_and_second_derivatives_are_refused(served):
     layer, x = lora(), torch.randn(5, 16, requires_grad=True)
     y = layer(x)

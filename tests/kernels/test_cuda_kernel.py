@@ -68,6 +68,7 @@ def test_an_empty_grid_launches_nothing(kernel, cuda):
         (0, (1, 65536), OverflowError, "size 1 of the grid is 65536"),
         (0, (-1,), OverflowError, "size 0 of the grid is -1"),
         (1, 3, TypeError, "argument 0 has to be a tensor or None, not int"),
+        (1, torch.zeros(1, device="meta"), ValueError, "argument 0 is on meta"),
         (2, torch.zeros(1, device="meta"), ValueError, "argument 1 is on meta"),
         (3, 2.0, TypeError, "argument 2 has to be an int of at most 64 bits, not float"),
         (3, 2**70, TypeError, "argument 2 has to be an int of at most 64 bits"),
