@@ -18,7 +18,12 @@ from lorafast.runtime import symlinks
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Whatever csrc holds today, the next file of its kind travels with the package.
-SOURCES = ("csrc/cpu/one_more.cpp", "csrc/cpu/one_more.h")
+SOURCES = (
+    "csrc/cpu/one_more.cpp",
+    "csrc/cpu/one_more.h",
+    "csrc/cuda/one_more.cu",
+    "csrc/cuda/one_more.cuh",
+)
 
 
 @pytest.fixture

@@ -155,8 +155,12 @@ class Machine(AsyncUnits):
             return self.params[number]
         raise Fault(f"no tensor map: {what}")
 
-    def shuffled(self, how: str, value: np.ndarray, by: np.ndarray) -> np.ndarray:
+    def shuffled(
+        self, how: str, value: np.ndarray, by: np.ndarray, clamp: np.ndarray
+    ) -> np.ndarray:
         """Return what shfl reads of other lanes."""
+        if (clamp != 31).any():
+            raise NotImplementedError("shfl among a part of a warp")
         lane = {"bfly": self.laneid ^ by, "idx": self.laneid * np.uint32(0) + by}[how]
         return value[(np.arange(self.T) & ~31) + (lane & np.uint32(31))]
 

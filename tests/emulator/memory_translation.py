@@ -13,12 +13,12 @@ class MemoryInstructions(Operands):
 
     def _shfl(self, instruction, parts, args, guard) -> None:
         target, _, flag = args[0].partition("|")
-        if flag or args[3] != "31":
-            raise NotImplementedError(instruction.text)
         self.call("together", "m", self.note(instruction))
-        by = self.value(args[2], "b32")
-        value = f"S.shuffled('{parts[2]}', {self.register(args[1])}, {by})"
+        by, clamp = (self.value(arg, "b32") for arg in args[2:4])
+        value = f"S.shuffled('{parts[2]}', {self.register(args[1])}, {by}, {clamp})"
         self.put(target, value, "b32", guard)
+        if flag:  # no lane reads beyond its warp
+            self.put(flag, "S.all", "pred", guard)
 
     def _elect(self, instruction, parts, args, guard) -> None:
         self.call("together", "m", self.note(instruction))

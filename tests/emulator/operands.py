@@ -80,6 +80,10 @@ class Operands:
             return f"S.{special[3] or special[1]}{axis}"
         if text == "global_smem":
             return self.constant(np.uint32(BASE))
+        if text in self.program.variables:
+            return self.constant(
+                np.dtype(f"u{bits // 8}").type(BASE + self.program.variables[text])
+            )
         if text in self.params:
             return f"S.address({self.params[text]})"
         return self.constant(_literal(text, letter, bits))

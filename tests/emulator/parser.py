@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 BITS = {"p": 1, "b16": 16, "b32": 32, "b64": 64}
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\{", re.S)
+_VARIABLE = re.compile(r"\.shared \.align (\d+) \.b(\d+) ([\w$]+)\[(\d+)\];")
 _LABEL = re.compile(r"([\w$]+):(?!:)")
 
 
@@ -45,7 +46,8 @@ class Program:
     """One kernel.
 
     params: (name, bits, True for a tensor map) in order. registers: the kind of each by its name.
-    blocks: in scheduling order, the entry first.
+    blocks: in scheduling order, the entry first. variables: the offsets of those in shared memory
+    that are declared with a size, by name. static: the bytes that they take together.
     """
 
     name: str
@@ -53,10 +55,12 @@ class Program:
     registers: dict[str, str]
     blocks: list[Block]
     threads: int
+    variables: dict[str, int]
+    static: int
 
 
 def parse(text: str) -> Program:
-    """Return the one kernel of a module that Triton compiled."""
+    """Return the one kernel of a module that Triton or nvcc compiled."""
     text = re.sub(r"//[^\n]*", "", text)
     text = re.sub(r"^[ \t]*\.(loc|file|section)\b[^\n]*$", "", text, flags=re.M)
     entry = _ENTRY.search(text)
@@ -69,7 +73,18 @@ def parse(text: str) -> Program:
         registers,
         _blocks(statements),
         threads,
+        *_variables(text),
     )
+
+
+def _variables(text: str) -> tuple[dict[str, int], int]:
+    """Return the shared variables' offsets, and the bytes that they take."""
+    offsets, end = {}, 0
+    for alignment, bits, name, count in _VARIABLE.findall(text):
+        end = -(-end // int(alignment)) * int(alignment)
+        offsets[name] = end
+        end += int(count) * int(bits) // 8
+    return offsets, end
 
 
 def split_operands(text: str) -> list[str]:

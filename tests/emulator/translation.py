@@ -172,6 +172,12 @@ class Translator(MemoryInstructions):
         value = f"{top} >> {number}({bits - length})" if length else "S.full(u4(0))"
         self.put(args[0], value, parts[-1], guard)
 
+    def _bfi(self, instruction, parts, args, guard) -> None:
+        start, length = int(args[3], 0), int(args[4], 0)
+        mask = self.constant(np.uint32(((1 << length) - 1) << start & 0xFFFFFFFF))
+        a, b = (self.value(arg, "b32") for arg in args[1:3])
+        self.put(args[0], f"({a} << u4({start})) & {mask} | {b} & ~{mask}", "b32", guard)
+
     def _prmt(self, instruction, parts, args, guard) -> None:
         values = ", ".join(f"S.full({self.value(arg, 'b32')})" for arg in args[1:])
         self.put(args[0], f"permuted({values})", "b32", guard)

@@ -194,8 +194,9 @@ def of_kernel(
 ) -> Figures:  # fmt: skip
     """Return the figures of a compiled kernel.
 
-    files: its .ptx and .cubin. elements: those of the large operand in a step of the loop, or in
-    the whole kernel if not in_loop. programs: of the grid, for each multiprocessor.
+    files: its .cubin, and its .ptx if it may have wgmma. elements: those of the large operand in a
+    step of the loop, or in the whole kernel if not in_loop. programs: of the grid, for each
+    multiprocessor.
     """
     said = _run("cuobjdump", "-sass", "--dump-resource-usage", files[".cubin"])
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
@@ -216,7 +217,7 @@ def of_kernel(
         bytes_in_flight=in_flight * threads * min(blocks, programs) if in_loop else None,
         single_buffered=bool(copied) and groups == 0 and begin > SOON,
         late_loads=sum(one.bytes for one in register_loads if not one.carried and one.ahead < LATE),
-        serialized="C7515" in _remarks(files[".ptx"], capability),
+        serialized=".ptx" in files and "C7515" in _remarks(files[".ptx"], capability),
         barriers=sum(one.op == "BAR" for one in step),
     )
 

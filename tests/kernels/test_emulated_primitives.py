@@ -9,13 +9,13 @@ import itertools
 import pytest
 import torch
 from emulator.process import in_emulator
+from helpers.against_eager import assert_as_exact_as_eager
 from helpers.dropout_masks import SEEDS
 from helpers.emulated_device import emulated
 from helpers.integer_problems import CHECKS, HALF, assert_rounded_once, exact_drop, whole_numbers
-from helpers.triton_interpreter import SEED, within_twice
+from helpers.triton_interpreter import SEED
 
 from lorafast.engine import philox
-from lorafast.engine.backends import eager
 from lorafast.engine.backends import triton as backend
 from lorafast.engine.kernels.low_rank_add import low_rank_add
 from lorafast.engine.kernels.scale_cast import scale_cast
@@ -153,32 +153,11 @@ def test_dropped_elements_are_those_of_philox(capability, dtype, seed, p):
         assert_rounded_once(dropped, kept)
 
 
-def widened(operand):
-    """Return an operand, a list or a tuple of them, in float64."""
-    if isinstance(operand, torch.Tensor):
-        return operand.double() if operand.is_floating_point() else operand
-    if isinstance(operand, tuple) and hasattr(operand, "_fields"):
-        return type(operand)(*map(widened, operand))
-    return list(map(widened, operand)) if isinstance(operand, list) else operand
-
-
-def tensors_in(result):
-    """Return the tensors of a result, from left to right."""
-    if isinstance(result, torch.Tensor):
-        return [result]
-    nested = result if isinstance(result, list | tuple) else []
-    return list(itertools.chain.from_iterable(map(tensors_in, nested)))
-
-
 def check_against_eager(primitive, capability, dtype, *operands):
     """Check the error rule for every result of a primitive."""
     with emulated(capability):
-        found = tensors_in(getattr(backend, primitive)(*operands))
-    stock = tensors_in(getattr(eager, primitive)(*operands))
-    truth = tensors_in(getattr(eager, primitive)(*widened(list(operands))))
-    assert len(found) == len(truth)
-    for one, other, true in zip(found, stock, truth, strict=True):
-        within_twice([one], [other], [true], dtype)
+        found = getattr(backend, primitive)(*operands)
+    assert_as_exact_as_eager(found, primitive, dtype, *operands)
 
 
 def normal(*shape, dtype=torch.float32):

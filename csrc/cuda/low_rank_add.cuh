@@ -1,0 +1,171 @@
+// low_rank_add: y = gain⊙(y + h' Fᵀ) + bias, and dx = (dx if it is added to) + mask⊙(v F).
+//
+// A warp computes 32 rows, and in a step of its loop 32 columns. The tensor cores leave two
+// neighbours of each of four tiles of columns in a lane; which columns a tile has is free, so that
+// these are eight neighbours of a row: one load, one call of Philox, one store. What is added to in
+// the next step is on its way meanwhile. The factors of the rows stay in registers.
+#pragma once
+#include "mma.cuh"
+#include "philox.cuh"
+
+namespace lorafast {
+
+constexpr int LOW_RANK_ADD_WARPS = 4;
+
+// What becomes of the product. Absent gain or bias: null. Both are fp32, and 16 bytes aligned.
+struct Epilogue {
+  const float *gain, *bias;
+};
+
+// BLOCKS of sixteen ranks are multiplied at once; with MANY, several times.
+template <class T, int BLOCKS, bool MANY, bool DROPS, bool ADDS, bool GAINS, bool KEEPS,
+          bool ALIGNED>
+struct LowRankAdd {
+  const T* h;  // [M,R] dense rows, R a multiple of four, rows aligned to four numbers
+  const T* F;  // [N,·] rows 16 bytes aligned, zeros up to multiples of 32 rows and 16·BLOCKS ranks
+  T *out, *inner;
+  int64 h_down, F_down, M;
+  int N, R, passes;
+  float scale;
+  Epilogue epilogue;
+
+  int64 first_row;
+  // Moved on from step to step, like those of project. place: of the first step's numbers in out.
+  const T* F_at;
+  T *out_at, *out_ahead;
+  int64 place[4];
+  uint64 counter[4];
+  RowFragment<T> rows[2][BLOCKS];
+  float sum[2][4][4];
+
+  DEVICE int64 row(int i) const { return first_row + 8 * i; }
+
+  // Sixteen ranks of a lane are four neighbours.
+  DEVICE void load_rows(int first_rank) {
+    const int c = threadIdx.x & 3;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      const int rank = first_rank + 16 * b + 4 * c;
+      Neighbours<T, 4> one[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        load_wide<false>(one[i], h + least(row(i), M - 1) * h_down + least(rank, R - 4));
+#pragma unroll
+        for (int n = 0; n < Neighbours<T, 4>::WORDS; ++n)
+          one[i].word[n] = rank < R ? one[i].word[n] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) rows[i][b] = row_fragment(one[2 * i], one[2 * i + 1], 0);
+    }
+  }
+
+  DEVICE void multiply_ranks(int first_rank) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const T* from = F_at + 2 * j * F_down + first_rank;
+#pragma unroll
+      for (int b = 0; b < BLOCKS; ++b) {
+        Neighbours<T, 4> factor;
+        load_wide<false>(factor, from + 16 * b);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) multiply(sum[i][j], rows[i][b], column_fragment(factor, 0));
+      }
+    }
+    if (!MANY) F_at += 32 * F_down;
+  }
+
+  // No branch stands in a step but around stores: the compiler computes keys anew behind each.
+  DEVICE void load(Eight<T> (&before)[4], int column) {
+    // Columns beyond N are the last ones again, and are not stored.
+    const int own = column + 8 * (threadIdx.x & 3), beyond = ALIGNED ? own + 8 - N : 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      load_written<ALIGNED>(before[i], out_ahead + place[i] - (beyond > 0 ? beyond : 0), N - own);
+    out_ahead += 32;
+  }
+
+  DEVICE void step(const Eight<T> (&before)[4], int column, const Dropout& dropout) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) sum[i / 16][i / 4 % 4][i % 4] = 0;
+    if constexpr (MANY) {
+#pragma unroll 1
+      for (int pass = 0; pass < passes; ++pass) {
+        load_rows(16 * BLOCKS * pass);
+        multiply_ranks(16 * BLOCKS * pass);
+      }
+      F_at += 32 * F_down;
+    } else {
+      multiply_ranks(0);
+    }
+    const int own = column + 8 * (threadIdx.x & 3);
+    float gain[8], bias[8];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      gain[n] = 1;
+      bias[n] = 0;
+    }
+    if (GAINS && epilogue.gain) load_numbers(gain, epilogue.gain, own);
+    if (GAINS && epilogue.bias) load_numbers(bias, epilogue.bias, own);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) finish_row(i, own, before[i], gain, bias, dropout);
+    out_at += 32;
+    inner += 32;
+  }
+
+  DEVICE void finish_row(int i, int own, const Eight<T>& before, const float (&gain)[8],
+                         const float (&bias)[8], const Dropout& dropout) {
+    uint32 word[4];
+    if (DROPS) dropout.words(word, counter[i]);
+    counter[i] += 4;
+    float value[8];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float product = sum[i / 2][n / 2][i % 2 * 2 + n % 2];
+      const float start = ADDS ? before[n] : 0.0f;
+      const float total = start + product * scale;
+      value[n] = !DROPS || dropout.keeps(word, n) ? total : start;
+    }
+    const int inside = row(i) < M ? N - own : 0;
+    if (KEEPS) store_eight<ALIGNED>(inner + place[i], rounded_eight<T>(value), inside);
+    if (GAINS) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) value[n] = value[n] * gain[n] + bias[n];
+    }
+    store_eight<ALIGNED>(out_at + place[i], rounded_eight<T>(value), inside);
+  }
+
+  DEVICE void load_numbers(float (&to)[8], const float* from, int own) const {
+    Eight<float> numbers;
+    if (!ALIGNED || own < N) load_eight<ALIGNED, false>(numbers, from + own, 1, N - own);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) to[n] = numbers[n];
+  }
+
+  DEVICE void run(int column, int steps, const Dropout& dropout) {
+    const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
+    const int end = least(column + 32 * steps, N);
+    if (!MANY) load_rows(0);
+    out_at = out_ahead = out;
+    F_at = F + int64(column + g / 2 * 8 + g % 2) * F_down + 4 * c;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64 own = least(row(i), M - 1);
+      place[i] = pinned(own * N + column + 8 * c);
+      counter[i] = uint64(own * dropout.groups + (column + 8 * c) / 8);
+    }
+    Eight<T> even[4], odd[4];
+    if (ADDS && column < end) load(even, column);
+#pragma unroll 1
+    while (column < end) {
+      if (ADDS && column + 32 < end) load(odd, column + 32);
+      step(even, column, dropout);
+      column += 32;
+      if (column >= end) break;
+      if (ADDS && column + 32 < end) load(even, column + 32);
+      step(odd, column, dropout);
+      column += 32;
+    }
+  }
+};
+
+}  // namespace lorafast

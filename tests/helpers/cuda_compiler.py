@@ -1,0 +1,135 @@
+"""Forms of the CUDA kernels in csrc/cuda, compiled by nvcc, which needs no GPU."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+DTYPES = ("bf16", "fp16", "fp32")
+DROPS, ALIGNED = 1, 2
+ARCHS = (80, 90, 100, 120)
+_folder = functools.cache(lambda: tempfile.TemporaryDirectory(prefix="lorafast-cuda-"))
+
+
+class Form(NamedTuple):
+    """One compilation of one kernel; csrc/cuda/form.cuh says what each field is."""
+
+    stem: str
+    dtype: str
+    tiles: int = 2
+    flags: int = 0
+    tf32: bool = False
+
+    @property
+    def options(self) -> list[str]:
+        """What nvcc is given."""
+        values = {"DTYPE": DTYPES.index(self.dtype), "TILES": self.tiles, "FLAGS": self.flags}
+        values["TF32"] = int(self.tf32)
+        return [f"-DLORAFAST_{name}={value}" for name, value in values.items()]
+
+
+class Usage(NamedTuple):
+    """What ptxas says of a form: registers of a thread, bytes of its stack, bytes that spill."""
+
+    registers: int
+    stack: int
+    spills: int
+
+
+# The kernels: the tiles that they are compiled for, and the names of their flags.
+KERNELS = {
+    "project": ((1, 2, 4, 8, 16), ("drops", "aligned", "parts")),
+    "project_finish": ((1, 2, 4, 8, 16), ()),
+    "grad_project": ((1, 2, 4, 8), ("drops", "aligned")),
+    "grad_output": ((1, 2, 4), ("u", "aligned", "P", "sums", "dot")),
+    "grad_output_finish": ((2,), ()),
+    "low_rank_add": ((2, 4, 8, 16), ("drops", "aligned", "adds", "gains", "keeps")),
+    "row_norm": ((2, 4, 8, 16), ("by row", "aligned")),
+    "sum_parts": ((2,), ("root",)),
+    "drop": ((2,), ("", "aligned", "accumulates")),
+    "scale": ((2,), ("", "aligned")),
+}
+NO_PRODUCT = ("grad_output_finish", "sum_parts", "drop", "scale")
+
+
+def forms(stem: str, dtype: str) -> list[Form]:
+    """Return every form of a kernel in a dtype."""
+    tiles, flags = KERNELS[stem]
+    sums = itertools.product(*((0, 1 << i) if name else (0,) for i, name in enumerate(flags)))
+    every = [Form(stem, dtype, *one) for one in itertools.product(tiles, map(sum, sums))]
+    return [form for form in every if _is_used(form)]
+
+
+def _is_used(form: Form) -> bool:
+    """True unless no launch has the flags of a form, or its tiles beside them."""
+    if form.stem == "grad_project":
+        return form.tiles <= 4 or bool(form.flags & ALIGNED)
+    if form.stem == "grad_output":
+        # Σ dy⊙kept goes with Σ dy; u with something else, and with at most sixteen ranks.
+        asked = form.flags & ~ALIGNED
+        tiles = (1, 2, 4) if asked & 5 == 4 else (1, 2) if asked & 4 else (2,)
+        return asked & 28 in (4, 8, 12, 24, 28) and form.tiles in tiles
+    if form.stem == "low_rank_add":
+        # dx is written or added to; of y only what is added to has a gain, and z beside it.
+        return form.flags & ~ALIGNED in (1, 1 + 4, 4, 4 + 8, 4 + 8 + 16)
+    return True
+
+
+def skip_without_nvcc() -> None:
+    """Skip the test where nvcc is missing."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+
+
+@functools.cache
+def ptx(form: Form, capability: int) -> str:
+    """Return the PTX of a form."""
+    return _ptx_file(form, capability).read_text()
+
+
+def cubin(form: Form, capability: int) -> Path:
+    """Return the file of a form's machine code."""
+    return _cubin_file(form, capability)[0]
+
+
+def usage(form: Form, capability: int) -> Usage:
+    """Return what a form takes."""
+    said = _cubin_file(form, capability)[1]
+    registers, stack, *spills = (
+        sum(map(int, re.findall(rf"(\d+) {what}", said)))
+        for what in ("registers", "bytes stack frame", "bytes spill stores", "bytes spill loads")
+    )
+    return Usage(registers, stack, sum(spills))
+
+
+@functools.cache
+def _ptx_file(form: Form, capability: int) -> Path:
+    target = Path(_folder().name, "-".join(map(str, (*form, capability))) + ".ptx")
+    _nvcc("-ptx", capability, "-std=c++17", *form.options, SOURCES / f"{form.stem}.cu", target)
+    return target
+
+
+@functools.cache
+def _cubin_file(form: Form, capability: int) -> tuple[Path, str]:
+    """Return the file of machine code, and what ptxas says of it."""
+    source = _ptx_file(form, capability)
+    target = source.with_suffix(".cubin")
+    return target, _nvcc("-cubin", capability, "-Xptxas=-v", source, target)
+
+
+def _nvcc(kind: str, capability: int, *options: str | Path) -> str:
+    """Compile; the last option is the file to write. Return what nvcc says."""
+    skip_without_nvcc()
+    command = ["nvcc", kind, f"-arch=sm_{capability}", *options[:-1], "-o", options[-1]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr

@@ -1,0 +1,247 @@
+"""The CUDA kernels as nvcc compiles them for sm_80 and sm_90, on the emulator."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import cuda_grad_output
+from helpers import cuda_launches as backend
+from helpers.against_eager import assert_as_exact_as_eager
+from helpers.cuda_compiler import skip_without_nvcc
+from helpers.dropout_masks import ROWS, SEEDS
+from helpers.integer_problems import (
+    CHECKS,
+    HALF,
+    assert_rounded_once,
+    exact_drop,
+    exact_gains,
+    whole_numbers,
+)
+from helpers.triton_interpreter import SEED, within_twice
+
+from lorafast.engine import philox
+from lorafast.engine.problem import DownProj, LowRankTerm, UpProjGradSpec
+
+BF16, FP16 = torch.bfloat16, torch.float16
+TARGETS = [(90, BF16), (80, BF16), (90, FP16), (80, FP16)]
+PRIMITIVES = {
+    "project": backend,
+    "grad_project": backend,
+    "grad_output": cuda_grad_output,
+    "row_norm": backend,
+}
+# M, N, K, R, how operands lie, and the splits of a sum. No row of 17 or 33 elements is aligned.
+SHAPES = [
+    ((20, 36, 70, 17), "contiguous", 1),
+    ((70, 130, 257, 12), "sliced", 3),
+    ((5, 17, 33, 3), "transposed", 1),
+    ((33, 72, 264, 100), "contiguous", 2),
+    ((70, 40, 200, 16), "apart", 2),
+    ((33, 96, 72, 250), "contiguous", 1),
+]
+EMPTY = [(0, 3, 4, 2), (3, 0, 4, 2), (1, 1, 1, 1)]
+
+
+@pytest.fixture(autouse=True)
+def compiler():
+    """Nothing of this file runs without nvcc."""
+    skip_without_nvcc()
+
+
+def slow_but(first, *cases):
+    """Return parameters of which only the first case is not slow."""
+    return [first, *(pytest.param(*case, marks=pytest.mark.slow) for case in cases)]
+
+
+def some_shapes(*primitives):
+    """Yield a target, a primitive and a shape: in bf16 two shapes of each, in fp16 one."""
+    for i, (target, *primitive) in enumerate(itertools.product(TARGETS, *primitives)):
+        for shape in SHAPES[i % 3 :: 3] if target[1] == BF16 else [SHAPES[i % 6]]:
+            yield (*target, *primitive, *shape)
+
+
+QUICK = (90, BF16, "project", *SHAPES[2])
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "primitive", "shape", "layout", "splits"),
+    slow_but(QUICK, *some_shapes(PRIMITIVES)),
+)
+def test_whole_numbers_are_exact(capability, dtype, primitive, shape, layout, splits):
+    with backend.emulating(capability, splits):
+        CHECKS[primitive](PRIMITIVES[primitive], dtype, torch.float32, *shape, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+def test_no_tokens_no_outputs_and_one_of_each(capability, dtype):
+    with backend.emulating(capability, 2):
+        for primitive, shape in itertools.product(PRIMITIVES, EMPTY):
+            CHECKS[primitive](PRIMITIVES[primitive], dtype, torch.float32, *shape, "sliced")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "shape", "layout", "splits"), list(some_shapes()))
+def test_low_rank_add(capability, dtype, shape, layout, splits):
+    """dx with a mask, added to or written; without one; and y with gain, bias, both and z."""
+    M, N, _, R = shape
+    h, F = whole_numbers(M, R, dtype, layout, 3), whole_numbers(N, R, torch.float32, layout, 3)
+    before, product = whole_numbers(M, N, dtype), h.double() @ F.double().t()
+    for p, adds in ((HALF, True), (HALF, False), (0.0, True)):
+        out = before.clone() if adds else torch.empty(M, N, dtype=dtype)
+        with backend.emulating(capability, splits):
+            backend.low_rank_add(out, h, F, SEED, p, adds)
+        exact = exact_drop(product, p) * philox.scale(p) + adds * before.double()
+        assert_rounded_once(out, exact)
+    gain, bias = exact_gains(N), torch.randint(-15, 16, (N,)).to(dtype)
+    for own_gain, own_bias in ((gain, bias), (None, bias), (gain, None)):
+        out, inner = before.clone(), torch.empty(M, N, dtype=dtype)
+        with backend.emulating(capability, splits):
+            backend.low_rank_add(
+                out, h, F, scaling=torch.tensor(2.5), gain=own_gain, bias=own_bias, inner=inner
+            )
+        z = before.double() + 2.5 * product
+        assert_rounded_once(inner, z)
+        exact = z if own_gain is None else z * own_gain.double()
+        assert_rounded_once(out, exact if own_bias is None else exact + own_bias.double())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "dtype", "seed", "p"),
+    [
+        (*target, seed, p)
+        for target, seed, p in zip(TARGETS, SEEDS, (0.05, 0.3, 0.9, 0.0001), strict=True)
+    ],
+)
+def test_dropped_elements_are_those_of_philox(capability, dtype, seed, p):
+    """Every kernel that drops is shown the mask itself: products with ones and unit vectors."""
+    seed = torch.tensor([seed])
+    for M, K in ((1, 72), (63, 130), (70, 257)):
+        kept = philox.keep_mask(seed, p, slice(0, M), K).float() * torch.tensor(philox.scale(p))
+        x, columns = torch.ones(M, K, dtype=dtype), torch.arange(0, K, -(-K // 64))
+        A = torch.nn.functional.one_hot(columns, K).float()
+        rows = torch.arange(0, M, -(-M // 64))
+        one_row = torch.nn.functional.one_hot(rows, M).t().to(dtype)
+        with backend.emulating(capability, 2):
+            ((h, h_core),) = backend.project(x, [DownProj(A, torch.ones(len(A)), seed, p)])
+            (dA,) = backend.grad_project(x, [LowRankTerm(one_row, torch.empty(64, K), seed, p)])
+            dropped, out = backend.drop(x, seed, p), torch.empty(M, K, dtype=dtype)
+            backend.low_rank_add(out, x[:, :1], torch.ones(K, 1), seed, p, False)
+            added = torch.ones(M, K, dtype=dtype)
+            backend.low_rank_add(added, x[:, :1], torch.ones(K, 1), seed, p)
+        assert_rounded_once(out, kept)
+        assert_rounded_once(added, 1 + kept.double())
+        assert_rounded_once(h, kept[:, columns])
+        assert_rounded_once(h_core, kept[:, columns])
+        assert_rounded_once(dA, kept[rows])
+        assert_rounded_once(dropped, kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed"])
+def test_drop_of_late_rows_and_in_place(capability, dtype, layout):
+    for (first_row, K), p in zip(ROWS, (0.05, 0.5, 0.9, 1 / 65536, 0.3, 0.01), strict=True):
+        x, seed = whole_numbers(5, K, dtype, layout), torch.tensor([2**63 - 2])
+        kept = philox.keep_mask(seed, p, slice(first_row, first_row + 5), K)
+        x.masked_fill_(~kept, torch.nan)
+        part = whole_numbers(5, K, torch.float32, layout)
+        dropped, added = torch.empty(5, K, dtype=dtype), torch.ones(5, K, dtype=dtype)
+        with backend.emulating(capability):
+            backend.drop_into(dropped, x, seed, p, first_row)
+            backend.drop_into(added, part, seed, p, first_row, scaled=False, accumulate=True)
+        assert torch.equal(dropped, torch.where(kept, x * philox.scale(p), 0.0).to(dtype))
+        assert torch.equal(added, (1 + torch.where(kept, part, 0.0)).to(dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype"), TARGETS)
+def test_scale(capability, dtype):
+    row_scale = torch.tensor([1.0, 0.5, -2.0, 0.0])[torch.arange(70) % 4]
+    column_scale = torch.tensor([2.0, -1.0, 0.25])[torch.arange(40) % 3].to(dtype)
+    for factor, layout, scaling, rows, width in (
+        (torch.float32, "sliced", 2.5, 72, 48),
+        (dtype, "transposed", torch.tensor(1.75), 70, 40),
+        (dtype, "contiguous", 3.0, 70, 40),
+        (torch.float32, "apart", 1.0, 70, 41),
+    ):
+        F = whole_numbers(70, 40, factor, layout)
+        for down, right in ((None, None), (row_scale, None), (row_scale, column_scale)):
+            with backend.emulating(capability):
+                out = backend.scale(F, dtype, rows, width, scaling, down, right)
+            exact = F.double() * float(scaling)
+            exact = exact if down is None else exact * down.double()[:, None]
+            exact = exact if right is None else exact * right.double()
+            assert_rounded_once(out[:70, :40], exact, dtype)
+            assert not out[70:].any()
+            assert not out[:, 40:].any()
+
+
+def normal(*shape, dtype=torch.float32):
+    """Return normal numbers, aligned and contiguous."""
+    return torch.randn(shape).to(dtype)
+
+
+RANKS = [(90, BF16, R) for R in (8, 16, 32, 64, 128, 256)]
+RANKS += [(80, BF16, 16), (80, BF16, 128), (90, FP16, 16), (80, FP16, 64)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "R"), RANKS)
+def test_project_in_several_steps(capability, dtype, R):
+    for M, K, p, splits in ((80, 784, 0.3, 1), (48, 1040, 0.0, 2)):
+        down = DownProj(normal(R, K) / K**0.5, None, SEED if p else None, p)
+        x = normal(M, K, dtype=dtype)
+        with backend.emulating(capability, splits):
+            found = backend.project(x, [down])
+        assert_as_exact_as_eager(found, "project", dtype, x, [down])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "R"), RANKS)
+def test_grad_project_in_several_steps(capability, dtype, R):
+    M, K = 344, 144
+    for p in (0.0, 0.3):
+        term = LowRankTerm(normal(M, R, dtype=dtype), normal(R, K), SEED if p else None, p)
+        x = normal(M, K, dtype=dtype)
+        with backend.emulating(capability, 1 + (p > 0)):
+            found = backend.grad_project(x, [term])
+        assert_as_exact_as_eager(found, "grad_project", dtype, x, [term])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "R"), RANKS)
+def test_row_norm_in_several_steps(capability, dtype, R):
+    N, K = 144, 336
+    W = normal(N, K, dtype=dtype) / K**0.5
+    A, B = normal(R, K) / K**0.5, normal(N, R) / R**0.5 * 0.2
+    for axis in ("out", "in"):
+        with backend.emulating(capability, 2):
+            found = backend.row_norm(W, A, B, 1.0, axis)
+        assert_as_exact_as_eager(found, "row_norm", dtype, W, A, B, 1.0, axis)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "R"), RANKS)
+def test_low_rank_add_in_several_steps(capability, dtype, R):
+    M, N = 136, 272
+    y, h, B = (normal(*shape, dtype=dtype) for shape in ((M, N), (M, R), (N, R)))
+    gain, found = torch.rand(N) + 0.5, y.clone()
+    with backend.emulating(capability):
+        backend.low_rank_add(found, h, B.float(), gain=gain)
+    stock = ((y + h @ B.t()) * gain).to(dtype)
+    truth = (y.double() + h.double() @ B.double().t()) * gain.double()
+    within_twice([found], [stock], [truth], dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "R"), RANKS)
+def test_grad_output_in_several_steps(capability, dtype, R):
+    M, N = 152, 328
+    dy, kept, h = (normal(M, width, dtype=dtype) for width in (N, N, R))
+    for want_v, beside, bias in ((True, None, False), (True, kept, True), (False, kept, True)):
+        spec = UpProjGradSpec(normal(N, R) / R**0.5, h=h, want_v=want_v, want_B=True)
+        with backend.emulating(capability, 1 + want_v):
+            found = cuda_grad_output.grad_output(dy, [spec], None, beside, bias)
+        assert_as_exact_as_eager(found, "grad_output", dtype, dy, [spec], None, beside, bias)
