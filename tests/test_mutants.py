@@ -18,6 +18,7 @@ FOLDERS = (
     "lorafast/functional.py",
     "kernels/",
     "csrc/cpu/",
+    "csrc/cuda/",
     "csrc/host/",
     "csrc/launch/",
 )

@@ -1,6 +1,7 @@
 // out [M,K] = (out if ACCUMULATES) + mask⊙x·scale, rounded once; rows from first_row on of an
 // activation. Grid (⌈M·⌈K/8⌉/256⌉), 256 threads: eight neighbours each, one call of Philox.
 // LORAFAST_DTYPE is that of x and out, whose rows are dense.
+//
 // Flags: 2 ALIGNED: x has unit `right`, rows of x and out are 16 bytes aligned, K is a multiple of
 // eight; 4 ACCUMULATES: out is read, and x is fp32.
 #include "form.cuh"

@@ -22,8 +22,10 @@ namespace lorafast {
 
 using Number = TypeOf<LORAFAST_DTYPE>::type;
 constexpr int FORM_TILES = LORAFAST_TILES;
+// The tiles of ranks that low_rank_add and row_norm multiply at once, for want of registers.
+constexpr int MOST_TILES = sizeof(Number) == 4 ? 4 : 8;
 
 // True if the form has a flag.
-constexpr bool has(int flag) { return (LORAFAST_FLAGS & flag) != 0; }
+__host__ __device__ constexpr bool has(int flag) { return (LORAFAST_FLAGS & flag) != 0; }
 
 }  // namespace lorafast

@@ -1,6 +1,7 @@
-// out fp32 [splits,R,K] = scale·vᵀ drop(x), one part for each split of the tokens.
-// Grid (⌈K/64⌉, splits, ⌈R/(8·TILES)⌉), 128 threads. v [M,R] has dense rows; with C = min(TILES,
-// 8), R is a multiple of C, and rows are aligned to C numbers, or to 16 bytes if those are more.
+// out fp32 [splits,R,K] = scale·vᵀ drop(x), one part for each split of the tokens. Grid (⌈K/64⌉,
+// splits, ⌈R/(8·TILES)⌉), 128 threads. v [M,R] has dense rows; with C = min(TILES, 8), R is a
+// multiple of C, and rows are aligned to C numbers, or to 16 bytes if those are more.
+//
 // Flags: 1 x is dropped; 2 ALIGNED: x has unit `right`, rows 16 bytes aligned, K a multiple of 8.
 #include "form.cuh"
 #include "grad_project.cuh"

@@ -1,17 +1,18 @@
-// out [M,N] = gain⊙((out if ADDS) + mask⊙(h Fᵀ)·scale) + bias, rounded once.
-// Grid (⌈M/128⌉, splits of the columns), 128 threads; a block takes `steps` times 32 columns. TILES
-// are 2, 4 and 8, and 16 for any more ranks, of which 64 are multiplied at once. out and inner are
-// dense. Flags: 1 DROPS, by the mask of [M,N]; 2 ALIGNED: N is a multiple of eight, out, inner,
-// gain and bias are 16 bytes aligned; 4 ADDS; 8 GAINS: gain and bias, fp32 [N], either of which may
-// be null; 16 KEEPS: inner receives what gain and bias are applied to.
+// out [M,N] = gain⊙((out if ADDS) + mask⊙(h Fᵀ)·scale) + bias, rounded once. Grid (⌈M/128⌉, splits
+// of the columns), 128 threads; a block takes `steps` times 32 columns. TILES are 2, 4 and 8, and
+// 16 for any more ranks, of which 64 are multiplied at once. out and inner are dense.
+//
+// Flags: 1 DROPS, by the mask of [M,N]; 2 ALIGNED: N is a multiple of eight, out, inner, gain and
+// bias are 16 bytes aligned; 4 ADDS; 8 GAINS: gain and bias, fp32 [N], either of which may be null;
+// 16 KEEPS: inner receives what gain and bias are applied to.
 #include "form.cuh"
 #include "low_rank_add.cuh"
 
 using namespace lorafast;
 
 constexpr bool DROPS = has(1), ALIGNED = has(2), ADDS = has(4), GAINS = has(8), KEEPS = has(16);
-constexpr bool MANY = FORM_TILES > 8;
-constexpr int BLOCKS = MANY ? 4 : (FORM_TILES + 1) / 2;
+constexpr bool MANY = FORM_TILES > MOST_TILES;
+constexpr int BLOCKS = (MANY ? MOST_TILES : FORM_TILES + 1) / 2;
 
 LORAFAST_ENTRY(32 * LOW_RANK_ADD_WARPS, FORM_TILES <= 2 && sizeof(Number) == 2 ? 3 : 1)
 low_rank_add(const Number* h, const Number* F, const int64* seed, const float* gain,

@@ -1,8 +1,9 @@
 // out [rows,width] = s·row_scale⊙F·column_scale, rounded once, zeros beyond F [F_rows,F_columns].
 // Grid (⌈rows·⌈width/8⌉/256⌉), 256 threads: eight neighbours each. LORAFAST_DTYPE is out's, whose
-// rows are dense; F's and the scales' are parameters, and an absent scale counts as 1. Flags: 2
-// ALIGNED: F has out's dtype and unit `right`, rows of both are 16 bytes aligned, and F_columns and
-// width are equal and a multiple of eight. LORAFAST_TF32: out is rounded to tf32.
+// rows are dense; F's and the scales' are parameters, and an absent scale counts as 1.
+//
+// Flags: 2 ALIGNED: F has out's dtype and unit `right`, rows of both are 16 bytes aligned, and
+// F_columns and width are equal and a multiple of eight. LORAFAST_TF32: out is rounded to tf32.
 #include "form.cuh"
 
 using namespace lorafast;

@@ -1,5 +1,5 @@
-// out fp32 [n] = scale·Σ parts fp32 [splits,n], added in order; its root with flag 1.
-// Grid (⌈n/256⌉), 256 threads.
+// out fp32 [n] = scale·Σ parts fp32 [splits,n], added in order; its root with flag 1. Grid
+// (⌈n/256⌉), 256 threads.
 #include "form.cuh"
 
 using namespace lorafast;

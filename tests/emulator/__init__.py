@@ -1,7 +1,8 @@
 """Runs Triton kernels as compiled for sm_80 and sm_90, without a GPU.
 
 Triton's PTX is executed in numpy on CPU tensors. Triton's own launcher stays in charge, so that
-specialization, alignment hints, descriptors and grids are the real ones.
+specialization, alignment hints, descriptors and grids are the real ones. nvcc's PTX, with static
+shared memory, is launched by `helpers/cuda_launches.py`.
 
     with driver.emulating(90):
         kernel[grid](x, y, ...)

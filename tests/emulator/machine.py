@@ -156,10 +156,10 @@ class Machine(AsyncUnits):
         raise Fault(f"no tensor map: {what}")
 
     def shuffled(
-        self, how: str, value: np.ndarray, by: np.ndarray, clamp: np.ndarray
+        self, how: str, value: np.ndarray, by: np.ndarray, clamp: np.ndarray, m: np.ndarray | None
     ) -> np.ndarray:
         """Return what shfl reads of other lanes."""
-        if (clamp != 31).any():
+        if (self.full(clamp)[self.lanes(m)] != 31).any():
             raise NotImplementedError("shfl among a part of a warp")
         lane = {"bfly": self.laneid ^ by, "idx": self.laneid * np.uint32(0) + by}[how]
         return value[(np.arange(self.T) & ~31) + (lane & np.uint32(31))]

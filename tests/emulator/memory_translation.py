@@ -15,7 +15,7 @@ class MemoryInstructions(Operands):
         target, _, flag = args[0].partition("|")
         self.call("together", "m", self.note(instruction))
         by, clamp = (self.value(arg, "b32") for arg in args[2:4])
-        value = f"S.shuffled('{parts[2]}', {self.register(args[1])}, {by}, {clamp})"
+        value = f"S.shuffled('{parts[2]}', {self.register(args[1])}, {by}, {clamp}, m)"
         self.put(target, value, "b32", guard)
         if flag:  # no lane reads beyond its warp
             self.put(flag, "S.all", "pred", guard)

@@ -62,25 +62,30 @@ NO_PRODUCT = ("grad_output_finish", "sum_parts", "drop", "scale")
 
 
 def forms(stem: str, dtype: str) -> list[Form]:
-    """Return every form of a kernel in a dtype."""
+    """Return every form of a kernel in a dtype, or in tf32."""
     tiles, flags = KERNELS[stem]
     sums = itertools.product(*((0, 1 << i) if name else (0,) for i, name in enumerate(flags)))
-    every = [Form(stem, dtype, *one) for one in itertools.product(tiles, map(sum, sums))]
+    own, tf32 = dtype.replace("tf", "fp"), dtype == "tf32"
+    every = [Form(stem, own, *one, tf32) for one in itertools.product(tiles, map(sum, sums))]
     return [form for form in every if _is_used(form)]
 
 
 def _is_used(form: Form) -> bool:
     """True unless no launch has the flags of a form, or its tiles beside them."""
+    wide, asked = form.dtype == "fp32", form.flags & ~ALIGNED
+    if form.stem == "project":
+        return not wide or form.tiles <= 8
     if form.stem == "grad_project":
-        return form.tiles <= 4 or bool(form.flags & ALIGNED)
+        return form.tiles <= 4 or (bool(form.flags & ALIGNED) and not wide)
     if form.stem == "grad_output":
-        # Σ dy⊙kept goes with Σ dy; u with something else, and with at most sixteen ranks.
-        asked = form.flags & ~ALIGNED
-        tiles = (1, 2, 4) if asked & 5 == 4 else (1, 2) if asked & 4 else (2,)
-        return asked & 28 in (4, 8, 12, 24, 28) and form.tiles in tiles
+        # u goes with P, at most sixteen ranks and aligned rows; Σ dy⊙kept with Σ dy, in fp32 alone.
+        with_u = (1, 2) if form.flags & ALIGNED else ()
+        tiles = {0: (2,), 4: (1, 2, 4), 5: with_u}.get(asked & 5, ())
+        sums = (0, 8) if wide and asked & 5 else (0, 8, 24)
+        return form.tiles in tiles and asked & 24 in sums and asked != 0
     if form.stem == "low_rank_add":
         # dx is written or added to; of y only what is added to has a gain, and z beside it.
-        return form.flags & ~ALIGNED in (1, 1 + 4, 4, 4 + 8, 4 + 8 + 16)
+        return asked in (1, 1 + 4, 4, 4 + 8, 4 + 8 + 16)
     return True
 
 

@@ -10,8 +10,8 @@ import torch
 from helpers import cuda_launches
 from helpers.cuda_compiler import ALIGNED, Form
 from helpers.cuda_launches import (
-    NAMES,
     dtype_number,
+    form_of,
     is_aligned,
     launch,
     scale,
@@ -61,13 +61,19 @@ def _pass(dy2, spec, gain, kept2, requested):
     h = apply_core(spec.h, spec.core)[:, skipped:] if needs_P else None
     live, R = 0 if h is None else h.shape[1], spec.B.shape[1]
     streams_P = 0 < live <= P_RANKS
-    one_pass = needs_u and max(R, live) <= U_RANKS and bool(live or requested)
+    aligned = is_aligned(dy2, *([kept2] if requested == 2 else []))
+    one_pass = needs_u and max(R, live) <= U_RANKS and live > 0 and aligned
     core = None if spec.core is None else spec.core.t()
     u_parts = P_parts = parts = None
+    if requested == 2 and dtype == torch.float32:
+        # Beside u and P there are no registers for it.
+        *_, parts = _stream(dy2, kept2, None, None, requested)
+        requested = 0
     if one_pass or streams_P or requested:
-        u_parts, P_parts, parts = _stream(
+        u_parts, P_parts, own_parts = _stream(
             dy2, kept2, F if one_pass else None, h if streams_P else None, requested
         )
+        parts = own_parts if requested else parts
     if live > P_RANKS:
         P_parts = sum_over_tokens(dy2, h)[None]
     u = v = None
@@ -115,7 +121,7 @@ def _stream(dy2, kept2, F, h, requested):
     flags = (u is not None) + aligned * ALIGNED + 4 * (P is not None)
     flags += (0, 8, 8 + 16)[requested]
     launch(
-        Form("grad_output", NAMES[dy2.dtype], tiles, flags), (ceil_div(N, 256), splits),
+        form_of("grad_output", dy2.dtype, tiles, flags), (ceil_div(N, 256), splits),
         dy2, kept2 if requested == 2 else None, h, F, u, P, sums, M, *dy2.stride(),
         *((0, 0) if requested < 2 else kept2.stride()), 0 if h is None else h.stride(0),
         0 if F is None else F.stride(0), ceil_div(ceil_div(M, 16), splits), N, u_ranks, h_ranks,
@@ -133,7 +139,7 @@ def _finish_P(parts, spec, gain, skipped):
     tensor = spec.scaling if isinstance(spec.scaling, torch.Tensor) else None
     optional = (gain, spec.out_scale, spec.B, tensor)
     # The parts may be some rows of wider ones.
-    width = parts.stride(0) // N if len(parts) else 0
+    width = parts.stride(0) // max(N, 1) if len(parts) else 0
     launch(
         Form("grad_output_finish", "fp32"), (ceil_div(N, 32),),
         parts, *optional, dB, d_out_scale, *spec.B.stride(), N, R, width, skipped,

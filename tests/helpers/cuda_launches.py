@@ -23,21 +23,29 @@ from lorafast.engine.row_blocks import flatten_tokens
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TILES = (1, 2, 4, 8, 16)
-_capability = 90
+_capability, _tf32 = 90, False
 # The splits of a sum, of which a launcher takes as many as fill its GPU.
 splits = 1
 
 
 @contextlib.contextmanager
-def emulating(capability: int, split: int = 1) -> Iterator[None]:
-    """Return a context in which kernels are compiled for a capability, and sums are split."""
-    global _capability, splits
-    before = _capability, splits
-    _capability, splits = capability, split
+def emulating(capability: int, split: int = 1, tf32: bool = False) -> Iterator[None]:
+    """Return a context in which kernels are compiled for a capability, and sums are split.
+
+    tf32: fp32 is multiplied in tf32.
+    """
+    global _capability, _tf32, splits
+    before = _capability, _tf32, splits
+    _capability, _tf32, splits = capability, tf32, split
     try:
         yield
     finally:
-        _capability, splits = before
+        _capability, _tf32, splits = before
+
+
+def form_of(stem: str, dtype: torch.dtype, tiles: int = 2, flags: int = 0) -> Form:
+    """Return the form that a launch takes."""
+    return Form(stem, NAMES[dtype], tiles, flags, _tf32 and dtype == torch.float32)
 
 
 @functools.cache
@@ -164,7 +172,7 @@ def project_one(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return h and h' of one down projection in dtype, which is x's if not given."""
     (M, K), R, dtype = x2.shape, down.A.shape[0], dtype or x2.dtype
-    tiles, core = tiles_of(R), down.core
+    tiles, core = min(tiles_of(R), 16 if x2.itemsize < 4 else 8), down.core
     blocks = ceil_div(R, 8 * tiles)
     A = factor_of(down.A, x2.dtype, blocks * 8 * tiles, up_to(K, 8))
     groups, threshold, factor = dropout(K, down.p)
@@ -174,7 +182,7 @@ def project_one(
     flags = (down.p > 0) * DROPS + is_aligned(x2) * ALIGNED + parts * 4
     own_core = None if parts else core
     launch(
-        Form("project", NAMES[x2.dtype], tiles, flags),
+        form_of("project", x2.dtype, tiles, flags),
         (ceil_div(M, 32 if tiles <= 4 else 16), splits, blocks),
         x2, A, down.seed if down.p else None, out, h_core, own_core, M, *x2.stride(), A.stride(0),
         *core_strides(own_core), groups, K, R, ceil_div(ceil_div(K, 32), splits), threshold,
@@ -205,7 +213,7 @@ def finish(
     h = torch.empty(M, R, dtype=dtype)
     h_core = None if own_core is None else torch.empty_like(h)
     launch(
-        Form("project_finish", NAMES[dtype], tiles), (ceil_div(M, 16), ceil_div(R, 8 * tiles)),
+        form_of("project_finish", dtype, tiles), (ceil_div(M, 16), ceil_div(R, 8 * tiles)),
         parts, h, h_core, own_core, M, *core_strides(own_core), R, R, count, factor,
         0 if own_core is None else core.dim(), dtype_number(own_core),
     )  # fmt: skip
@@ -239,13 +247,13 @@ def sum_over_tokens(
     if v.dtype != x2.dtype and x2.dtype == torch.float16:
         v, inverse = scaled_to_fp16(v)
     (M, K), R, aligned = x2.shape, v.shape[1], is_aligned(x2)
-    tiles = min(tiles_of(R), 8 if aligned else 4)
+    tiles = min(tiles_of(R), 8 if aligned and x2.itemsize < 4 else 4)
     v = token_factor(v, x2.dtype, tiles)
     ranks = v.shape[1]
     groups, threshold, factor = dropout(K, p)
     out = torch.empty(splits, ranks, K)
     launch(
-        Form("grad_project", NAMES[x2.dtype], tiles, (p > 0) * DROPS + aligned * ALIGNED),
+        form_of("grad_project", x2.dtype, tiles, (p > 0) * DROPS + aligned * ALIGNED),
         (ceil_div(K, 64), splits, ceil_div(ranks, 8 * tiles)),
         x2, v, seed if p else None, out, M, *x2.stride(), v.stride(0), groups,
         ceil_div(ceil_div(M, 16), splits), K, ranks, threshold, 1.0 if splits > 1 else factor,
@@ -293,7 +301,7 @@ def low_rank_add(
     flags = (p > 0) * DROPS + aligned * ALIGNED + 4 * accumulate + 8 * gains
     groups, threshold, times = dropout(N, p)
     launch(
-        Form("low_rank_add", NAMES[out.dtype], tiles, flags + 16 * (inner is not None)),
+        form_of("low_rank_add", out.dtype, tiles, flags + 16 * (inner is not None)),
         (ceil_div(M, 128), splits),
         h, F, seed if p else None, gain, bias, out, inner, M, h.stride(0), F.stride(0), groups, N,
         h.shape[1], ceil_div(ceil_div(N, 32), splits), threshold, times,
@@ -311,12 +319,13 @@ def row_norm(
     (N, K), R, by_row = weight.shape, A.shape[0], axis == "out"
     tiles = max(2, tiles_of(R))
     width, wide = up_to(R, min(8 * tiles, 64)), torch.float32
-    rows = scale(B, wide, up_to(N, 32), width, scaling, tf32=True)
-    columns = scale(A.t(), wide, up_to(K, 32), width, tf32=True)
+    rounds = _tf32 or weight.itemsize < 4
+    rows = scale(B, wide, up_to(N, 32), width, scaling, tf32=rounds)
+    columns = scale(A.t(), wide, up_to(K, 32), width, tf32=rounds)
     length, along = (N, K) if by_row else (K, N)
     squares = torch.empty(splits, length)
     launch(
-        Form("row_norm", NAMES[weight.dtype], tiles, by_row + is_aligned(weight) * ALIGNED),
+        form_of("row_norm", weight.dtype, tiles, by_row + is_aligned(weight) * ALIGNED),
         (ceil_div(length, 128), splits),
         weight, rows, columns, squares, *weight.stride(), rows.stride(0), columns.stride(0),
         N, K, R, ceil_div(ceil_div(along, 32), splits),

@@ -16,7 +16,8 @@ from helpers.cuda_compiler import (
 )
 
 # fp16 has the forms of bf16, and differs in the type of an operand only.
-CASES = [("bf16", capability) for capability in ARCHS] + [("fp16", 90)]
+CASES = [("bf16", capability) for capability in ARCHS]
+CASES += [("fp16", 90), ("fp32", 80), ("fp32", 90), ("tf32", 90)]
 
 
 def test_every_kernel_is_in_the_table():
@@ -36,7 +37,7 @@ def test_every_form_compiles_without_spills(dtype, capability, stem):
 
 
 def check(form, capability):
-    """Assert that a form has no stack and no atomics, and multiplies on tensor cores if at all."""
+    """Assert that a form has no stack and no atomics, and uses tensor cores where it multiplies."""
     used = cuda_compiler.usage(form, capability)
     assert used.registers > 0, (form, used)
     assert used.stack == used.spills == 0, (form, used)
@@ -44,7 +45,8 @@ def check(form, capability):
     assert not re.search(r"\b(atom|red)\.|\.local\b", text), form
     # A full core of more than 64 ranks is multiplied by project.
     no_product = form.stem in NO_PRODUCT or (form.stem == "project_finish" and form.tiles > 8)
-    assert ("mma.sync" in text) != no_product, form
+    exact = form.dtype == "fp32" and not form.tf32
+    assert ("mma.sync" in text) != (no_product or exact), form
 
 
 def test_nothing_of_the_host_is_included():

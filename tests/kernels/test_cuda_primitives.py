@@ -22,8 +22,9 @@ from helpers.triton_interpreter import SEED, within_twice
 from lorafast.engine import philox
 from lorafast.engine.problem import DownProj, LowRankTerm, UpProjGradSpec
 
-BF16, FP16 = torch.bfloat16, torch.float16
-TARGETS = [(90, BF16), (80, BF16), (90, FP16), (80, FP16)]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+HALVES = [(90, BF16), (80, BF16), (90, FP16), (80, FP16)]
+TARGETS = [*HALVES, (90, FP32), (80, FP32)]
 PRIMITIVES = {
     "project": backend,
     "grad_project": backend,
@@ -54,7 +55,7 @@ def slow_but(first, *cases):
 
 
 def some_shapes(*primitives):
-    """Yield a target, a primitive and a shape: in bf16 two shapes of each, in fp16 one."""
+    """Yield a target, a primitive and a shape: in bf16 two shapes of each, else one."""
     for i, (target, *primitive) in enumerate(itertools.product(TARGETS, *primitives)):
         for shape in SHAPES[i % 3 :: 3] if target[1] == BF16 else [SHAPES[i % 6]]:
             yield (*target, *primitive, *shape)
@@ -70,6 +71,17 @@ QUICK = (90, BF16, "project", *SHAPES[2])
 def test_whole_numbers_are_exact(capability, dtype, primitive, shape, layout, splits):
     with backend.emulating(capability, splits):
         CHECKS[primitive](PRIMITIVES[primitive], dtype, torch.float32, *shape, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_whole_numbers_in_tf32(capability):
+    """They are few enough for its ten bits."""
+    for (primitive, where), (shape, layout, splits) in zip(
+        PRIMITIVES.items(), SHAPES, strict=False
+    ):
+        with backend.emulating(capability, splits, tf32=True):
+            CHECKS[primitive](where, FP32, FP32, *shape, layout)
 
 
 @pytest.mark.slow
@@ -111,7 +123,9 @@ def test_low_rank_add(capability, dtype, shape, layout, splits):
     ("capability", "dtype", "seed", "p"),
     [
         (*target, seed, p)
-        for target, seed, p in zip(TARGETS, SEEDS, (0.05, 0.3, 0.9, 0.0001), strict=True)
+        for target, seed, p in zip(
+            TARGETS, (*SEEDS, 9, 2**40), (0.05, 0.3, 0.9, 0.0001, 0.5, 0.05), strict=True
+        )
     ],
 )
 def test_dropped_elements_are_those_of_philox(capability, dtype, seed, p):
@@ -184,7 +198,7 @@ def normal(*shape, dtype=torch.float32):
 
 
 RANKS = [(90, BF16, R) for R in (8, 16, 32, 64, 128, 256)]
-RANKS += [(80, BF16, 16), (80, BF16, 128), (90, FP16, 16), (80, FP16, 64)]
+RANKS += [(80, BF16, 16), (80, BF16, 128), (90, FP16, 16), (80, FP16, 64), (90, FP32, 16)]
 
 
 @pytest.mark.slow
