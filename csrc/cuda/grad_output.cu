@@ -6,7 +6,8 @@
 // kernels: project and grad_project.
 //
 // Flags: 1 U, with P, ALIGNED and at most 16 ranks; 2 ALIGNED: dy and kept have unit `right`, rows
-// 16 bytes aligned, N a multiple of eight; 4 P; 8 SUMS: Σ dy; 16 DOT: Σ dy⊙kept.
+// 16 bytes aligned, N a multiple of eight; 4 P; 8 SUMS: Σ dy; 16 DOT: Σ dy⊙kept, with SUMS, and
+// with P only if ALIGNED and not in fp32.
 #include "form.cuh"
 #include "grad_output.cuh"
 

@@ -78,10 +78,11 @@ def _is_used(form: Form) -> bool:
     if form.stem == "grad_project":
         return form.tiles <= 4 or (bool(form.flags & ALIGNED) and not wide)
     if form.stem == "grad_output":
-        # u goes with P, at most sixteen ranks and aligned rows; Σ dy⊙kept with Σ dy, in fp32 alone.
-        with_u = (1, 2) if form.flags & ALIGNED else ()
-        tiles = {0: (2,), 4: (1, 2, 4), 5: with_u}.get(asked & 5, ())
-        sums = (0, 8) if wide and asked & 5 else (0, 8, 24)
+        # u goes with P, at most sixteen ranks and aligned rows; Σ dy⊙kept with Σ dy, and with P
+        # where rows are aligned and not fp32.
+        aligned = bool(form.flags & ALIGNED)
+        tiles = {0: (2,), 4: (1, 2, 4), 5: (1, 2) if aligned else ()}.get(asked & 5, ())
+        sums = (0, 8, 24) if asked & 5 == 0 or (aligned and not wide) else (0, 8)
         return form.tiles in tiles and asked & 24 in sums and asked != 0
     if form.stem == "low_rank_add":
         # dx is written or added to; of y only what is added to has a gain, and z beside it.

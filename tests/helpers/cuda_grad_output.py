@@ -61,12 +61,11 @@ def _pass(dy2, spec, gain, kept2, requested):
     h = apply_core(spec.h, spec.core)[:, skipped:] if needs_P else None
     live, R = 0 if h is None else h.shape[1], spec.B.shape[1]
     streams_P = 0 < live <= P_RANKS
-    aligned = is_aligned(dy2, *([kept2] if requested == 2 else []))
-    one_pass = needs_u and max(R, live) <= U_RANKS and live > 0 and aligned
+    one_pass = needs_u and max(R, live) <= U_RANKS and live > 0 and is_aligned(dy2)
     core = None if spec.core is None else spec.core.t()
     u_parts = P_parts = parts = None
-    if requested == 2 and dtype == torch.float32:
-        # Beside u and P there are no registers for it.
+    if requested == 2 and (dtype == torch.float32 or not is_aligned(dy2, kept2)):
+        # Beside u and P there are no registers for Σ dy⊙kept.
         *_, parts = _stream(dy2, kept2, None, None, requested)
         requested = 0
     if one_pass or streams_P or requested:
