@@ -18,10 +18,10 @@ from lorafast.runtime import devices, env, fallback, symlinks
 from lorafast.runtime.fallback import Provisional, Remediable
 
 if TYPE_CHECKING:
-    from lorafast.engine.backends import cpu, eager, triton
+    from lorafast.engine.backends import cpu, cuda, eager, triton
 
     # A module is a backend if it has the functions of the protocol, which the type checker checks.
-    _BACKENDS: tuple[Backend, ...] = (eager, cpu, triton)
+    _BACKENDS: tuple[Backend, ...] = (eager, cpu, cuda, triton)
 
 # Fastest first. A backend is a file in backends/; one that is missing or fails to load is a reason.
 ORDER = ("cuda", "triton", "cpu", "eager")

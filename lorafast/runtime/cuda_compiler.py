@@ -109,8 +109,7 @@ def _by_nvrtc(
     if made:
         raise Failure(f"{name} fails: {_meaning(library, made)}")
     try:
-        # constexpr functions without __device__ are for the host alone otherwise, unlike nvcc's.
-        given = [f"--gpu-architecture={architecture}", _STANDARD, "-default-device", *options]
+        given = [f"--gpu-architecture={architecture}", _STANDARD, *options]
         refused = library.nvrtcCompileProgram(
             program, len(given), _texts([option.encode() for option in given])
         )
@@ -159,7 +158,8 @@ def _nvcc_name(program: str) -> str:
 def _by_nvcc(program: str, source: Path, architecture: str, options: Sequence[str]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="lorafast-cuda-") as folder:
         made = Path(folder) / "form.cubin"
-        words = ["-cubin", f"-arch={architecture}", _STANDARD, *options, source.name, "-o", made]
+        words = ["-cubin", f"-arch={architecture}", _STANDARD, *options, source.name]
+        words += ["-o", str(made)]
         # From its folder, because nvcc takes the path apart as a shell does.
         done = subprocess.run([program, *words], cwd=source.parent, capture_output=True, text=True)
         if done.returncode:

@@ -27,6 +27,11 @@ class Arch(NamedTuple):
     multiprocessors: int = 0
     model: str = ""
 
+    @property
+    def words(self) -> str:
+        """Vendor and name, once where they are the same."""
+        return self.vendor if self.name == self.vendor else f"{self.vendor} {self.name}"
+
 
 class StandIn(NamedTuple):
     """What meta tensors stand for while a step on a GPU is modelled (engine.step_model).

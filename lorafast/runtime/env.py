@@ -18,8 +18,8 @@ class Variable(NamedTuple):
 BACKEND = Variable(
     "LORAFAST_BACKEND",
     "auto",
-    "`auto` tries the backends in order and may fall back; a name (`eager`, `cpu`, `triton`) "
-    "forces that one, which raises with every reason if it cannot",
+    "`auto` tries the backends in order and may fall back; a name (`eager`, `cpu`, `triton`, "
+    "`cuda`) forces that one, which raises with every reason if it cannot",
 )
 LOG = Variable(
     "LORAFAST_LOG",

@@ -61,10 +61,12 @@ class NotCompiled:
     def __init__(self, fn, signature, constants, options, cuda: Cuda):
         self.src = SimpleNamespace(fn=fn, signature=signature, constants=constants)
         kinds = [kind for kind in signature.values() if kind.startswith("tensordesc")]
+        # Kernels differ in what they say about the same descriptor.
+        swizzle = (options.num_warps + options.num_stages) % 4
         self.metadata = SimpleNamespace(
             num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0,
             profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False,
-            tensordesc_meta=[_meta(kind, options.num_warps % 4) for kind in kinds],
+            tensordesc_meta=[_meta(kind, swizzle) for kind in kinds],
         )  # fmt: skip
         self.packed_metadata = (options.num_warps, 1, 1024 * options.num_stages)
         self.function = next(_functions)

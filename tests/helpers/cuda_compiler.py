@@ -12,29 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-DTYPES = ("bf16", "fp16", "fp32")
-DROPS, ALIGNED = 1, 2
+from lorafast.engine.cuda_forms import ALIGNED, SOURCES, Form
+
 ARCHS = (80, 90, 100, 120)
 _folder = functools.cache(lambda: tempfile.TemporaryDirectory(prefix="lorafast-cuda-"))
-
-
-class Form(NamedTuple):
-    """One compilation of one kernel; csrc/cuda/form.cuh says what each field is."""
-
-    stem: str
-    dtype: str
-    tiles: int = 2
-    flags: int = 0
-    tf32: bool = False
-
-    @property
-    def options(self) -> list[str]:
-        """What nvcc is given."""
-        values = {"DTYPE": DTYPES.index(self.dtype), "TILES": self.tiles, "FLAGS": self.flags}
-        values["TF32"] = int(self.tf32)
-        return [f"-DLORAFAST_{name}={value}" for name, value in values.items()]
 
 
 class Usage(NamedTuple):
@@ -61,18 +44,18 @@ KERNELS = {
 NO_PRODUCT = ("grad_output_finish", "sum_parts", "drop", "scale")
 
 
-def forms(stem: str, dtype: str) -> list[Form]:
+@functools.cache
+def forms(stem: str, dtype: torch.dtype, tf32: bool = False) -> list[Form]:
     """Return every form of a kernel in a dtype, or in tf32."""
     tiles, flags = KERNELS[stem]
     sums = itertools.product(*((0, 1 << i) if name else (0,) for i, name in enumerate(flags)))
-    own, tf32 = dtype.replace("tf", "fp"), dtype == "tf32"
-    every = [Form(stem, own, *one, tf32) for one in itertools.product(tiles, map(sum, sums))]
+    every = [Form(stem, dtype, *one, tf32) for one in itertools.product(tiles, map(sum, sums))]
     return [form for form in every if _is_used(form)]
 
 
 def _is_used(form: Form) -> bool:
     """True unless no launch has the flags of a form, or its tiles beside them."""
-    wide, asked = form.dtype == "fp32", form.flags & ~ALIGNED
+    wide, asked = form.dtype == torch.float32, form.flags & ~ALIGNED
     if form.stem == "project":
         return not wide or form.tiles <= 8
     if form.stem == "grad_project":

@@ -3,36 +3,45 @@
 import re
 
 import pytest
+import torch
 from helpers import cuda_compiler
 from helpers.cuda_compiler import (
-    ALIGNED,
     ARCHS,
-    DROPS,
     KERNELS,
     NO_PRODUCT,
-    SOURCES,
-    Form,
     forms,
 )
 
+from lorafast.engine import cuda_forms
+from lorafast.engine.cuda_forms import ALIGNED, DROPS, SOURCES, Form
+from lorafast.runtime import cuda_compiler as cuda_compiler_of_users
+from lorafast.runtime.toolchain import Failure
+
 # fp16 has the forms of bf16, and differs in the type of an operand only.
-CASES = [("bf16", capability) for capability in ARCHS]
-CASES += [("fp16", 90), ("fp32", 80), ("fp32", 90), ("tf32", 90)]
+CASES = [(torch.bfloat16, False, capability) for capability in ARCHS]
+CASES += [(torch.float16, False, 90), (torch.float32, False, 80), (torch.float32, False, 90)]
+CASES += [(torch.float32, True, 90)]
 
 
 def test_every_kernel_is_in_the_table():
-    assert {path.stem for path in SOURCES.glob("*.cu")} == set(KERNELS)
+    assert {path.stem for path in SOURCES.glob("*.cu")} == set(KERNELS) == set(cuda_forms.KERNELS)
+
+
+def test_the_tables_threads_are_those_of_the_kernels():
+    for stem, kernel in cuda_forms.KERNELS.items():
+        text = cuda_compiler.ptx(Form(stem, torch.float32), 90)
+        assert int(re.search(r"\.maxntid (\d+)", text).group(1)) == kernel.threads, stem
 
 
 def test_a_form_compiles_without_spills():
-    check(Form("project", "bf16", 2, DROPS + ALIGNED), 90)
+    check(Form("project", torch.bfloat16, 2, DROPS + ALIGNED), 90)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stem", KERNELS)
-@pytest.mark.parametrize(("dtype", "capability"), CASES)
-def test_every_form_compiles_without_spills(dtype, capability, stem):
-    for form in forms(stem, dtype):
+@pytest.mark.parametrize(("dtype", "tf32", "capability"), CASES)
+def test_every_form_compiles_without_spills(dtype, tf32, capability, stem):
+    for form in forms(stem, dtype, tf32):
         check(form, capability)
 
 
@@ -45,7 +54,7 @@ def check(form, capability):
     assert not re.search(r"\b(atom|red)\.|\.local\b", text), form
     # A full core of more than 64 ranks is multiplied by project.
     no_product = form.stem in NO_PRODUCT or (form.stem == "project_finish" and form.tiles > 8)
-    exact = form.dtype == "fp32" and not form.tf32
+    exact = form.dtype == torch.float32 and not form.tf32
     assert ("mma.sync" in text) != (no_product or exact), form
 
 
@@ -53,3 +62,13 @@ def test_nothing_of_the_host_is_included():
     """NVRTC has no headers of the host, nor those of the toolkit."""
     for path in [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")]:
         assert "#include <" not in path.read_text(), path.name
+
+
+@pytest.mark.parametrize("stem", KERNELS)
+def test_nvrtc_compiles_every_kernel(stem):
+    try:
+        nvrtc = cuda_compiler_of_users._nvrtc()
+    except Failure as why:
+        pytest.skip(str(why))
+    form = forms(stem, torch.bfloat16)[-1]
+    assert nvrtc.compile(SOURCES / f"{stem}.cu", "sm_90", form.options)[:4] == b"\x7fELF"

@@ -4,11 +4,10 @@ import itertools
 
 import pytest
 import torch
-from helpers import cuda_grad_output
-from helpers import cuda_launches as backend
 from helpers.against_eager import assert_as_exact_as_eager
 from helpers.cuda_compiler import skip_without_nvcc
 from helpers.dropout_masks import ROWS, SEEDS
+from helpers.emulated_cuda import emulating
 from helpers.integer_problems import (
     CHECKS,
     HALF,
@@ -19,18 +18,14 @@ from helpers.integer_problems import (
 )
 from helpers.triton_interpreter import SEED, within_twice
 
-from lorafast.engine import philox
+from lorafast.engine import cuda_kernels, philox
+from lorafast.engine.backends import cuda as backend
 from lorafast.engine.problem import DownProj, LowRankTerm, UpProjGradSpec
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HALVES = [(90, BF16), (80, BF16), (90, FP16), (80, FP16)]
 TARGETS = [*HALVES, (90, FP32), (80, FP32)]
-PRIMITIVES = {
-    "project": backend,
-    "grad_project": backend,
-    "grad_output": cuda_grad_output,
-    "row_norm": backend,
-}
+PRIMITIVES = ("project", "grad_project", "grad_output", "row_norm")
 # M, N, K, R, how operands lie, and the splits of a sum. No row of 17 or 33 elements is aligned.
 SHAPES = [
     ((20, 36, 70, 17), "contiguous", 1),
@@ -69,27 +64,25 @@ QUICK = (90, BF16, "project", *SHAPES[2])
     slow_but(QUICK, *some_shapes(PRIMITIVES)),
 )
 def test_whole_numbers_are_exact(capability, dtype, primitive, shape, layout, splits):
-    with backend.emulating(capability, splits):
-        CHECKS[primitive](PRIMITIVES[primitive], dtype, torch.float32, *shape, layout)
+    with emulating(capability, splits):
+        CHECKS[primitive](backend, dtype, torch.float32, *shape, layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_whole_numbers_in_tf32(capability):
     """They are few enough for its ten bits."""
-    for (primitive, where), (shape, layout, splits) in zip(
-        PRIMITIVES.items(), SHAPES, strict=False
-    ):
-        with backend.emulating(capability, splits, tf32=True):
-            CHECKS[primitive](where, FP32, FP32, *shape, layout)
+    for primitive, (shape, layout, splits) in zip(PRIMITIVES, SHAPES, strict=False):
+        with emulating(capability, splits, tf32=True):
+            CHECKS[primitive](backend, FP32, FP32, *shape, layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)
 def test_no_tokens_no_outputs_and_one_of_each(capability, dtype):
-    with backend.emulating(capability, 2):
+    with emulating(capability, 2):
         for primitive, shape in itertools.product(PRIMITIVES, EMPTY):
-            CHECKS[primitive](PRIMITIVES[primitive], dtype, torch.float32, *shape, "sliced")
+            CHECKS[primitive](backend, dtype, torch.float32, *shape, "sliced")
 
 
 @pytest.mark.slow
@@ -101,15 +94,15 @@ def test_low_rank_add(capability, dtype, shape, layout, splits):
     before, product = whole_numbers(M, N, dtype), h.double() @ F.double().t()
     for p, adds in ((HALF, True), (HALF, False), (0.0, True)):
         out = before.clone() if adds else torch.empty(M, N, dtype=dtype)
-        with backend.emulating(capability, splits):
-            backend.low_rank_add(out, h, F, SEED, p, adds)
+        with emulating(capability, splits):
+            cuda_kernels.low_rank_add(out, h, F, SEED, p, adds)
         exact = exact_drop(product, p) * philox.scale(p) + adds * before.double()
         assert_rounded_once(out, exact)
     gain, bias = exact_gains(N), torch.randint(-15, 16, (N,)).to(dtype)
     for own_gain, own_bias in ((gain, bias), (None, bias), (gain, None)):
         out, inner = before.clone(), torch.empty(M, N, dtype=dtype)
-        with backend.emulating(capability, splits):
-            backend.low_rank_add(
+        with emulating(capability, splits):
+            cuda_kernels.low_rank_add(
                 out, h, F, scaling=torch.tensor(2.5), gain=own_gain, bias=own_bias, inner=inner
             )
         z = before.double() + 2.5 * product
@@ -137,13 +130,13 @@ def test_dropped_elements_are_those_of_philox(capability, dtype, seed, p):
         A = torch.nn.functional.one_hot(columns, K).float()
         rows = torch.arange(0, M, -(-M // 64))
         one_row = torch.nn.functional.one_hot(rows, M).t().to(dtype)
-        with backend.emulating(capability, 2):
+        with emulating(capability, 2):
             ((h, h_core),) = backend.project(x, [DownProj(A, torch.ones(len(A)), seed, p)])
             (dA,) = backend.grad_project(x, [LowRankTerm(one_row, torch.empty(64, K), seed, p)])
             dropped, out = backend.drop(x, seed, p), torch.empty(M, K, dtype=dtype)
-            backend.low_rank_add(out, x[:, :1], torch.ones(K, 1), seed, p, False)
+            cuda_kernels.low_rank_add(out, x[:, :1], torch.ones(K, 1), seed, p, False)
             added = torch.ones(M, K, dtype=dtype)
-            backend.low_rank_add(added, x[:, :1], torch.ones(K, 1), seed, p)
+            cuda_kernels.low_rank_add(added, x[:, :1], torch.ones(K, 1), seed, p)
         assert_rounded_once(out, kept)
         assert_rounded_once(added, 1 + kept.double())
         assert_rounded_once(h, kept[:, columns])
@@ -162,9 +155,9 @@ def test_drop_of_late_rows_and_in_place(capability, dtype, layout):
         x.masked_fill_(~kept, torch.nan)
         part = whole_numbers(5, K, torch.float32, layout)
         dropped, added = torch.empty(5, K, dtype=dtype), torch.ones(5, K, dtype=dtype)
-        with backend.emulating(capability):
-            backend.drop_into(dropped, x, seed, p, first_row)
-            backend.drop_into(added, part, seed, p, first_row, scaled=False, accumulate=True)
+        with emulating(capability):
+            cuda_kernels.drop_into(dropped, x, seed, p, first_row)
+            cuda_kernels.drop_into(added, part, seed, p, first_row, scaled=False, accumulate=True)
         assert torch.equal(dropped, torch.where(kept, x * philox.scale(p), 0.0).to(dtype))
         assert torch.equal(added, (1 + torch.where(kept, part, 0.0)).to(dtype))
 
@@ -182,8 +175,8 @@ def test_scale(capability, dtype):
     ):
         F = whole_numbers(70, 40, factor, layout)
         for down, right in ((None, None), (row_scale, None), (row_scale, column_scale)):
-            with backend.emulating(capability):
-                out = backend.scale(F, dtype, rows, width, scaling, down, right)
+            with emulating(capability):
+                out = cuda_kernels.scale(F, dtype, rows, width, scaling, down, right)
             exact = F.double() * float(scaling)
             exact = exact if down is None else exact * down.double()[:, None]
             exact = exact if right is None else exact * right.double()
@@ -207,7 +200,7 @@ def test_project_in_several_steps(capability, dtype, R):
     for M, K, p, splits in ((80, 784, 0.3, 1), (48, 1040, 0.0, 2)):
         down = DownProj(normal(R, K) / K**0.5, None, SEED if p else None, p)
         x = normal(M, K, dtype=dtype)
-        with backend.emulating(capability, splits):
+        with emulating(capability, splits):
             found = backend.project(x, [down])
         assert_as_exact_as_eager(found, "project", dtype, x, [down])
 
@@ -219,7 +212,7 @@ def test_grad_project_in_several_steps(capability, dtype, R):
     for p in (0.0, 0.3):
         term = LowRankTerm(normal(M, R, dtype=dtype), normal(R, K), SEED if p else None, p)
         x = normal(M, K, dtype=dtype)
-        with backend.emulating(capability, 1 + (p > 0)):
+        with emulating(capability, 1 + (p > 0)):
             found = backend.grad_project(x, [term])
         assert_as_exact_as_eager(found, "grad_project", dtype, x, [term])
 
@@ -231,7 +224,7 @@ def test_row_norm_in_several_steps(capability, dtype, R):
     W = normal(N, K, dtype=dtype) / K**0.5
     A, B = normal(R, K) / K**0.5, normal(N, R) / R**0.5 * 0.2
     for axis in ("out", "in"):
-        with backend.emulating(capability, 2):
+        with emulating(capability, 2):
             found = backend.row_norm(W, A, B, 1.0, axis)
         assert_as_exact_as_eager(found, "row_norm", dtype, W, A, B, 1.0, axis)
 
@@ -242,8 +235,8 @@ def test_low_rank_add_in_several_steps(capability, dtype, R):
     M, N = 136, 272
     y, h, B = (normal(*shape, dtype=dtype) for shape in ((M, N), (M, R), (N, R)))
     gain, found = torch.rand(N) + 0.5, y.clone()
-    with backend.emulating(capability):
-        backend.low_rank_add(found, h, B.float(), gain=gain)
+    with emulating(capability):
+        cuda_kernels.low_rank_add(found, h, B.float(), gain=gain)
     stock = ((y + h @ B.t()) * gain).to(dtype)
     truth = (y.double() + h.double() @ B.double().t()) * gain.double()
     within_twice([found], [stock], [truth], dtype)
@@ -256,6 +249,6 @@ def test_grad_output_in_several_steps(capability, dtype, R):
     dy, kept, h = (normal(M, width, dtype=dtype) for width in (N, N, R))
     for want_v, beside, bias in ((True, None, False), (True, kept, True), (False, kept, True)):
         spec = UpProjGradSpec(normal(N, R) / R**0.5, h=h, want_v=want_v, want_B=True)
-        with backend.emulating(capability, 1 + want_v):
-            found = cuda_grad_output.grad_output(dy, [spec], None, beside, bias)
+        with emulating(capability, 1 + want_v):
+            found = backend.grad_output(dy, [spec], None, beside, bias)
         assert_as_exact_as_eager(found, "grad_output", dtype, dy, [spec], None, beside, bias)

@@ -6,28 +6,32 @@ Instructions are counted, and nothing is timed. See tests/kernels/test_sass_loop
 import functools
 
 import pytest
+import torch
 from helpers import sass_loops
-from helpers.cuda_compiler import ALIGNED, DROPS, Form, cubin
+from helpers.cuda_compiler import cubin
 
+from lorafast.engine.cuda_forms import ALIGNED, DROPS, Form
+
+BF16 = torch.bfloat16
 MULTIPROCESSORS = 132
 LEAST_IN_FLIGHT = 24 * 1024
 # Elements of the large operand in two steps of a block's loop, which are unrolled.
 ELEMENTS = 2 * 4 * 1024
 # By call: the form, the bytes of shared memory, and the most instructions for an element.
 CALLS = {
-    "project": (Form("project", "bf16", 2, ALIGNED + 4), 4096, 3),
-    "project, dropout": (Form("project", "bf16", 2, DROPS + ALIGNED + 4), 4096, 10),
-    "grad_project": (Form("grad_project", "bf16", 2, ALIGNED), 8192, 3),
-    "grad_project, dropout": (Form("grad_project", "bf16", 2, DROPS + ALIGNED), 8192, 10),
-    "grad_output": (Form("grad_output", "bf16", 2, ALIGNED + 1 + 4), 8192, 6),
-    "grad_output, bias": (Form("grad_output", "bf16", 2, ALIGNED + 1 + 4 + 8), 8192, 6),
-    "grad_output, kept": (Form("grad_output", "bf16", 2, ALIGNED + 1 + 4 + 24), 8192, 7),
-    "grad_output, frozen A": (Form("grad_output", "bf16", 2, ALIGNED + 4), 0, 3),
-    "low_rank_add": (Form("low_rank_add", "bf16", 2, ALIGNED + 4), 0, 6),
-    "low_rank_add, gain": (Form("low_rank_add", "bf16", 2, ALIGNED + 4 + 8), 0, 9),
-    "low_rank_add, dropout": (Form("low_rank_add", "bf16", 2, DROPS + ALIGNED + 4), 0, 14),
-    "row_norm, rows": (Form("row_norm", "bf16", 2, ALIGNED + 1), 0, 4),
-    "row_norm, columns": (Form("row_norm", "bf16", 2, ALIGNED), 0, 6),
+    "project": (Form("project", BF16, 2, ALIGNED + 4), 4096, 3),
+    "project, dropout": (Form("project", BF16, 2, DROPS + ALIGNED + 4), 4096, 10),
+    "grad_project": (Form("grad_project", BF16, 2, ALIGNED), 8192, 3),
+    "grad_project, dropout": (Form("grad_project", BF16, 2, DROPS + ALIGNED), 8192, 10),
+    "grad_output": (Form("grad_output", BF16, 2, ALIGNED + 1 + 4), 8192, 6),
+    "grad_output, bias": (Form("grad_output", BF16, 2, ALIGNED + 1 + 4 + 8), 8192, 6),
+    "grad_output, kept": (Form("grad_output", BF16, 2, ALIGNED + 1 + 4 + 24), 8192, 7),
+    "grad_output, frozen A": (Form("grad_output", BF16, 2, ALIGNED + 4), 0, 3),
+    "low_rank_add": (Form("low_rank_add", BF16, 2, ALIGNED + 4), 0, 6),
+    "low_rank_add, gain": (Form("low_rank_add", BF16, 2, ALIGNED + 4 + 8), 0, 9),
+    "low_rank_add, dropout": (Form("low_rank_add", BF16, 2, DROPS + ALIGNED + 4), 0, 14),
+    "row_norm, rows": (Form("row_norm", BF16, 2, ALIGNED + 1), 0, 4),
+    "row_norm, columns": (Form("row_norm", BF16, 2, ALIGNED), 0, 6),
 }
 WARPS, BLOCKS = 4, 768
 

@@ -193,13 +193,13 @@ def test_a_backend_of_gpus_is_one_short_line_on_the_cpu():
     assert "not part of this version" not in text
     assert "waits to be asked" not in text
     on_meta = str(lorafast.explain(lorafast.Linear(20, 12, device="meta")))
-    assert "not cuda: not written yet (nothing is missing from this installation)" in on_meta
+    assert "not cuda: runs on NVIDIA GPUs; this is meta\n" in on_meta
 
 
 def test_a_forced_backend_gives_its_reasons_on_the_cpu_too(monkeypatch):
     monkeypatch.setenv("LORAFAST_BACKEND", "cuda")
     text = str(lorafast.explain(lorafast.Linear(20, 12)))
-    assert "not cuda: not written yet (nothing is missing from this installation)" in text
+    assert "not cuda: runs on NVIDIA GPUs; this is cpu" in text
 
 
 def test_a_notebook_shows_a_table_with_every_text_escaped():

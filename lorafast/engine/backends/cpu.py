@@ -56,7 +56,7 @@ def library() -> Any:
 
 def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
     if problem.arch.vendor != "cpu":
-        return (f"runs on CPU tensors; this is {problem.arch.vendor} {problem.arch.name}",)
+        return (f"runs on CPU tensors; this is {problem.arch.words}",)
     operands = (
         ("x", problem.dtype),
         ("weight", problem.weight_dtype),

@@ -1,0 +1,171 @@
+"""The CUDA C++ backend: torch's GEMM for the base, csrc/cuda for what is added to it.
+
+Each addition is one pass over its large operand; several adapters take one pass each. The kernels
+are compiled where they run, each form when it is first needed. LORAFAST_BACKEND=cuda asks for it:
+no GPU has run it, and no trial decides about it yet. lorafast.engine.backends.Backend describes the
+functions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lorafast.engine import cuda_forms, cuda_grad_output, cuda_kernels
+from lorafast.engine.backends import eager
+from lorafast.engine.problem import (
+    BaseTerm,
+    DownProj,
+    LowRankTerm,
+    OutputGrads,
+    Problem,
+    Scaling,
+    UpProj,
+    UpProjGrads,
+    UpProjGradSpec,
+)
+from lorafast.engine.row_blocks import flatten_tokens
+from lorafast.runtime import env
+
+_MAX_RANK = 256
+# The oldest architecture whose tensor cores multiply bf16.
+_OLDEST = 80
+
+
+def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
+    arch = problem.arch
+    if arch.vendor != "nvidia":
+        return (f"runs on NVIDIA GPUs; this is {arch.words}",)
+    reasons = []
+    if int(arch.name.removeprefix("sm_")) < _OLDEST:
+        reasons.append(f"runs on sm_{_OLDEST} and later; this is {arch.name}")
+    dtypes = {
+        "x": problem.dtype,
+        "weight": problem.weight_dtype,
+        "a factor": problem.factor_dtype,
+    }
+    reasons += [
+        f"{what} is {dtype}; the kernels compute in {', '.join(map(str, cuda_forms.DTYPES))}"
+        for what, dtype in dtypes.items()
+        if dtype not in cuda_forms.DTYPES
+    ]
+    if max(problem.R) > _MAX_RANK:
+        reasons.append(f"R={max(problem.R)} exceeds {_MAX_RANK}, the largest rank of the kernels")
+    if not env.is_forced("cuda"):
+        reasons.append("it is used with LORAFAST_BACKEND=cuda alone: no GPU has run it yet")
+    if not reasons and (why := cuda_forms.why_not()):
+        reasons.append(why)
+    return tuple(reasons)
+
+
+def project(x: torch.Tensor, downs: list[DownProj]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    x2 = flatten_tokens(x)
+    return [cuda_kernels.project(x2, down) for down in downs]
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ups: list[UpProj],
+    gain: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    keep_inner: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    x2, N, weight = flatten_tokens(x), weight.shape[0], _cast(weight, x.dtype)
+    # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start
+    # changes no bit.
+    gemm_bias, last_bias = (bias, None) if gain is None else (None, bias)
+    y = x.new_empty(*x.shape[:-1], N)
+    y2 = y.view(x2.shape[0], N)
+    z = torch.empty_like(y2) if keep_inner else None
+    if gemm_bias is None:
+        torch.mm(x2, weight.t(), out=y2)
+    else:
+        torch.addmm(_cast(gemm_bias, x.dtype), x2, weight.t(), out=y2)
+    if ups or gain is not None:
+        up = ups[0] if len(ups) == 1 else _concatenated(ups, x2, N)
+        cuda_kernels.low_rank_add(
+            y2, up.h_core, up.B, scaling=up.scaling, row_scale=up.out_scale, gain=gain,
+            bias=last_bias, inner=z,
+        )  # fmt: skip
+    return y, z
+
+
+def grad_output(
+    dy: torch.Tensor,
+    specs: list[UpProjGradSpec],
+    gain: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    want_bias: bool = False,
+) -> OutputGrads:
+    dy2, kept2 = flatten_tokens(dy), None if kept is None else flatten_tokens(kept)
+    requested, sums = 2 if kept2 is not None else int(want_bias), None
+    adapters: list[UpProjGrads] = []
+    # The sums that belong to no adapter are made with the first.
+    for spec in specs:
+        own = 0 if adapters else requested
+        grads, made = cuda_grad_output.grads_of(dy2, spec, gain, kept2, own)
+        adapters.append(grads)
+        sums = made if own else sums
+    if requested and not specs:
+        sums = cuda_grad_output.sums_of(dy2, kept2, requested)
+    return OutputGrads(adapters, sums[0] if want_bias else None, None if kept2 is None else sums[1])
+
+
+def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Tensor:
+    dy, K = bases[0].dy, bases[0].weight.shape[1]
+    dx = dy.new_empty(*dy.shape[:-1], K)
+    dx2 = flatten_tokens(dx)
+    # Masked terms are written first and the product is added to them, which rounds their sum once.
+    started = False
+    for v, A, seed, p, _ in low_ranks:
+        if p:
+            cuda_kernels.low_rank_add(dx2, v, A.t(), seed, p, accumulate=started)
+            started = True
+    for base in bases:
+        dy2, weight = eager.gained_operands(base)
+        if started:
+            dx2.addmm_(dy2, weight)
+        else:
+            torch.mm(dy2, weight, out=dx2)
+        started = True
+    for v, A, _, p, _ in low_ranks:
+        if not p:
+            cuda_kernels.low_rank_add(dx2, v, A.t())
+    return dx
+
+
+def grad_project(x: torch.Tensor, low_ranks: list[LowRankTerm]) -> list[torch.Tensor]:
+    x2 = flatten_tokens(x)
+    return [cuda_kernels.grad_project(x2, v, seed, p) for v, _, seed, p, _ in low_ranks]
+
+
+def row_norm(
+    weight: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scaling: Scaling = 1.0,
+    axis: str = "out",
+) -> torch.Tensor:
+    return cuda_kernels.row_norm(weight, A, B, scaling, axis == "out")
+
+
+def drop(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    out, x2 = x.new_empty(x.shape), flatten_tokens(x)
+    cuda_kernels.drop_into(out.view(x2.shape), x2, seed, p)
+    return out
+
+
+def _cast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """t.to(dtype), which takes longer where there is nothing to cast."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def _concatenated(ups: list[UpProj], x2: torch.Tensor, N: int) -> UpProj:
+    """Several up projections side by side as one; for none, one of rank 1 that adds nothing."""
+    if not ups:
+        return UpProj(x2.new_zeros(x2.shape[0], 1), x2.new_zeros(N, 1))
+    factors = []
+    for _, B, scaling, out_scale in ups:
+        factor = B.float() * scaling
+        factors.append(factor if out_scale is None else factor * out_scale.float()[:, None])
+    return UpProj(torch.cat([up.h_core for up in ups], 1), torch.cat(factors, 1))

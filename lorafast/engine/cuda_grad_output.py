@@ -1,0 +1,165 @@
+"""Launches of the CUDA kernels of grad_output: what one adapter needs of dy, and the sums of dy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lorafast.engine import cuda_forms
+from lorafast.engine.cuda_forms import ALIGNED, Form, launch
+from lorafast.engine.cuda_kernels import (
+    ceil_div,
+    dtype_number,
+    finish,
+    grad_project,
+    is_aligned,
+    project,
+    scale,
+    split,
+    sum_parts,
+    tiles_of,
+    token_factor,
+    up_to,
+)
+from lorafast.engine.precision import apply_core, low_rank_grad_dtype, scaled_to_fp16
+from lorafast.engine.problem import DownProj, UpProjGrads, UpProjGradSpec
+
+# The most ranks whose u, and whose P, one pass over dy makes; more take project and grad_project.
+_U_RANKS, _P_RANKS = 16, 32
+_F32 = torch.float32
+
+
+class _Parts(NamedTuple):
+    """What a pass over dy gives, in parts; None for what was not requested."""
+
+    u: torch.Tensor | None
+    P: torch.Tensor | None
+    sums: torch.Tensor | None
+
+
+def sums_of(dy2: torch.Tensor, kept2: torch.Tensor | None, requested: int) -> torch.Tensor:
+    """Return Σ dy, and Σ dy⊙kept if two are requested.  -> [requested,N]"""
+    return sum_parts(_stream(dy2, kept2, None, None, requested).sums)
+
+
+def grads_of(
+    dy2: torch.Tensor,
+    spec: UpProjGradSpec,
+    gain: torch.Tensor | None,
+    kept2: torch.Tensor | None,
+    requested: int,
+) -> tuple[UpProjGrads, torch.Tensor | None]:
+    """Return the gradients of one adapter, and the sums [requested,N], None if there are none.
+
+    requested: as in sums_of, 0 for none.
+    """
+    dtype, R = dy2.dtype, spec.B.shape[1]
+    needs_u, needs_P = spec.want_v or spec.want_core, spec.want_B or spec.want_out_scale
+    skipped = 0 if spec.want_out_scale else spec.frozen_columns
+    F, inverse = _factor(spec, gain, dtype) if needs_u else (None, None)
+    h = apply_core(spec.h, spec.core)[:, skipped:] if needs_P else None
+    live = 0 if h is None else h.shape[1]
+    streams_P = 0 < live <= _P_RANKS
+    one_pass = needs_u and max(R, live) <= _U_RANKS and live > 0 and is_aligned(dy2)
+    parts, sums = _Parts(None, None, None), None
+    if requested == 2 and (dtype == _F32 or not is_aligned(dy2, kept2)):
+        # Beside u and P there are no registers for Σ dy⊙kept.
+        sums, requested = sums_of(dy2, kept2, requested), 0
+    if one_pass or streams_P or requested:
+        parts = _stream(dy2, kept2, F if one_pass else None, h if streams_P else None, requested)
+    u, v = _u_and_v(dy2, parts.u, F, spec) if needs_u else (None, None)
+    if inverse is not None:
+        u, v = u * inverse, v * inverse
+    dB = d_out_scale = d_core = None
+    if needs_P:
+        P = grad_project(dy2, h)[None] if live > _P_RANKS else parts.P
+        dB, d_out_scale = _finish_P(P, spec, gain, skipped)
+    if spec.want_core:
+        diagonal = spec.core.dim() == 1
+        d_core = (u.float() * spec.h).sum(0) if diagonal else grad_project(spec.h, u)
+    if requested:
+        sums = sum_parts(parts.sums)
+    return UpProjGrads(v if spec.want_v else None, dB, d_core, d_out_scale), sums
+
+
+def _u_and_v(
+    dy2: torch.Tensor, parts: torch.Tensor | None, F: torch.Tensor, spec: UpProjGradSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return u and v = u·core, from parts or by a pass of their own."""
+    core, dtype = None if spec.core is None else spec.core.t(), low_rank_grad_dtype(dy2.dtype)
+    if parts is not None:
+        return finish(parts, core, 1.0, dtype)
+    return project(dy2, DownProj(F, core), dtype)
+
+
+def _factor(
+    spec: UpProjGradSpec, gain: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return (s·gain⊙out_scale⊙B)ᵀ [R,N] in dtype, and what u has to be multiplied by, or None."""
+    both = [one for one in (gain, spec.out_scale) if one is not None]
+    column_scale = torch.stack([one.float() for one in both]).prod(0) if len(both) > 1 else None
+    if len(both) == 1:
+        column_scale = both[0]
+    wide = low_rank_grad_dtype(dtype)
+    F = scale(spec.B.t(), wide, scaling=spec.scaling, column_scale=column_scale)
+    return (F, None) if wide == dtype else scaled_to_fp16(F)
+
+
+def _stream(
+    dy2: torch.Tensor,
+    kept2: torch.Tensor | None,
+    F: torch.Tensor | None,
+    h: torch.Tensor | None,
+    requested: int,
+) -> _Parts:
+    """Make one pass over dy, for u = dy Fᵀ, P = hᵀ dy and the sums that are requested."""
+    M, N = dy2.shape
+    tiles = 2 if h is None else tiles_of(max(h.shape[1], 0 if F is None else F.shape[0]))
+    aligned = is_aligned(dy2) and (requested < 2 or is_aligned(kept2))
+    count, steps = split(ceil_div(N, 256), ceil_div(M, 16), dy2.device)
+    u = P = sums = None
+    u_ranks = h_ranks = live = 0
+    if F is not None:
+        u_ranks = F.shape[0]
+        F = scale(F, dy2.dtype, 16, up_to(N, 64))
+        u = dy2.new_empty(ceil_div(N, 256), M, u_ranks, dtype=_F32)
+    if h is not None:
+        live = h.shape[1]
+        h = token_factor(h, dy2.dtype, tiles)
+        h_ranks = h.shape[1]
+        P = dy2.new_empty(count, h_ranks, N, dtype=_F32)
+    if requested:
+        sums = dy2.new_empty(count, requested, N, dtype=_F32)
+    flags = (u is not None) + aligned * ALIGNED + 4 * (P is not None)
+    flags += (0, 8, 8 + 16)[requested]
+    launch(
+        cuda_forms.of("grad_output", dy2.dtype, tiles, flags), dy2.device,
+        (ceil_div(N, 256), count),
+        dy2, kept2 if requested == 2 else None, h, F, u, P, sums, M, *dy2.stride(),
+        *((0, 0) if requested < 2 else kept2.stride()), 0 if h is None else h.stride(0),
+        0 if F is None else F.stride(0), steps, N, u_ranks, h_ranks,
+    )  # fmt: skip
+    return _Parts(u, None if P is None else P[:, :live], sums)
+
+
+def _finish_P(
+    parts: torch.Tensor | None, spec: UpProjGradSpec, gain: torch.Tensor | None, skipped: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return dB and d_out_scale.  parts [splits,·,N], or None if every column is frozen"""
+    N, R = spec.B.shape
+    dB = spec.B.new_empty(N, R, dtype=_F32) if spec.want_B else None
+    d_out_scale = spec.B.new_empty(N, dtype=_F32) if spec.want_out_scale else None
+    if parts is None:
+        parts = spec.B.new_empty(0, 0, N, dtype=_F32)
+    tensor = spec.scaling if isinstance(spec.scaling, torch.Tensor) else None
+    optional = (gain, spec.out_scale, spec.B, tensor)
+    # The parts may be some rows of wider ones.
+    width = parts.stride(0) // N if len(parts) and N else 0
+    launch(
+        Form("grad_output_finish", _F32), spec.B.device, (ceil_div(N, 32),),
+        parts, *optional, dB, d_out_scale, *spec.B.stride(), N, R, width, skipped,
+        spec.frozen_columns, len(parts), *map(dtype_number, optional),
+        1.0 if tensor is not None else float(spec.scaling),
+    )  # fmt: skip
+    return dB, d_out_scale
