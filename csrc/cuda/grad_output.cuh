@@ -11,6 +11,13 @@
 namespace lorafast {
 
 constexpr int GRAD_OUTPUT_WARPS = 4;
+// From sm_100 on the compiler takes more registers, and has none for a second buffer beside all
+// sums.
+#if __CUDA_ARCH__ >= 1000
+constexpr bool BUFFERS_BESIDE_ALL = false;
+#else
+constexpr bool BUFFERS_BESIDE_ALL = true;
+#endif
 
 template <class T, int TILES, bool U, bool P, bool SUMS, bool DOT, bool ALIGNED>
 struct GradOutput {
@@ -27,7 +34,7 @@ struct GradOutput {
   RowFragment<T> own_F[2][2];  // sixteen ranks as rows, by halves and quarters of the columns
   // Moved on from step to step, like those of project. across: in the order of project.
   const char *dy_at, *kept_at, *across_at;
-  int64 dy_offset[4], kept_offset[4], across_offset[2][2];
+  int64 dy_offset[4], kept_offset[4], across_offset[2];
   const T* h_at[4];
   int offset[Factor::BLOCKS];
   // Of the block's u a lane adds two numbers: of one rank and two neighbouring rows.
@@ -53,10 +60,10 @@ struct GradOutput {
       if (P) h_at[i] = h + row * h_down;
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64 row = least(token + g + i / 2 * 8, M - 1);
-      const int64 place = row * dy_down + column_within(column + i % 2 * 32 + 8 * c) * dy_right;
-      if (U) across_offset[i / 2][i % 2] = pinned(int64(place * sizeof(T)));
+    for (int i = 0; i < 2; ++i) {
+      const int64 row = least(token + g + 8 * i, M - 1);
+      const int64 place = row * dy_down + column_within(column + 8 * c);
+      if (U) across_offset[i] = pinned(int64(place * sizeof(T)));
     }
 #pragma unroll
     for (int b = 0; b < Factor::BLOCKS; ++b)
@@ -71,20 +78,29 @@ struct GradOutput {
       const T* from = reinterpret_cast<const T*>(dy_at + dy_offset[i]);
       // With u, what is loaded here is loaded again soon.
       load_eight<ALIGNED, !U>(to[i], from, dy_right, inside);
-      if (DOT) {
-        const T* other = reinterpret_cast<const T*>(kept_at + kept_offset[i]);
-        load_eight<ALIGNED, true>(beside[i], other, kept_right, inside);
-      }
     }
     dy_at += 16 * dy_down * sizeof(T);
-    if (DOT) kept_at += 16 * kept_down * sizeof(T);
+    if (DOT && !U) load_kept(beside, inside);
+  }
+
+  // Beside u's numbers there are no registers for kept's of the next step.
+  DEVICE void load_kept(Eight<T> (&to)[4], int inside) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const T* from = reinterpret_cast<const T*>(kept_at + kept_offset[i]);
+      load_eight<ALIGNED, true>(to[i], from, kept_right, inside);
+    }
+    kept_at += 16 * kept_down * sizeof(T);
   }
 
   // tokens: those of the lane that lie within M; the others are multiplied as zeros.
-  template <bool RAGGED, bool WHOLE, bool ODD>
-  DEVICE void step(Eight<T> (&token)[4], Eight<T> (&beside)[4], int tokens, int column) {
+  template <bool RAGGED, bool WHOLE>
+  DEVICE void step(Eight<T> (&token)[4], Eight<T> (&beside)[4], int tokens, int column,
+                   bool odd_step) {
     Factor factor;
     if (P) factor.load(h_at, offset);
+    if (U) step_across<WHOLE>(column, odd_step);
+    if (DOT && U) load_kept(beside, N - column - (threadIdx.x & 31) / 4 * 8);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (P) h_at[i] += 16 * h_down;
@@ -96,7 +112,6 @@ struct GradOutput {
       for (int b = 0; b < Factor::BLOCKS; ++b)
         if (P) clear_unless(within, factor.token[b][i]);
     }
-    if (U) step_across<WHOLE, ODD>(column);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const RowFragment<T> rows = token_rows(token, j);
@@ -143,23 +158,24 @@ struct GradOutput {
   // The step's sixteen rows of u: the warp's columns, then the block's. The ranks are the rows of
   // the tensor cores, so that numbers of dy are multiplied as they lie. Two buffers alternate: what
   // is written in a step is read before the barrier of the next one.
-  template <bool WHOLE, bool ODD>
-  DEVICE void step_across(int column) {
+  template <bool WHOLE>
+  DEVICE void step_across(int column, bool odd_step) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, c = lane & 3;
     float part[2][4] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       Eight<T> row;
-      const T* from = reinterpret_cast<const T*>(across_at + across_offset[i / 2][i % 2]);
       const int inside = N - column - i % 2 * 32 - 8 * c;
-      load_eight<ALIGNED, false>(row, from, dy_right, inside);
+      // Columns beyond N are others again, and are multiplied as zeros.
+      const int right = i % 2 && (WHOLE || inside > 0) ? 32 : 0;
+      load_wide<false>(row, reinterpret_cast<const T*>(across_at + across_offset[i / 2]) + right);
       if (!WHOLE) clear_unless(inside > 0, row);
 #pragma unroll
       for (int piece = 0; piece < 2; ++piece)
         multiply(part[i / 2], own_F[i % 2][piece], column_fragment(row, piece));
     }
     across_at += 16 * dy_down * sizeof(T);
-    float* own = buffer + ODD * GRAD_OUTPUT_WARPS * 256 + lane;
+    float* own = buffer + odd_step * GRAD_OUTPUT_WARPS * 256 + lane;
 #pragma unroll
     for (int i = 0; i < 8; ++i) own[(warp * 8 + i) * 32] = part[i / 4][i % 4];
     __syncthreads();
@@ -198,22 +214,33 @@ struct GradOutput {
     start(column, 16 * first);
     int left = int(least(first + steps, M / 16) - first);
     const bool ragged = M % 16 && first + steps > M / 16 && first <= M / 16;
-    Eight<T> even[4], odd[4], even_beside[4], odd_beside[4];
-    if (left > 0) load(even, even_beside, inside);
+    Eight<T> even[4], even_beside[4];
+    if constexpr (U && DOT && !BUFFERS_BESIDE_ALL) {
+      bool odd_step = false;
 #pragma unroll 1
-    while (left > 0) {
-      if (--left > 0) load(odd, odd_beside, inside);
-      step<false, WHOLE, false>(even, even_beside, 4, column);
-      if (left <= 0) break;
-      if (--left > 0) load(even, even_beside, inside);
-      step<false, WHOLE, true>(odd, odd_beside, 4, column);
+      for (; left > 0; --left) {
+        load(even, even_beside, inside);
+        step<false, WHOLE>(even, even_beside, 4, column, odd_step);
+        odd_step = !odd_step;
+      }
+    } else {
+      Eight<T> odd[4], odd_beside[4];
+      if (left > 0) load(even, even_beside, inside);
+#pragma unroll 1
+      while (left > 0) {
+        if (--left > 0) load(odd, odd_beside, inside);
+        step<false, WHOLE>(even, even_beside, 4, column, false);
+        if (left <= 0) break;
+        if (--left > 0) load(even, even_beside, inside);
+        step<false, WHOLE>(odd, odd_beside, 4, column, true);
+      }
     }
     if (!ragged) return;
     // The buffer of u may have been read a moment ago.
     if (U) __syncthreads();
     start(column, M / 16 * 16);
     load(even, even_beside, inside);
-    step<true, WHOLE, false>(even, even_beside, least(int(M % 16) - 4 * c, 4), column);
+    step<true, WHOLE>(even, even_beside, least(int(M % 16) - 4 * c, 4), column, false);
   }
 
   // product [h_ranks,N]; sums [N] and, if there are two, [N] more behind it.
