@@ -86,6 +86,8 @@ DEVICE void mma(float (&sum)[4], const uint32* a, const uint32* b, float) {
 DEVICE void multiply_exactly(float (&sum)[4], const RowFragment<float>& a,
                              const ColumnFragment<float>& b) {
   const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
+  // A sum of its own, whose rounding is that of sixteen terms and not of all so far.
+  float part[4] = {};
 #pragma unroll 1
   for (int from = 0; from < 4; ++from) {
 #pragma unroll
@@ -98,9 +100,11 @@ DEVICE void multiply_exactly(float (&sum)[4], const RowFragment<float>& a,
         columns[i] = __shfl_sync(0xFFFFFFFFu, from_bits(b.word[k]), 4 * (2 * c + i) + from);
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] = fmaf(rows[i / 2], columns[i % 2], sum[i]);
+      for (int i = 0; i < 4; ++i) part[i] = fmaf(rows[i / 2], columns[i % 2], part[i]);
     }
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] += part[i];
 }
 
 // sum += a·b over the sixteen numbers that the lanes of a quad hold.
