@@ -37,8 +37,9 @@ HOST = Variable(
     "LORAFAST_HOST",
     "1",
     "`0` keeps the calls of layers in Python, where `1` makes them by C++ that is compiled for the "
-    "torch installed; and the launches of Triton's kernels on an NVIDIA GPU likewise. Read at the "
-    "first call of a layer on a CPU, and at the first launch",
+    "torch installed; and the launches of Triton's kernels on an NVIDIA GPU likewise, where the "
+    "`cuda` backend then refuses. Read at the first call of a layer on a CPU, and at the first "
+    "launch",
 )
 CACHE = Variable(
     "LORAFAST_CACHE",
