@@ -1,5 +1,6 @@
-"""What the loops of the streaming kernels do, counted in the machine code that Triton makes for
-sm_90 of 16-bit operands. Written by tools/modelled_steps.py; imports no triton.
+"""What the loops of the streaming kernels do, counted in the machine code for sm_90 of 16-bit
+operands: LOOPS in what Triton makes, FORMS in what nvcc makes of csrc/cuda. Both are written by
+tools/modelled_steps.py. Imports no triton.
 """
 
 from __future__ import annotations
@@ -18,6 +19,25 @@ class Counts(NamedTuple):
     instructions: float
     integer: float
     in_flight: int
+
+
+class FormCounts(NamedTuple):
+    """What the machine code of the loop of one form of a CUDA kernel does.
+
+    instructions, integer: as in Counts. in_flight: bytes on their way to one block of threads.
+    blocks: those that a multiprocessor holds.
+    """
+
+    instructions: float
+    integer: float
+    in_flight: int
+    blocks: int
+
+    def of(self, blocks: float) -> Counts:
+        """Return the counts of a launch of so many blocks for each multiprocessor."""
+        return Counts(
+            self.instructions, self.integer, round(self.in_flight * min(self.blocks, blocks))
+        )
 
 
 # By the loop, as tests/helpers/reference_launches.py names it, and the block of ranks.
@@ -62,4 +82,21 @@ LOOPS: dict[tuple[str, int], Counts] = {
     ("row_norm, columns", 64): Counts(14.19, 3.25, 35222),
     ("row_norm, columns", 128): Counts(29.88, 6.125, 63392),
     ("row_norm, columns", 256): Counts(67, 11.75, 39852),
+}
+# By stem and flags, as lorafast/engine/cuda_forms.py names them; of up to 16 ranks in bf16.
+FORMS: dict[tuple[str, int], FormCounts] = {
+    ("project", 6): FormCounts(1.891, 0.5469, 10680, 4),
+    ("project", 7): FormCounts(7.828, 4.266, 15824, 3),
+    ("grad_project", 2): FormCounts(2.125, 1.156, 9724, 4),
+    ("grad_project", 3): FormCounts(8.625, 5.359, 14002, 3),
+    ("grad_output", 7): FormCounts(5.922, 2.859, 15411, 2),
+    ("grad_output", 15): FormCounts(4.938, 2.094, 15122, 2),
+    ("grad_output", 31): FormCounts(6.844, 2.844, 16570, 2),
+    ("grad_output", 6): FormCounts(2.281, 1.047, 9349, 4),
+    ("low_rank_add", 6): FormCounts(4.781, 2.156, 10163, 4),
+    ("low_rank_add", 14): FormCounts(7.75, 2.938, 12383, 3),
+    ("low_rank_add", 3): FormCounts(9.375, 5.266, 1859, 4),
+    ("low_rank_add", 7): FormCounts(10.11, 5.219, 11530, 3),
+    ("row_norm", 3): FormCounts(3.516, 1.203, 11241, 3),
+    ("row_norm", 2): FormCounts(5.234, 1.906, 10815, 3),
 }

@@ -16,7 +16,7 @@ import torch
 
 from lorafast.engine.kernels import configs, gpu_specs
 from lorafast.engine.kernels.gpu_specs import Device
-from lorafast.engine.kernels.loop_counts import LOOPS
+from lorafast.engine.kernels.loop_counts import LOOPS, Counts
 from lorafast.runtime.devices import Arch
 
 # Seconds of the shortest operation, and from its end until the next one begins.
@@ -76,11 +76,18 @@ def stream(kernel: str, loop: str, R: int, elements: int, moved: int, specs: Dev
 
     loop: the name of its loop in LOOPS. R: its ranks; 0 where they do not matter.
     """
-    counts = LOOPS[loop, configs.block_r(R)]
+    return loop_of(kernel, LOOPS[loop, configs.block_r(R)], elements, moved, moved, specs)
+
+
+def loop_of(
+    kernel: str, counts: Counts, elements: int, moved: int, read: int, specs: Device
+) -> Work:
+    """Return the work of a kernel with a counted loop. read: the bytes that it waits for."""
     clocks = specs.multiprocessors * specs.clock
     in_flight = specs.multiprocessors * (counts.in_flight or math.inf) / LATENCY
     seconds = max(
-        moved / min(specs.bandwidth, in_flight),
+        moved / specs.bandwidth,
+        read / in_flight,
         elements * counts.instructions / (ISSUED * clocks),
         elements * counts.integer / specs.logic,
         LEAST,

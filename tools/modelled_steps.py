@@ -4,8 +4,9 @@
     python tools/modelled_steps.py --print   print both, and write nothing
 
 A model, and no measurement: nothing here needs a GPU. lorafast.engine.step_model is the model. What
-the loops do is counted in the machine code that Triton compiles, and written to
-kernels/loop_counts.py, from which the package reads it; the page says how all is counted.
+the loops do is counted in the machine code that Triton compiles, and nvcc of csrc/cuda, and written
+to kernels/loop_counts.py, from which the package reads it; the page says how all is counted. Where
+nvcc is not on PATH, the counts of csrc/cuda stay as they are.
 """
 
 # ruff: noqa: T201
@@ -15,17 +16,22 @@ import argparse
 import importlib
 import itertools
 import os
+import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from lorafast.engine import step_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "modelled-steps.md"
 COUNTS = ROOT / "kernels" / "loop_counts.py"
 BEGIN, END = "<!-- modelled: begin -->", "<!-- modelled: end -->"
 TABLE = "LOOPS: dict[tuple[str, int], Counts] = {\n"
+FORMS_TABLE = "FORMS: dict[tuple[str, int], FormCounts] = {\n"
 CAPABILITY = 90
 RANK, DROPOUT = 16, 0.05
 SHAPES = ((1024, 1024), (4096, 4096))
@@ -57,17 +63,43 @@ def counts() -> str:
             in_flight = round(found.bytes_in_flight or 0)
             numbers = f"{found.instructions:.4g}, {found.alu:.4g}, {in_flight}"
             lines.append(f'    ("{call}", {R}): Counts({numbers}),\n')
-    return f"{COUNTS.read_text().partition(TABLE)[0]}{TABLE}{''.join(lines)}}}\n"
+    before, _, rest = COUNTS.read_text().partition(TABLE)
+    between, _, forms = rest.partition("}\n")[2].partition(FORMS_TABLE)
+    if shutil.which("nvcc"):
+        forms = _form_counts()
+    return f"{before}{TABLE}{''.join(lines)}}}\n{between}{FORMS_TABLE}{forms}"
+
+
+def _form_counts() -> str:
+    """Return the entries of FORMS in kernels/loop_counts.py, as nvcc compiles them now."""
+    from helpers.cuda_figures import FORMS, counts_of
+
+    lines = []
+    for stem, flags in FORMS:
+        numbers = ", ".join(f"{number:g}" for number in counts_of(stem, flags, CAPABILITY))
+        lines.append(f'    ("{stem}", {flags}): FormCounts({numbers}),\n')
+    return "".join(lines) + "}\n"
 
 
 def ours(setting: Setting, way: str) -> tuple[float, dict[str, str]]:
     """Return the modelled seconds of our layer's step, and which way its primitives took.
 
-    way: "torch" for eager with masks by torch's operations, "eager" with those of the kernel, or
-    "chosen" among the kernels and eager.
+    way: "torch" for eager with masks by torch's operations, "eager" with those of the kernel,
+    "chosen" among the kernels and eager, or "cuda" for the backend of that name.
     """
     from lorafast.engine import step_model
     from lorafast.engine.kernels import modelled
+
+    layer = _layer(setting)
+    if way == "cuda":
+        return step_model.cuda_step(layer, modelled.H200), {}
+    served = None if way == "chosen" else frozenset[str]()
+    return step_model.step(layer, modelled.H200, served, way != "torch")
+
+
+def _layer(setting: Setting) -> step_model.Layer:
+    """Return a setting's layer, as the model takes it."""
+    from lorafast.engine import step_model
     from lorafast.engine.problem import CallOptions, GradMask, LayerTensors
 
     method, N, K, M, p = setting
@@ -85,9 +117,7 @@ def ours(setting: Setting, way: str) -> tuple[float, dict[str, str]]:
         x=True, lora_A=method != "LaMDA", lora_B=True, core=method == "LaMDA",
         magnitude=method == "DoRA",
     )  # fmt: skip
-    layer = step_model.layer_of(M, tensors, options, needs)
-    served = None if way == "chosen" else frozenset[str]()
-    return step_model.step(layer, modelled.H200, served, way != "torch")
+    return step_model.layer_of(M, tensors, options, needs)
 
 
 def frozen(setting: Setting) -> float:
@@ -128,8 +158,9 @@ def tables() -> str:
         lines += [
             f"{M} tokens, {K} → {N}; the frozen layer's step is modelled as {base:.0f} µs:",
             "",
-            "| method | dropout | torch alone | eager | chosen | PEFT | PEFT, bf16 | by kernels |",
-            "|---|---|---|---|---|---|---|---|",
+            "| method | dropout | torch alone | eager | chosen | cuda | PEFT | PEFT, bf16 "
+            "| by kernels |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for method, p in itertools.product(METHODS, (0.0, DROPOUT)):
             lines.append(_row(Setting(method, N, K, M, p)))
@@ -139,12 +170,13 @@ def tables() -> str:
 
 def _row(setting: Setting) -> str:
     base = frozen(setting)
-    (alone, _), (eager, _), (chosen, took) = (
-        ours(setting, way) for way in ("torch", "eager", "chosen")
+    (alone, _), (eager, _), (cuda, _), (chosen, took) = (
+        ours(setting, way) for way in ("torch", "eager", "cuda", "chosen")
     )
     theirs = [peft(setting, bf16) for bf16 in (False, True)]
     cells = [
-        f"{seconds / base:.2f}" if seconds else "–" for seconds in (alone, eager, chosen, *theirs)
+        f"{seconds / base:.2f}" if seconds else "–"
+        for seconds in (alone, eager, chosen, cuda, *theirs)
     ]
     kernels = ", ".join(f"`{name}`" for name, way in took.items() if way == "kernels") or "–"
     return f"| {setting.method} | {setting.p:g} | {' | '.join(cells)} | {kernels} |"
@@ -165,9 +197,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     COUNTS.write_text(counted)
     loop_counts = importlib.reload(importlib.import_module("lorafast.engine.kernels.loop_counts"))
+    from lorafast.engine import modelled_forms
     from lorafast.engine.kernels import modelled
 
     modelled.LOOPS = loop_counts.LOOPS
+    modelled_forms.FORMS = loop_counts.FORMS
     before, _, rest = PAGE.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     PAGE.write_text(f"{before}{BEGIN}\n\n{tables()}\n{END}{after}")

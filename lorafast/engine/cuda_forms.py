@@ -93,6 +93,13 @@ def launch(form: Form, device: torch.device, grid: tuple[int, ...], *arguments: 
     loaded(form, device)(grid, *arguments)
 
 
+def _model(form: Form, grid: tuple[int, ...], *arguments: object) -> None:
+    """Give a launch to the model of a step, in which meta tensors stand for a GPU's."""
+    modelled = devices.stand_in.get()
+    assert modelled is not None, "no backend serves meta tensors elsewhere"
+    modelled.launch(form, grid, *arguments)
+
+
 def _current(device: torch.device) -> contextlib.AbstractContextManager:
     """Return a context in which a GPU is the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -101,6 +108,8 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager:
 @functools.lru_cache(maxsize=4096)
 def loaded(form: Form, device: torch.device) -> Callable[..., None]:
     """Return the function that launches a form on a device; the first call may compile it."""
+    if device.type == "meta":
+        return functools.partial(_model, form)
     module = extension.launcher()
     if isinstance(module, str):
         raise Failure(f"the CUDA kernels are launched in C++ alone: {module}")

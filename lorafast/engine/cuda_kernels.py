@@ -61,7 +61,7 @@ class Split(NamedTuple):
 
 def split(blocks: int, steps: int, device: torch.device) -> Split:
     """Return the parts of a sum of some steps, of which each takes `blocks` blocks of threads."""
-    return _split(blocks, steps, devices.of(device).multiprocessors or _MULTIPROCESSORS)
+    return _split(blocks, steps, devices.multiprocessors(device) or _MULTIPROCESSORS)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -37,12 +37,14 @@ class StandIn(NamedTuple):
     """What meta tensors stand for while a step on a GPU is modelled (engine.step_model).
 
     arch: that of the GPU. backend: what computes every primitive. drop: the kernel of the dropout
-    mask; None: torch's operations make it.
+    mask; None: torch's operations make it. launch: takes what the cuda backend would launch: a
+    form, a grid and the arguments.
     """
 
     arch: Arch
     backend: Any
     drop: Any
+    launch: Any = None
 
 
 stand_in: ContextVar[StandIn | None] = ContextVar("stand_in", default=None)
@@ -74,6 +76,12 @@ def _arch_of(device: torch.device) -> Arch:
     if torch.version.hip:
         return Arch("amd", facts.gcnArchName.split(":")[0], *kind)
     return Arch("nvidia", f"sm_{facts.major}{facts.minor}", *kind)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """The multiprocessors of a GPU, or of the one that meta tensors stand for; 0 if unknown."""
+    modelled = stand_in.get() if device.type == "meta" else None
+    return (modelled.arch if modelled else of(device)).multiprocessors
 
 
 def capturing(tensor: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -14,6 +15,15 @@ PAGE = (ROOT / "docs" / "modelled-steps.md").read_text()
 ROW = re.compile(r"^\| (LoRA|DoRA|LaMDA) \| (\S+) \| (.+) \|$", re.M)
 
 
+class Row(NamedTuple):
+    """The ratios of one row: by what auto chooses, eager and the cuda backend, and PEFT's."""
+
+    chosen: float
+    eager: float
+    cuda: float
+    theirs: list[float]
+
+
 def tables():
     """The cells of every row, by (tokens, K, method, dropout)."""
     found = {}
@@ -21,22 +31,37 @@ def tables():
         r"^(\d+) tokens, (\d+) → \d+; (.*?)(?=^\d+ tokens|\Z)", PAGE, re.M | re.S
     ):
         for method, p, cells in ROW.findall(head[3]):
-            _, eager, chosen, *theirs = cells.split(" | ")[:5]
-            their = [float(cell) for cell in theirs if cell != "–"]
-            found[int(head[1]), int(head[2]), method, p] = float(chosen), float(eager), their
+            _, eager, chosen, cuda, *theirs = cells.split(" | ")[:6]
+            found[int(head[1]), int(head[2]), method, p] = Row(
+                float(chosen), float(eager), float(cuda),
+                [float(cell) for cell in theirs if cell != "–"],
+            )  # fmt: skip
     return found
 
 
 def test_nothing_chosen_is_modelled_above_peft_or_eager():
     rows = tables()
     assert len(rows) == 4 * 6
-    for row, (chosen, eager, theirs) in rows.items():
-        assert chosen <= min([eager, *theirs]), row
+    for key, row in rows.items():
+        assert row.chosen <= min([row.eager, *row.theirs]), key
+
+
+def test_with_dropout_the_cuda_backend_is_modelled_below_peft_and_eager():
+    rows = {key: row for key, row in tables().items() if key[-1] != "0"}
+    assert len(rows) == 4 * 3
+    for key, row in rows.items():
+        assert row.cuda < min([row.eager, *row.theirs]), key
+
+
+@pytest.mark.parametrize(("method", "most"), [("LoRA", 1.18), ("DoRA", 1.30)])
+def test_cuda_with_dropout_at_4096_is_modelled_within_a_limit(method, most):
+    """The limit is what it is modelled at today; the goals are 1.15 and 1.22."""
+    assert tables()[8192, 4096, method, "0.05"].cuda <= most
 
 
 @pytest.mark.parametrize(("method", "most"), [("LoRA", 1.25), ("DoRA", 1.35)])
 def test_dropout_at_4096_is_modelled_within_the_goal(method, most):
-    assert tables()[8192, 4096, method, "0.05"][0] <= most
+    assert tables()[8192, 4096, method, "0.05"].chosen <= most
 
 
 @pytest.mark.slow

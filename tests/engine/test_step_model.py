@@ -1,7 +1,9 @@
 """The model of a training step: it notes what the backends do, and touches nothing else."""
 
 import contextlib
+import functools
 import itertools
+import os
 import threading
 from types import SimpleNamespace
 from unittest import mock
@@ -12,10 +14,11 @@ from helpers.pretended_gpu import verdicts
 from torch.nn import functional as F
 
 import lorafast
-from lorafast.engine import dispatch, kernel_choice, step_model
+from lorafast.engine import cuda_forms, dispatch, formula, kernel_choice, step_model
 from lorafast.engine.backends import eager
-from lorafast.engine.kernels import configs, gpu_specs, launch, modelled
+from lorafast.engine.kernels import configs, gpu_specs, launch, loop_counts, modelled
 from lorafast.engine.kernels.modelled import Machine, Work
+from lorafast.engine.modelled_forms import ModelledForms
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors
 from lorafast.runtime import devices
 
@@ -214,6 +217,99 @@ def test_the_model_prefers_what_it_expects_to_be_faster():
     assert kernels == {"project", "grad_output", "grad_project", "grad_input"}
     assert chosen.seconds == step_model.step(of, H200, kernels, True).seconds
     assert seconds(of, kernels) == pytest.approx(1.17, abs=0.005)
+
+
+def cuda_launches(of, real):
+    """What the cuda backend launches in a step of a layer. real: of CPU tensors, not of meta."""
+    launches = []
+
+    def note(form, grid, *arguments):
+        tensors = [step_model.Part.of(t) for t in arguments if isinstance(t, torch.Tensor)]
+        launches.append((form, grid, tensors))
+
+    if not real:
+        with mock.patch.object(ModelledForms, "launch", lambda _, *launch: note(*launch)):
+            step_model.cuda_step.cache_clear()
+            step_model.cuda_step(of, H200)
+        step_model.cuda_step.cache_clear()
+        return launches
+    tensors = [part and torch.zeros(part.shape, dtype=part.dtype) for part in of.parts]
+    tensors = LayerTensors(*tensors)
+    (N, K), dtype = of.weight.shape, of.weight.dtype
+    x, dy = (torch.zeros(of.M, size, dtype=dtype) for size in (K, N))
+    arch = devices.Arch("nvidia", "sm_90", 132)
+    loaded = mock.Mock(side_effect=lambda form, device: functools.partial(note, form))
+    with (
+        mock.patch.object(cuda_forms, "loaded", loaded),
+        mock.patch.object(cuda_forms, "why_not", return_value=""),
+        mock.patch.object(devices, "of", return_value=arch),
+        mock.patch.dict(os.environ, {"LORAFAST_BACKEND": "cuda"}),
+    ):
+        if tensors.magnitude is not None:
+            tensors = tensors._replace(norm=formula.row_norm(tensors, of.options))
+        y, h, z = formula.forward(x, tensors, of.options)
+        kept = y if of.options.keep == "output" else z
+        formula.backward(dy, x, h, kept, tensors, of.options, of.needs)
+    return launches
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"M": 64},
+        {"p": 0.05},
+        {"method": "DoRA", "p": 0.05, "options": {"keep": "output"}},
+        {"method": "LaMDA", "options": {"frozen_columns": 5}},
+        {"method": "LaMDA", "R": 72, "p": 0.3},
+        {"bias": (1024,), "needs": {"bias": True}, "R": 24},
+        {"M": 100, "K": 1019, "R": 8, "p": 0.05},
+    ],
+    ids=str,
+)
+def test_the_launches_are_those_of_the_cuda_backend(form):
+    of = layer(**{"M": 256, **form})
+    modelled_so, made = (cuda_launches(of, real) for real in (False, True))
+    assert modelled_so == made
+    assert {"project", "low_rank_add"} <= {launch[0].stem for launch in made}
+
+
+def cuda_works(of):
+    """The works of a modelled step by the cuda backend."""
+    noted = []
+
+    class Kept(step_model.Trace):
+        def __init__(self, machine):
+            super().__init__(machine)
+            noted.append(self)
+
+    step_model.cuda_step.cache_clear()
+    with mock.patch.object(step_model, "Trace", Kept):
+        seconds = step_model.cuda_step(of, H200)
+    step_model.cuda_step.cache_clear()
+    assert seconds == noted[0].seconds
+    return noted[0].works
+
+
+def test_a_pass_of_the_cuda_backend_takes_its_bytes_or_what_is_on_its_way():
+    M = N = 4096
+    works = cuda_works(layer(M=M, N=N, K=N))
+    # h, the factor, and y both read and written.
+    moved = 2 * (M * 16 + N * 16 + 2 * M * N)
+    assert [work.bytes for work in works if work.name == "low_rank_add"] == [moved] * 2
+    project = next(work for work in works if work.name == "project")
+    # 128 blocks of 32 rows, twice for the parts of the sum.
+    in_flight = loop_counts.FORMS["project", 6].in_flight * 256 / modelled.LATENCY
+    read = 2 * (M * N + 16 * N)
+    assert project.seconds == pytest.approx(read / in_flight, rel=1e-4)
+    assert project.seconds > project.bytes / 4.3e12
+    small = [work.seconds for work in works if work.name in ("scale", "sum_parts")]
+    assert small == [modelled.LEAST] * 6
+
+
+def test_a_form_whose_loop_is_not_counted_is_refused():
+    for of in (layer(R=24), layer(K=1019)):
+        with pytest.raises(ValueError, match="no counted loop in kernels/loop_counts"):
+            step_model.cuda_step(of, H200)
 
 
 def test_meta_tensors_outside_a_model_are_served_as_ever():

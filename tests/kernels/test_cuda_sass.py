@@ -3,37 +3,31 @@
 Instructions are counted, and nothing is timed. See tests/kernels/test_sass_loops.py.
 """
 
-import functools
-
 import pytest
-import torch
-from helpers import sass_loops
-from helpers.cuda_compiler import cubin
+from helpers import cuda_figures, sass_loops
 
-from lorafast.engine.cuda_forms import ALIGNED, DROPS, Form
+from lorafast.engine.cuda_forms import ALIGNED, DROPS
+from lorafast.engine.kernels import loop_counts
 
-BF16 = torch.bfloat16
 MULTIPROCESSORS = 132
 LEAST_IN_FLIGHT = 24 * 1024
-# Elements of the large operand in two steps of a block's loop, which are unrolled.
-ELEMENTS = 2 * 4 * 1024
-# By call: the form, the bytes of shared memory, and the most instructions for an element.
+# By call: the form's stem and flags, and the most instructions for an element.
 CALLS = {
-    "project": (Form("project", BF16, 2, ALIGNED + 4), 4096, 3),
-    "project, dropout": (Form("project", BF16, 2, DROPS + ALIGNED + 4), 4096, 10),
-    "grad_project": (Form("grad_project", BF16, 2, ALIGNED), 8192, 3),
-    "grad_project, dropout": (Form("grad_project", BF16, 2, DROPS + ALIGNED), 8192, 10),
-    "grad_output": (Form("grad_output", BF16, 2, ALIGNED + 1 + 4), 8192, 6),
-    "grad_output, bias": (Form("grad_output", BF16, 2, ALIGNED + 1 + 4 + 8), 8192, 6),
-    "grad_output, kept": (Form("grad_output", BF16, 2, ALIGNED + 1 + 4 + 24), 8192, 7),
-    "grad_output, frozen A": (Form("grad_output", BF16, 2, ALIGNED + 4), 0, 3),
-    "low_rank_add": (Form("low_rank_add", BF16, 2, ALIGNED + 4), 0, 6),
-    "low_rank_add, gain": (Form("low_rank_add", BF16, 2, ALIGNED + 4 + 8), 0, 9),
-    "low_rank_add, dropout": (Form("low_rank_add", BF16, 2, DROPS + ALIGNED + 4), 0, 14),
-    "row_norm, rows": (Form("row_norm", BF16, 2, ALIGNED + 1), 0, 4),
-    "row_norm, columns": (Form("row_norm", BF16, 2, ALIGNED), 0, 6),
+    "project": ("project", ALIGNED + 4, 3),
+    "project, dropout": ("project", DROPS + ALIGNED + 4, 10),
+    "grad_project": ("grad_project", ALIGNED, 3),
+    "grad_project, dropout": ("grad_project", DROPS + ALIGNED, 10),
+    "grad_output": ("grad_output", ALIGNED + 1 + 4, 6),
+    "grad_output, bias": ("grad_output", ALIGNED + 1 + 4 + 8, 6),
+    "grad_output, kept": ("grad_output", ALIGNED + 1 + 4 + 24, 7),
+    "grad_output, frozen A": ("grad_output", ALIGNED + 4, 3),
+    "low_rank_add": ("low_rank_add", ALIGNED + 4, 6),
+    "low_rank_add, gain": ("low_rank_add", ALIGNED + 4 + 8, 9),
+    "low_rank_add, dropout": ("low_rank_add", DROPS + ALIGNED + 4, 14),
+    "row_norm, rows": ("row_norm", ALIGNED + 1, 4),
+    "row_norm, columns": ("row_norm", ALIGNED, 6),
 }
-WARPS, BLOCKS = 4, 768
+BLOCKS = 768
 
 
 def each_call(*names):
@@ -47,16 +41,12 @@ def each_call(*names):
     )
 
 
-@functools.cache
 def figures(call, capability=90):
     """Return the figures of a call's kernel; skip without the tools."""
     if missing := sass_loops.missing_tools(capability):
         pytest.skip(f"Triton's wheel here has no {' and no '.join(missing)}")
-    form, shared, _ = CALLS[call]
-    return sass_loops.of_kernel(
-        {".cubin": cubin(form, capability)}, capability, ELEMENTS, True, WARPS, shared,
-        BLOCKS / MULTIPROCESSORS,
-    )  # fmt: skip
+    stem, flags, _ = CALLS[call]
+    return cuda_figures.figures_of(stem, flags, BLOCKS / MULTIPROCESSORS, capability)
 
 
 @each_call()
@@ -72,5 +62,23 @@ def test_enough_bytes_are_on_their_way(call):
 @each_call()
 def test_barriers_of_two_steps(call):
     """The warps of a block add their parts of u in each step."""
-    adds = call.startswith("grad_output") and CALLS[call][0].flags & 1
+    adds = call.startswith("grad_output") and CALLS[call][1] & 1
     assert figures(call).barriers == 2 * adds, figures(call)
+
+
+def test_the_model_has_counts_of_every_form():
+    assert set(loop_counts.FORMS) == set(cuda_figures.FORMS)
+
+
+@pytest.mark.parametrize(
+    ("stem", "flags"),
+    [
+        pytest.param(*form, marks=[pytest.mark.slow] * (form != ("project", DROPS + ALIGNED + 4)))
+        for form in cuda_figures.FORMS
+    ],
+)
+def test_the_models_counts_are_those_of_the_code(stem, flags):
+    if missing := sass_loops.missing_tools(90):
+        pytest.skip(f"Triton's wheel here has no {' and no '.join(missing)}")
+    counted = cuda_figures.counts_of(stem, flags, 90)
+    assert loop_counts.FORMS[stem, flags] == counted, "run python tools/modelled_steps.py"

@@ -1,0 +1,51 @@
+"""What the machine code of the CUDA kernels does, in their forms of up to 16 ranks in bf16."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from helpers import sass_loops
+from helpers.cuda_compiler import cubin
+from lorafast.engine.cuda_forms import ALIGNED, DROPS, Form
+from lorafast.engine.kernels.loop_counts import FormCounts
+
+TILES = 2
+# Elements of the large operand in two steps of a block's loop, which are unrolled.
+ELEMENTS = 2 * 4 * 1024
+WARPS = 4
+# Bytes of shared memory, by the stem and the flags of each form whose loop is counted.
+FORMS = {
+    ("project", ALIGNED + 4): 4096,
+    ("project", DROPS + ALIGNED + 4): 4096,
+    ("grad_project", ALIGNED): 8192,
+    ("grad_project", DROPS + ALIGNED): 8192,
+    ("grad_output", ALIGNED + 1 + 4): 8192,
+    ("grad_output", ALIGNED + 1 + 4 + 8): 8192,
+    ("grad_output", ALIGNED + 1 + 4 + 24): 8192,
+    ("grad_output", ALIGNED + 4): 0,
+    ("low_rank_add", ALIGNED + 4): 0,
+    ("low_rank_add", ALIGNED + 4 + 8): 0,
+    ("low_rank_add", DROPS + ALIGNED): 0,
+    ("low_rank_add", DROPS + ALIGNED + 4): 0,
+    ("row_norm", ALIGNED + 1): 0,
+    ("row_norm", ALIGNED): 0,
+}
+
+
+@functools.cache
+def figures_of(stem: str, flags: int, programs: float, capability: int) -> sass_loops.Figures:
+    """Return the figures of a form. programs: the blocks of its grid by the multiprocessors."""
+    form = Form(stem, torch.bfloat16, TILES, flags)
+    return sass_loops.of_kernel(
+        {".cubin": cubin(form, capability)}, capability, ELEMENTS, True, WARPS,
+        FORMS[stem, flags], programs,
+    )  # fmt: skip
+
+
+def counts_of(stem: str, flags: int, capability: int) -> FormCounts:
+    """Return a form's entry in kernels/loop_counts.py, to four digits."""
+    found = figures_of(stem, flags, 1, capability)
+    instructions, alu = (float(f"{number:.4g}") for number in (found.instructions, found.alu))
+    return FormCounts(instructions, alu, round(found.bytes_in_flight), found.blocks)
