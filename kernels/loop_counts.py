@@ -93,6 +93,8 @@ FORMS: dict[tuple[str, int], FormCounts] = {
     ("grad_output", 15): FormCounts(4.938, 2.094, 15122, 2),
     ("grad_output", 31): FormCounts(6.844, 2.844, 16570, 2),
     ("grad_output", 6): FormCounts(2.281, 1.047, 9349, 4),
+    ("low_rank_add", 2): FormCounts(3.016, 1.203, 647, 6),
+    ("low_rank_add", 10): FormCounts(5.609, 1.953, 562, 4),
     ("low_rank_add", 6): FormCounts(4.781, 2.156, 10163, 4),
     ("low_rank_add", 14): FormCounts(7.75, 2.938, 12383, 3),
     ("low_rank_add", 3): FormCounts(9.375, 5.266, 1859, 4),

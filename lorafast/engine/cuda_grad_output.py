@@ -40,7 +40,7 @@ class _Parts(NamedTuple):
 
 def sums_of(dy2: torch.Tensor, kept2: torch.Tensor | None, requested: int) -> torch.Tensor:
     """Return Σ dy, and Σ dy⊙kept if two are requested.  -> [requested,N]"""
-    return sum_parts(_stream(dy2, kept2, None, None, requested).sums)
+    return sum_parts(_stream(dy2, kept2, None, 0, None, requested).sums)
 
 
 def grads_of(
@@ -57,7 +57,6 @@ def grads_of(
     dtype, R = dy2.dtype, spec.B.shape[1]
     needs_u, needs_P = spec.want_v or spec.want_core, spec.want_B or spec.want_out_scale
     skipped = 0 if spec.want_out_scale else spec.frozen_columns
-    F, inverse = _factor(spec, gain, dtype) if needs_u else (None, None)
     h = apply_core(spec.h, spec.core)[:, skipped:] if needs_P else None
     live = 0 if h is None else h.shape[1]
     streams_P = 0 < live <= _P_RANKS
@@ -66,8 +65,14 @@ def grads_of(
     if requested == 2 and (dtype == _F32 or not is_aligned(dy2, kept2)):
         # Beside u and P there are no registers for Σ dy⊙kept.
         sums, requested = sums_of(dy2, kept2, requested), 0
+    # As the pass over dy reads it, padded.
+    padded = (_U_RANKS, up_to(dy2.shape[1], 64)) if one_pass else (None, None)
+    F, inverse = _factor(spec, gain, dtype, *padded) if needs_u else (None, None)
     if one_pass or streams_P or requested:
-        parts = _stream(dy2, kept2, F if one_pass else None, h if streams_P else None, requested)
+        parts = _stream(
+            dy2, kept2, F if one_pass else None, R if one_pass else 0, h if streams_P else None,
+            requested,
+        )  # fmt: skip
     u, v = _u_and_v(dy2, parts.u, F, spec) if needs_u else (None, None)
     if inverse is not None:
         u, v = u * inverse, v * inverse
@@ -94,15 +99,21 @@ def _u_and_v(
 
 
 def _factor(
-    spec: UpProjGradSpec, gain: torch.Tensor | None, dtype: torch.dtype
+    spec: UpProjGradSpec,
+    gain: torch.Tensor | None,
+    dtype: torch.dtype,
+    rows: int | None,
+    width: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return (s·gain⊙out_scale⊙B)ᵀ [R,N] in dtype, and what u has to be multiplied by, or None."""
+    """Return (s·gain⊙out_scale⊙B)ᵀ [rows,width] in dtype, padded with zeros from [R,N] on, and what
+    u has to be multiplied by, or None.
+    """
     both = [one for one in (gain, spec.out_scale) if one is not None]
     column_scale = torch.stack([one.float() for one in both]).prod(0) if len(both) > 1 else None
     if len(both) == 1:
         column_scale = both[0]
     wide = low_rank_grad_dtype(dtype)
-    F = scale(spec.B.t(), wide, scaling=spec.scaling, column_scale=column_scale)
+    F = scale(spec.B.t(), wide, rows, width, spec.scaling, column_scale=column_scale)
     return (F, None) if wide == dtype else scaled_to_fp16(F)
 
 
@@ -110,19 +121,21 @@ def _stream(
     dy2: torch.Tensor,
     kept2: torch.Tensor | None,
     F: torch.Tensor | None,
+    u_ranks: int,
     h: torch.Tensor | None,
     requested: int,
 ) -> _Parts:
-    """Make one pass over dy, for u = dy Fᵀ, P = hᵀ dy and the sums that are requested."""
+    """Make one pass over dy, for u = dy Fᵀ [M,u_ranks], P = hᵀ dy and the sums that are requested.
+
+    F is padded to 16 rows and to a multiple of 64 columns.
+    """
     M, N = dy2.shape
-    tiles = 2 if h is None else tiles_of(max(h.shape[1], 0 if F is None else F.shape[0]))
+    tiles = 2 if h is None else tiles_of(max(h.shape[1], u_ranks))
     aligned = is_aligned(dy2) and (requested < 2 or is_aligned(kept2))
     count, steps = split(ceil_div(N, 256), ceil_div(M, 16), dy2.device)
     u = P = sums = None
-    u_ranks = h_ranks = live = 0
+    h_ranks = live = 0
     if F is not None:
-        u_ranks = F.shape[0]
-        F = scale(F, dy2.dtype, 16, up_to(N, 64))
         u = dy2.new_empty(ceil_div(N, 256), M, u_ranks, dtype=_F32)
     if h is not None:
         live = h.shape[1]

@@ -53,9 +53,9 @@ def test_with_dropout_the_cuda_backend_is_modelled_below_peft_and_eager():
         assert row.cuda < min([row.eager, *row.theirs]), key
 
 
-@pytest.mark.parametrize(("method", "most"), [("LoRA", 1.18), ("DoRA", 1.30)])
+@pytest.mark.parametrize(("method", "most"), [("LoRA", 1.15), ("DoRA", 1.30)])
 def test_cuda_with_dropout_at_4096_is_modelled_within_a_limit(method, most):
-    """The limit is what it is modelled at today; the goals are 1.15 and 1.22."""
+    """The limit is what it is modelled at today; DoRA's goal is 1.22."""
     assert tables()[8192, 4096, method, "0.05"].cuda <= most
 
 

@@ -68,8 +68,9 @@ def _is_used(form: Form) -> bool:
         sums = (0, 8, 24) if asked & 5 == 0 or (aligned and not wide) else (0, 8)
         return form.tiles in tiles and asked & 24 in sums and asked != 0
     if form.stem == "low_rank_add":
-        # dx is written or added to; of y only what is added to has a gain, and z beside it.
-        return asked in (1, 1 + 4, 4, 4 + 8, 4 + 8 + 16)
+        # dx is written, or added to by several adapters; y is written, with a bias or without, but
+        # with a gain it is added to, with z beside it or without.
+        return asked in (0, 1, 4, 1 + 4, 8, 4 + 8, 4 + 8 + 16)
     return True
 
 

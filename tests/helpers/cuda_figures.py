@@ -25,6 +25,8 @@ FORMS = {
     ("grad_output", ALIGNED + 1 + 4 + 8): 8192,
     ("grad_output", ALIGNED + 1 + 4 + 24): 8192,
     ("grad_output", ALIGNED + 4): 0,
+    ("low_rank_add", ALIGNED): 0,
+    ("low_rank_add", ALIGNED + 8): 0,
     ("low_rank_add", ALIGNED + 4): 0,
     ("low_rank_add", ALIGNED + 4 + 8): 0,
     ("low_rank_add", DROPS + ALIGNED): 0,

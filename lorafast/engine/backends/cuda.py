@@ -71,22 +71,22 @@ def linear(
     keep_inner: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     x2, N, weight = flatten_tokens(x), weight.shape[0], _cast(weight, x.dtype)
-    # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start
-    # changes no bit.
-    gemm_bias, last_bias = (bias, None) if gain is None else (None, bias)
     y = x.new_empty(*x.shape[:-1], N)
     y2 = y.view(x2.shape[0], N)
+    up = None if not ups else ups[0] if len(ups) == 1 else _concatenated(ups)
+    if gain is None:
+        _start(y2, up, bias)
+        _add_product(y2, x2, weight.t(), up is not None or bias is not None)
+        return y, None
+    if up is None:
+        # Of rank 1, and adds nothing.
+        up = UpProj(x2.new_zeros(x2.shape[0], 1), x2.new_zeros(N, 1))
     z = torch.empty_like(y2) if keep_inner else None
-    if gemm_bias is None:
-        torch.mm(x2, weight.t(), out=y2)
-    else:
-        torch.addmm(_cast(gemm_bias, x.dtype), x2, weight.t(), out=y2)
-    if ups or gain is not None:
-        up = ups[0] if len(ups) == 1 else _concatenated(ups, x2, N)
-        cuda_kernels.low_rank_add(
-            y2, up.h_core, up.B, scaling=up.scaling, row_scale=up.out_scale, gain=gain,
-            bias=last_bias, inner=z,
-        )  # fmt: skip
+    _add_product(y2, x2, weight.t(), False)
+    cuda_kernels.low_rank_add(
+        y2, up.h_core, up.B, scaling=up.scaling, row_scale=up.out_scale, gain=gain, bias=bias,
+        inner=z,
+    )  # fmt: skip
     return y, z
 
 
@@ -115,22 +115,10 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
     dy, K = bases[0].dy, bases[0].weight.shape[1]
     dx = dy.new_empty(*dy.shape[:-1], K)
     dx2 = flatten_tokens(dx)
-    # Masked terms are written first and the product is added to them, which rounds their sum once.
-    started = False
-    for v, A, seed, p, _ in low_ranks:
-        if p:
-            cuda_kernels.low_rank_add(dx2, v, A.t(), seed, p, accumulate=started)
-            started = True
-    for base in bases:
-        dy2, weight = eager.gained_operands(base)
-        if started:
-            dx2.addmm_(dy2, weight)
-        else:
-            torch.mm(dy2, weight, out=dx2)
-        started = True
-    for v, A, _, p, _ in low_ranks:
-        if not p:
-            cuda_kernels.low_rank_add(dx2, v, A.t())
+    for i, (v, A, seed, p, _) in enumerate(low_ranks):
+        cuda_kernels.low_rank_add(dx2, v, A.t(), seed, p, accumulate=i > 0)
+    for i, base in enumerate(bases):
+        _add_product(dx2, *eager.gained_operands(base), i > 0 or bool(low_ranks))
     return dx
 
 
@@ -160,10 +148,30 @@ def _cast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def _concatenated(ups: list[UpProj], x2: torch.Tensor, N: int) -> UpProj:
-    """Several up projections side by side as one; for none, one of rank 1 that adds nothing."""
-    if not ups:
-        return UpProj(x2.new_zeros(x2.shape[0], 1), x2.new_zeros(N, 1))
+def _start(y2: torch.Tensor, up: UpProj | None, bias: torch.Tensor | None) -> None:
+    """Write what the base product is added to: bias + h' (s·out_scale⊙B)ᵀ, as far as it exists.
+
+    The product comes last, so that the sum is rounded once; and the kernel reads no y.
+    """
+    if up is not None:
+        cuda_kernels.low_rank_add(
+            y2, up.h_core, up.B, accumulate=False, scaling=up.scaling, row_scale=up.out_scale,
+            bias=bias,
+        )  # fmt: skip
+    elif bias is not None:
+        y2.copy_(bias)
+
+
+def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, started: bool) -> None:
+    """Compute out = (out if started) + a b in place."""
+    if started:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def _concatenated(ups: list[UpProj]) -> UpProj:
+    """Several up projections side by side as one."""
     factors = []
     for _, B, scaling, out_scale in ups:
         factor = B.float() * scaling
