@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import backends
 from helpers.dropout_masks import SEEDS, assert_masks
+from helpers.emulated_cuda import emulating
 from helpers.integer_problems import (
     CHECKS,
     LAYOUTS,
@@ -43,6 +44,18 @@ SHAPES = [(1, 40, 72, 1), (70, 130, 257, 12), (300, 65, 1030, 33)]
 EMPTY = [(0, 3, 4, 2), (3, 0, 4, 2), (3, 4, 0, 2), (0, 0, 0, 1)]
 
 
+@pytest.fixture(autouse=True)
+def device(request):
+    """The emulated GPU, for the backend that runs on no other device."""
+    asked = getattr(request.node, "callspec", None)
+    named = asked and (asked.params.get("backend"), asked.params.get("name"))
+    if named and (backends.module("cuda") in named or "cuda" in named):
+        with emulating(90):
+            yield
+    else:
+        yield
+
+
 def test_every_backend_there_is_is_tested():
     folder = Path(inspect.getfile(Backend)).parent
     present = {path.stem for path in folder.glob("*.py")} - {"__init__"}
@@ -62,8 +75,8 @@ def test_signatures_are_those_of_the_protocol(backend, name):
     assert all(one.default is not one.empty for one in found[len(asked) :])
 
 
-# In the interpreter one: the tests of each kernel have more.
-SHAPES_OF = {"eager": SHAPES, "cpu": SHAPES, "triton": SHAPES[1:2]}
+# In the interpreter and on the emulator one: the tests of each kernel have more.
+SHAPES_OF = {"eager": SHAPES, "cpu": SHAPES, "triton": SHAPES[1:2], "cuda": SHAPES[1:2]}
 
 
 @backends.each_with_dtype_and_shape(SHAPES_OF)
@@ -99,7 +112,7 @@ def test_a_factor_times_s_is_rounded_once(backend, dtype, scaling):
 
 # Not row_norm in eager and triton: it ends in torch's square root, which is not rounded correctly.
 EXACT = [
-    (backend, primitive)
+    pytest.param(backend, primitive, marks=backends.MARKS.get(backend, ()))
     for backend in backends.DTYPES
     for primitive in PRIMITIVES
     if (backend, primitive) not in (("eager", "row_norm"), ("triton", "row_norm"))

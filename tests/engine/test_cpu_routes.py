@@ -42,7 +42,7 @@ def anew(monkeypatch):
     ("fields", "why"),
     [
         ({"arch": Arch("nvidia", "sm_90")}, "runs on CPU tensors; this is nvidia sm_90"),
-        ({"arch": Arch("mps", "mps")}, "runs on CPU tensors; this is mps mps"),
+        ({"arch": Arch("mps", "mps")}, "runs on CPU tensors; this is mps"),
         (
             {"dtype": torch.float64},
             "x is torch.float64; the kernels compute in torch.float32, torch.bfloat16, "

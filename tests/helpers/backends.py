@@ -6,17 +6,20 @@ import pytest
 import torch
 
 from helpers.cpp_compiler import needs_compiler
+from helpers.cuda_compiler import needs_nvcc
 from lorafast.engine.problem import Problem
 from lorafast.runtime.devices import Arch
 
 HALVES = (torch.bfloat16, torch.float16)
-# The dtypes in which a test on CPU tensors can run each; Triton's interpreter has no bf16.
+# The dtypes in which a test on CPU tensors can run each; Triton's interpreter has no bf16. On the
+# emulator, which takes its time, one: tests/kernels/test_cuda_primitives.py has the others.
 DTYPES = {
     "eager": (torch.float32, *HALVES),
     "cpu": (torch.float32, *HALVES),
     "triton": (torch.float32, torch.float16),
+    "cuda": (torch.bfloat16,),
 }
-MARKS = {"cpu": (needs_compiler,)}
+MARKS = {"cpu": (needs_compiler,), "cuda": (pytest.mark.slow, needs_nvcc)}
 # Those whose kernels address memory by themselves.
 KERNELS = ("cpu", "triton")
 

@@ -74,6 +74,9 @@ def _is_used(form: Form) -> bool:
     return True
 
 
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
 def skip_without_nvcc() -> None:
     """Skip the test where nvcc is missing."""
     if shutil.which("nvcc") is None:
