@@ -28,6 +28,7 @@ def test_every_kernel_is_in_the_table():
     assert {path.stem for path in SOURCES.glob("*.cu")} == set(KERNELS) == set(cuda_forms.KERNELS)
 
 
+@pytest.mark.slow
 def test_the_tables_threads_are_those_of_the_kernels():
     for stem, kernel in cuda_forms.KERNELS.items():
         text = cuda_compiler.ptx(Form(stem, torch.float32), 90)

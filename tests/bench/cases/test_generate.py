@@ -22,7 +22,7 @@ def llama():
 
 
 @pytest.mark.peft
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_every_implementation_is_checked_and_timed(dtype, tmp_path, capsys):
     page = tmp_path / "page.html"
     options = f"--dtype {dtype} --html {page} --impl lorafast,accelerated,peft,peft-bf16,merged"

@@ -45,7 +45,7 @@ def test_every_candidate_is_measured_next_to_the_frozen_layer(dtype, tmp_path, c
     assert "lorafast" in printed
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_saved_bytes_are_exact(dtype, tmp_path, few_tokens_by_op):
     options = f"--dropout 0,0.3 --dtype {dtype} --impl frozen,full,lorafast --rounds 1"
     _, rows, _ = run(tmp_path, options)
