@@ -16,6 +16,7 @@ from lorafast.engine.cuda_kernels import (
     is_aligned,
     project,
     scale,
+    small,
     split,
     sum_parts,
     tiles_of,
@@ -166,7 +167,7 @@ def _finish_P(
     if parts is None:
         parts = spec.B.new_empty(0, 0, N, dtype=_F32)
     tensor = spec.scaling if isinstance(spec.scaling, torch.Tensor) else None
-    optional = (gain, spec.out_scale, spec.B, tensor)
+    optional = [small(one) for one in (gain, spec.out_scale, spec.B, tensor)]
     # The parts may be some rows of wider ones.
     width = parts.stride(0) // N if len(parts) and N else 0
     launch(

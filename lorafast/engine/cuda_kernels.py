@@ -81,6 +81,15 @@ def dtype_number(t: torch.Tensor | None) -> int:
     return 0 if t is None else DTYPES[t.dtype]
 
 
+def small(t: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a small operand in a dtype that kernels read; a vector dense."""
+    if t is None:
+        return None
+    # Of a matrix kernels get the strides, of a vector none.
+    t = t if t.dtype in DTYPES else t.float()
+    return t.contiguous() if t.dim() == 1 else t
+
+
 def scale(
     F: torch.Tensor,
     dtype: torch.dtype,
@@ -94,7 +103,8 @@ def scale(
     """Return s·row_scale⊙F·column_scale [rows,width] in dtype, padded with zeros."""
     rows, width = F.shape[0] if rows is None else rows, F.shape[1] if width is None else width
     out = F.new_empty(rows, up_to(width, 8), dtype=dtype)[:, :width]
-    tensor = scaling if isinstance(scaling, torch.Tensor) else None
+    tensor = small(scaling) if isinstance(scaling, torch.Tensor) else None
+    F, row_scale, column_scale = small(F), small(row_scale), small(column_scale)
     aligned = F.dtype == dtype and F.shape[1] == width and is_aligned(F, out)
     launch(
         Form("scale", dtype, flags=aligned * ALIGNED, tf32=tf32), F.device,
@@ -134,7 +144,7 @@ def project(
     """Return h = drop(x) Aᵀ and h' = core(h) in dtype, which is x's if not given.  -> [M,R]"""
     (M, K), R, dtype = x2.shape, down.A.shape[0], dtype or x2.dtype
     # Twice as many registers hold fp32.
-    tiles, core = min(tiles_of(R), 16 if x2.itemsize < 4 else 8), down.core
+    tiles, core = min(tiles_of(R), 16 if x2.itemsize < 4 else 8), small(down.core)
     blocks, high = ceil_div(R, 8 * tiles), 32 if tiles <= 4 else 16
     A = _factor_of(down.A, x2.dtype, blocks * 8 * tiles, up_to(K, 8))
     groups, threshold, factor = dropout(K, down.p)
@@ -161,7 +171,7 @@ def finish(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return h = factor·Σ parts in dtype, and h' = core(h).  parts [splits,M,R]"""
     count, M, R = parts.shape
-    tiles, by_product = tiles_of(R), _by_product(R, core)
+    tiles, by_product, core = tiles_of(R), _by_product(R, core), small(core)
     own_core = None if by_product else core
     h = parts.new_empty(M, R, dtype=dtype)
     h_core = None if own_core is None else torch.empty_like(h)

@@ -99,12 +99,14 @@ def why_not_kernel(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def made_by_torch(device: torch.device, dtype: torch.dtype) -> bool:
-    """True on a GPU where the kernel may not serve.
+    """True on a GPU where the kernel may not serve, nor the cuda backend, which makes its own bits.
 
     A step with dropout is then modelled at 3.7 times the frozen layer's at 4096 → 4096, and at more
     on smaller layers (docs/modelled-steps.md).
     """
-    return device.type not in ("cpu", "meta") and not kernel_serves(device, dtype)
+    if device.type in ("cpu", "meta") or env.is_forced("cuda"):
+        return False
+    return not kernel_serves(device, dtype)
 
 
 def _kernel_for(x: torch.Tensor) -> Callable | None:

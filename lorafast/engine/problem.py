@@ -112,6 +112,17 @@ class UpProj(NamedTuple):
     out_scale: torch.Tensor | None = None
 
 
+def as_one(ups: list[UpProj], x: torch.Tensor, N: int) -> UpProj:
+    """Several up projections side by side as one; for none, one of rank 1 that adds nothing."""
+    if not ups:
+        return UpProj(x.new_zeros(tokens(x), 1), x.new_zeros(N, 1))
+    factors = []
+    for _, B, scaling, out_scale in ups:
+        factor = B.float() * scaling
+        factors.append(factor if out_scale is None else factor * out_scale.float()[:, None])
+    return UpProj(torch.cat([up.h_core for up in ups], 1), torch.cat(factors, 1))
+
+
 class UpProjGradSpec(NamedTuple):
     """What one adapter needs of dy.  h [M,R] is the saved one, before the core; None: v alone."""
 

@@ -285,8 +285,9 @@ def modelled_step(
 ) -> ModelledStep | None:
     """Return the modelled step of a layer by the backends that serve it. options: keep resolved.
 
-    None on what is no GPU, for other dtypes than bf16 and fp16, where a forced backend refuses, and
-    inside a dispatch mode, which would see the model's operations. The first question about a GPU
+    None on what is no GPU, for other dtypes than bf16 and fp16, where a forced backend refuses, for
+    what cuda_step does not price, and inside a dispatch mode, which would see the model's
+    operations. The first question about a GPU
     runs its trial.
     """
     weight = tensors.weight
@@ -302,6 +303,12 @@ def modelled_step(
     if machine is None or "none" in backends.values():
         return None
     layer = layer_of(M, tensors, options, needs)
+    if "cuda" in backends.values():
+        # It is forced, and then serves all.
+        try:
+            return ModelledStep(layer, machine, cuda_step(layer, machine), lasts)
+        except ValueError:
+            return None
     served = frozenset(name for name, backend in backends.items() if backend == "triton")
     return ModelledStep(layer, machine, step(layer, machine, served, mask).seconds, lasts)
 

@@ -56,8 +56,8 @@ class Part(NamedTuple):
     sources: Path
 
 
-HOST = Part("host", "host path", 25, SOURCES.parent / "host")
-LAUNCHER = Part("launch", "launcher", 20, SOURCES.parent / "launch")
+HOST = Part("host", "host path", 35, SOURCES.parent / "host")
+LAUNCHER = Part("launch", "launcher", 25, SOURCES.parent / "launch")
 
 
 def cpu(isa: str | None = None, sources: Path = SOURCES) -> ModuleType | str:

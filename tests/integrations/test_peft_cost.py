@@ -9,8 +9,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorafast
-from lorafast.engine import dispatch, masks, step_model, trial
+from lorafast.engine import cuda_forms, dispatch, masks, step_model, trial
 from lorafast.engine.kernels import modelled
+from lorafast.engine.masks import made_by_torch
+from lorafast.engine.problem import CallOptions, GradMask, LayerTensors
 from lorafast.runtime.fallback import Provisional
 
 peft = pytest.importorskip("peft")
@@ -106,6 +108,24 @@ def test_a_call_asks_for_its_own_number_of_tokens(gpu, calls):
     assert row.modelled is None
     # A large layer's base product hides what the ops launch.
     assert ours.why_quicker(layer, 1 << 17, BF16) is None
+
+
+def test_a_forced_cuda_backend_is_priced_as_itself(gpu):
+    """It makes its own dropout bits, so that no layer is left for want of Triton's kernel."""
+    gpu.setenv("LORAFAST_BACKEND", "cuda")
+    gpu.setattr(cuda_forms, "why_not", lambda: "")
+    gpu.setattr(masks, "made_by_torch", lambda _, dtype: made_by_torch(torch.device("cuda"), dtype))
+    needs = GradMask(x=True, lora_A=True, lora_B=True)
+    weight = torch.empty(SIZE, SIZE, dtype=BF16)
+    for r, is_counted in ((16, True), (24, False)):
+        A, B = torch.empty(r, SIZE, dtype=BF16), torch.empty(SIZE, r, dtype=BF16)
+        call = LayerTensors(weight, None, A, B), CallOptions(1.0, 0.05)
+        found = step_model.modelled_step(512, *call, needs)
+        if is_counted:
+            assert found.seconds == step_model.cuda_step(found.layer, found.machine)
+        else:
+            assert found is None
+            assert peft_cost.why_peft(512, BF16, *call) is None
 
 
 def test_an_answer_is_remembered_unless_it_is_provisional(gpu):

@@ -20,7 +20,7 @@ from helpers.triton_interpreter import SEED, within_twice
 
 from lorafast.engine import cuda_kernels, philox
 from lorafast.engine.backends import cuda as backend
-from lorafast.engine.problem import DownProj, LowRankTerm, UpProjGradSpec
+from lorafast.engine.problem import DownProj, LowRankTerm, UpProj, UpProjGradSpec
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HALVES = [(90, BF16), (80, BF16), (90, FP16), (80, FP16)]
@@ -183,6 +183,31 @@ def test_scale(capability, dtype):
             assert_rounded_once(out[:70, :40], exact, dtype)
             assert not out[70:].any()
             assert not out[:, 40:].any()
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=str)
+def test_vectors_of_any_strides_and_dtypes(dtype):
+    """Kernels get no strides of vectors, and read three dtypes."""
+    M, N, K, R = 9, 24, 16, 4
+    x, W, h, dy = (whole_numbers(*s, BF16, most=3) for s in ((M, K), (N, K), (M, R), (M, N)))
+    B, A = whole_numbers(N, R, dtype, most=3), whole_numbers(R, K, FP32, most=3)
+    gain, scale = (torch.tensor([1.0, 7, 2, 7, 4, 7, 0.5, 7] * 6, dtype=dtype)[::2] for _ in "gs")
+    bias = torch.tensor([3.0], dtype=dtype).expand(N)
+    core = torch.tensor([1.0, 9, 2, 9, 0.5, 9, 4, 9], dtype=dtype)[::2]
+    spec = UpProjGradSpec(B, 1.0, scale, core, h, want_B=True, want_out_scale=True)
+    with emulating(90):
+        y, _ = backend.linear(x, W, [UpProj(h, B, 1.0, scale)], gain, bias)
+        ((_, h_core),) = backend.project(x, [DownProj(A, core)])
+        found = backend.grad_output(dy, [spec], gain).adapters[0]
+    wide = {name: value.double() for name, value in locals().items() if torch.is_tensor(value)}
+    up = wide["h"] @ (wide["scale"][:, None] * wide["B"]).t()
+    exact = wide["gain"] * (wide["x"] @ wide["W"].t() + up) + wide["bias"]
+    assert (y.double() - exact).abs().max() <= exact.abs().max() / 128
+    h_exact = (wide["x"] @ wide["A"].t()).bfloat16().double() * wide["core"]
+    assert torch.equal(h_core, h_exact.bfloat16())
+    P = (wide["gain"] * wide["dy"]).t() @ (wide["h"] * wide["core"])
+    torch.testing.assert_close(found.dB.double(), wide["scale"][:, None] * P)
+    torch.testing.assert_close(found.d_out_scale.double(), (P * wide["B"]).sum(1))
 
 
 def normal(*shape, dtype=torch.float32):

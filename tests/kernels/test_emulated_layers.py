@@ -7,32 +7,17 @@ import pytest
 import torch
 from emulator.process import in_emulator
 from helpers.emulated_device import emulated
+from helpers.layer_cases import QUICK, every_form
 
 from lorafast import testing
 
 BF16, FP16 = torch.bfloat16, torch.float16
-# M, N, K and R.
-SIZES = (
-    (63, 72, 136, 8), (17, 130, 72, 12), (64, 136, 128, 16), (33, 257, 130, 24), (130, 64, 72, 64),
-    (1, 72, 64, 4),
-)  # fmt: skip
-
-
-def cases():
-    """Yield (capability, case, fused) of every form; each in one dtype, with dropout or without."""
-    for i, form in enumerate(testing.FORMS):
-        dtype, p = (BF16, BF16, FP16)[i % 3], (0.3, 0.0)[i // 2 % 2]
-        sizes, transposed = SIZES[i % len(SIZES)], i % 4 == 3
-        case = testing.Case(form, *sizes, dtype, p, bias=i % 3 != 1, transposed=transposed)
-        yield (90, 80)[i % 2], case if case.works else testing.Case(form, *sizes, dtype), i % 3 < 2
-
-
-QUICK = (90, testing.Case(testing.FORMS[0], 33, 72, 136, 8, BF16, 0.3), True)
+SLOW = [(sm, case, i % 3 < 2) for i, sm, case in every_form(BF16, BF16, FP16)]
 
 
 @pytest.mark.parametrize(
     ("capability", "case", "fused"),
-    [QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in cases())],
+    [(*QUICK, True), *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)],
     ids=str,
 )
 @in_emulator

@@ -27,6 +27,7 @@ from lorafast.engine.problem import (
     UpProj,
     UpProjGrads,
     UpProjGradSpec,
+    as_one,
     tokens,
 )
 from lorafast.engine.row_blocks import flatten_tokens
@@ -118,7 +119,7 @@ def linear(
     z = torch.empty(M, N, dtype=dtype) if keep_inner else None
     addition = None
     if ups or gain is not None:
-        up = ups[0] if len(ups) == 1 else _concatenated(ups, x, N)
+        up = ups[0] if len(ups) == 1 else as_one(ups, x, N)
         h_core, B, scaling, scale = up
         addition = _low_rank_add(
             h_core, B, dtype, scaling, scale, gain=gain, bias=last_bias, inner=z
@@ -377,17 +378,6 @@ def _scale(x: torch.Tensor, gain: torch.Tensor, by_row: bool) -> torch.Tensor:
         out.data_ptr(), _threads(16 * x.numel()),
     )  # fmt: skip
     return out
-
-
-def _concatenated(ups: list[UpProj], x: torch.Tensor, N: int) -> UpProj:
-    """Several up projections side by side as one; for none, one of rank 1 that adds nothing."""
-    if not ups:
-        return UpProj(x.new_zeros(tokens(x), 1), x.new_zeros(N, 1))
-    factors = []
-    for _, B, scaling, out_scale in ups:
-        factor = B.float() * scaling
-        factors.append(factor if out_scale is None else factor * out_scale.float()[:, None])
-    return UpProj(torch.cat([up.h_core for up in ups], 1), torch.cat(factors, 1))
 
 
 def _up_proj_grads(

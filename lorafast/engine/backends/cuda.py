@@ -22,6 +22,7 @@ from lorafast.engine.problem import (
     UpProj,
     UpProjGrads,
     UpProjGradSpec,
+    as_one,
 )
 from lorafast.engine.row_blocks import flatten_tokens
 from lorafast.runtime import env
@@ -73,14 +74,11 @@ def linear(
     x2, N, weight = flatten_tokens(x), weight.shape[0], _cast(weight, x.dtype)
     y = x.new_empty(*x.shape[:-1], N)
     y2 = y.view(x2.shape[0], N)
-    up = None if not ups else ups[0] if len(ups) == 1 else _concatenated(ups)
+    up = ups[0] if len(ups) == 1 else as_one(ups, x2, N)
     if gain is None:
-        _start(y2, up, bias)
-        _add_product(y2, x2, weight.t(), up is not None or bias is not None)
+        _start(y2, up if ups else None, bias)
+        _add_product(y2, x2, weight.t(), bool(ups) or bias is not None)
         return y, None
-    if up is None:
-        # Of rank 1, and adds nothing.
-        up = UpProj(x2.new_zeros(x2.shape[0], 1), x2.new_zeros(N, 1))
     z = torch.empty_like(y2) if keep_inner else None
     _add_product(y2, x2, weight.t(), False)
     cuda_kernels.low_rank_add(
@@ -168,12 +166,3 @@ def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, started: b
         out.addmm_(a, b)
     else:
         torch.mm(a, b, out=out)
-
-
-def _concatenated(ups: list[UpProj]) -> UpProj:
-    """Several up projections side by side as one."""
-    factors = []
-    for _, B, scaling, out_scale in ups:
-        factor = B.float() * scaling
-        factors.append(factor if out_scale is None else factor * out_scale.float()[:, None])
-    return UpProj(torch.cat([up.h_core for up in ups], 1), torch.cat(factors, 1))
