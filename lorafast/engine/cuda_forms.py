@@ -45,6 +45,7 @@ KERNELS = {
     "sum_parts": Kernel(256, "pp" + "qif"),
     "low_rank_add": Kernel(128, "ppppppp" + "qqqq" + "iii" + "if"),
     "row_norm": Kernel(128, "pppp" + "qqqq" + "iiii"),
+    "quotient": Kernel(256, "pppppp" + "ii"),
     "scale": Kernel(256, "ppppp" + "qqqqq" + "iiiiii" + "f"),
     "drop": Kernel(256, "ppp" + "qqqqqq" + "ii" + "f"),
 }

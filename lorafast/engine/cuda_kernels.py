@@ -198,6 +198,25 @@ def sum_parts(parts: torch.Tensor, factor: float = 1.0, root: bool = False) -> t
     return out
 
 
+def quotient(
+    a: torch.Tensor,
+    first: torch.Tensor | None,
+    second: torch.Tensor,
+    factor: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return (a/first)/second, 0 where a divisor is 0, in fp32, and it times -factor.  vectors"""
+    (n,) = a.shape
+    out = second.new_empty(n, dtype=_F32)
+    product = None if factor is None else torch.empty_like(out)
+    a = small(a)
+    others = (one if one is None else one.float().contiguous() for one in (first, second, factor))
+    launch(
+        Form("quotient", _F32), a.device, (ceil_div(n, 256),),
+        a, *others, out, product, n, dtype_number(a),
+    )  # fmt: skip
+    return out, product
+
+
 def grad_project(
     x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0
 ) -> torch.Tensor:

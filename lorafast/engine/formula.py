@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from lorafast.engine import dispatch, masks
+from lorafast.engine.backends import Backend
 from lorafast.engine.dispatch import Routes
 from lorafast.engine.precision import accumulator, apply_core, divide_or_zero
 from lorafast.engine.problem import (
@@ -38,7 +39,7 @@ def forward(
         drops_base = options.dropout > 0 and options.dropout_on == "both"
         if drops_base or options.axis == "in":
             adapter_x, base_x = _inputs(x, tensors, options, routes)
-        gain = gain_of(tensors.magnitude, tensors.norm) if options.axis == "out" else None
+        gain = _gain(tensors, routes["linear"]) if options.axis == "out" else None
     if tensors.lora_bias is not None:
         bias = _total_bias(tensors, options, gain)
     scaling = options.scaling if tensors.scale is None else tensors.scale
@@ -70,7 +71,7 @@ def backward(
     routes = dispatch.routes(dy, tensors, options)
     has_gain = tensors.magnitude is not None
     by_row = has_gain and options.axis == "out"
-    gain = gain_of(tensors.magnitude, tensors.norm) if has_gain else None
+    gain = _gain(tensors, routes["grad_output"]) if has_gain else None
     if by_row and needs.gain and options.keep == "recompute":
         kept = _inner(x, h, tensors, options, routes)
     sums = _output_grads(dy, h, kept, tensors, options, needs, gain if by_row else None, routes)
@@ -97,7 +98,8 @@ def backward(
         grads["x"] = routes["grad_input"].grad_input([base], [low_rank])
     elif by_row:
         if needs.gain:
-            grads |= _gain_grads(_d_gain(sums, tensors, options, gain), gain, tensors, needs)
+            d_gain, by_gain = _d_gain(sums, tensors, options), options.keep == "output"
+            grads |= _gain_grads(d_gain, gain, by_gain, tensors, needs, routes)
         if needs.x:
             grads["x"] = _d_x_by_row(dy, low_rank, gain, tensors, options, routes)
     elif has_gain and (needs.x or needs.gain):
@@ -153,6 +155,21 @@ def gain_of(magnitude: torch.Tensor | None, norm: torch.Tensor | None) -> torch.
         magnitude = magnitude.to(norm.dtype)
     # divide_or_zero, without its call: a DoRA layer comes here twice a step.
     return (magnitude / norm).masked_fill(norm == 0, 0)
+
+
+def gain_grads(
+    d_gain: torch.Tensor,
+    gain: torch.Tensor,
+    norm: torch.Tensor,
+    by_gain: bool = False,
+    want_norm: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the gradients of gain = m/norm: d_m = d_gain/norm, d_norm = -d_m·gain if wanted.
+
+    by_gain: d_gain has to be divided by the gain first. A quotient by 0 is 0.
+    """
+    d_magnitude = divide_or_zero(divide_or_zero(d_gain, gain) if by_gain else d_gain, norm)
+    return d_magnitude, -d_magnitude * gain if want_norm else None
 
 
 def effective_B(tensors: LayerTensors, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -237,7 +254,7 @@ def _inputs(
         base_x = routes["drop"].drop(x, tensors.seed, options.dropout)
     if options.axis == "out":
         return x, base_x
-    gain = gain_of(tensors.magnitude, tensors.norm)
+    gain = _gain(tensors, routes["project"])
     adapter_x = torch.mul(x, gain, out=x.new_empty(x.shape))
     if not options.drops_base:
         return adapter_x, adapter_x
@@ -300,24 +317,33 @@ def _inner(
     return routes["linear"].linear(base_x, tensors.weight, [up])[0]
 
 
-def _d_gain(
-    sums: OutputGrads, tensors: LayerTensors, options: CallOptions, gain: torch.Tensor
-) -> torch.Tensor:
-    """Σ dy⊙z, from z or from y = gain⊙z + bias (0 where the gain is 0).  [N]"""
+def _d_gain(sums: OutputGrads, tensors: LayerTensors, options: CallOptions) -> torch.Tensor:
+    """Σ dy⊙z from z; from y = gain⊙z + bias it is gain⊙Σ dy⊙z.  [N]"""
     if options.keep == "output":
-        dot = sums.dot if tensors.bias is None else sums.dot - tensors.bias * sums.d_bias
-        return divide_or_zero(dot, gain)
+        return sums.dot if tensors.bias is None else sums.dot - tensors.bias * sums.d_bias
     if tensors.lora_bias is None:
         return sums.dot
     return sums.dot + tensors.lora_bias * scaling_of(tensors, options) * sums.d_bias
 
 
+def _gain(tensors: LayerTensors, backend: Backend) -> torch.Tensor:
+    """gain_of, by the backend's own kernel if it has one."""
+    own = getattr(backend, "gain_of", gain_of)
+    return own(tensors.magnitude, tensors.norm)
+
+
 def _gain_grads(
-    d_gain: torch.Tensor, gain: torch.Tensor, tensors: LayerTensors, needs: GradMask
-) -> dict[str, torch.Tensor]:
-    """The gradients of gain = m/norm: d_m = d_gain/norm, d_norm = -d_gain·gain/norm."""
-    d_magnitude = divide_or_zero(d_gain, tensors.norm)
-    return {"magnitude": d_magnitude} | ({"norm": -d_magnitude * gain} if needs.norm else {})
+    d_gain: torch.Tensor,
+    gain: torch.Tensor,
+    by_gain: bool,
+    tensors: LayerTensors,
+    needs: GradMask,
+    routes: Routes,
+) -> dict[str, torch.Tensor | None]:
+    """gain_grads by name, by the backend's own kernel if it has one."""
+    own = getattr(routes["grad_output"], "gain_grads", gain_grads)
+    d_magnitude, d_norm = own(d_gain, gain, tensors.norm, by_gain, needs.norm)
+    return {"magnitude": d_magnitude, "norm": d_norm}
 
 
 def _d_x_by_row(
@@ -346,7 +372,7 @@ def _in_axis_grads(
     options: CallOptions,
     needs: GradMask,
     routes: Routes,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor | None]:
     """dx and the gradients of magnitude and norm through in_gain⊙x, for axis="in"."""
     base, grad_input = BaseTerm(dy, tensors.weight), routes["grad_input"].grad_input
     if not options.drops_base:
@@ -359,8 +385,8 @@ def _in_axis_grads(
         dropped_part = drop(torch.mm(v, A.to(v.dtype)).view_as(d_base), seed, p)
         d_x = d_base + (gain - 1) * dropped + gain * dropped_part
         d_scaled = dropped + dropped_part
-    grads = {"x": d_x}
+    grads: dict[str, torch.Tensor | None] = {"x": d_x}
     if needs.gain:
         d_gain = (d_scaled.to(gain.dtype) * x).reshape(tokens(x), x.shape[-1]).sum(0)
-        grads |= _gain_grads(d_gain, gain, tensors, needs)
+        grads |= _gain_grads(d_gain, gain, False, tensors, needs, routes)
     return grads

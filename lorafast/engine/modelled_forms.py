@@ -23,7 +23,7 @@ _LARGE = {
     "project": (0, 3, 0), "grad_project": (0, 3, 0), "grad_output": (0, 4, 0),
     "low_rank_add": (5, 5, 4), "row_norm": (0, 3, 0),
 }  # fmt: skip
-_SMALL = ("project_finish", "grad_output_finish", "sum_parts", "scale")
+_SMALL = ("project_finish", "grad_output_finish", "sum_parts", "scale", "quotient")
 # project's form that leaves its sums to project_finish; the other has the same loop.
 _PARTS = 4
 # The most tiles of eight ranks of a form whose loop is counted, and its dtypes.

@@ -139,6 +139,9 @@ class Chosen:
         self.took: dict[str, str] = {}
 
     def __getattr__(self, primitive: str) -> Callable:
+        if primitive not in (*PRIMITIVES, "drop"):
+            # What a backend may lack.
+            raise AttributeError(primitive)
         if self.served is None:
             return functools.partial(self._better, primitive)
         self.took[primitive] = "kernels" if primitive in self.served else "torch"

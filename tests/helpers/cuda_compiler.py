@@ -40,8 +40,9 @@ KERNELS = {
     "sum_parts": ((2,), ("root",)),
     "drop": ((2,), ("", "aligned", "accumulates")),
     "scale": ((2,), ("", "aligned")),
+    "quotient": ((2,), ()),
 }
-NO_PRODUCT = ("grad_output_finish", "sum_parts", "drop", "scale")
+NO_PRODUCT = ("grad_output_finish", "sum_parts", "drop", "scale", "quotient")
 
 
 @functools.cache

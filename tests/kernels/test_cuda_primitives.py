@@ -18,7 +18,7 @@ from helpers.integer_problems import (
 )
 from helpers.triton_interpreter import SEED, within_twice
 
-from lorafast.engine import cuda_kernels, philox
+from lorafast.engine import cuda_kernels, formula, philox
 from lorafast.engine.backends import cuda as backend
 from lorafast.engine.problem import DownProj, LowRankTerm, UpProj, UpProjGradSpec
 
@@ -208,6 +208,30 @@ def test_vectors_of_any_strides_and_dtypes(dtype):
     P = (wide["gain"] * wide["dy"]).t() @ (wide["h"] * wide["core"])
     torch.testing.assert_close(found.dB.double(), wide["scale"][:, None] * P)
     torch.testing.assert_close(found.d_out_scale.double(), (P * wide["B"]).sum(1))
+
+
+@pytest.mark.parametrize("n", [1, 300])
+def test_gains_and_their_gradients_are_torchs(n):
+    """Bit for bit, with a quotient of 0 by 0, infinities and NaN."""
+    torch.manual_seed(n)
+    special = torch.tensor([0.0, -0.0, float("inf"), float("nan"), 3.0])
+    magnitude, norm, dot = (torch.randn(2, n)[0] for _ in range(3))
+    if n > 1:
+        for one, repeated in ((magnitude, 1), (norm, 5), (dot, 25)):
+            one[:125] = special.repeat_interleave(repeated).repeat(25 // repeated)
+    magnitude = torch.stack([magnitude, dot], 1).bfloat16()[:, 0]
+    gain, found = formula.gain_of(magnitude, norm), []
+    with emulating(90):
+        found.append(backend.gain_of(magnitude, norm))
+        for by_gain, want_norm in itertools.product((False, True), repeat=2):
+            found.append(backend.gain_grads(dot, gain, norm, by_gain, want_norm))
+    torch.testing.assert_close(found[0], gain, rtol=0, atol=0, equal_nan=True)
+    for i, (by_gain, want_norm) in enumerate(itertools.product((False, True), repeat=2)):
+        wanted = formula.gain_grads(dot, gain, norm, by_gain, want_norm)
+        for one, other in zip(found[1 + i], wanted, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def normal(*shape, dtype=torch.float32):

@@ -25,7 +25,8 @@ class Backend(Protocol):
     to the activation's dtype, and so are u and v, but not to fp16: they are fp32 there. Sums over
     tokens stay in the accumulator's dtype (fp32; fp64 for fp64). Outputs are fresh tensors.
     Operands may have any strides and no rows. A backend may lack a primitive; another one then
-    computes it.
+    computes it. It may have a kernel of its own for formula's gain_of and gain_grads, as functions
+    of these names.
     """
 
     def why_not(self, primitive: str, problem: Problem) -> tuple[str, ...]:

@@ -135,6 +135,24 @@ def row_norm(
     return cuda_kernels.row_norm(weight, A, B, scaling, axis == "out")
 
 
+def gain_of(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """Return formula.gain_of, by one launch."""
+    return cuda_kernels.quotient(magnitude, None, norm)[0]
+
+
+def gain_grads(
+    d_gain: torch.Tensor,
+    gain: torch.Tensor,
+    norm: torch.Tensor,
+    by_gain: bool = False,
+    want_norm: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return formula.gain_grads, by one launch."""
+    return cuda_kernels.quotient(
+        d_gain, gain if by_gain else None, norm, gain if want_norm else None
+    )
+
+
 def drop(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     out, x2 = x.new_empty(x.shape), flatten_tokens(x)
     cuda_kernels.drop_into(out.view(x2.shape), x2, seed, p)
