@@ -3,6 +3,7 @@
 Triton kernels run in Triton's interpreter.
 """
 
+import gc
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -103,6 +104,16 @@ def pytest_collection_modifyitems(config, items):
     }
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def pytest_collection_finish():
+    """Keep what the imports made out of later garbage collections.
+
+    A collection of a million objects takes half a second, and transformers' Trainer and the bench
+    ask for one in every run.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -1,6 +1,7 @@
 """LamdaConfig: what it writes and reads, what PEFT makes of it elsewhere, and what it refuses."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -137,12 +138,21 @@ def test_a_peft_without_lorafast_refuses_the_file(tmp_path):
     assert told.stdout.strip() == "'LAMDA'"
 
 
-def _run(code, *arguments):
+def _run(code, *arguments, paths=()):
+    path = os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path},
     )  # fmt: skip
     return done.stdout.strip()
+
+
+@pytest.fixture
+def small_peft(tmp_path):
+    """The folder of a package named peft that is imported in no time: it has the table alone."""
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "__init__.py").write_text("PEFT_TYPE_TO_CONFIG_MAPPING = {}\n")
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -153,27 +163,27 @@ def _run(code, *arguments):
         pytest.param("torch, lorafast, peft", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("written_by", ["peft", "lorafast"])
-def test_with_lorafast_imported_peft_reads_the_file(imports, written_by, tmp_path):
+def test_with_lorafast_imported_peft_reads_the_files_of_both(imports, tmp_path):
     model = lamda_model(targets=["up"], lamda_init="zero")
-    model.save_pretrained(tmp_path)
-    if written_by == "lorafast":
-        native = lorafast.load_adapter(Net(), tmp_path)
-        lorafast.save_adapter(native, tmp_path)
+    model.save_pretrained(tmp_path / "peft")
+    native = lorafast.load_adapter(Net(), tmp_path / "peft")
+    lorafast.save_adapter(native, tmp_path / "lorafast")
     code = (
         f"import sys, {imports}\n"
         "assert not [name for name in sys.modules if 'peft_lamda' in name]\n"
         "import torch\n"
         f"def base(): return torch.nn.ModuleDict({{'up': torch.nn.Linear({K}, {N})}})\n"
-        "model = peft.PeftModel.from_pretrained(base(), sys.argv[1])\n"
-        "layer = model.base_model.model['up']\n"
-        "print(type(model.peft_config['default']).__name__, layer.lora_core['default'].tolist())\n"
-        "config = peft.PeftConfig.from_pretrained(sys.argv[1])\n"
-        "assert type(config).__name__ == 'LamdaConfig'\n"
-        "model.load_adapter(sys.argv[1], 'other')\n"
+        "for folder in sys.argv[1:]:\n"
+        "    model = peft.PeftModel.from_pretrained(base(), folder)\n"
+        "    core = model.base_model.model['up'].lora_core['default'].tolist()\n"
+        "    print(type(model.peft_config['default']).__name__, core)\n"
+        "    config = peft.PeftConfig.from_pretrained(folder)\n"
+        "    assert type(config).__name__ == 'LamdaConfig'\n"
+        "    model.load_adapter(folder, 'other')\n"
     )
     core = model.base_model.model.up.lora_core["default"].tolist()
-    assert _run(code, tmp_path) == f"LamdaConfig {core}"
+    told = _run(code, tmp_path / "peft", tmp_path / "lorafast")
+    assert told.splitlines() == [f"LamdaConfig {core}"] * 2
 
 
 @pytest.mark.parametrize(
@@ -197,7 +207,7 @@ def test_the_entries_are_those_of_the_files():
     assert own <= set(peft.PEFT_TYPE_TO_CONFIG_MAPPING)
 
 
-def test_peft_is_found_as_before():
+def test_peft_is_found_as_before(small_peft):
     code = (
         "import lorafast, importlib.util, sys\n"
         "assert 'peft' not in sys.modules\n"
@@ -208,10 +218,10 @@ def test_peft_is_found_as_before():
         "assert peft.__spec__.origin == spec.origin == inspect.getfile(peft)\n"
         "print('LAMDA' in peft.PEFT_TYPE_TO_CONFIG_MAPPING)"
     )
-    assert _run(code) == "True"
+    assert _run(code, paths=[small_peft]) == "True"
 
 
-def test_peft_is_found_past_finders_of_the_old_protocol():
+def test_peft_is_found_past_finders_of_the_old_protocol(small_peft):
     code = (
         "import sys\n"
         "class Old:\n"
@@ -220,7 +230,7 @@ def test_peft_is_found_past_finders_of_the_old_protocol():
         "import lorafast, peft\n"
         "print('LAMDA' in peft.PEFT_TYPE_TO_CONFIG_MAPPING)"
     )
-    assert _run(code) == "True"
+    assert _run(code, paths=[small_peft]) == "True"
 
 
 def test_a_config_reads_its_own_kind_alone(tmp_path):
