@@ -53,10 +53,17 @@ def test_every_name_is_the_one_that_type_checkers_see():
     "use",
     [
         "from lorafast import *; assert adapt is lorafast.adapt and LoRA(r=4).r == 4",
-        "import pickle; assert pickle.loads(b'clorafast.layer\\nLinear\\n.') is lorafast.Linear",
+        pytest.param(
+            "import pickle\n"
+            "assert pickle.loads(b'clorafast.layer\\nLinear\\n.') is lorafast.Linear",
+            marks=pytest.mark.slow,
+        ),
         "assert lorafast.optim.LoRAPlus and lorafast.models.merge.merge is lorafast.merge\n"
         "assert lorafast.reference.linear and lorafast.schedule.LISA",
-        "import torch, lorafast.functional; assert torch.ops.lorafast.linear.default",
+        pytest.param(
+            "import torch, lorafast.functional; assert torch.ops.lorafast.linear.default",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_name_used_later_is_what_it_is_after_torch(use):

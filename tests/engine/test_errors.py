@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.rotations import DROPOUT_AND_BIAS, rotating
+from helpers.rotations import DROPOUT_AND_BIAS, rotating, thinned
 
 from lorafast import testing
 from lorafast.engine import reference
@@ -42,7 +42,9 @@ def assert_within(ratios, case):
     )
 
 
-@pytest.mark.parametrize("case", list(cases(shapes=SHAPES, count=3)), ids=str)
+@pytest.mark.parametrize(
+    "case", thinned(((case,) for case in cases(shapes=SHAPES, count=3)), 2), ids=str
+)
 def test_error_ratio(case):
     assert case.works
     assert_within(testing.error_ratios(case, seeds=seeds(case)), case)
@@ -56,20 +58,24 @@ def test_error_ratio_with_factors_in_the_base_dtype(case):
 def dwarfed():
     """A small and a large scaling for every form and dtype; shapes and dropout take turns."""
     # In each pair of (scaling, shape, dropout) every value occurs; four pairs have all
-    # combinations.
+    # combinations, and the firsts of the four every two values.
     few, many = (1, 130, 257, 8), MIDDLE
     pairs = (
         ((0.02, few, 0.0), (60.0, many, 0.3)),
         ((0.02, many, 0.3), (60.0, few, 0.0)),
-        ((0.02, few, 0.3), (60.0, many, 0.0)),
-        ((0.02, many, 0.0), (60.0, few, 0.3)),
+        ((60.0, many, 0.0), (0.02, few, 0.3)),
+        ((60.0, few, 0.3), (0.02, many, 0.0)),
     )
     for (form, dtype), pair in rotating(itertools.product(FORMS, DTYPES), pairs):
         for scaling, shape, p in pair:
             yield Case(form, *shape, dtype, p, False, scaling)
 
 
-@pytest.mark.parametrize("case", list(dwarfed()), ids=lambda case: f"{case}-s{case.scaling}")
+@pytest.mark.parametrize(
+    "case",
+    thinned(((case,) for case in dwarfed()), 2),
+    ids=lambda case: f"{case}-s{case.scaling}",
+)
 def test_error_ratio_where_one_part_dwarfs_the_other(case):
     assert_within(testing.error_ratios(case, seeds=seeds(case)), case)
 

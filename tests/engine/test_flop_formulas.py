@@ -133,7 +133,9 @@ def test_an_adapted_model_counts_as_pefts(p):
     assert step(accelerated) == expected
 
 
-@pytest.mark.parametrize("first", ["torch.utils.flop_counter", "lorafast"])
+@pytest.mark.parametrize(
+    "first", [pytest.param("torch.utils.flop_counter", marks=pytest.mark.slow), "lorafast"]
+)
 def test_formulas_are_registered_whichever_is_imported_first(first):
     program = f"""
 import importlib.util, sys, torch, {first}, lorafast

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import backends
-from helpers.rotations import rotating
+from helpers.rotations import rotating, thinned
 from helpers.triton_interpreter import (
     DTYPES,
     SEED,
@@ -62,12 +62,12 @@ CORES_AND_DROPOUT = [
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "core", "p"),
-    [
+    thinned(
         (shape, dtype, core, p)
         for (dtype, shape), (core, p) in rotating(
             itertools.product(DTYPES, SHAPES), CORES_AND_DROPOUT, 2
         )
-    ],
+    ),
 )
 def test_project(shape, dtype, core, p):
     M, K, R, layout = shape
@@ -137,11 +137,14 @@ NORMS = [(("out", 1.7), ("in", torch.tensor(1.7))), (("out", torch.tensor(1.7)),
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "axis", "scaling"),
-    [
-        (shape, dtype, *norm)
-        for (dtype, shape), norms in rotating(itertools.product(DTYPES, ROW_NORM_SHAPES), NORMS)
-        for norm in norms
-    ],
+    thinned(
+        (
+            (shape, dtype, *norm)
+            for (dtype, shape), norms in rotating(itertools.product(DTYPES, ROW_NORM_SHAPES), NORMS)
+            for norm in norms
+        ),
+        3,
+    ),
     ids=lambda value: "tensor" if isinstance(value, torch.Tensor) else None,
 )
 def test_row_norm(shape, dtype, axis, scaling):

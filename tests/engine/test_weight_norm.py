@@ -126,6 +126,7 @@ def receive(rank, path):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_norm_is_that_of_the_tensors_a_collective_has_written(tmp_path):
     mp.spawn(receive, args=(tmp_path / "ranks",), nprocs=2)

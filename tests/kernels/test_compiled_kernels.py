@@ -69,12 +69,13 @@ def there(kernels, capability):
     return [one for one in kernels if (capability, one) != (120, "gemm_tma")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "capability"),
     [
         ("bf16", 89),
-        pytest.param("fp16", 86, marks=pytest.mark.slow),
-        pytest.param("fp32", 120, marks=pytest.mark.slow),
+        ("fp16", 86),
+        ("fp32", 120),
     ],
 )
 def test_the_mask_compiles_without_spills(dtype, capability, tmp_path, record_property):
