@@ -1,9 +1,8 @@
 // Parts of what is asked for of dy, all fp32: u [⌈N/256⌉,M,u_ranks] = dy F, for project_finish;
 // product [splits,h_ranks,N] = hᵀ dy, for grad_output_finish; sums [splits,1 or 2,N], Σ dy and Σ
 // dy⊙kept, for sum_parts. Grid (⌈N/256⌉, splits), 128 threads; a split is `steps` times sixteen
-// tokens. h is like v of grad_project. Ft [16,·] is the transposed F, padded with zeros to a
-// multiple of 64 columns, rows 16 bytes aligned. u, and more than 32 ranks of h, take other
-// kernels: project and grad_project.
+// tokens. h is like v of grad_project. F = s·gain⊙B, rounded once; gain and scale, the tensor of s,
+// may be null. u, and more than 32 ranks of h, take other kernels: project and grad_project.
 //
 // Flags: 1 U, with P, ALIGNED and at most 16 ranks; 2 ALIGNED: dy and kept have unit `right`, rows
 // 16 bytes aligned, N a multiple of eight; 4 P; 8 SUMS: Σ dy; 16 DOT: Σ dy⊙kept, with SUMS, and
@@ -16,10 +15,11 @@ using namespace lorafast;
 constexpr bool U = has(1), ALIGNED = has(2), P = has(4), SUMS = has(8), DOT = has(16);
 
 LORAFAST_ENTRY(32 * GRAD_OUTPUT_WARPS, 1)
-grad_output(const Number* dy, const Number* kept, const Number* h, const Number* Ft, float* u,
-            float* product, float* sums, int64 M, int64 dy_down, int64 dy_right, int64 kept_down,
-            int64 kept_right, int64 h_down, int64 Ft_down, int64 steps, int N, int u_ranks,
-            int h_ranks) {
+grad_output(const Number* dy, const Number* kept, const Number* h, const float* gain,
+            const float* B, const void* scale, float* u, float* product, float* sums, int64 M,
+            int64 dy_down, int64 dy_right, int64 kept_down, int64 kept_right, int64 h_down,
+            int64 B_down, int64 B_right, int64 steps, int N, int u_ranks, int h_ranks,
+            int scale_dtype, float scaling) {
   __shared__ float buffer[U ? 2 * GRAD_OUTPUT_WARPS * 256 : 1];
   const int column = (blockIdx.x * GRAD_OUTPUT_WARPS + (threadIdx.x >> 5)) * 64;
   const int64 split = blockIdx.y;
@@ -27,7 +27,10 @@ grad_output(const Number* dy, const Number* kept, const Number* h, const Number*
       dy,        kept,       h,       dy_down, dy_right,
       kept_down, kept_right, h_down,  M,       u + blockIdx.x * M * u_ranks,
       N,         u_ranks,    h_ranks, buffer};
-  if (U) grads.load_factor(Ft, Ft_down, column);
+  if (U) {
+    const float s = scaling * (scale ? number_at(scale, scale_dtype, 0) : 1.0f);
+    grads.load_factor({B, gain, B_down, B_right, s}, column);
+  }
   if (!U || (blockIdx.x + 1) * 64 * GRAD_OUTPUT_WARPS <= N) {
     grads.run<true>(split * steps, steps, column);
   } else {

@@ -19,6 +19,13 @@ constexpr bool BUFFERS_BESIDE_ALL = false;
 constexpr bool BUFFERS_BESIDE_ALL = true;
 #endif
 
+// s·gain⊙B. B [N,·] has any strides; gain may be null.
+struct GainedFactor {
+  const float *B, *gain;
+  int64 B_down, B_right;
+  float s;
+};
+
 template <class T, int TILES, bool U, bool P, bool SUMS, bool DOT, bool ALIGNED>
 struct GradOutput {
   using Factor = TokenFactor<T, TILES>;
@@ -57,7 +64,7 @@ struct GradOutput {
       const int64 row = least(token + 4 * c + i, M - 1);
       dy_offset[i] = pinned(int64((row * dy_down + own * dy_right) * sizeof(T)));
       if (DOT) kept_offset[i] = pinned(int64((row * kept_down + own * kept_right) * sizeof(T)));
-      if (P) h_at[i] = h + row * h_down;
+      if (P) h_at[i] = pinned(h + row * h_down);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -99,7 +106,7 @@ struct GradOutput {
                    bool odd_step) {
     Factor factor;
     if (P) factor.load(h_at, offset);
-    if (U) step_across<WHOLE>(column, odd_step);
+    if (U) step_across<RAGGED, WHOLE>(column, odd_step);
     if (DOT && U) load_kept(beside, N - column - (threadIdx.x & 31) / 4 * 8);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -158,7 +165,7 @@ struct GradOutput {
   // The step's sixteen rows of u: the warp's columns, then the block's. The ranks are the rows of
   // the tensor cores, so that numbers of dy are multiplied as they lie. Two buffers alternate: what
   // is written in a step is read before the barrier of the next one.
-  template <bool WHOLE>
+  template <bool RAGGED, bool WHOLE>
   DEVICE void step_across(int column, bool odd_step) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, c = lane & 3;
     float part[2][4] = {};
@@ -185,24 +192,32 @@ struct GradOutput {
 #pragma unroll
       for (int other = 0; other < GRAD_OUTPUT_WARPS; ++other)
         sum += own[(other * 8 + warp * 2 + i) * 32];
-      if (i < u_inside) u_at[i * u_ranks] = sum;
+      if (RAGGED ? i < u_inside : u_inside > 0) u_at[i * u_ranks] = sum;
     }
     u_at += 16 * u_ranks;
   }
 
-  // Ft [16,·], rows 16 bytes aligned, zeros beyond u_ranks and up to a multiple of 64 columns.
-  DEVICE void load_factor(const T* Ft, int64 Ft_down, int column) {
+  // F rounded once, zeros beyond u_ranks and N.
+  DEVICE void load_factor(const GainedFactor& F, int column) {
     const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
-    // The last warps of a block may lie beyond what is padded.
-    const T* from = Ft + g * Ft_down + least(column, (N + 63) / 64 * 64 - 64) + 8 * c;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Eight<T> ranks[2];
+      const int first = column + 32 * half + 8 * c;
+      const float* from = F.B + first * F.B_down + g * F.B_right;
+      float value[2][8];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) load_wide<false>(ranks[i], from + 8 * i * Ft_down + 32 * half);
+      for (int n = 0; n < 8; ++n) {
+        const float s = F.gain && first < N ? F.s * __ldg(F.gain + first + n) : F.s;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const bool within = first < N && g + 8 * i < u_ranks;
+          value[i][n] = within ? s * __ldg(from + n * F.B_down + 8 * i * F.B_right) : 0.0f;
+        }
+      }
+      const Eight<T> upper = rounded_eight<T>(value[0]), lower = rounded_eight<T>(value[1]);
 #pragma unroll
       for (int piece = 0; piece < 2; ++piece)
-        own_F[half][piece] = row_fragment(ranks[0], ranks[1], piece);
+        own_F[half][piece] = row_fragment(upper, lower, piece);
     }
   }
 

@@ -39,7 +39,7 @@ class Kernel(NamedTuple):
 KERNELS = {
     "project": Kernel(128, "pppppp" + "qqqqqqq" + "iii" + "if" + "ii"),
     "project_finish": Kernel(32, "pppp" + "qqq" + "iii" + "f" + "ii"),
-    "grad_output": Kernel(128, "ppppppp" + "qqqqqqqq" + "iii"),
+    "grad_output": Kernel(128, "ppppppppp" + "qqqqqqqqq" + "iii" + "if"),
     "grad_output_finish": Kernel(256, "ppppppp" + "qq" + "iiiiii" + "iiii" + "f"),
     "grad_project": Kernel(128, "pppp" + "qqqqqq" + "ii" + "if"),
     "sum_parts": Kernel(256, "pp" + "qif"),

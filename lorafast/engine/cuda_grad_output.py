@@ -21,14 +21,21 @@ from lorafast.engine.cuda_kernels import (
     sum_parts,
     tiles_of,
     token_factor,
-    up_to,
 )
 from lorafast.engine.precision import apply_core, low_rank_grad_dtype, scaled_to_fp16
-from lorafast.engine.problem import DownProj, UpProjGrads, UpProjGradSpec
+from lorafast.engine.problem import DownProj, Scaling, UpProjGrads, UpProjGradSpec
 
 # The most ranks whose u, and whose P, one pass over dy makes; more take project and grad_project.
 _U_RANKS, _P_RANKS = 16, 32
 _F32 = torch.float32
+
+
+class _Factor(NamedTuple):
+    """s·gain⊙B, B [N,R] and gain in fp32, as the pass over dy reads it."""
+
+    B: torch.Tensor
+    scaling: Scaling = 1.0
+    gain: torch.Tensor | None = None
 
 
 class _Parts(NamedTuple):
@@ -41,7 +48,7 @@ class _Parts(NamedTuple):
 
 def sums_of(dy2: torch.Tensor, kept2: torch.Tensor | None, requested: int) -> torch.Tensor:
     """Return Σ dy, and Σ dy⊙kept if two are requested.  -> [requested,N]"""
-    return sum_parts(_stream(dy2, kept2, None, 0, None, requested).sums)
+    return sum_parts(_stream(dy2, kept2, None, None, requested).sums)
 
 
 def grads_of(
@@ -66,15 +73,12 @@ def grads_of(
     if requested == 2 and (dtype == _F32 or not is_aligned(dy2, kept2)):
         # Beside u and P there are no registers for Σ dy⊙kept.
         sums, requested = sums_of(dy2, kept2, requested), 0
-    # As the pass over dy reads it, padded.
-    padded = (_U_RANKS, up_to(dy2.shape[1], 64)) if one_pass else (None, None)
-    F, inverse = _factor(spec, gain, dtype, *padded) if needs_u else (None, None)
+    u_factor, inverse = _u_factor(spec, gain, dtype, one_pass) if needs_u else (None, None)
     if one_pass or streams_P or requested:
         parts = _stream(
-            dy2, kept2, F if one_pass else None, R if one_pass else 0, h if streams_P else None,
-            requested,
-        )  # fmt: skip
-    u, v = _u_and_v(dy2, parts.u, F, spec) if needs_u else (None, None)
+            dy2, kept2, u_factor if one_pass else None, h if streams_P else None, requested
+        )
+    u, v = _u_and_v(dy2, parts.u, u_factor, spec) if needs_u else (None, None)
     if inverse is not None:
         u, v = u * inverse, v * inverse
     dB = d_out_scale = d_core = None
@@ -90,53 +94,57 @@ def grads_of(
 
 
 def _u_and_v(
-    dy2: torch.Tensor, parts: torch.Tensor | None, F: torch.Tensor, spec: UpProjGradSpec
+    dy2: torch.Tensor, parts: torch.Tensor | None, factor: _Factor, spec: UpProjGradSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return u and v = u·core, from parts or by a pass of their own."""
     core, dtype = None if spec.core is None else spec.core.t(), low_rank_grad_dtype(dy2.dtype)
     if parts is not None:
         return finish(parts, core, 1.0, dtype)
-    return project(dy2, DownProj(F, core), dtype)
+    return project(dy2, DownProj(factor.B.t(), core), dtype)
 
 
-def _factor(
-    spec: UpProjGradSpec,
-    gain: torch.Tensor | None,
-    dtype: torch.dtype,
-    rows: int | None,
-    width: int | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return (s·gain⊙out_scale⊙B)ᵀ [rows,width] in dtype, padded with zeros from [R,N] on, and what
-    u has to be multiplied by, or None.
+def _u_factor(
+    spec: UpProjGradSpec, gain: torch.Tensor | None, dtype: torch.dtype, one_pass: bool
+) -> tuple[_Factor, torch.Tensor | None]:
+    """Return s·gain⊙out_scale⊙B, and what u has to be multiplied by, or None.
+
+    A copy, unless the pass over dy multiplies and rounds it.
     """
-    both = [one for one in (gain, spec.out_scale) if one is not None]
+    B, scaling, out_scale = spec.B, spec.scaling, spec.out_scale
+    wide = low_rank_grad_dtype(dtype)
+    fits = B.dtype == _F32 and out_scale is None and (gain is None or gain.dtype == _F32)
+    if one_pass and wide == dtype and fits:
+        return _Factor(B, scaling, gain), None
+    both = [one for one in (gain, out_scale) if one is not None]
     column_scale = torch.stack([one.float() for one in both]).prod(0) if len(both) > 1 else None
     if len(both) == 1:
         column_scale = both[0]
-    wide = low_rank_grad_dtype(dtype)
-    F = scale(spec.B.t(), wide, rows, width, spec.scaling, column_scale=column_scale)
-    return (F, None) if wide == dtype else scaled_to_fp16(F)
+    # The pass over dy reads fp32, and rounds it.
+    rounded = _F32 if one_pass else wide
+    F, inverse = scale(B.t(), rounded, scaling=scaling, column_scale=column_scale), None
+    if wide != dtype:
+        F, inverse = scaled_to_fp16(F)
+    return _Factor(F.t().float() if one_pass else F.t()), inverse
 
 
 def _stream(
     dy2: torch.Tensor,
     kept2: torch.Tensor | None,
-    F: torch.Tensor | None,
-    u_ranks: int,
+    factor: _Factor | None,
     h: torch.Tensor | None,
     requested: int,
 ) -> _Parts:
-    """Make one pass over dy, for u = dy Fᵀ [M,u_ranks], P = hᵀ dy and the sums that are requested.
-
-    F is padded to 16 rows and to a multiple of 64 columns.
-    """
-    M, N = dy2.shape
+    """Make one pass over dy, for u = dy·factor, P = hᵀ dy and the sums that are requested."""
+    (M, N), u_ranks = dy2.shape, 0 if factor is None else factor.B.shape[1]
     tiles = 2 if h is None else tiles_of(max(h.shape[1], u_ranks))
     aligned = is_aligned(dy2) and (requested < 2 or is_aligned(kept2))
     count, steps = split(ceil_div(N, 256), ceil_div(M, 16), dy2.device)
-    u = P = sums = None
-    h_ranks = live = 0
-    if F is not None:
+    u = P = sums = B = gain = tensor = None
+    h_ranks, live, number = 0, 0, 1.0
+    if factor is not None:
+        B, scaling, gain = factor.B, factor.scaling, small(factor.gain)
+        tensor = small(scaling) if isinstance(scaling, torch.Tensor) else None
+        number = 1.0 if tensor is not None else float(scaling)
         u = dy2.new_empty(ceil_div(N, 256), M, u_ranks, dtype=_F32)
     if h is not None:
         live = h.shape[1]
@@ -150,9 +158,10 @@ def _stream(
     launch(
         cuda_forms.of("grad_output", dy2.dtype, tiles, flags), dy2.device,
         (ceil_div(N, 256), count),
-        dy2, kept2 if requested == 2 else None, h, F, u, P, sums, M, *dy2.stride(),
+        dy2, kept2 if requested == 2 else None, h, gain, B, tensor, u, P, sums, M, *dy2.stride(),
         *((0, 0) if requested < 2 else kept2.stride()), 0 if h is None else h.stride(0),
-        0 if F is None else F.stride(0), steps, N, u_ranks, h_ranks,
+        *((0, 0) if B is None else B.stride()), steps, N, u_ranks, h_ranks, dtype_number(tensor),
+        number,
     )  # fmt: skip
     return _Parts(u, None if P is None else P[:, :live], sums)
 

@@ -20,7 +20,7 @@ from lorafast.engine.kernels.modelled import Work
 # The kernels that pass over a large operand: its place among the arguments, that of the first
 # tensor that is written, and the flag by which that is read, too.
 _LARGE = {
-    "project": (0, 3, 0), "grad_project": (0, 3, 0), "grad_output": (0, 4, 0),
+    "project": (0, 3, 0), "grad_project": (0, 3, 0), "grad_output": (0, 6, 0),
     "low_rank_add": (5, 5, 4), "row_norm": (0, 3, 0),
 }  # fmt: skip
 _SMALL = ("project_finish", "grad_output_finish", "sum_parts", "scale", "quotient")

@@ -303,7 +303,7 @@ def test_a_pass_of_the_cuda_backend_takes_its_bytes_or_what_is_on_its_way():
     assert project.seconds == pytest.approx(read / in_flight, rel=1e-4)
     assert project.seconds > project.bytes / 4.3e12
     small = [work.seconds for work in works if work.name in ("scale", "sum_parts")]
-    assert small == [modelled.LEAST] * 5
+    assert small == [modelled.LEAST] * 4
 
 
 def test_a_form_whose_loop_is_not_counted_is_refused():
