@@ -31,6 +31,17 @@ def poisoned_and_seeded():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imports_out_of_collections():
+    """Keep what imports have made out of later garbage collections.
+
+    A collection of a million objects takes half a second, and transformers' Trainer and the bench
+    ask for one in every run.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def few_tokens_by_op(monkeypatch):
     """Calls of few tokens run on the op too, for tests of what the op itself does."""
@@ -109,16 +120,6 @@ def pytest_collection_modifyitems(config, items):
     }
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
-
-
-def pytest_collection_finish():
-    """Keep what the imports made out of later garbage collections.
-
-    A collection of a million objects takes half a second, and transformers' Trainer and the bench
-    ask for one in every run.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path, config):
