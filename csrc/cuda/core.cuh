@@ -79,19 +79,11 @@ struct Projection {
       float mixed[4] = {};
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b) {
-        ColumnFragment<T> column;
         float v[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           v[i] = core.at(8 * t + g, 16 * b + 8 * (i / 2) + 2 * c + i % 2, R);
-        if constexpr (sizeof(T) == 4) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) column.word[i] = __float_as_uint(v[i]);
-        } else {
-          column.word[0] = rounded_pair<T>(v[0], v[1]);
-          column.word[1] = rounded_pair<T>(v[2], v[3]);
-        }
-        multiply(mixed, rows[b], column);
+        multiply(mixed, rows[b], rounded_column<T>(v));
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) store(h_core, row + i / 2 * 8, 8 * t + 2 * c + i % 2, mixed[i]);

@@ -1,4 +1,4 @@
-// low_rank_add: y = gain⊙(y + h' Fᵀ) + bias, and dx = (dx if it is added to) + mask⊙(v F).
+// low_rank_add: y = gain⊙(y + h' Fᵀ) + bias, and dx = (dx if it is added to) + mask⊙(v Fᵀ).
 //
 // A warp computes 32 rows, and in a step of its loop 32 columns. The tensor cores leave two
 // neighbours of each of four tiles of columns in a lane; which columns a tile has is free, so that
@@ -19,14 +19,16 @@ struct Epilogue {
 
 // BLOCKS of sixteen ranks are multiplied at once; with MANY, several times.
 template <class T, int BLOCKS, bool MANY, bool DROPS, bool ADDS, bool GAINS, bool KEEPS,
-          bool ALIGNED>
+          bool ALIGNED, bool RAW, bool ACROSS>
 struct LowRankAdd {
   const T* h;  // [M,R] dense rows, R a multiple of four, rows aligned to four numbers
-  const T* F;  // [N,·] rows 16 bytes aligned, zeros up to multiples of 32 rows and 16·BLOCKS ranks
+  // [N,·] of T, rows 16 bytes aligned, zeros up to multiples of 32 rows and 16·BLOCKS ranks. RAW:
+  // fp32 [N,R], multiplied by s here; with ACROSS [R,N]; rows 16 bytes aligned.
+  const void* F;
   T *out, *inner;
   int64 h_down, F_down, M;
   int N, R, passes;
-  float scale;
+  float s, scale;
   Epilogue epilogue;
 
   int64 first_row;
@@ -59,6 +61,11 @@ struct LowRankAdd {
     }
   }
 
+  // Column g of tile j among the 32 of a step. ACROSS: those of four tiles are neighbours, too.
+  static DEVICE int column_of(int g, int j) {
+    return ACROSS ? 4 * g + j : g / 2 * 8 + 2 * j + g % 2;
+  }
+
   DEVICE void multiply_ranks(int first_rank) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -72,6 +79,34 @@ struct LowRankAdd {
       }
     }
     if (!MANY) F_at += 32 * F_down;
+  }
+
+  DEVICE void multiply_raw(int column) {
+    const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
+    // N is a multiple of eight: columns beyond it are the last eight again, and are not stored.
+    const int beyond = least(N - 8 - column - g / 2 * 8, 0),
+              own = column + column_of(g, 0) + beyond;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      const int rank = 16 * b + 4 * c;
+      Neighbours<float, 4> four[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64 first = least(rank, R - 4);
+        const int64 at = ACROSS ? (first + i) * F_down + own : (own + 2 * i) * F_down + first;
+        load_wide<false>(four[i], static_cast<const float*>(F) + at);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float value[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          value[i] = rank < R ? s * (ACROSS ? four[i][j] : four[j][i]) : 0;
+        const ColumnFragment<T> factor = rounded_column<T>(value);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) multiply(sum[i][j], rows[i][b], factor);
+      }
+    }
   }
 
   // No branch stands in a step but around stores: the compiler computes keys anew behind each.
@@ -94,6 +129,8 @@ struct LowRankAdd {
         multiply_ranks(16 * BLOCKS * pass);
       }
       F_at += 32 * F_down;
+    } else if constexpr (RAW) {
+      multiply_raw(column);
     } else {
       multiply_ranks(0);
     }
@@ -120,7 +157,9 @@ struct LowRankAdd {
     float value[8];
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const float product = sum[i / 2][n / 2][i % 2 * 2 + n % 2];
+      // Of column_of.
+      const int j = ACROSS ? n % 4 : n / 2, beside = ACROSS ? n / 4 : n % 2;
+      const float product = sum[i / 2][j][i % 2 * 2 + beside];
       const float start = ADDS ? before[n] : 0.0f;
       const float total = start + product * scale;
       value[n] = !DROPS || dropout.keeps(word, n) ? total : start;
@@ -146,7 +185,7 @@ struct LowRankAdd {
     const int end = least(column + 32 * steps, N);
     if (!MANY) load_rows(0);
     out_at = out_ahead = out;
-    F_at = F + int64(column + g / 2 * 8 + g % 2) * F_down + 4 * c;
+    F_at = static_cast<const T*>(F) + (column + column_of(g, 0)) * F_down + 4 * c;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64 own = least(row(i), M - 1);

@@ -53,6 +53,21 @@ DEVICE ColumnFragment<T> column_fragment(const Neighbours<T, COUNT>& column, int
   return to;
 }
 
+// The fragment of four numbers, rounded once.
+template <class T>
+DEVICE ColumnFragment<T> rounded_column(const float (&value)[4]) {
+  ColumnFragment<T> to;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T)); ++i) {
+    if constexpr (sizeof(T) == 4) {
+      to.word[i] = __float_as_uint(value[i]);
+    } else {
+      to.word[i] = rounded_pair<T>(value[2 * i], value[2 * i + 1]);
+    }
+  }
+  return to;
+}
+
 // The halves of two words, side by side: the low ones, or the high ones.
 DEVICE uint32 side_by_side(uint32 first, uint32 second, bool high) {
   return __byte_perm(first, second, high ? 0x7632 : 0x5410);

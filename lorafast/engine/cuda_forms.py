@@ -43,7 +43,7 @@ KERNELS = {
     "grad_output_finish": Kernel(256, "ppppppp" + "qq" + "iiiiii" + "iiii" + "f"),
     "grad_project": Kernel(128, "pppp" + "qqqqqq" + "ii" + "if"),
     "sum_parts": Kernel(256, "pp" + "qif"),
-    "low_rank_add": Kernel(128, "ppppppp" + "qqqq" + "iii" + "if"),
+    "low_rank_add": Kernel(128, "pppppppp" + "qqqq" + "iii" + "iiff"),
     "row_norm": Kernel(128, "pppp" + "qqqq" + "iiii"),
     "quotient": Kernel(256, "pppppp" + "ii"),
     "scale": Kernel(256, "ppppp" + "qqqqq" + "iiiiii" + "f"),

@@ -24,6 +24,8 @@ _BLOCKS, _STEPS = 2, 4
 # Where they are not known.
 _MULTIPROCESSORS = 108
 _F32 = torch.float32
+# low_rank_add's flags for a factor that it reads as it is.
+_RAW, _ACROSS = 32, 64
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -272,22 +274,51 @@ def low_rank_add(
 
     out and inner [M,N] dense, h [M,R], factor [N,R]. inner receives what gain is applied to.
     """
-    (M, N), R = out.shape, factor.shape[1]
-    tiles = max(2, tiles_of(R))
-    F = scale(factor, out.dtype, up_to(N, 32), up_to(R, min(8 * tiles, 64)), scaling, row_scale)
+    (M, N), R, aligned = out.shape, factor.shape[1], is_aligned(out)
+    tiles, gains = max(2, tiles_of(R)), gain is not None or bias is not None
+    flags = (p > 0) * DROPS + aligned * ALIGNED + 4 * accumulate + 8 * gains
+    flags += 16 * (inner is not None)
+    raw = 0 if row_scale is not None or 8 * tiles > 128 // out.itemsize else _raw(factor, flags)
+    F, tensor, number, F_down = factor, None, 1.0, factor.stride(int(raw == _RAW + _ACROSS))
+    if not raw:
+        F = scale(factor, out.dtype, up_to(N, 32), up_to(R, min(8 * tiles, 64)), scaling, row_scale)
+        F_down = F.stride(0)
+    elif isinstance(scaling, torch.Tensor):
+        tensor = small(scaling)
+    else:
+        number = float(scaling)
     h = token_factor(h, out.dtype, 4)
-    gain, bias = (None if one is None else scale(one[None], _F32)[0] for one in (gain, bias))
-    gains = gain is not None or bias is not None
-    flags = (p > 0) * DROPS + is_aligned(out) * ALIGNED
-    flags += 4 * accumulate + 8 * gains + 16 * (inner is not None)
+    gain, bias = (None if one is None else _vector(one, aligned) for one in (gain, bias))
     groups, threshold, times = dropout(N, p)
     count, steps = split(ceil_div(M, 128), ceil_div(N, 32), out.device)
     launch(
-        cuda_forms.of("low_rank_add", out.dtype, tiles, flags), out.device,
+        cuda_forms.of("low_rank_add", out.dtype, tiles, flags + raw), out.device,
         (ceil_div(M, 128), count),
-        h, F, seed if p else None, gain, bias, out, inner, M, h.stride(0), F.stride(0), groups, N,
-        h.shape[1], steps, threshold, times,
+        h, F, tensor, seed if p else None, gain, bias, out, inner, M, h.stride(0), F_down, groups,
+        N, h.shape[1], steps, threshold, dtype_number(tensor), number, times,
     )  # fmt: skip
+
+
+def _raw(factor: torch.Tensor, flags: int) -> int:
+    """Return the flags by which low_rank_add reads a factor as it is, 0 if it has to be copied.
+
+    flags: the others.
+    """
+    (N, R), aligned = factor.shape, flags & ALIGNED and factor.data_ptr() % 16 == 0
+    if not aligned or factor.dtype != _F32 or N < 8 or R % 4:
+        return 0
+    down, right = factor.stride()
+    # B lies by rows, and what is added beside a mask, A, across.
+    if right == 1 and down % 4 == 0 and not flags & DROPS:
+        return _RAW
+    return _RAW + _ACROSS if down == 1 and right % 4 == 0 and not flags & 24 else 0
+
+
+def _vector(t: torch.Tensor, aligned: bool) -> torch.Tensor:
+    """Return a vector dense and in fp32, 16 bytes aligned if asked for: t itself if it is that."""
+    if t.dtype == _F32 and t.is_contiguous() and not (aligned and t.data_ptr() % 16):
+        return t
+    return scale(t[None], _F32)[0]
 
 
 def row_norm(

@@ -35,7 +35,10 @@ KERNELS = {
     "grad_project": ((1, 2, 4, 8), ("drops", "aligned")),
     "grad_output": ((1, 2, 4), ("u", "aligned", "P", "sums", "dot")),
     "grad_output_finish": ((2,), ()),
-    "low_rank_add": ((2, 4, 8, 16), ("drops", "aligned", "adds", "gains", "keeps")),
+    "low_rank_add": (
+        (2, 4, 8, 16),
+        ("drops", "aligned", "adds", "gains", "keeps", "raw", "across"),
+    ),
     "row_norm": ((2, 4, 8, 16), ("by row", "aligned")),
     "sum_parts": ((2,), ("root",)),
     "drop": ((2,), ("", "aligned", "accumulates")),
@@ -71,6 +74,11 @@ def _is_used(form: Form) -> bool:
     if form.stem == "low_rank_add":
         # dx is written, or added to by several adapters; y is written, with a bias or without, but
         # with a gain it is added to, with z beside it or without.
+        if form.flags & 96:
+            # A factor as it is: B by rows, and A across.
+            if not form.flags & ALIGNED or form.tiles > (4 if wide else 8):
+                return False
+            return asked - 32 in (0, 4, 8, 4 + 8, 4 + 8 + 16) or asked - 96 in (0, 1, 4, 1 + 4)
         return asked in (0, 1, 4, 1 + 4, 8, 4 + 8, 4 + 8 + 16)
     return True
 

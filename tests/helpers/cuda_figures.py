@@ -31,6 +31,15 @@ FORMS = {
     ("low_rank_add", ALIGNED + 4 + 8): 0,
     ("low_rank_add", DROPS + ALIGNED): 0,
     ("low_rank_add", DROPS + ALIGNED + 4): 0,
+    # With a factor as it is: B by rows, and A across.
+    ("low_rank_add", ALIGNED + 32): 0,
+    ("low_rank_add", ALIGNED + 8 + 32): 0,
+    ("low_rank_add", ALIGNED + 4 + 32): 0,
+    ("low_rank_add", ALIGNED + 4 + 8 + 32): 0,
+    ("low_rank_add", ALIGNED + 96): 0,
+    ("low_rank_add", ALIGNED + 4 + 96): 0,
+    ("low_rank_add", DROPS + ALIGNED + 96): 0,
+    ("low_rank_add", DROPS + ALIGNED + 4 + 96): 0,
     ("row_norm", ALIGNED + 1): 0,
     ("row_norm", ALIGNED): 0,
 }

@@ -1,6 +1,7 @@
 """The CUDA kernels as nvcc compiles them for sm_80 and sm_90, on the emulator."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -107,6 +108,43 @@ def test_low_rank_add(capability, dtype, shape, layout, splits):
             )
         z = before.double() + 2.5 * product
         assert_rounded_once(inner, z)
+        exact = z if own_gain is None else z * own_gain.double()
+        assert_rounded_once(out, exact if own_bias is None else exact + own_bias.double())
+
+
+# M, N and R of factors that low_rank_add reads as they are.
+RAW = [(33, 72, 12), (70, 40, 16), (5, 8, 4), (40, 264, 64), (20, 96, 32), (33, 104, 24)]
+RAW_CASES = [
+    (*target, *case)
+    for i, (target, *case) in enumerate(itertools.product(TARGETS, (True, False), RAW))
+    if i % 5 == 0 and (target[1] != FP32 or case[1][2] <= 32)
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "across", "sizes"), slow_but(*RAW_CASES))
+def test_low_rank_add_with_a_factor_as_it_is(capability, dtype, across, sizes):
+    """B by rows, for y; A across, for dx. Nothing is copied, and NaN lies around the factor."""
+    M, N, R = sizes
+    h, before = whole_numbers(M, R, dtype, most=3), whole_numbers(M, N, dtype)
+    around = torch.full((R + 1, N + 4) if across else (N + 1, R + 4), torch.nan)
+    F = around[:R, :N].t() if across else around[:N, :R]
+    F.copy_(whole_numbers(N, R, FP32, most=3))
+    product, s = h.double() @ F.double().t(), 1.0 if across else 2.5
+    gain, bias = exact_gains(N), torch.randint(-15, 16, (N,)).float()
+    calls = [(p, adds, None, None) for p, adds in ((HALF, False), (HALF, True), (0.0, False))]
+    if not across:
+        calls = [(0.0, False, None, bias), (0.0, True, gain, bias), (0.0, True, None, None)]
+    for p, adds, own_gain, own_bias in calls:
+        out, inner = before.clone(), None if own_gain is None else torch.empty_like(before)
+        copied = mock.patch.object(cuda_kernels, "scale", side_effect=AssertionError("a copy"))
+        with emulating(capability, 1 + adds), copied:
+            cuda_kernels.low_rank_add(
+                out, h, F, SEED, p, adds, torch.tensor(s) if adds else s, None, own_gain, own_bias,
+                inner,
+            )  # fmt: skip
+        z = s * exact_drop(product, p) * philox.scale(p) + adds * before.double()
+        if inner is not None:
+            assert_rounded_once(inner, z)
         exact = z if own_gain is None else z * own_gain.double()
         assert_rounded_once(out, exact if own_bias is None else exact + own_bias.double())
 

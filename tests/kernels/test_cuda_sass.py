@@ -24,6 +24,9 @@ CALLS = {
     "low_rank_add": ("low_rank_add", ALIGNED + 4, 6),
     "low_rank_add, gain": ("low_rank_add", ALIGNED + 4 + 8, 9),
     "low_rank_add, dropout": ("low_rank_add", DROPS + ALIGNED + 4, 14),
+    "low_rank_add, a factor as it is": ("low_rank_add", ALIGNED + 4 + 32, 7),
+    "low_rank_add, gain and a factor as it is": ("low_rank_add", ALIGNED + 4 + 8 + 32, 10),
+    "low_rank_add, dropout and a factor as it is": ("low_rank_add", DROPS + ALIGNED + 4 + 96, 14),
     "row_norm, rows": ("row_norm", ALIGNED + 1, 4),
     "row_norm, columns": ("row_norm", ALIGNED, 6),
 }
