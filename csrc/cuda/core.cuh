@@ -91,4 +91,34 @@ struct Projection {
   }
 };
 
+// Σ of parts that lie `apart`, added in order.
+DEVICE float sum_in_order(const float* parts, int64 apart, int splits) {
+  float sum = 0;
+#pragma unroll 4
+  for (int split = 0; split < splits; ++split) sum += __ldg(parts + split * apart);
+  return sum;
+}
+
+// What a warp has to finish of h = scale·Σ parts [splits,M,R] and h' = core(h): rows `row` and
+// row+8 of the lane.
+template <int TILES, class T>
+DEVICE void finish_parts(const Projection<T>& to, const float* parts, int64 row, int splits,
+                         float scale, const Core& core) {
+  const int c = threadIdx.x & 3;
+  float sum[TILES][4] = {};
+#pragma unroll 1
+  for (int split = 0; split < splits; ++split) {
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64 own = row + i / 2 * 8, from = split * to.M + own;
+        const int rank = to.first_rank + 8 * t + 2 * c + i % 2;
+        if (own < to.M && rank < to.R) sum[t][i] += __ldg(parts + from * to.R + rank);
+      }
+    }
+  }
+  to.finish(sum, row, scale, core);
+}
+
 }  // namespace lorafast

@@ -1,8 +1,8 @@
-// Parts of what is asked for of dy, all fp32: u [⌈N/256⌉,M,u_ranks] = dy F, for project_finish;
-// product [splits,h_ranks,N] = hᵀ dy, for grad_output_finish; sums [splits,1 or 2,N], Σ dy and Σ
-// dy⊙kept, for sum_parts. Grid (⌈N/256⌉, splits), 128 threads; a split is `steps` times sixteen
-// tokens. h is like v of grad_project. F = s·gain⊙B, rounded once; gain and scale, the tensor of s,
-// may be null. u, and more than 32 ranks of h, take other kernels: project and grad_project.
+// Parts of what is asked for of dy, all fp32, for grad_output_finish: u [⌈N/256⌉,M,u_ranks] = dy F;
+// product [splits,h_ranks,N] = hᵀ dy; sums [splits,1 or 2,N], Σ dy and Σ dy⊙kept. Grid (⌈N/256⌉,
+// splits), 128 threads; a split is `steps` times sixteen tokens. h is like v of grad_project. F =
+// s·gain⊙B, rounded once; gain and scale, the tensor of s, may be null. u, and more than 32 ranks
+// of h, take other kernels: project and grad_project.
 //
 // Flags: 1 U, with P, ALIGNED and at most 16 ranks; 2 ALIGNED: dy and kept have unit `right`, rows
 // 16 bytes aligned, N a multiple of eight; 4 P; 8 SUMS: Σ dy; 16 DOT: Σ dy⊙kept, with SUMS, and

@@ -38,9 +38,11 @@ class Kernel(NamedTuple):
 
 KERNELS = {
     "project": Kernel(128, "pppppp" + "qqqqqqq" + "iii" + "if" + "ii"),
-    "project_finish": Kernel(32, "pppp" + "qqq" + "iii" + "f" + "ii"),
+    "project_finish": Kernel(32, "pppp" + "qqq" + "ii" + "f" + "ii"),
     "grad_output": Kernel(128, "ppppppppp" + "qqqqqqqqq" + "iii" + "if"),
-    "grad_output_finish": Kernel(256, "ppppppp" + "qq" + "iiiiii" + "iiii" + "f"),
+    "grad_output_finish": Kernel(
+        256, "ppppp" + "pppppppp" + "qqqqqq" + "iiiiiiii" + "iiii" + "ii" + "f"
+    ),
     "grad_project": Kernel(128, "pppp" + "qqqqqq" + "ii" + "if"),
     "sum_parts": Kernel(256, "pp" + "qif"),
     "low_rank_add": Kernel(128, "pppppppp" + "qqqq" + "iii" + "iiff"),

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 
 from lorafast.engine import cuda_forms
-from lorafast.engine.cuda_forms import ALIGNED, Form, launch
+from lorafast.engine.cuda_forms import ALIGNED, launch
 from lorafast.engine.cuda_kernels import (
     ceil_div,
+    core_strides,
     dtype_number,
-    finish,
     grad_project,
     is_aligned,
     project,
@@ -43,6 +43,16 @@ class _Parts(NamedTuple):
 
     u: torch.Tensor | None
     P: torch.Tensor | None
+    sums: torch.Tensor | None
+
+
+class _Finished(NamedTuple):
+    """What parts come to; None for what was not requested."""
+
+    u: torch.Tensor | None
+    v: torch.Tensor | None
+    dB: torch.Tensor | None
+    d_out_scale: torch.Tensor | None
     sums: torch.Tensor | None
 
 
@@ -78,29 +88,23 @@ def grads_of(
         parts = _stream(
             dy2, kept2, u_factor if one_pass else None, h if streams_P else None, requested
         )
-    u, v = _u_and_v(dy2, parts.u, u_factor, spec) if needs_u else (None, None)
-    if inverse is not None:
-        u, v = u * inverse, v * inverse
-    dB = d_out_scale = d_core = None
+    done = _Finished(None, None, None, None, None)
     if needs_P:
         P = grad_project(dy2, h)[None] if live > _P_RANKS else parts.P
-        dB, d_out_scale = _finish_P(P, spec, gain, skipped)
+        done = _finish(parts._replace(P=P), dy2, spec, gain, skipped)
+    u, v, dB, d_out_scale, made = done
+    if needs_u and not one_pass:
+        core = None if spec.core is None else spec.core.t()
+        u, v = project(dy2, DownProj(u_factor.B.t(), core), low_rank_grad_dtype(dtype))
+    if inverse is not None:
+        u, v = u * inverse, v * inverse
+    d_core = None
     if spec.want_core:
         diagonal = spec.core.dim() == 1
         d_core = (u.float() * spec.h).sum(0) if diagonal else grad_project(spec.h, u)
     if requested:
-        sums = sum_parts(parts.sums)
+        sums = made if needs_P else sum_parts(parts.sums)
     return UpProjGrads(v if spec.want_v else None, dB, d_core, d_out_scale), sums
-
-
-def _u_and_v(
-    dy2: torch.Tensor, parts: torch.Tensor | None, factor: _Factor, spec: UpProjGradSpec
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return u and v = u·core, from parts or by a pass of their own."""
-    core, dtype = None if spec.core is None else spec.core.t(), low_rank_grad_dtype(dy2.dtype)
-    if parts is not None:
-        return finish(parts, core, 1.0, dtype)
-    return project(dy2, DownProj(factor.B.t(), core), dtype)
 
 
 def _u_factor(
@@ -166,23 +170,39 @@ def _stream(
     return _Parts(u, None if P is None else P[:, :live], sums)
 
 
-def _finish_P(
-    parts: torch.Tensor | None, spec: UpProjGradSpec, gain: torch.Tensor | None, skipped: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return dB and d_out_scale.  parts [splits,·,N], or None if every column is frozen"""
-    N, R = spec.B.shape
-    dB = spec.B.new_empty(N, R, dtype=_F32) if spec.want_B else None
-    d_out_scale = spec.B.new_empty(N, dtype=_F32) if spec.want_out_scale else None
-    if parts is None:
-        parts = spec.B.new_empty(0, 0, N, dtype=_F32)
+def _finish(
+    parts: _Parts,
+    dy2: torch.Tensor,
+    spec: UpProjGradSpec,
+    gain: torch.Tensor | None,
+    skipped: int,
+) -> _Finished:
+    """Return what parts come to; P is None if every column is frozen."""
+    (M, N), R, dtype = dy2.shape, spec.B.shape[1], low_rank_grad_dtype(dy2.dtype)
+    tiles, core, u, v, sums = 2, None, None, None, None
+    if parts.u is not None:
+        tiles, core = tiles_of(R), None if spec.core is None else small(spec.core.t())
+        u = dy2.new_empty(M, R, dtype=dtype)
+        v = None if core is None else torch.empty_like(u)
+    if parts.sums is not None:
+        sums = parts.sums.new_empty(parts.sums.shape[1:])
+    dB = dy2.new_empty(N, R, dtype=_F32) if spec.want_B else None
+    d_out_scale = dy2.new_empty(N, dtype=_F32) if spec.want_out_scale else None
+    P = dy2.new_empty(0, 0, N, dtype=_F32) if parts.P is None else parts.P
     tensor = spec.scaling if isinstance(spec.scaling, torch.Tensor) else None
     optional = [small(one) for one in (gain, spec.out_scale, spec.B, tensor)]
     # The parts may be some rows of wider ones.
-    width = parts.stride(0) // N if len(parts) and N else 0
+    width = P.stride(0) // N if len(P) and N else 0
+    sums_n, (u_count, sum_count) = 0, (0 if one is None else len(one) for one in parts[::2])
+    if sums is not None:
+        sums_n = sums.numel()
+    blocks = ceil_div(N, 32) + ceil_div(sums_n, 256)
     launch(
-        Form("grad_output_finish", _F32), spec.B.device, (ceil_div(N, 32),),
-        parts, *optional, dB, d_out_scale, *spec.B.stride(), N, R, width, skipped,
-        spec.frozen_columns, len(parts), *map(dtype_number, optional),
-        1.0 if tensor is not None else float(spec.scaling),
+        cuda_forms.of("grad_output_finish", dtype, tiles), dy2.device,
+        (blocks if u is None else blocks + ceil_div(M, 128),),
+        P, *optional, dB, d_out_scale, parts.u, u, v, core, parts.sums, sums, *spec.B.stride(), M,
+        *core_strides(core), sums_n, N, R, width, skipped, spec.frozen_columns, len(P), u_count,
+        sum_count, *map(dtype_number, optional), 0 if core is None else core.dim(),
+        dtype_number(core), 1.0 if tensor is not None else float(spec.scaling),
     )  # fmt: skip
-    return dB, d_out_scale
+    return _Finished(u, u if v is None else v, dB, d_out_scale, sums)

@@ -160,7 +160,7 @@ def project(
         cuda_forms.of("project", x2.dtype, tiles, flags), x2.device,
         (ceil_div(M, high), count, blocks),
         x2, A, down.seed if down.p else None, out, h_core, own_core, M, *x2.stride(), A.stride(0),
-        *_core_strides(own_core), groups, K, R, steps, threshold, factor,
+        *core_strides(own_core), groups, K, R, steps, threshold, factor,
         0 if own_core is None else own_core.dim(), dtype_number(own_core),
     )  # fmt: skip
     if parts:
@@ -180,7 +180,7 @@ def finish(
     launch(
         cuda_forms.of("project_finish", dtype, tiles), parts.device,
         (ceil_div(M, 16), ceil_div(R, 8 * tiles)),
-        parts, h, h_core, own_core, M, *_core_strides(own_core), R, R, count, factor,
+        parts, h, h_core, own_core, M, *core_strides(own_core), R, count, factor,
         0 if own_core is None else own_core.dim(), dtype_number(own_core),
     )  # fmt: skip
     if by_product:
@@ -356,6 +356,6 @@ def _by_product(R: int, core: torch.Tensor | None) -> bool:
     return core is not None and core.dim() == 2 and R > 64
 
 
-def _core_strides(core: torch.Tensor | None) -> tuple[int, int]:
+def core_strides(core: torch.Tensor | None) -> tuple[int, int]:
     """Return the strides of a core, the same twice for a diagonal."""
     return (0, 0) if core is None else (core.stride(0), core.stride(-1))

@@ -34,7 +34,7 @@ KERNELS = {
     "project_finish": ((1, 2, 4, 8, 16), ()),
     "grad_project": ((1, 2, 4, 8), ("drops", "aligned")),
     "grad_output": ((1, 2, 4), ("u", "aligned", "P", "sums", "dot")),
-    "grad_output_finish": ((2,), ()),
+    "grad_output_finish": ((1, 2), ()),
     "low_rank_add": (
         (2, 4, 8, 16),
         ("drops", "aligned", "adds", "gains", "keeps", "raw", "across"),
@@ -45,7 +45,7 @@ KERNELS = {
     "scale": ((2,), ("", "aligned")),
     "quotient": ((2,), ()),
 }
-NO_PRODUCT = ("grad_output_finish", "sum_parts", "drop", "scale", "quotient")
+NO_PRODUCT = ("sum_parts", "drop", "scale", "quotient")
 
 
 @functools.cache
