@@ -86,6 +86,7 @@ assert {{*lorafast.__all__, "optim", "reference", "schedule"}} <= {{*vars(lorafa
 """)
 
 
+@pytest.mark.slow
 def test_torch_is_imported_where_lorafast_cannot_be():
     run(f"""{LAZY}
 sys.modules["lorafast.registry"] = None

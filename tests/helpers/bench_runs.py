@@ -4,6 +4,7 @@ import functools
 from unittest import mock
 
 import torch
+from torch import nn
 
 from lorafast.bench import cli
 from lorafast.bench.cases import encoder, model
@@ -53,16 +54,31 @@ def by_label(rows, **fields):
 
 
 @functools.cache
-def _encoder(name, dtype, device, layers):
+def _encoder(name, dtype, device, layers, words):
     loaded = encoder.Encoder(name, dtype, device)
     loaded.model.encoder.layer = loaded.model.encoder.layer[:layers]
+    if words is not None:
+        table, right = loaded.model.get_input_embeddings().weight.detach(), loaded.batch
+        loaded.model.set_input_embeddings(
+            nn.Embedding(words, table.shape[1], _weight=table[:words].clone())
+        )
+
+        def batch(examples, seq):
+            found = right(examples, seq)
+            return found | {"input_ids": found["input_ids"] % words}
+
+        loaded.batch = batch
     return loaded
 
 
-def shorten_encoder(monkeypatch, layers=1):
-    """Let `model` measure the first layers of the encoder alone, loaded once per process."""
+def shorten_encoder(monkeypatch, layers=1, words=None):
+    """Let `model` measure the first layers of the encoder alone, loaded once per process.
+
+    words: so many rows of the embedding are left, which is copied for every check. Tokens beyond
+    them count from the first one again.
+    """
 
     def load(name, dtype, device):
-        return _encoder(name, dtype, torch.device(device), layers)
+        return _encoder(name, dtype, torch.device(device), layers, words)
 
     monkeypatch.setattr(model, "Encoder", load)

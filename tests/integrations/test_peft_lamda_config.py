@@ -123,6 +123,7 @@ def test_lorafast_and_peft_read_each_others_files(tmp_path, fields, dtype):
     assert lorafast.adapt(base(), lamda_config(ALL)).up.adapter == lorafast.LaMDA(r=4, alpha=8)
 
 
+@pytest.mark.slow
 def test_a_peft_without_lorafast_refuses_the_file(tmp_path):
     lamda_model(targets=["up"]).save_pretrained(tmp_path)
     lone = (
