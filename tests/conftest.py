@@ -14,6 +14,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Until all tests are collected: imports leave nothing to collect, and looking takes seconds.
+gc.disable()
 
 # Without its device a seed is queued beside the caller's stack, which takes longer than many tests.
 for device in (torch.cuda, torch.xpu, torch.mtia):
@@ -120,6 +122,11 @@ def pytest_collection_modifyitems(config, items):
     }
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def pytest_collection_finish():
+    """Collect garbage again."""
+    gc.enable()
 
 
 def pytest_ignore_collect(collection_path, config):

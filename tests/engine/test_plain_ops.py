@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from helpers.rotations import rotating, thinned
 
 import lorafast
 from lorafast import DoRA, LaMDA, LoRA
 
-each_adapter = pytest.mark.parametrize(
-    "adapter", [LoRA(r=2), DoRA(r=2), DoRA(r=2, axis="in"), LaMDA(r=2)], ids=repr
-)
+ADAPTERS = [LoRA(r=2), DoRA(r=2), DoRA(r=2, axis="in"), LaMDA(r=2)]
+each_adapter = pytest.mark.parametrize("adapter", ADAPTERS, ids=repr)
 
 
 class Wrapped(torch.Tensor):
@@ -39,8 +39,15 @@ def trained(adapter):
     return layer.eval()
 
 
-@each_adapter
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("adapter", "strict"),
+    thinned(
+        (adapter, strict)
+        for adapter, both in rotating(ADAPTERS, ((False, True), (True, False)))
+        for strict in both
+    ),
+    ids=repr,
+)
 @pytest.mark.compile
 def test_an_exported_program_has_torchs_ops_alone(adapter, strict):
     layer, x = trained(adapter), torch.randn(3, 6)

@@ -63,7 +63,7 @@ CORES_AND_EXTRAS = [
                 step=2,
             )
         ),
-        2,
+        3,
     ),
 )
 def test_all_results_at_once(dtype, shape, core, extras):
