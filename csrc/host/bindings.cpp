@@ -7,9 +7,12 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
+#include <map>
 #include <stdexcept>
 
 #include "../cpu/module_name.h"
+#include "cpu_backend.h"
+#include "cuda_backend.h"
 #include "node.h"
 #include "observers.h"
 #include "peft_layer.h"
@@ -23,7 +26,8 @@ using at::Tensor;
 
 // What configure was given. The references are never released: the module lives as long as Python.
 struct Python {
-  const Kernels* kernels = nullptr;
+  PyObject* kernels = nullptr;
+  PyObject* load_form = nullptr;
   PyObject* plan = nullptr;
   PyObject* backward = nullptr;
   PyObject* modified = nullptr;
@@ -36,6 +40,8 @@ struct Python {
 } python;
 
 Plans plans;
+// By device and plan. They are never deleted: nodes refer to them.
+std::map<std::pair<std::string, long>, const Backend*> backends;
 // The values of the variables that the plans were made under; null: not set.
 std::array<PyObject*, 2> planned_under{};
 // How often the plans have been forgotten.
@@ -100,8 +106,8 @@ bool is_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
          tensor.size(1) == columns && is_float(tensor.scalar_type());
 }
 
-// True if the shapes and dtypes are those of a usual call; what is wrong is said by Python's
-// checks.
+// True if the shapes, dtypes and devices are those of a usual call; what is wrong is said by
+// Python's checks.
 bool fits(const Tensor& x, const Tensors& t, bool in_axis) {
   if (!x.defined() || !t.weight.defined() || !t.A.defined() || t.weight.dim() != 2 ||
       t.A.dim() != 2 || x.dim() == 0)
@@ -112,6 +118,9 @@ bool fits(const Tensor& x, const Tensors& t, bool in_axis) {
                     (t.seed.scalar_type() == at::kLong && t.seed.dim() == 1 && t.seed.size(0) == 1);
   const bool norm = !t.norm.defined() || t.magnitude.defined();
   const int64_t gains = in_axis ? K : N;
+  for (const Tensor* tensor : {&t.weight, &t.bias, &t.A, &t.B, &t.core, &t.magnitude, &t.norm,
+                               &t.out_scale, &t.lora_bias, &t.seed})
+    if (tensor->defined() && tensor->device() != x.device()) return false;
   return is_float(x.scalar_type()) && is_float(t.weight.scalar_type()) && x.size(-1) == K &&
          K > 0 && N > 0 && R > 0 && is_matrix(t.A, R, K) && is_matrix(t.B, N, R) && core && seed &&
          norm && is_vector(t.bias, N) && is_vector(t.magnitude, gains) &&
@@ -188,9 +197,31 @@ void follow_variables() {
   }
 }
 
-// The plan of a problem, by Python where it is not known; throws what Python raises.
-long plan_of(const Tensor& x, const Tensors& tensors, const Options& options,
-             PyObject* const* given) {
+// The compiled kernels of the CPU, which Python loads.
+const Kernels* cpu_kernels() {
+  PyObject* capsule = PyObject_CallNoArgs(python.kernels);
+  const void* found = capsule ? PyCapsule_GetPointer(capsule, Kernels::NAME) : nullptr;
+  if (!found) throw python_error();
+  // The module that they belong to is never unloaded.
+  Py_DECREF(capsule);
+  return static_cast<const Kernels*>(found);
+}
+
+// What executes a plan on a device; null for Python.
+const Backend* backend_of(at::Device device, long plan) {
+  if (plan <= PYTHON) return nullptr;
+  const Backend*& backend = backends[{device.str(), plan}];
+  if (!backend && plan & CUDA)
+    backend = new CudaBackend(device, plan >> MULTIPROCESSORS);
+  else if (!backend)
+    backend = new CpuBackend(cpu_kernels(), plan);
+  return backend;
+}
+
+// What computes a problem, by Python's plan where it is not known, null where Python's path does;
+// throws what Python raises.
+const Backend* planned(const Tensor& x, const Tensors& tensors, const Options& options,
+                       PyObject* const* given) {
   follow_variables();
   const ProblemKey key(x, tensors, options);
   if (const auto found = plans.find(key); found != plans.end()) return found->second;
@@ -205,12 +236,13 @@ long plan_of(const Tensor& x, const Tensors& tensors, const Options& options,
   const long plan = answer ? PyLong_AsLong(answer) : -1;
   Py_XDECREF(answer);
   if (PyErr_Occurred()) throw python_error();
+  const Backend* backend = backend_of(x.device(), plan);
   // Another thread may have changed a variable meanwhile.
-  if (forgotten == before) {
+  if (plan != PROVISIONAL && forgotten == before) {
     if (plans.size() >= MOST_PLANS) plans.clear();
-    plans.emplace(key, plan);
+    plans.emplace(key, backend);
   }
-  return plan;
+  return backend;
 }
 
 // y of a call that the C++ kernels serve; undefined for every other.
@@ -228,11 +260,11 @@ Tensor linear_or_none(PyObject* const* given) {
   const bool computes_norm = given[COMPUTES_NORM] == Py_True;
   if (t.magnitude.defined() && !t.norm.defined() && !computes_norm) return {};
   if (options.frozen_columns > t.A.size(0)) return {};
+  const auto device = x.device();
+  const bool autocast = at::autocast::is_autocast_enabled(device.type());
   auto dtype = x.scalar_type();
-  if (dtype != at::kDouble && at::autocast::is_autocast_enabled(at::kCPU))
-    dtype = at::autocast::get_autocast_dtype(at::kCPU);
-  const bool casts = at::autocast::is_autocast_enabled(at::kCPU) &&
-                     t.weight.scalar_type() != at::kDouble && dtype != at::kDouble;
+  if (dtype != at::kDouble && autocast) dtype = at::autocast::get_autocast_dtype(device.type());
+  const bool casts = autocast && t.weight.scalar_type() != at::kDouble && dtype != at::kDouble;
   if (t.weight.scalar_type() != dtype && !casts) return {};
   const bool grad = at::GradMode::is_enabled();
   if (grad && t.weight.requires_grad()) return {};
@@ -244,16 +276,16 @@ Tensor linear_or_none(PyObject* const* given) {
     const WithoutGil released;
     x = x.to(dtype);
   }
-  const long plan = plan_of(x, t, options, given);
-  if (plan <= 0) return {};
-  const Backend backend{python.kernels, plan};
+  const Backend* backend = planned(x, t, options, given);
+  if (!backend) return {};
   if (options.dropout == 0)
     t.seed = Tensor();
   else if (!t.seed.defined())
-    t.seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, at::kLong);
-  if (t.magnitude.defined() && !t.norm.defined()) t.norm = detached_norm(backend, t, options);
-  if (grad && any_requires_grad(x, t)) return recorded(backend, x, t, options);
-  return computed(backend, x, t, options).y;
+    t.seed = at::randint(std::numeric_limits<int64_t>::max(), {1},
+                         at::TensorOptions(at::kLong).device(device));
+  if (t.magnitude.defined() && !t.norm.defined()) t.norm = detached_norm(*backend, t, options);
+  if (grad && any_requires_grad(x, t)) return recorded(*backend, x, t, options);
+  return computed(*backend, x, t, options).y;
 }
 
 // The same for x, a lora.Linear of PEFT, and the classes of its parts.
@@ -291,24 +323,18 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
 }
 
 PyObject* configure(PyObject*, PyObject* arguments) {
-  PyObject *kernels, *plan, *backward, *modified, *panels, *environ, *variables, *forward_ad;
-  if (!PyArg_ParseTuple(arguments, "OOOOOO!O!O!", &kernels, &plan, &backward, &modified, &panels,
-                        &PyDict_Type, &environ, &PyTuple_Type, &variables, &PyDict_Type,
-                        &forward_ad))
+  Python given;
+  if (!PyArg_ParseTuple(arguments, "OOOOOOO!O!O!", &given.kernels, &given.load_form, &given.plan,
+                        &given.backward, &given.modified, &given.panels, &PyDict_Type,
+                        &given.environ, &PyTuple_Type, &given.variables, &PyDict_Type,
+                        &given.forward_ad))
     return nullptr;
-  const void* table = PyCapsule_GetPointer(kernels, Kernels::NAME);
-  if (!table) return nullptr;
-  for (PyObject* kept : {kernels, plan, backward, modified, panels, environ, variables, forward_ad})
+  for (PyObject* kept : {given.kernels, given.load_form, given.plan, given.backward, given.modified,
+                         given.panels, given.environ, given.variables, given.forward_ad})
     Py_INCREF(kept);
-  python = {static_cast<const Kernels*>(table),
-            plan,
-            backward,
-            modified,
-            panels,
-            environ,
-            variables,
-            forward_ad};
+  python = given;
   plans.clear();
+  backends.clear();
   ++forgotten;
   Py_RETURN_NONE;
 }
@@ -377,6 +403,28 @@ void add_by_panels(const Tensor& start, const Tensor& a, const Tensor& b, const 
                                          or_none(b), or_none(out));
   if (!done) throw_python_error();
   Py_DECREF(done);
+}
+
+cuda::Function load_form(at::Device device, const cuda::Form& form) {
+  const Gil held;
+  PyObject* loaded =
+      PyObject_CallFunction(python.load_form, "siiiis", cuda::STEMS[static_cast<int>(form.stem)],
+                            cuda::dtype_number(form.dtype), form.tiles, form.flags,
+                            static_cast<int>(form.tf32), device.str().c_str());
+  if (!loaded) throw_python_error();
+  unsigned long long launch, function;
+  cuda::Function made;
+  const char* parameters;
+  const bool read =
+      PyArg_ParseTuple(loaded, "KKIs", &launch, &function, &made.threads, &parameters);
+  if (read) {
+    made.launch = reinterpret_cast<launches::LaunchKernel>(launch);
+    made.function = reinterpret_cast<void*>(function);
+    made.parameters = parameters;
+  }
+  Py_DECREF(loaded);
+  if (!read) throw_python_error();
+  return made;
 }
 
 std::string modified_words(const Tensor& weight, const Tensor& magnitude) {

@@ -24,18 +24,18 @@ Drop drop_of(const Tensors& tensors, const Options& options) {
 }
 
 // m/norm in the norm's dtype; undefined without a magnitude.
-Tensor gain_of(const Tensors& tensors) {
+Tensor gain_of(const Backend& backend, const Tensors& tensors) {
   if (!tensors.magnitude.defined()) return {};
-  return divide_or_zero(cast(tensors.magnitude, tensors.norm.scalar_type()), tensors.norm);
+  return backend.divide_or_zero(cast(tensors.magnitude, tensors.norm.scalar_type()), tensors.norm);
 }
 
 // The inputs of the adapter and of the base product: _inputs of the twin.
 std::pair<Tensor, Tensor> inputs(const Backend& backend, const Tensor& x, const Tensors& tensors,
                                  const Options& options) {
   Tensor base_x = x;
-  if (options.drops_base()) base_x = drop(backend, x, drop_of(tensors, options));
+  if (options.drops_base()) base_x = backend.drop(x, drop_of(tensors, options));
   if (!options.in_axis) return {x, base_x};
-  const Tensor gain = gain_of(tensors);
+  const Tensor gain = gain_of(backend, tensors);
   Tensor adapter_x = at::empty(x.sizes(), x.options());
   at::mul_out(adapter_x, x, gain);
   if (!options.drops_base()) return {adapter_x, adapter_x};
@@ -54,19 +54,19 @@ Tensor total_bias(const Tensors& tensors, const Options& options, const Tensor& 
 // z again, by one product.
 Tensor inner(const Backend& backend, const Tensor& x, const Tensor& h, const Tensors& tensors,
              const Options& options) {
-  const Tensor h_core = apply_core(backend, h, tensors.core);
+  const Tensor h_core = apply_core(h, tensors.core);
   const Up up{h_core, tensors.B, options.scaling, tensors.out_scale};
   const Tensor base_x = inputs(backend, x, tensors, options).second;
-  return linear(backend, base_x, tensors.weight, up, {}, {}, false).first;
+  return backend.linear(base_x, tensors.weight, up, {}, {}, false).first;
 }
 
 // Σ dy⊙z, from z or from y = gain⊙z + bias (0 where the gain is 0).  [N]
-Tensor d_gain_of(const OutputGrads& sums, const Tensors& tensors, const Options& options,
-                 const Tensor& gain) {
+Tensor d_gain_of(const Backend& backend, const OutputGrads& sums, const Tensors& tensors,
+                 const Options& options, const Tensor& gain) {
   if (options.keep == Keep::output) {
     const Tensor dot =
         tensors.bias.defined() ? at::sub(sums.dot, at::mul(tensors.bias, sums.d_bias)) : sums.dot;
-    return divide_or_zero(dot, gain);
+    return backend.divide_or_zero(dot, gain);
   }
   if (!tensors.lora_bias.defined()) return sums.dot;
   return at::add(sums.dot, at::mul(at::mul(tensors.lora_bias, options.scaling), sums.d_bias));
@@ -88,18 +88,18 @@ Tensor d_x_by_row(const Backend& backend, const Tensor& dy, const Tensor& v, con
                   const Tensors& tensors, const Options& options) {
   const Drop mask = drop_of(tensors, options);
   if (!options.drops_base())
-    return grad_input(backend, dy, tensors.weight, gain, v, tensors.A, mask);
+    return backend.grad_input(dy, tensors.weight, gain, v, tensors.A, mask);
   // dx = dy W + mask⊙(((gain-1)⊙dy) W + v A): the correction and the adapter share one mask.
   const Tensor through_drop =
-      grad_input(backend, dy, tensors.weight, at::sub(gain, 1), v, tensors.A, {mask.seed});
-  const Tensor dropped = drop(backend, through_drop, mask);
-  return grad_input(backend, dy, tensors.weight, {}, {}, {}, {mask.seed}).add_(dropped);
+      backend.grad_input(dy, tensors.weight, at::sub(gain, 1), v, tensors.A, {mask.seed});
+  const Tensor dropped = backend.drop(through_drop, mask);
+  return backend.grad_input(dy, tensors.weight, {}, {}, {}, {mask.seed}).add_(dropped);
 }
 
 // The gradients of gain = m/norm.
-void add_gain_grads(const Tensor& d_gain, const Tensor& gain, const Tensors& tensors,
-                    const Needs& needs, Grads& grads) {
-  grads[MAGNITUDE] = divide_or_zero(d_gain, tensors.norm);
+void add_gain_grads(const Backend& backend, const Tensor& d_gain, const Tensor& gain,
+                    const Tensors& tensors, const Needs& needs, Grads& grads) {
+  grads[MAGNITUDE] = backend.divide_or_zero(d_gain, tensors.norm);
   if (needs[NORM]) grads[NORM] = at::mul(at::neg(grads[MAGNITUDE]), gain);
 }
 
@@ -110,20 +110,21 @@ void add_in_axis_grads(const Backend& backend, const Tensor& dy, const Tensor& x
   const Drop mask = drop_of(tensors, options);
   Tensor d_scaled;
   if (!options.drops_base()) {
-    d_scaled = grad_input(backend, dy, tensors.weight, {}, v, tensors.A, mask);
+    d_scaled = backend.grad_input(dy, tensors.weight, {}, v, tensors.A, mask);
     grads[X] = at::mul(d_scaled, gain);
   } else {
-    const Tensor d_base = grad_input(backend, dy, tensors.weight, {}, {}, {}, {mask.seed});
-    const Tensor dropped = drop(backend, d_base, mask);
+    const Tensor d_base = backend.grad_input(dy, tensors.weight, {}, {}, {}, {mask.seed});
+    const Tensor dropped = backend.drop(d_base, mask);
     const Tensor part = at::mm(v, cast(tensors.A, v.scalar_type())).view_as(d_base);
-    const Tensor dropped_part = drop(backend, part, mask);
+    const Tensor dropped_part = backend.drop(part, mask);
     grads[X] =
         at::add(at::add(d_base, at::mul(at::sub(gain, 1), dropped)), at::mul(gain, dropped_part));
     d_scaled = at::add(dropped, dropped_part);
   }
   if (!needs_gain(needs)) return;
   const Tensor products = at::mul(cast(d_scaled, gain.scalar_type()), x);
-  add_gain_grads(products.reshape({tokens(x), x.size(-1)}).sum(0), gain, tensors, needs, grads);
+  add_gain_grads(backend, products.reshape({tokens(x), x.size(-1)}).sum(0), gain, tensors, needs,
+                 grads);
 }
 
 }  // namespace
@@ -135,17 +136,16 @@ Outputs forward(const Backend& backend, const Tensor& x, const Tensors& tensors,
   Tensor base_x = x, adapter_x = x, gain;
   if (drops_base || (has_gain && options.in_axis))
     std::tie(adapter_x, base_x) = inputs(backend, x, tensors, options);
-  if (!options.in_axis) gain = gain_of(tensors);
+  if (!options.in_axis) gain = gain_of(backend, tensors);
   const Tensor bias =
       tensors.lora_bias.defined() ? total_bias(tensors, options, gain) : tensors.bias;
   const auto [h, h_core] =
-      project(backend, adapter_x, tensors.A, tensors.core, drop_of(tensors, options));
+      backend.project(adapter_x, tensors.A, tensors.core, drop_of(tensors, options));
   const Up up{h_core, tensors.B, options.scaling, tensors.out_scale};
-  auto [y, z] =
-      linear(backend, base_x, tensors.weight, up, gain, bias, options.keep == Keep::inner);
+  auto [y, z] = backend.linear(base_x, tensors.weight, up, gain, bias, options.keep == Keep::inner);
   // x Wᵀ + (gain-1)⊙drop(x) Wᵀ, in a form in which nothing large cancels whatever the gain.
   if (drops_base && gain.defined())
-    y.add_(base_product(backend, at::sub(x, base_x), tensors.weight, {}));
+    y.add_(backend.base_product(at::sub(x, base_x), tensors.weight));
   return {y, h, z};
 }
 
@@ -156,7 +156,7 @@ Grads backward(const Backend& backend, const Tensor& dy, const Tensor& x, const 
   const bool by_row = has_gain && !options.in_axis;
   const bool needs_dot = by_row && needs_gain(needs);
   const bool needs_columns = has_gain && !by_row && needs_gain(needs);
-  const Tensor gain = gain_of(tensors), row_gain = by_row ? gain : Tensor();
+  const Tensor gain = gain_of(backend, tensors), row_gain = by_row ? gain : Tensor();
   Tensor kept;
   if (needs_dot)
     kept = options.keep == Keep::recompute ? inner(backend, x, h, tensors, options) : given_kept;
@@ -173,7 +173,7 @@ Grads backward(const Backend& backend, const Tensor& dy, const Tensor& x, const 
                             needs[CORE],
                             needs[OUT_SCALE]};
   const bool want_bias = needs[BIAS] || needs[LORA_BIAS] || (needs_dot && correction.defined());
-  const OutputGrads sums = grad_output(backend, dy, spec, row_gain, kept, want_bias);
+  const OutputGrads sums = backend.grad_output(dy, spec, row_gain, kept, want_bias);
   Grads grads;
   grads[LORA_B] = sums.dB;
   grads[CORE] = sums.d_core;
@@ -186,14 +186,15 @@ Grads backward(const Backend& backend, const Tensor& dy, const Tensor& x, const 
   const Drop mask = drop_of(tensors, options);
   if (needs[LORA_A]) {
     const bool gains_x = has_gain && options.in_axis;
-    grads[LORA_A] = grad_project(backend, gains_x ? inputs(backend, x, tensors, options).first : x,
-                                 sums.v, mask);
+    grads[LORA_A] = backend.grad_project(gains_x ? inputs(backend, x, tensors, options).first : x,
+                                         sums.v, mask);
   }
   if (!has_gain) {
-    if (needs[X]) grads[X] = grad_input(backend, dy, tensors.weight, {}, sums.v, tensors.A, mask);
+    if (needs[X]) grads[X] = backend.grad_input(dy, tensors.weight, {}, sums.v, tensors.A, mask);
   } else if (by_row) {
     if (needs_dot)
-      add_gain_grads(d_gain_of(sums, tensors, options, gain), gain, tensors, needs, grads);
+      add_gain_grads(backend, d_gain_of(backend, sums, tensors, options, gain), gain, tensors,
+                     needs, grads);
     if (needs[X]) grads[X] = d_x_by_row(backend, dy, sums.v, gain, tensors, options);
   } else if (needs[X] || needs_columns) {
     add_in_axis_grads(backend, dy, x, sums.v, gain, tensors, options, needs, grads);
@@ -213,8 +214,8 @@ Grads backward(const Backend& backend, const Tensor& dy, const Tensor& x, const 
 
 Tensor norm_of(const Backend& backend, const Tensors& tensors, const Options& options) {
   const bool plain = !tensors.core.defined() && !tensors.out_scale.defined();
-  return row_norm(backend, tensors.weight, tensors.A, plain ? tensors.B : effective_B(tensors),
-                  options.scaling, !options.in_axis);
+  return backend.row_norm(tensors.weight, tensors.A, plain ? tensors.B : effective_B(tensors),
+                          options.scaling, !options.in_axis);
 }
 
 Saved saved_for(const Needs& needs, const Options& options, bool has_gain) {

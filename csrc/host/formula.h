@@ -4,7 +4,7 @@
 // gain = magnitude/norm, of the columns of W (in_gain) with Options::in_axis
 #pragma once
 
-#include "primitives.h"
+#include "backend.h"
 
 namespace lorafast::host {
 

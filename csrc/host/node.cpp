@@ -1,6 +1,7 @@
 #include "node.h"
 
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/function.h>
@@ -36,8 +37,13 @@ enum Slot : int {
 const c10::DispatchKeySet ABOVE =
     c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
 
+// The device that has to be the current one while a tensor is computed with; none for a CPU.
+std::optional<at::Device> guarded(const Tensor& tensor) {
+  return tensor.is_cpu() ? std::nullopt : std::optional(tensor.device());
+}
+
 struct LinearBackward : torch::autograd::Node {
-  Backend backend;
+  const Backend* backend = nullptr;
   Options options;
   Needs needs{};
   std::array<SavedVariable, SLOTS> saved;
@@ -83,10 +89,11 @@ struct LinearBackward : torch::autograd::Node {
     if (at::GradMode::is_enabled() || observers_active() || !is_plain(dy) || !all_plain(kept))
       return backward_by_dispatcher(dy, variable_list(kept.begin(), kept.end()), options,
                                     std::vector<bool>(needs.begin(), needs.end()));
+    const c10::OptionalDeviceGuard current(guarded(dy));
     const c10::impl::ExcludeDispatchKeyGuard below(ABOVE);
     const Tensor* t = &kept[SAVED_WEIGHT];
     const Tensors tensors{t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10]};
-    Grads grads = backward(backend, dy, kept[SAVED_X], kept[SAVED_H], kept[SAVED_KEPT], tensors,
+    Grads grads = backward(*backend, dy, kept[SAVED_X], kept[SAVED_H], kept[SAVED_KEPT], tensors,
                            options, needs);
     return {std::make_move_iterator(grads.begin()), std::make_move_iterator(grads.end())};
   }
@@ -131,12 +138,14 @@ struct LinearBackward : torch::autograd::Node {
 Outputs computed(const Backend& backend, const Tensor& x, const Tensors& tensors,
                  const Options& options) {
   const WithoutGil released;
+  const c10::OptionalDeviceGuard current(guarded(x));
   const c10::impl::ExcludeDispatchKeyGuard below(ABOVE);
   return forward(backend, x, tensors, options);
 }
 
 Tensor detached_norm(const Backend& backend, const Tensors& tensors, const Options& options) {
   const WithoutGil released;
+  const c10::OptionalDeviceGuard current(guarded(tensors.weight));
   const c10::impl::ExcludeDispatchKeyGuard below(ABOVE);
   return norm_of(backend, tensors, options);
 }
@@ -161,7 +170,7 @@ Tensor recorded(const Backend& backend, const Tensor& x, const Tensors& tensors,
                                    : torch::autograd::Edge());
   }
   node->set_next_edges(std::move(edges));
-  node->backend = backend;
+  node->backend = &backend;
   node->options = options;
   const auto [y, h, z] = computed(backend, x, tensors, options);
   torch::autograd::set_history(y, node);

@@ -23,9 +23,9 @@ using c10::DispatchKey;
 
 // What a plain tensor has at most. Negative, conjugate, batched, sparse, nested, fake, functional
 // and wrapped tensors have other keys.
-const c10::DispatchKeySet PLAIN_KEYS =
-    c10::DispatchKeySet({DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU,
-                         DispatchKey::AutocastCPU});
+const c10::DispatchKeySet PLAIN_KEYS = c10::DispatchKeySet(
+    {DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU, DispatchKey::CUDA,
+     DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA, DispatchKey::ADInplaceOrView});
 
 }  // namespace
 

@@ -8,13 +8,22 @@
 #include <cstring>
 #include <unordered_map>
 
-#include "primitives.h"
+#include "backend.h"
 
 namespace lorafast::host {
 
-// What decides a plan: the fields of lorafast/engine/problem.py's Problem, for one CPU.
+// What executes the calls of a problem, as lorafast/engine/host.py decides it.
+enum Plan : long {
+  PROVISIONAL = -1,  // the Python path serves this call; the next one asks again
+  PYTHON = 0,        // the Python path serves
+  CPU = 1,           // the `cpu` backend serves all primitives, with the flags of CpuPlan
+  CUDA = 64,         // the `cuda` backend does; above these bits, the device's multiprocessors
+};
+constexpr int MULTIPROCESSORS = 8;
+
+// What decides a plan: the fields of lorafast/engine/problem.py's Problem.
 struct ProblemKey {
-  std::array<int64_t, 6> words;
+  std::array<int64_t, 7> words;
 
   ProblemKey(const at::Tensor& x, const Tensors& tensors, const Options& options) {
     const at::Tensor& weight = tensors.weight;
@@ -31,7 +40,9 @@ struct ProblemKey {
     flags = flags << 1 | at::globalContext().userEnabledMkldnn();
     int64_t dropout;
     std::memcpy(&dropout, &options.dropout, sizeof dropout);
-    words = {tokens(x), weight.size(1), weight.size(0), tensors.A.size(0), flags, dropout};
+    const int64_t device = int64_t{static_cast<uint8_t>(x.device().type())} << 8 |
+                           static_cast<uint8_t>(x.device().index());
+    words = {tokens(x), weight.size(1), weight.size(0), tensors.A.size(0), flags, dropout, device};
   }
 
   bool operator==(const ProblemKey& other) const { return words == other.words; }
@@ -48,7 +59,8 @@ struct ProblemHash {
   }
 };
 
-using Plans = std::unordered_map<ProblemKey, long, ProblemHash>;
+// Null where the Python path serves.
+using Plans = std::unordered_map<ProblemKey, const Backend*, ProblemHash>;
 
 // Text of every length has a number of tokens of its own.
 constexpr size_t MOST_PLANS = 4096;

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_forms.h"
 #include "layer.h"
 
 namespace lorafast::host {
@@ -33,6 +34,9 @@ std::vector<at::Tensor> backward_by_dispatcher(const at::Tensor& dy,
 // Takes the GIL.
 void add_by_panels(const at::Tensor& start, const at::Tensor& a, const at::Tensor& b,
                    const at::Tensor& out);
+
+// A form, compiled if need be and loaded on a device. Takes the GIL.
+cuda::Function load_form(at::Device device, const cuda::Form& form);
 
 // What is said where the y that Keep::output reads has been modified. Takes the GIL.
 std::string modified_words(const at::Tensor& weight, const at::Tensor& magnitude);

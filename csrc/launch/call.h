@@ -15,18 +15,9 @@
 #include <utility>
 #include <vector>
 
-namespace lorafast::launches {
+#include "cuda_driver.h"
 
-// The configuration of a launch as cuda.h has it since CUDA 11.8.
-struct LaunchConfig {
-  unsigned grid[3];
-  unsigned block[3];
-  unsigned shared;
-  void* stream;
-  void* attributes;
-  unsigned attribute_count;
-};
-using LaunchKernel = int (*)(const LaunchConfig*, void* function, void** params, void** extra);
+namespace lorafast::launches {
 
 // A reference to an object of Python.
 class Object {

@@ -109,6 +109,15 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 @functools.lru_cache(maxsize=4096)
+def function(form: Form, device: torch.device) -> int:
+    """Return the address of a form, loaded on a device; the first call may compile it."""
+    source = SOURCES / f"{form.stem}.cu"
+    code = cubins.cubin(source, devices.of(device).name, form.options)
+    with _current(device):
+        return cuda_driver.load(code, form.stem)
+
+
+@functools.lru_cache(maxsize=4096)
 def loaded(form: Form, device: torch.device) -> Callable[..., None]:
     """Return the function that launches a form on a device; the first call may compile it."""
     if device.type == "meta":
@@ -116,13 +125,10 @@ def loaded(form: Form, device: torch.device) -> Callable[..., None]:
     module = extension.launcher()
     if isinstance(module, str):
         raise Failure(f"the CUDA kernels are launched in C++ alone: {module}")
-    kernel, source = KERNELS[form.stem], SOURCES / f"{form.stem}.cu"
-    code = cubins.cubin(source, devices.of(device).name, form.options)
-    with _current(device):
-        function = cuda_driver.load(code, form.stem)
+    kernel = KERNELS[form.stem]
     return module.CudaKernel(
         cuda_driver.launch_address(),
-        function,
+        function(form, device),
         kernel.threads,
         kernel.parameters,
         torch_internals.raw_stream(),

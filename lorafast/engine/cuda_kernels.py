@@ -63,7 +63,12 @@ class Split(NamedTuple):
 
 def split(blocks: int, steps: int, device: torch.device) -> Split:
     """Return the parts of a sum of some steps, of which each takes `blocks` blocks of threads."""
-    return _split(blocks, steps, devices.multiprocessors(device) or _MULTIPROCESSORS)
+    return _split(blocks, steps, multiprocessors(device))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return the multiprocessors of a device, by which sums are split."""
+    return devices.multiprocessors(device) or _MULTIPROCESSORS
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,8 +1,9 @@
 """The host path in C++: one call from a layer's tensors to its output, and its autograd node.
 
-csrc/host executes the formula where the `cpu` backend serves all primitives of a call; everything
-else is left to the Python path, which gives the same bits. This module loads it, and holds what it
-asks of Python: the plan of a problem, made once by the rules of engine.dispatch, and the slow ways.
+csrc/host executes the formula where the `cpu` or the `cuda` backend serves all primitives of a
+call; everything else is left to the Python path, which gives the same bits. This module loads it,
+and holds what it asks of Python: the plan of a problem, made once by the rules of engine.dispatch,
+the kernels, and the slow ways.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from lorafast.engine import dispatch, half_products, ops
+from lorafast.engine import cuda_forms, cuda_kernels, dispatch, half_products, ops
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors, Problem, tokens
-from lorafast.runtime import env, extension, fallback, instruction_sets, onednn
+from lorafast.runtime import cuda_driver, env, extension, fallback, instruction_sets, onednn
 from lorafast.runtime.fallback import Remediable
 
-# The flags of a plan, as csrc/host/primitives.h numbers them.
-PYTHON, SERVED, ONEDNN_BIAS, Y_ALONG, Y_ACROSS, DX_ALONG, DX_ACROSS = 0, 1, 2, 4, 8, 16, 32
+# Plans, as csrc/host/plans.h numbers them, and the flags of CPU's in cpu_backend.h.
+PROVISIONAL, PYTHON, CPU, CUDA, MULTIPROCESSORS = -1, 0, 1, 64, 8
+ONEDNN_BIAS, Y_ALONG, Y_ACROSS, DX_ALONG, DX_ACROSS = 2, 4, 8, 16, 32
 _PRIMITIVES = ("project", "linear", "grad_output", "grad_input", "grad_project")
+# The values of LORAFAST_BACKEND under which it may serve, by the type of device.
+_ASKED = {"cpu": ("auto", "cpu"), "cuda": ("cuda",)}
 
 
 def _declined(*_: Any) -> None:
@@ -30,9 +34,9 @@ def _declined(*_: Any) -> None:
 def _first_call(x: Any, *rest: Any) -> torch.Tensor | None:
     """linear, until a call comes that it may serve."""
     global linear
-    if not isinstance(x, torch.Tensor) or not x.is_cpu or not _may_serve():
+    if not isinstance(x, torch.Tensor) or not _may_serve(x.device.type):
         return None
-    served = _load()
+    served = _load(x.is_cpu)
     if isinstance(served, str):
         if isinstance(served, Remediable):
             fallback.warn_once(f"lorafast's layers take the slower way through Python: {served}")
@@ -67,15 +71,17 @@ def serves(problems: dict[str, Problem]) -> bool:
     return is_ready() and all(dispatch.pick(name, one) is cpu for name, one in problems.items())
 
 
-def _may_serve() -> bool:
-    """True if the host path is used, and a backend is asked for that it executes."""
-    if extension.why_unused():
+def _may_serve(device_type: str) -> bool:
+    """True if the host path is used, and a backend is asked for that it executes there."""
+    if device_type not in _ASKED or extension.why_unused():
         return False
-    return env.parse_backend(env.raw_get(env.BACKEND_KEY)) in ("auto", "cpu")
+    return env.parse_backend(env.raw_get(env.BACKEND_KEY)) in _ASKED[device_type]
 
 
-def _load() -> Any:
-    """The function of the C++ module, or why there is none."""
+def _load(on_cpu: bool = True) -> Any:
+    """The function of the C++ module, or why there is none. on_cpu: for calls on a CPU."""
+    if not on_cpu:
+        return _configured(extension.host())
     backend: Any = dispatch.load("cpu")
     if isinstance(backend, str):
         return str(backend)
@@ -88,17 +94,35 @@ def _load() -> Any:
     with ThreadPoolExecutor(1) as thread:
         building = thread.submit(extension.host)
         kernels = backend.library()
-    if isinstance(kernels, str):
-        # The backend itself warns.
-        return str(kernels)
-    module = building.result()
+    # The backend itself warns of a reason.
+    return str(kernels) if isinstance(kernels, str) else _configured(building.result())
+
+
+def _configured(module: Any) -> Any:
+    """The function of the C++ module, told what it may ask of Python; or why there is none."""
     if isinstance(module, str):
         return module
     module.configure(
-        kernels.kernels, _plan, _backward, ops.modified_words, half_products.addmm,
+        _kernels, _load_form, _plan, _backward, ops.modified_words, half_products.addmm,
         env.RAW, (env.BACKEND_KEY, env.LOG_KEY), vars(forward_ad),
     )  # fmt: skip
     return module.linear
+
+
+def _kernels() -> Any:
+    """The entry points of the `cpu` backend's kernels, a capsule, once it serves a plan."""
+    backend: Any = dispatch.load("cpu")
+    return backend.library().kernels
+
+
+def _load_form(
+    stem: str, dtype: int, tiles: int, flags: int, tf32: int, device: str
+) -> tuple[int, int, int, str]:
+    """The addresses of cuLaunchKernelEx and of a form on a device, its threads and parameters."""
+    (torch_dtype,) = (one for one, number in cuda_forms.DTYPES.items() if number == dtype)
+    form = cuda_forms.Form(stem, torch_dtype, tiles, flags, bool(tf32))
+    function = cuda_forms.function(form, torch.device(device))
+    return cuda_driver.launch_address(), function, *cuda_forms.KERNELS[stem]
 
 
 def _plan(
@@ -115,15 +139,26 @@ def _plan(
     dropout_on: str,
     keep: str,
 ) -> int:
-    """What executes the calls of a problem: PYTHON, or SERVED with flags."""
+    """What executes the calls of a problem: CPU with flags, CUDA with the multiprocessors, PYTHON
+    or PROVISIONAL.
+    """
     tensors = LayerTensors(weight, None, A, B, core, magnitude, None, out_scale)
     options = CallOptions(scaling, p, axis, dropout_on, keep)
-    backend, routes = dispatch.load("cpu"), dispatch.routes(x, tensors, options)
-    served = all(routes[primitive] is backend for primitive in _PRIMITIVES)
-    if served and magnitude is not None:
-        served = dispatch.norm_routes(tensors, options)["row_norm"] is backend
-    if not served:
-        return PYTHON
+    asked = dict.fromkeys(_PRIMITIVES, dispatch.routes(x, tensors, options))
+    if magnitude is not None:
+        asked["row_norm"] = dispatch.norm_routes(tensors, options)
+        if options.drops_base:
+            asked["drop"] = asked["linear"]
+    chosen = {id(routes[primitive]) for primitive, routes in asked.items()}
+    if not all(primitive in routes for primitive, routes in asked.items()):
+        return PROVISIONAL
+    if chosen == {id(dispatch.load("cuda"))}:
+        return CUDA | cuda_kernels.multiprocessors(x.device) << MULTIPROCESSORS
+    return _cpu_plan(x, weight) if chosen == {id(dispatch.load("cpu"))} else PYTHON
+
+
+def _cpu_plan(x: torch.Tensor, weight: torch.Tensor) -> int:
+    """The plan of a problem that the `cpu` backend serves."""
     (N, K), M, applies = weight.shape, tokens(x), half_products.applies
     flags = {
         ONEDNN_BIAS: onednn.has_bias_product(),
@@ -132,7 +167,7 @@ def _plan(
         DX_ALONG: applies(x.dtype, M, K, N, True),
         DX_ACROSS: applies(x.dtype, M, K, N, False),
     }
-    return SERVED | sum(flag for flag, is_set in flags.items() if is_set)
+    return CPU | sum(flag for flag, is_set in flags.items() if is_set)
 
 
 def _backward(

@@ -36,8 +36,8 @@ SOURCES = Path(__file__).parent.parent / "engine" / "csrc" / "cpu"
 _KERNEL_SECONDS = 25
 # torch's headers ask for C++20; the last -std counts.
 _TORCH_FLAGS: tuple[str, ...] = ("-O2", "-std=c++20")
-# The headers of the kernels that other modules include.
-_SHARED_HEADERS = ("kernels.h", "module_name.h", "types.h")
+# The headers in csrc that modules beside their own include.
+_SHARED_HEADERS = ("cpu/kernels.h", "cpu/module_name.h", "cpu/types.h", "launch/cuda_driver.h")
 
 
 class NeverBuilt(Failure):
@@ -166,7 +166,7 @@ class Module(NamedTuple):
         own = (*toolchain.FLAGS, *_TORCH_FLAGS)
         # Built against one torch, it serves no other.
         version = f"{torch.__version__} {torch.version.git_version}"
-        headers = [SOURCES / name for name in _SHARED_HEADERS]
+        headers = [SOURCES.parent / name for name in _SHARED_HEADERS]
         flags, digest = _identity(part.sources, headers, own, extra, version)
         name = f"lorafast_{part.label}_{digest}"
         return cls(part.what, part.seconds, None, part.sources, flags, _folder(cache), name)

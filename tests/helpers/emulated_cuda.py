@@ -60,14 +60,20 @@ def _loaded(capability: int, form: Form, device: torch.device) -> Callable[..., 
     assert [bits for _, bits, _ in program.params] == sizes, (form, letters)
 
     def run(grid: tuple[int, ...], *arguments: object) -> None:
-        assert len(arguments) == len(letters), (form, len(arguments), len(letters))
-        values = [_bits(value, letter) for value, letter in zip(arguments, letters, strict=True)]
+        values = bits_of(form, arguments)
         spans = [driver.span(value) for value in arguments if isinstance(value, torch.Tensor)]
         if all(grid):
             whole = (*grid, 1, 1)[:3]
             machine.launch(code(form, capability), whole, values, program.static, spans)
 
     return run
+
+
+def bits_of(form: Form, arguments: tuple[object, ...]) -> list[int]:
+    """Return the bits of each parameter of a form that is launched with some arguments."""
+    letters = cuda_forms.KERNELS[form.stem].parameters
+    assert len(arguments) == len(letters), (form, len(arguments), len(letters))
+    return [_bits(value, letter) for value, letter in zip(arguments, letters, strict=True)]
 
 
 def _bits(value: object, letter: str) -> int:

@@ -1,16 +1,13 @@
-#include "primitives.h"
+#include "cpu_backend.h"
 
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/div.h>
-#include <ATen/ops/eq.h>
 #include <ATen/ops/fill.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/masked_fill.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
@@ -18,6 +15,7 @@
 
 #include <limits>
 
+#include "precision.h"
 #include "python.h"
 
 namespace lorafast::host {
@@ -101,7 +99,7 @@ Addition prepared(const Tensor& h, const Tensor& factor, int rank_side) {
 }
 
 // out = gain⊙(out + mask⊙(h (scaling·scale⊙factor)ᵀ)) + bias. out is dense.
-void low_rank_add(const Backend& backend, const Addition& addition, const Drop& drop,
+void low_rank_add(const CpuBackend& backend, const Addition& addition, const Drop& drop,
                   const Tensor& inner, const Tensor& out) {
   const auto& [h, factor, rank_side, scaling, scale, gain, bias] = addition;
   const int64_t M = h.size(0), R = h.size(1), N = factor.size(1 - rank_side);
@@ -113,7 +111,7 @@ void low_rank_add(const Backend& backend, const Addition& addition, const Drop& 
 }
 
 // h = drop(x) factorᵀ and h' = h coreᵀ for a matrix core.  x2 [M,K] with dense rows
-std::pair<Tensor, Tensor> project_rows(const Backend& backend, const Tensor& x2,
+std::pair<Tensor, Tensor> project_rows(const CpuBackend& backend, const Tensor& x2,
                                        const Tensor& given, const Tensor& core, const Drop& drop) {
   const int64_t M = x2.size(0), K = x2.size(1), R = given.size(0);
   const Tensor factor = in_kernel_type(given);
@@ -132,10 +130,9 @@ std::pair<Tensor, Tensor> project_rows(const Backend& backend, const Tensor& x2,
   return {h, h_core};
 }
 
-Tensor grad_project_rows(const Backend& backend, const Tensor& x2, const Tensor& given,
+Tensor grad_project_rows(const CpuBackend& backend, const Tensor& x2, const Tensor& given,
                          const Drop& drop) {
-  const auto v_dtype = x2.scalar_type() == at::kHalf ? at::kFloat : x2.scalar_type();
-  const Tensor v = dense_rows(cast(given, v_dtype));
+  const Tensor v = dense_rows(cast(given, low_rank_grad_dtype(x2.scalar_type())));
   const int64_t M = x2.size(0), K = x2.size(1), R = v.size(1);
   Tensor out = empty({R, K}, at::kFloat);
   backend.kernels->grad_project(type_of(x2), address(x2), M, K, x2.stride(0), address(v), R,
@@ -145,7 +142,7 @@ Tensor grad_project_rows(const Backend& backend, const Tensor& x2, const Tensor&
 }
 
 // gain⊙x with one gain for each row, or for each column.
-Tensor scale(const Backend& backend, const Tensor& given, const Tensor& gain, bool by_row) {
+Tensor scale(const CpuBackend& backend, const Tensor& given, const Tensor& gain, bool by_row) {
   const Tensor x = dense_rows(given);
   Tensor out = empty(x.sizes(), x.scalar_type());
   backend.kernels->scale(type_of(x), address(x), x.size(0), x.size(1), x.stride(0), address(gain),
@@ -154,7 +151,7 @@ Tensor scale(const Backend& backend, const Tensor& given, const Tensor& gain, bo
 }
 
 // The operands of (gain⊙dy) W, the gain in the smaller one.
-std::pair<Tensor, Tensor> gained_operands(const Backend& backend, const Tensor& dy,
+std::pair<Tensor, Tensor> gained_operands(const CpuBackend& backend, const Tensor& dy,
                                           const Tensor& given, const Tensor& given_gain) {
   Tensor dy2 = flat(dy);
   if (dy2.size(1) % AMX_ROW && dy2.scalar_type() == at::kBFloat16) dy2 = dy2.contiguous();
@@ -178,20 +175,20 @@ Tensor onednn_linear(const Tensor& x, const Tensor& weight, const Tensor& bias) 
   return op.call(x, weight, bias, "none", c10::List<std::optional<c10::Scalar>>(), "");
 }
 
-bool onednn_serves(const Backend& backend, const Tensor& x, const Tensor& weight) {
+bool onednn_serves(const CpuBackend& backend, const Tensor& x, const Tensor& weight) {
   return backend.plan & ONEDNN_BIAS && x.scalar_type() == at::kBFloat16 &&
          weight.scalar_type() == at::kBFloat16 && x.is_contiguous() && weight.is_contiguous() &&
          at::globalContext().userEnabledMkldnn();
 }
 
 // uᵀh, or its diagonal; u contains s.
-Tensor core_grad(const Backend& backend, const Tensor& u, const OutputGradSpec& spec) {
+Tensor core_grad(const CpuBackend& backend, const Tensor& u, const OutputGradSpec& spec) {
   if (spec.core.dim() == 1) return at::mul(cast(u, at::kFloat), spec.h).sum(0);
   return grad_project_rows(backend, dense_rows(spec.h), u, {spec.h});
 }
 
 // v = u·core
-Tensor apply_core_transposed(const Backend& backend, const Tensor& u, const Tensor& core) {
+Tensor apply_core_transposed(const CpuBackend& backend, const Tensor& u, const Tensor& core) {
   if (core.dim() == 1) return at::mul(u, cast(core, u.scalar_type()));
   return project_rows(backend, u, core.t(), {}, {u}).first;
 }
@@ -226,35 +223,33 @@ Tensor torch_norm(const Tensor& weight, const Tensor& A, const Tensor& B, double
 
 }  // namespace
 
-Tensor apply_core(const Backend& backend, const Tensor& h, const Tensor& core) {
-  if (!core.defined()) return h;
-  if (core.dim() == 1) return at::mul(h, cast(core, h.scalar_type()));
-  return at::linear(h, cast(core, h.scalar_type()));
-}
-
-std::pair<Tensor, Tensor> project(const Backend& backend, const Tensor& x, const Tensor& A,
-                                  const Tensor& core, Drop drop) {
-  auto [h, h_core] = project_rows(backend, dense_rows(x), A, core, drop);
-  if (core.defined() && core.dim() == 1) h_core = apply_core(backend, h, core);
+std::pair<Tensor, Tensor> CpuBackend::project(const Tensor& x, const Tensor& A, const Tensor& core,
+                                              Drop drop) const {
+  auto [h, h_core] = project_rows(*this, dense_rows(x), A, core, drop);
+  if (core.defined() && core.dim() == 1) h_core = apply_core(h, core);
   return {h, h_core};
 }
 
-Tensor base_product(const Backend& backend, const Tensor& given, const Tensor& given_weight,
-                    const Tensor& bias) {
+Tensor CpuBackend::base_product(const Tensor& x, const Tensor& weight) const {
+  return product(x, weight, {});
+}
+
+Tensor CpuBackend::product(const Tensor& given, const Tensor& given_weight,
+                           const Tensor& bias) const {
   const auto dtype = given.scalar_type();
   const Tensor weight = cast(given_weight, dtype);
   const int64_t N = weight.size(0), K = weight.size(1), M = tokens(given);
   const Tensor x = K % AMX_ROW && dtype == at::kBFloat16 ? given.contiguous() : given;
   const bool large = M * N * K >= SMALL;
   const bool along = weight.stride(1) == 1 && weight.stride(0) != 1;
-  if (backend.plan & (along ? Y_ALONG : Y_ACROSS)) {
+  if (plan & (along ? Y_ALONG : Y_ACROSS)) {
     auto sizes = x.sizes().vec();
     sizes.back() = N;
     const Tensor y = empty(sizes, dtype);
     add_by_panels(bias, flat(x), weight.t(), y.view({M, N}));
     return y;
   }
-  if (large && bias.defined() && onednn_serves(backend, x, weight))
+  if (large && bias.defined() && onednn_serves(*this, x, weight))
     return onednn_linear(x, weight, bias);
   if (!large && x.dim() == 2)
     return at::linear(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);
@@ -269,9 +264,9 @@ Tensor base_product(const Backend& backend, const Tensor& given, const Tensor& g
   return y;
 }
 
-std::pair<Tensor, Tensor> linear(const Backend& backend, const Tensor& x, const Tensor& weight,
-                                 const Up& up, const Tensor& gain, const Tensor& bias,
-                                 bool keep_inner) {
+std::pair<Tensor, Tensor> CpuBackend::linear(const Tensor& x, const Tensor& weight, const Up& up,
+                                             const Tensor& gain, const Tensor& bias,
+                                             bool keep_inner) const {
   const auto dtype = x.scalar_type();
   // Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start
   // changes no bit.
@@ -283,13 +278,14 @@ std::pair<Tensor, Tensor> linear(const Backend& backend, const Tensor& x, const 
   addition.scale = dense_fp32(up.scale);
   addition.gain = dense_fp32(gain);
   if (gain.defined()) addition.bias = dense_fp32(bias);
-  Tensor y = base_product(backend, x, weight, gemm_bias);
-  low_rank_add(backend, addition, {none}, z, y);
+  Tensor y = product(x, weight, gemm_bias);
+  low_rank_add(*this, addition, {none}, z, y);
   return {y, z};
 }
 
-OutputGrads grad_output(const Backend& backend, const Tensor& dy, const OutputGradSpec& spec,
-                        const Tensor& given_gain, const Tensor& given_kept, bool want_bias) {
+OutputGrads CpuBackend::grad_output(const Tensor& dy, const OutputGradSpec& spec,
+                                    const Tensor& given_gain, const Tensor& given_kept,
+                                    bool want_bias) const {
   const Tensor dy2 = dense_rows(dy), gain = dense_fp32(given_gain);
   const Tensor kept = given_kept.defined() ? dense_rows(given_kept) : given_kept;
   const int64_t M = dy2.size(0), N = dy2.size(1), R = spec.B.size(1);
@@ -297,8 +293,7 @@ OutputGrads grad_output(const Backend& backend, const Tensor& dy, const OutputGr
   if (want_bias) grads.d_bias = empty({N}, at::kFloat);
   if (kept.defined()) grads.dot = empty({N}, at::kFloat);
   Tensor u, P, h_core;
-  if (spec.want_v || spec.want_core)
-    u = empty({M, R}, dy2.scalar_type() == at::kHalf ? at::kFloat : dy2.scalar_type());
+  if (spec.want_v || spec.want_core) u = empty({M, R}, low_rank_grad_dtype(dy2.scalar_type()));
   int64_t columns = 0;
   if (spec.want_B || spec.want_out_scale) {
     const int64_t skipped = spec.want_out_scale ? 0 : spec.frozen_columns;
@@ -307,57 +302,56 @@ OutputGrads grad_output(const Backend& backend, const Tensor& dy, const OutputGr
     h_core = spec.h;
     if (spec.core.defined()) {
       const Tensor h = dense_rows(spec.h);
-      h_core = spec.core.dim() == 1 ? apply_core(backend, h, spec.core)
-                                    : project_rows(backend, h, spec.core, {}, {h}).first;
+      h_core = spec.core.dim() == 1 ? apply_core(h, spec.core)
+                                    : project_rows(*this, h, spec.core, {}, {h}).first;
     }
     h_core = dense_rows(h_core);
   }
   const Tensor B = in_kernel_type(spec.B), scale = dense_fp32(spec.out_scale);
-  backend.kernels->grad_output(
+  kernels->grad_output(
       type_of(dy2), address(dy2), M, N, dy2.stride(0), R, address(B), type_of(B), B.stride(1),
       B.stride(0), static_cast<float>(spec.scaling), address(gain), address(scale),
       address_of_output(u), address(h_core), columns ? h_core.stride(0) : 0, columns,
       address_of_output(P), address_of_output(grads.d_bias), address(kept),
       kept.defined() ? kept.stride(0) : 0, address_of_output(grads.dot), threads(M * N * R));
-  if (spec.want_v) grads.v = spec.core.defined() ? apply_core_transposed(backend, u, spec.core) : u;
+  if (spec.want_v) grads.v = spec.core.defined() ? apply_core_transposed(*this, u, spec.core) : u;
   if (spec.want_B) grads.dB = B_grad(P, spec);
-  if (spec.want_core) grads.d_core = core_grad(backend, u, spec);
+  if (spec.want_core) grads.d_core = core_grad(*this, u, spec);
   if (spec.want_out_scale) grads.d_out_scale = at::mul(P, spec.B).sum(1);
   return grads;
 }
 
-Tensor grad_input(const Backend& backend, const Tensor& dy, const Tensor& weight,
-                  const Tensor& gain, const Tensor& v, const Tensor& A, Drop drop) {
+Tensor CpuBackend::grad_input(const Tensor& dy, const Tensor& weight, const Tensor& gain,
+                              const Tensor& v, const Tensor& A, Drop drop) const {
   auto sizes = dy.sizes().vec();
   sizes.back() = weight.size(1);
   Tensor dx = empty(sizes, dy.scalar_type());
   Tensor dx2 = dx.dim() == 2 ? dx : flat(dx);
-  const auto [a, b] = gained_operands(backend, dy, weight, gain);
+  const auto [a, b] = gained_operands(*this, dy, weight, gain);
   const Addition addition = v.defined() ? prepared(v, A, 0) : Addition{};
   const bool along = b.stride(0) == 1 && b.stride(1) != 1;
-  if (backend.plan & (along ? DX_ALONG : DX_ACROSS))
+  if (plan & (along ? DX_ALONG : DX_ACROSS))
     add_by_panels({}, a, b, dx2);
   else
     at::mm_out(dx2, a, b);
-  if (v.defined()) low_rank_add(backend, addition, drop, {}, dx);
+  if (v.defined()) low_rank_add(*this, addition, drop, {}, dx);
   return dx;
 }
 
-Tensor grad_project(const Backend& backend, const Tensor& x, const Tensor& v, Drop drop) {
-  return grad_project_rows(backend, dense_rows(x), v, drop);
+Tensor CpuBackend::grad_project(const Tensor& x, const Tensor& v, Drop drop) const {
+  return grad_project_rows(*this, dense_rows(x), v, drop);
 }
 
-Tensor drop(const Backend& backend, const Tensor& given, Drop drop) {
+Tensor CpuBackend::drop(const Tensor& given, Drop drop) const {
   const Tensor x = dense_rows(given);
   Tensor out = empty(given.sizes(), given.scalar_type());
-  backend.kernels->drop(type_of(x), address(x), x.size(0), x.size(1), x.stride(0),
-                        seed_address(drop), drop.threshold, 0, address_of_output(out),
-                        threads(16 * x.numel()));
+  kernels->drop(type_of(x), address(x), x.size(0), x.size(1), x.stride(0), seed_address(drop),
+                drop.threshold, 0, address_of_output(out), threads(16 * x.numel()));
   return out;
 }
 
-Tensor row_norm(const Backend& backend, const Tensor& given, const Tensor& A, const Tensor& given_B,
-                double scaling, bool rows_asked) {
+Tensor CpuBackend::row_norm(const Tensor& given, const Tensor& A, const Tensor& given_B,
+                            double scaling, bool rows_asked) const {
   const Tensor B = in_kernel_type(given_B);
   Tensor weight = given, down = A, up = B.t();
   bool by_row = rows_asked;
@@ -370,7 +364,7 @@ Tensor row_norm(const Backend& backend, const Tensor& given, const Tensor& A, co
   weight = dense_rows(weight);
   const int64_t N = weight.size(0), K = weight.size(1), R = A.size(0);
   Tensor norm = empty({by_row ? N : K}, at::kFloat);
-  const bool adapted = backend.kernels->row_norm(
+  const bool adapted = kernels->row_norm(
       type_of(weight), address(weight), N, K, weight.stride(0), R, address(down), type_of(down),
       down.stride(0), down.stride(1), address(up), type_of(up), up.stride(0), up.stride(1),
       static_cast<float>(scaling), by_row, address_of_output(norm), threads(N * K * R));
@@ -379,10 +373,10 @@ Tensor row_norm(const Backend& backend, const Tensor& given, const Tensor& A, co
   return torch_norm(given, A, B, scaling, rows_asked);
 }
 
-Tensor divide_or_zero(const Tensor& a, const Tensor& b) {
+Tensor CpuBackend::divide_or_zero(const Tensor& a, const Tensor& b) const {
   const bool small = a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat &&
                      a.dim() == 1 && b.dim() == 1 && a.is_contiguous() && b.is_contiguous();
-  if (!small) return at::div(a, b).masked_fill(b.eq(0), 0);
+  if (!small) return quotient_or_zero(a, b);
   // One loop in place of three operations on [N].
   Tensor quotient = empty({a.size(0)}, at::kFloat);
   const float* above = a.const_data_ptr<float>();
