@@ -80,8 +80,15 @@ class Backend {
   virtual at::Tensor row_norm(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
                               double scaling, bool by_row) const = 0;
 
-  // a/b, 0 where b is 0.
-  virtual at::Tensor divide_or_zero(const at::Tensor& a, const at::Tensor& b) const = 0;
+  // m/norm in the norm's dtype, 0 where the norm is 0.  [N] or [K]
+  virtual at::Tensor gain_of(const at::Tensor& magnitude, const at::Tensor& norm) const = 0;
+
+  // d_m = d_gain/norm, and d_norm = -d_m·gain if wanted. by_gain: d_gain is divided by the gain
+  // first. A quotient by 0 is 0.
+  virtual std::pair<at::Tensor, at::Tensor> gain_grads(const at::Tensor& d_gain,
+                                                       const at::Tensor& gain,
+                                                       const at::Tensor& norm, bool by_gain,
+                                                       bool want_norm) const = 0;
 };
 
 }  // namespace lorafast::host

@@ -5,11 +5,15 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/div.h>
+#include <ATen/ops/eq.h>
 #include <ATen/ops/fill.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/masked_fill.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/neg.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
@@ -221,6 +225,20 @@ Tensor torch_norm(const Tensor& weight, const Tensor& A, const Tensor& B, double
   return by_row ? norm : norm.sqrt_();
 }
 
+// a/b, 0 where b is 0.
+Tensor divide_or_zero(const Tensor& a, const Tensor& b) {
+  const bool small = a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat &&
+                     a.dim() == 1 && b.dim() == 1 && a.is_contiguous() && b.is_contiguous();
+  if (!small) return at::div(a, b).masked_fill(b.eq(0), 0);
+  // One loop in place of three operations on [N].
+  Tensor quotient = empty({a.size(0)}, at::kFloat);
+  const float* above = a.const_data_ptr<float>();
+  const float* below = b.const_data_ptr<float>();
+  float* out = quotient.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < a.size(0); ++i) out[i] = below[i] == 0 ? 0 : above[i] / below[i];
+  return quotient;
+}
+
 }  // namespace
 
 std::pair<Tensor, Tensor> CpuBackend::project(const Tensor& x, const Tensor& A, const Tensor& core,
@@ -373,17 +391,15 @@ Tensor CpuBackend::row_norm(const Tensor& given, const Tensor& A, const Tensor& 
   return torch_norm(given, A, B, scaling, rows_asked);
 }
 
-Tensor CpuBackend::divide_or_zero(const Tensor& a, const Tensor& b) const {
-  const bool small = a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat &&
-                     a.dim() == 1 && b.dim() == 1 && a.is_contiguous() && b.is_contiguous();
-  if (!small) return quotient_or_zero(a, b);
-  // One loop in place of three operations on [N].
-  Tensor quotient = empty({a.size(0)}, at::kFloat);
-  const float* above = a.const_data_ptr<float>();
-  const float* below = b.const_data_ptr<float>();
-  float* out = quotient.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < a.size(0); ++i) out[i] = below[i] == 0 ? 0 : above[i] / below[i];
-  return quotient;
+Tensor CpuBackend::gain_of(const Tensor& magnitude, const Tensor& norm) const {
+  return divide_or_zero(cast(magnitude, norm.scalar_type()), norm);
+}
+
+std::pair<Tensor, Tensor> CpuBackend::gain_grads(const Tensor& d_gain, const Tensor& gain,
+                                                 const Tensor& norm, bool by_gain,
+                                                 bool want_norm) const {
+  const Tensor d_magnitude = divide_or_zero(by_gain ? divide_or_zero(d_gain, gain) : d_gain, norm);
+  return {d_magnitude, want_norm ? at::mul(at::neg(d_magnitude), gain) : Tensor()};
 }
 
 }  // namespace lorafast::host

@@ -35,7 +35,10 @@ class CpuBackend final : public Backend {
   at::Tensor drop(const at::Tensor& x, Drop drop) const override;
   at::Tensor row_norm(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
                       double scaling, bool by_row) const override;
-  at::Tensor divide_or_zero(const at::Tensor& a, const at::Tensor& b) const override;
+  at::Tensor gain_of(const at::Tensor& magnitude, const at::Tensor& norm) const override;
+  std::pair<at::Tensor, at::Tensor> gain_grads(const at::Tensor& d_gain, const at::Tensor& gain,
+                                               const at::Tensor& norm, bool by_gain,
+                                               bool want_norm) const override;
 
   const Kernels* const kernels;
   const long plan;

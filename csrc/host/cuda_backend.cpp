@@ -6,7 +6,6 @@
 
 #include "cuda_grad_output.h"
 #include "cuda_kernels.h"
-#include "precision.h"
 
 namespace lorafast::host {
 namespace {
@@ -102,8 +101,16 @@ Tensor CudaBackend::row_norm(const Tensor& weight, const Tensor& A, const Tensor
   return cuda::row_norm(device, weight, A, B, scaling, by_row);
 }
 
-Tensor CudaBackend::divide_or_zero(const Tensor& a, const Tensor& b) const {
-  return quotient_or_zero(a, b);
+Tensor CudaBackend::gain_of(const Tensor& magnitude, const Tensor& norm) const {
+  const Tensor none;
+  return cuda::quotient(device, magnitude, none, norm, none).first;
+}
+
+std::pair<Tensor, Tensor> CudaBackend::gain_grads(const Tensor& d_gain, const Tensor& gain,
+                                                  const Tensor& norm, bool by_gain,
+                                                  bool want_norm) const {
+  const Tensor none;
+  return cuda::quotient(device, d_gain, by_gain ? gain : none, norm, want_norm ? gain : none);
 }
 
 }  // namespace lorafast::host

@@ -25,14 +25,14 @@ enum class Stem : uint8_t {
   sum_parts,
   low_rank_add,
   row_norm,
+  quotient,
   scale,
   drop,
 };
-constexpr const char* STEMS[] = {"project",      "project_finish",
-                                 "grad_output",  "grad_output_finish",
-                                 "grad_project", "sum_parts",
-                                 "low_rank_add", "row_norm",
-                                 "scale",        "drop"};
+constexpr const char* STEMS[] = {
+    "project",      "project_finish", "grad_output",  "grad_output_finish",
+    "grad_project", "sum_parts",      "low_rank_add", "row_norm",
+    "quotient",     "scale",          "drop"};
 
 // Flags of every kernel that has them.
 constexpr int DROPS = 1, ALIGNED = 2;

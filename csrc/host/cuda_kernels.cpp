@@ -157,6 +157,19 @@ Tensor sum_parts(const Device& device, const Tensor& parts, float factor, bool r
   return out;
 }
 
+std::pair<Tensor, Tensor> quotient(const Device& device, const Tensor& given, const Tensor& first,
+                                   const Tensor& second, const Tensor& factor) {
+  const int64_t n = given.size(0);
+  const Tensor out = empty(second, {n}, at::kFloat), none;
+  const Tensor product = factor.defined() ? at::empty_like(out) : none, a = small(given);
+  const auto dense = [](const Tensor& one) {
+    return one.defined() ? cast(one, at::kFloat).contiguous() : one;
+  };
+  device.launch({Stem::quotient, at::kFloat}, {ceil_div(n, 256), 1, 1}, a, dense(first),
+                dense(second), dense(factor), out, product, i32(n), number_of(a));
+  return {out, product};
+}
+
 Tensor grad_project(const Device& device, const Tensor& x2, const Tensor& given, const Drop& drop) {
   const auto type = x2.scalar_type();
   Tensor v = given, inverse;

@@ -76,6 +76,11 @@ std::pair<at::Tensor, at::Tensor> finish(const Device& device, const at::Tensor&
 at::Tensor sum_parts(const Device& device, const at::Tensor& parts, float factor = 1,
                      bool root = false);
 
+// (a/first)/second, 0 where a divisor is 0, in fp32, and it times -factor; undefined: none. vectors
+std::pair<at::Tensor, at::Tensor> quotient(const Device& device, const at::Tensor& a,
+                                           const at::Tensor& first, const at::Tensor& second,
+                                           const at::Tensor& factor);
+
 // vᵀ drop(x) in fp32.  v [M,R] -> [R,K]
 at::Tensor grad_project(const Device& device, const at::Tensor& x2, const at::Tensor& v,
                         const Drop& drop);

@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/neg.h>
 #include <ATen/ops/sub.h>
 
 #include <cmath>
@@ -26,7 +25,7 @@ Drop drop_of(const Tensors& tensors, const Options& options) {
 // m/norm in the norm's dtype; undefined without a magnitude.
 Tensor gain_of(const Backend& backend, const Tensors& tensors) {
   if (!tensors.magnitude.defined()) return {};
-  return backend.divide_or_zero(cast(tensors.magnitude, tensors.norm.scalar_type()), tensors.norm);
+  return backend.gain_of(tensors.magnitude, tensors.norm);
 }
 
 // The inputs of the adapter and of the base product: _inputs of the twin.
@@ -60,14 +59,11 @@ Tensor inner(const Backend& backend, const Tensor& x, const Tensor& h, const Ten
   return backend.linear(base_x, tensors.weight, up, {}, {}, false).first;
 }
 
-// Σ dy⊙z, from z or from y = gain⊙z + bias (0 where the gain is 0).  [N]
-Tensor d_gain_of(const Backend& backend, const OutputGrads& sums, const Tensors& tensors,
-                 const Options& options, const Tensor& gain) {
-  if (options.keep == Keep::output) {
-    const Tensor dot =
-        tensors.bias.defined() ? at::sub(sums.dot, at::mul(tensors.bias, sums.d_bias)) : sums.dot;
-    return backend.divide_or_zero(dot, gain);
-  }
+// Σ dy⊙z from z; from y = gain⊙z + bias it is gain⊙Σ dy⊙z.  [N]
+Tensor d_gain_of(const OutputGrads& sums, const Tensors& tensors, const Options& options) {
+  if (options.keep == Keep::output)
+    return tensors.bias.defined() ? at::sub(sums.dot, at::mul(tensors.bias, sums.d_bias))
+                                  : sums.dot;
   if (!tensors.lora_bias.defined()) return sums.dot;
   return at::add(sums.dot, at::mul(at::mul(tensors.lora_bias, options.scaling), sums.d_bias));
 }
@@ -96,11 +92,11 @@ Tensor d_x_by_row(const Backend& backend, const Tensor& dy, const Tensor& v, con
   return backend.grad_input(dy, tensors.weight, {}, {}, {}, {mask.seed}).add_(dropped);
 }
 
-// The gradients of gain = m/norm.
-void add_gain_grads(const Backend& backend, const Tensor& d_gain, const Tensor& gain,
+// The gradients of gain = m/norm. by_gain: d_gain has to be divided by the gain first.
+void add_gain_grads(const Backend& backend, const Tensor& d_gain, const Tensor& gain, bool by_gain,
                     const Tensors& tensors, const Needs& needs, Grads& grads) {
-  grads[MAGNITUDE] = backend.divide_or_zero(d_gain, tensors.norm);
-  if (needs[NORM]) grads[NORM] = at::mul(at::neg(grads[MAGNITUDE]), gain);
+  std::tie(grads[MAGNITUDE], grads[NORM]) =
+      backend.gain_grads(d_gain, gain, tensors.norm, by_gain, needs[NORM]);
 }
 
 // dx and the gradients of magnitude and norm through in_gain⊙x: _in_axis_grads of the twin.
@@ -123,8 +119,8 @@ void add_in_axis_grads(const Backend& backend, const Tensor& dy, const Tensor& x
   }
   if (!needs_gain(needs)) return;
   const Tensor products = at::mul(cast(d_scaled, gain.scalar_type()), x);
-  add_gain_grads(backend, products.reshape({tokens(x), x.size(-1)}).sum(0), gain, tensors, needs,
-                 grads);
+  add_gain_grads(backend, products.reshape({tokens(x), x.size(-1)}).sum(0), gain, false, tensors,
+                 needs, grads);
 }
 
 }  // namespace
@@ -193,8 +189,8 @@ Grads backward(const Backend& backend, const Tensor& dy, const Tensor& x, const 
     if (needs[X]) grads[X] = backend.grad_input(dy, tensors.weight, {}, sums.v, tensors.A, mask);
   } else if (by_row) {
     if (needs_dot)
-      add_gain_grads(backend, d_gain_of(backend, sums, tensors, options, gain), gain, tensors,
-                     needs, grads);
+      add_gain_grads(backend, d_gain_of(sums, tensors, options), gain, options.keep == Keep::output,
+                     tensors, needs, grads);
     if (needs[X]) grads[X] = d_x_by_row(backend, dy, sums.v, gain, tensors, options);
   } else if (needs[X] || needs_columns) {
     add_in_axis_grads(backend, dy, x, sums.v, gain, tensors, options, needs, grads);

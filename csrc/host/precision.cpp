@@ -1,14 +1,10 @@
 #include "precision.h"
 
-#include <ATen/ops/clamp.h>
-#include <ATen/ops/div.h>
-#include <ATen/ops/eq.h>
 #include <ATen/ops/frexp.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/ldexp.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/masked_fill.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/ones_like.h>
@@ -26,10 +22,6 @@ Tensor apply_core(const Tensor& h, const Tensor& core) {
   if (!core.defined()) return h;
   if (core.dim() == 1) return at::mul(h, cast(core, h.scalar_type()));
   return at::linear(h, cast(core, h.scalar_type()));
-}
-
-Tensor quotient_or_zero(const Tensor& a, const Tensor& b) {
-  return at::div(a, b).masked_fill(b.eq(0), 0);
 }
 
 std::pair<Tensor, Tensor> scaled_to_fp16(const Tensor& tensor) {

@@ -15,9 +15,6 @@ inline at::ScalarType low_rank_grad_dtype(at::ScalarType dtype) {
 // h' = h coreᵀ, or h⊙core for a diagonal, rounded once to h's dtype; h without a core.  h [M,R]
 at::Tensor apply_core(const at::Tensor& h, const at::Tensor& core);
 
-// a/b, 0 where b is 0, by torch's operations: divide_or_zero of the twin.
-at::Tensor quotient_or_zero(const at::Tensor& a, const at::Tensor& b);
-
 // tensor·2ᵏ in fp16 and 2⁻ᵏ [], with the k that brings the largest element near 2¹⁴.
 std::pair<at::Tensor, at::Tensor> scaled_to_fp16(const at::Tensor& tensor);
 
