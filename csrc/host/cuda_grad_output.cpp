@@ -16,24 +16,31 @@ using at::Tensor;
 // The most ranks whose u, and whose P, one pass over dy makes; more take project and grad_project.
 constexpr int64_t U_RANKS = 16, P_RANKS = 32;
 
+// s·gain⊙B, B [N,R] and gain in fp32, as the pass over dy reads it. B undefined: none.
+struct Factor {
+  Tensor B;
+  double scaling = 1;
+  Tensor gain = {};
+};
+
 // What a pass over dy gives, in parts; undefined for what was not requested.
 struct Parts {
   Tensor u, P, sums;
 };
 
-// Make one pass over dy, for u = dy Fᵀ [M,u_ranks], P = hᵀ dy and the sums that are requested.
-// F is padded to 16 rows and to a multiple of 64 columns.
-Parts stream(const Device& device, const Tensor& dy2, const Tensor& kept2, const Tensor& F,
-             int64_t u_ranks, const Tensor& given_h, int requested) {
+// Make one pass over dy, for u = dy·factor, P = hᵀ dy and the sums that are requested.
+Parts stream(const Device& device, const Tensor& dy2, const Tensor& kept2, const Factor& factor,
+             const Tensor& given_h, int requested) {
   const int64_t M = dy2.size(0), N = dy2.size(1);
   const auto type = dy2.scalar_type();
-  const bool has_h = given_h.defined();
+  const bool has_h = given_h.defined(), has_u = factor.B.defined();
+  const int64_t u_ranks = has_u ? factor.B.size(1) : 0;
   const int tiles = has_h ? tiles_of(std::max(given_h.size(1), u_ranks)) : 2;
   const bool aligned = is_aligned(dy2) && (requested < 2 || is_aligned(kept2));
   const auto [count, steps] = split(device, ceil_div(N, 256), ceil_div(M, 16));
   Parts parts;
   Tensor h, P, none;
-  if (F.defined()) parts.u = empty(dy2, {ceil_div(N, 256), M, u_ranks}, at::kFloat);
+  if (has_u) parts.u = empty(dy2, {ceil_div(N, 256), M, u_ranks}, at::kFloat);
   if (has_h) {
     h = token_factor(device, given_h, type, tiles);
     P = empty(dy2, {count, h.size(1), N}, at::kFloat);
@@ -42,36 +49,41 @@ Parts stream(const Device& device, const Tensor& dy2, const Tensor& kept2, const
   if (requested) parts.sums = empty(dy2, {count, requested, N}, at::kFloat);
   const Tensor& kept = requested == 2 ? kept2 : none;
   constexpr int SUMS[] = {0, 8, 8 + 16};
-  const int flags = F.defined() + aligned * ALIGNED + 4 * has_h + SUMS[requested];
+  const int flags = has_u + aligned * ALIGNED + 4 * has_h + SUMS[requested];
   device.launch(form_of(Stem::grad_output, type, tiles, flags), {ceil_div(N, 256), count, 1}, dy2,
-                kept, h, F, parts.u, P, parts.sums, M, dy2.stride(0), dy2.stride(1),
-                kept.defined() ? kept.stride(0) : 0, kept.defined() ? kept.stride(1) : 0,
-                has_h ? h.stride(0) : 0, F.defined() ? F.stride(0) : 0, steps, i32(N), i32(u_ranks),
-                has_h ? i32(h.size(1)) : 0);
+                kept, h, small(factor.gain), factor.B, none, parts.u, P, parts.sums, M,
+                dy2.stride(0), dy2.stride(1), kept.defined() ? kept.stride(0) : 0,
+                kept.defined() ? kept.stride(1) : 0, has_h ? h.stride(0) : 0,
+                has_u ? factor.B.stride(0) : 0, has_u ? factor.B.stride(1) : 0, steps, i32(N),
+                i32(u_ranks), has_h ? i32(h.size(1)) : 0, 0, static_cast<float>(factor.scaling));
   return parts;
 }
 
-// (s·gain⊙out_scale⊙B)ᵀ [rows,width] in dtype, padded with zeros from [R,N] on, and what u has to
-// be multiplied by, or undefined.
-std::pair<Tensor, Tensor> factor_of(const Device& device, const OutputGradSpec& spec,
-                                    const Tensor& gain, at::ScalarType dtype, int64_t rows,
-                                    int64_t width) {
-  Tensor column_scale = gain.defined() ? gain : spec.out_scale;
+// s·gain⊙out_scale⊙B, and what u has to be multiplied by, or undefined. A copy, unless the pass
+// over dy multiplies and rounds it.
+std::pair<Factor, Tensor> u_factor(const Device& device, const OutputGradSpec& spec,
+                                   const Tensor& gain, at::ScalarType dtype, bool one_pass) {
+  const auto wide = low_rank_grad_dtype(dtype);
+  const bool fits = spec.B.scalar_type() == at::kFloat && !spec.out_scale.defined() &&
+                    (!gain.defined() || gain.scalar_type() == at::kFloat);
+  if (one_pass && wide == dtype && fits) return {{spec.B, spec.scaling, gain}, {}};
+  Tensor column_scale = gain.defined() ? gain : spec.out_scale, inverse;
   if (gain.defined() && spec.out_scale.defined())
     column_scale = at::stack({cast(gain, at::kFloat), cast(spec.out_scale, at::kFloat)}).prod(0);
-  const auto wide = low_rank_grad_dtype(dtype);
-  const Tensor F = scale(device, spec.B.t(), wide, {rows, width, spec.scaling, {}, column_scale});
-  return wide == dtype ? std::pair{F, Tensor()} : scaled_to_fp16(F);
+  // The pass over dy reads fp32, and rounds it.
+  Tensor F = scale(device, spec.B.t(), one_pass ? at::kFloat : wide,
+                   {-1, -1, spec.scaling, {}, column_scale});
+  if (wide != dtype) std::tie(F, inverse) = scaled_to_fp16(F);
+  return {{one_pass ? cast(F.t(), at::kFloat) : F.t()}, inverse};
 }
 
 // u and v = u·core, from parts or by a pass of their own.
 std::pair<Tensor, Tensor> u_and_v(const Device& device, const Tensor& dy2, const Tensor& parts,
-                                  const Tensor& F, const OutputGradSpec& spec) {
-  const Tensor core = spec.core.defined() ? spec.core.t() : spec.core;
+                                  const Factor& factor, const OutputGradSpec& spec) {
+  const Tensor none, core = spec.core.defined() ? spec.core.t() : none;
   const auto dtype = low_rank_grad_dtype(dy2.scalar_type());
   if (parts.defined()) return finish(device, parts, core, 1, dtype);
-  const Tensor none;
-  return project(device, dy2, F, core, {none}, dtype);
+  return project(device, dy2, factor.B.t(), core, {none}, dtype);
 }
 
 // dB and d_out_scale.  given [splits,·,N], or undefined if every column is frozen
@@ -114,23 +126,21 @@ OutputGrads grads_of(const Device& device, const Tensor& dy2, const OutputGradSp
   const bool one_pass = needs_u && std::max(R, live) <= U_RANKS && live > 0 && is_aligned(dy2);
   if (requested == 2 && (dtype == at::kFloat || !(is_aligned(dy2) && is_aligned(kept2)))) {
     // Beside u and P there are no registers for Σ dy⊙kept.
-    sums = sum_parts(device, stream(device, dy2, kept2, none, 0, none, requested).sums);
+    sums = sum_parts(device, stream(device, dy2, kept2, {}, none, requested).sums);
     requested = 0;
   }
-  Tensor F, inverse;
-  // As the pass over dy reads it, padded.
-  if (needs_u)
-    std::tie(F, inverse) = factor_of(device, spec, gain, dtype, one_pass ? U_RANKS : -1,
-                                     one_pass ? up_to(dy2.size(1), 64) : -1);
+  Factor factor;
+  Tensor inverse;
+  if (needs_u) std::tie(factor, inverse) = u_factor(device, spec, gain, dtype, one_pass);
   Parts parts;
   if (one_pass || streams_P || requested)
-    parts = stream(device, dy2, kept2, one_pass ? F : none, one_pass ? R : 0, streams_P ? h : none,
-                   requested);
+    parts =
+        stream(device, dy2, kept2, one_pass ? factor : Factor{}, streams_P ? h : none, requested);
   OutputGrads grads;
   Tensor u;
   if (needs_u) {
     Tensor v;
-    std::tie(u, v) = u_and_v(device, dy2, parts.u, F, spec);
+    std::tie(u, v) = u_and_v(device, dy2, parts.u, factor, spec);
     if (inverse.defined()) {
       u = at::mul(u, inverse);
       v = at::mul(v, inverse);

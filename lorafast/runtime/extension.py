@@ -75,9 +75,7 @@ def cpu(isa: str | None = None, sources: Path = SOURCES) -> ModuleType | str:
 
 
 def host() -> ModuleType | str:
-    """Return the module of the host path, or why calls are made in Python; as cpu, which it
-    needs.
-    """
+    """Return the module of the host path, or why calls are made in Python; as cpu."""
     return why_unused() or _of_torch(HOST, env.cache(), env.cxx(), env.cxxflags())
 
 

@@ -127,6 +127,24 @@ def test_what_is_unusual_or_wrong_is_left_to_python(change, served, by_python):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_provisional_plan_is_asked_again(monkeypatch):
+    layer, x, asked = lora(), torch.randn(5, 16), []
+
+    def provisional(*given):
+        asked.append(len(given))
+        return host.PROVISIONAL
+
+    monkeypatch.setattr(host, "_plan", provisional)
+    monkeypatch.setattr(host, "linear", host._load())
+    try:
+        layer(x)
+        layer(x)
+        assert len(asked) == 2
+    finally:
+        monkeypatch.undo()
+        host._load()
+
+
 def test_a_forced_backend_and_the_switch(served, monkeypatch):
     layer, x = lora(), torch.randn(5, 16)
     layer(x)
