@@ -22,7 +22,9 @@ SIZES = ((5, 8, 16, 1), (1, 40, 24, 4), (700, 264, 512, 16), (65, 130, 33, 24), 
 def _without_addresses(form, grid, bits):
     """A launch that two runs have in common: of an address, whether it is one."""
     letters = cuda_forms.KERNELS[form.stem].parameters
-    words = [bool(word) if letter == "p" else word for letter, word in zip(letters, bits)]
+    words = [
+        bool(word) if letter == "p" else word for letter, word in zip(letters, bits, strict=True)
+    ]
     return form, (*grid, 1, 1)[:3], words
 
 
