@@ -1,5 +1,6 @@
 #include "cuda_grad_output.h"
 
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/stack.h>
 
@@ -77,33 +78,44 @@ std::pair<Factor, Tensor> u_factor(const Device& device, const OutputGradSpec& s
   return {{one_pass ? cast(F.t(), at::kFloat) : F.t()}, inverse};
 }
 
-// u and v = u·core, from parts or by a pass of their own.
-std::pair<Tensor, Tensor> u_and_v(const Device& device, const Tensor& dy2, const Tensor& parts,
-                                  const Factor& factor, const OutputGradSpec& spec) {
-  const Tensor none, core = spec.core.defined() ? spec.core.t() : none;
-  const auto dtype = low_rank_grad_dtype(dy2.scalar_type());
-  if (parts.defined()) return finish(device, parts, core, 1, dtype);
-  return project(device, dy2, factor.B.t(), core, {none}, dtype);
-}
+// What parts come to; undefined for what was not requested.
+struct Finished {
+  Tensor u, v, dB, d_out_scale, sums;
+};
 
-// dB and d_out_scale.  given [splits,·,N], or undefined if every column is frozen
-std::pair<Tensor, Tensor> finish_P(const Device& device, const Tensor& given,
-                                   const OutputGradSpec& spec, const Tensor& given_gain,
-                                   int64_t skipped) {
-  const int64_t N = spec.B.size(0), R = spec.B.size(1);
-  Tensor dB, d_out_scale, tensor;
-  if (spec.want_B) dB = empty(spec.B, {N, R}, at::kFloat);
-  if (spec.want_out_scale) d_out_scale = empty(spec.B, {N}, at::kFloat);
-  const Tensor parts = given.defined() ? given : empty(spec.B, {0, 0, N}, at::kFloat);
+// What parts come to; P is undefined if every column is frozen.
+Finished finish(const Device& device, const Parts& parts, const Tensor& dy2,
+                const OutputGradSpec& spec, const Tensor& given_gain, int64_t skipped) {
+  const int64_t M = dy2.size(0), N = dy2.size(1), R = spec.B.size(1);
+  const auto dtype = low_rank_grad_dtype(dy2.scalar_type());
+  const bool has_u = parts.u.defined(), has_sums = parts.sums.defined();
+  Finished done;
+  Tensor core, v, tensor;
+  if (has_u) {
+    if (spec.core.defined()) core = small(spec.core.t());
+    done.u = empty(dy2, {M, R}, dtype);
+    if (core.defined()) v = at::empty_like(done.u);
+  }
+  if (has_sums) done.sums = empty(parts.sums, parts.sums.sizes().slice(1), at::kFloat);
+  if (spec.want_B) done.dB = empty(dy2, {N, R}, at::kFloat);
+  if (spec.want_out_scale) done.d_out_scale = empty(dy2, {N}, at::kFloat);
+  const Tensor P = parts.P.defined() ? parts.P : empty(dy2, {0, 0, N}, at::kFloat);
   const Tensor gain = small(given_gain), out_scale = small(spec.out_scale), B = small(spec.B);
   // The parts may be some rows of wider ones.
-  const int64_t width = parts.size(0) && N ? parts.stride(0) / N : 0;
-  device.launch({Stem::grad_output_finish, at::kFloat}, {ceil_div(N, 32), 1, 1}, parts, gain,
-                out_scale, B, tensor, dB, d_out_scale, spec.B.stride(0), spec.B.stride(1), i32(N),
-                i32(R), i32(width), i32(skipped), i32(spec.frozen_columns), i32(parts.size(0)),
-                number_of(gain), number_of(out_scale), number_of(B), 0,
+  const int64_t width = P.size(0) && N ? P.stride(0) / N : 0;
+  const int64_t sums_n = has_sums ? done.sums.numel() : 0;
+  const int64_t blocks = ceil_div(N, 32) + ceil_div(sums_n, 256) + (has_u ? ceil_div(M, 128) : 0);
+  const auto [core_rows, core_columns] = core_strides(core);
+  device.launch(form_of(Stem::grad_output_finish, dtype, has_u ? tiles_of(R) : 2), {blocks, 1, 1},
+                P, gain, out_scale, B, tensor, done.dB, done.d_out_scale, parts.u, done.u, v, core,
+                parts.sums, done.sums, spec.B.stride(0), spec.B.stride(1), M, core_rows,
+                core_columns, sums_n, i32(N), i32(R), i32(width), i32(skipped),
+                i32(spec.frozen_columns), i32(P.size(0)), has_u ? i32(parts.u.size(0)) : 0,
+                has_sums ? i32(parts.sums.size(0)) : 0, number_of(gain), number_of(out_scale),
+                number_of(B), 0, core_dims(core), number_of(core),
                 static_cast<float>(spec.scaling));
-  return {dB, d_out_scale};
+  done.v = v.defined() ? v : done.u;
+  return done;
 }
 
 }  // namespace
@@ -136,25 +148,25 @@ OutputGrads grads_of(const Device& device, const Tensor& dy2, const OutputGradSp
   if (one_pass || streams_P || requested)
     parts =
         stream(device, dy2, kept2, one_pass ? factor : Factor{}, streams_P ? h : none, requested);
-  OutputGrads grads;
-  Tensor u;
-  if (needs_u) {
-    Tensor v;
-    std::tie(u, v) = u_and_v(device, dy2, parts.u, factor, spec);
-    if (inverse.defined()) {
-      u = at::mul(u, inverse);
-      v = at::mul(v, inverse);
-    }
-    if (spec.want_v) grads.v = v;
-  }
+  Finished done;
   if (needs_P) {
-    const Tensor P = live > P_RANKS ? grad_project(device, dy2, h, {none}).unsqueeze(0) : parts.P;
-    std::tie(grads.dB, grads.d_out_scale) = finish_P(device, P, spec, gain, skipped);
+    if (live > P_RANKS) parts.P = grad_project(device, dy2, h, {none}).unsqueeze(0);
+    done = finish(device, parts, dy2, spec, gain, skipped);
   }
+  if (needs_u && !one_pass) {
+    const Tensor core = spec.core.defined() ? spec.core.t() : none;
+    std::tie(done.u, done.v) =
+        project(device, dy2, factor.B.t(), core, {none}, low_rank_grad_dtype(dtype));
+  }
+  if (inverse.defined()) {
+    done.u = at::mul(done.u, inverse);
+    done.v = at::mul(done.v, inverse);
+  }
+  OutputGrads grads{spec.want_v ? done.v : none, done.dB, {}, done.d_out_scale, {}, {}};
   if (spec.want_core)
-    grads.d_core = spec.core.dim() == 1 ? at::mul(cast(u, at::kFloat), spec.h).sum(0)
-                                        : grad_project(device, spec.h, u, {none});
-  if (requested) sums = sum_parts(device, parts.sums);
+    grads.d_core = spec.core.dim() == 1 ? at::mul(cast(done.u, at::kFloat), spec.h).sum(0)
+                                        : grad_project(device, spec.h, done.u, {none});
+  if (requested) sums = needs_P ? done.sums : sum_parts(device, parts.sums);
   if (want_bias) grads.d_bias = sums[0];
   if (kept2.defined()) grads.dot = sums[1];
   return grads;

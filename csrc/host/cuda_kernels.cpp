@@ -15,6 +15,8 @@ using at::Tensor;
 // As lorafast/engine/cuda_kernels.py has them.
 constexpr std::array<int, 5> TILES{1, 2, 4, 8, 16};
 constexpr int64_t BLOCKS = 2, STEPS = 4;
+// low_rank_add's flags for a factor that it reads as it is.
+constexpr int RAW = 32, ACROSS = 64;
 // As lorafast/engine/philox.py has them.
 constexpr int64_t GROUP = 8;
 constexpr uint32_t PHILOX_STEPS = 65536;
@@ -31,13 +33,25 @@ bool by_product(int64_t R, const Tensor& core) {
   return core.defined() && core.dim() == 2 && R > 64;
 }
 
-// The strides of a core, the same twice for a diagonal.
-std::pair<int64_t, int64_t> core_strides(const Tensor& core) {
-  return core.defined() ? std::pair{core.stride(0), core.stride(-1)}
-                        : std::pair{int64_t{}, int64_t{}};
+// The flags by which low_rank_add reads a factor as it is, 0 if it has to be copied. flags: the
+// others.
+int raw_flags(const Tensor& factor, int flags) {
+  const int64_t N = factor.size(0), R = factor.size(1);
+  const bool aligned = flags & ALIGNED && reinterpret_cast<uintptr_t>(factor.data_ptr()) % 16 == 0;
+  if (!aligned || factor.scalar_type() != at::kFloat || N < 8 || R % 4) return 0;
+  const int64_t down = factor.stride(0), right = factor.stride(1);
+  // B lies by rows, and what is added beside a mask, A, across.
+  if (right == 1 && down % 4 == 0 && !(flags & DROPS)) return RAW;
+  return down == 1 && right % 4 == 0 && !(flags & 24) ? RAW + ACROSS : 0;
 }
 
-int32_t core_dims(const Tensor& core) { return core.defined() ? i32(core.dim()) : 0; }
+// A vector dense and in fp32, 16 bytes aligned if asked for: t itself if it is that.
+Tensor vector_of(const Device& device, const Tensor& t, bool aligned) {
+  if (!t.defined()) return t;
+  const bool misplaced = aligned && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16;
+  if (t.scalar_type() == at::kFloat && t.is_contiguous() && !misplaced) return t;
+  return scale(device, t.unsqueeze(0), at::kFloat, {-1, -1, 1, {}, {}})[0];
+}
 
 }  // namespace
 
@@ -143,7 +157,7 @@ std::pair<Tensor, Tensor> finish(const Device& device, const Tensor& parts,
   const auto [core_rows, core_columns] = core_strides(own_core);
   device.launch(form_of(Stem::project_finish, dtype, tiles),
                 {ceil_div(M, 16), ceil_div(R, 8 * tiles), 1}, parts, h, h_core, own_core, M,
-                core_rows, core_columns, i32(R), i32(R), i32(count), factor, core_dims(own_core),
+                core_rows, core_columns, i32(R), i32(count), factor, core_dims(own_core),
                 number_of(own_core));
   if (multiplied) return {h, apply_core(h, core)};
   return {h, h_core.defined() ? h_core : h};
@@ -202,27 +216,36 @@ Tensor token_factor(const Device& device, const Tensor& v, at::ScalarType dtype,
 }
 
 void low_rank_add(const Device& device, const Tensor& out, const Addition& addition) {
-  const int64_t M = out.size(0), N = out.size(1), R = addition.factor.size(1);
+  const Tensor& factor = addition.factor;
+  const int64_t M = out.size(0), N = out.size(1), R = factor.size(1);
   const auto type = out.scalar_type();
-  const int tiles = std::max(2, tiles_of(R));
-  const Tensor F = scale(
-      device, addition.factor, type,
-      {up_to(N, 32), up_to(R, std::min(8 * tiles, 64)), addition.scaling, addition.row_scale, {}});
-  const Tensor h = token_factor(device, addition.h, type, 4);
-  const auto widened = [&](const Tensor& vector) {
-    return vector.defined() ? scale(device, vector.unsqueeze(0), at::kFloat, {-1, -1, 1, {}, {}})
-                            : vector;
-  };
-  const Tensor none, gain = widened(addition.gain), bias = widened(addition.bias);
-  const bool gains = gain.defined() || bias.defined();
   const Drop& drop = addition.drop;
-  const int flags = (drop.threshold > 0) * DROPS + is_aligned(out) * ALIGNED +
-                    4 * addition.accumulate + 8 * gains + 16 * addition.inner.defined();
+  const bool aligned = is_aligned(out), gains = addition.gain.defined() || addition.bias.defined();
+  const int tiles = std::max(2, tiles_of(R));
+  const int flags = (drop.threshold > 0) * DROPS + aligned * ALIGNED + 4 * addition.accumulate +
+                    8 * gains + 16 * addition.inner.defined();
+  const bool copies = addition.row_scale.defined() || 8 * tiles > 128 / out.itemsize();
+  const int raw = copies ? 0 : raw_flags(factor, flags);
+  Tensor F = factor, none;
+  int64_t F_down = factor.stride(raw == RAW + ACROSS);
+  if (!raw) {
+    F = scale(device, factor, type,
+              {up_to(N, 32),
+               up_to(R, std::min(8 * tiles, 64)),
+               addition.scaling,
+               addition.row_scale,
+               {}});
+    F_down = F.stride(0);
+  }
+  const Tensor h = token_factor(device, addition.h, type, 4);
+  const Tensor gain = vector_of(device, addition.gain, aligned);
+  const Tensor bias = vector_of(device, addition.bias, aligned);
   const Masks masks = masks_of(N, drop);
   const auto [count, steps] = split(device, ceil_div(M, 128), ceil_div(N, 32));
-  device.launch(form_of(Stem::low_rank_add, type, tiles, flags), {ceil_div(M, 128), count, 1}, h, F,
-                drop.threshold ? drop.seed : none, gain, bias, out, addition.inner, M, h.stride(0),
-                F.stride(0), masks.groups, i32(N), i32(h.size(1)), i32(steps), masks.threshold,
+  device.launch(form_of(Stem::low_rank_add, type, tiles, flags + raw), {ceil_div(M, 128), count, 1},
+                h, F, none, drop.threshold ? drop.seed : none, gain, bias, out, addition.inner, M,
+                h.stride(0), F_down, masks.groups, i32(N), i32(h.size(1)), i32(steps),
+                masks.threshold, 0, raw ? static_cast<float>(addition.scaling) : 1.0f,
                 masks.factor);
 }
 

@@ -44,6 +44,13 @@ inline int32_t number_of(const at::Tensor& t) {
   return t.defined() ? dtype_number(t.scalar_type()) : 0;
 }
 
+// The strides of a core, the same twice for a diagonal, 0 for none.
+inline std::pair<int64_t, int64_t> core_strides(const at::Tensor& core) {
+  if (!core.defined()) return {0, 0};
+  return {core.stride(0), core.stride(-1)};
+}
+inline int32_t core_dims(const at::Tensor& core) { return core.defined() ? i32(core.dim()) : 0; }
+
 // A small operand in a dtype that kernels read; a vector dense.
 at::Tensor small(const at::Tensor& t);
 
