@@ -107,6 +107,6 @@ FORMS: dict[tuple[str, int], FormCounts] = {
     ("low_rank_add", 102): FormCounts(6.391, 3.203, 11552, 4),
     ("low_rank_add", 99): FormCounts(10.86, 6.25, 2437, 4),
     ("low_rank_add", 103): FormCounts(11.66, 6.203, 12439, 3),
-    ("row_norm", 3): FormCounts(3.516, 1.203, 11241, 3),
-    ("row_norm", 2): FormCounts(5.234, 1.906, 10815, 3),
+    ("row_norm", 3): FormCounts(3.578, 1.125, 33698, 1),
+    ("row_norm", 2): FormCounts(5.391, 1.969, 32626, 1),
 }

@@ -16,6 +16,12 @@ namespace lorafast {
 // fp32 operands are multiplied in fp32, outside the tensor cores, unless the form says tf32.
 constexpr bool EXACT_FP32 = !LORAFAST_TF32;
 
+// fp32 rounded to the 10 bits of tf32's mantissa. Not of a NaN: the sum could become a number.
+DEVICE float rounded_to_tf32(float value) {
+  const float near = from_bits((__float_as_uint(value) + 0x1000u) & 0xFFFFE000u);
+  return value == value ? near : value;
+}
+
 // Four numbers of row g and of row g+8, in the order of the registers of mma.sync.
 template <class T>
 struct RowFragment {

@@ -1,28 +1,28 @@
 // row_norm: the sums of squares of the rows, or of the columns, of W + BA, reading W once.
 //
-// A step of a warp's loop is 32 rows and 32 columns, which lie in its lanes like those of
+// A step of the loop is 32 rows and 32 columns, which lie in a warp's lanes like those of
 // low_rank_add: eight neighbours of each of four rows. W is what the sums of the tensor cores start
-// from. The factor of the side that the loop does not move along stays in registers. W of the next
-// step is on its way while one is multiplied.
+// from. A block has 32 rows (or columns), along which its warps take steps in turn; their factor
+// stays in registers. W of the next step is on its way while one is multiplied.
 #pragma once
 #include "mma.cuh"
 
 namespace lorafast {
 
-constexpr int ROW_NORM_WARPS = 4;
-
 // BLOCKS of sixteen ranks are multiplied at once; with MANY, several times.
-template <class T, int BLOCKS, bool MANY, bool BY_ROW, bool ALIGNED>
+template <class T, int WARPS, int BLOCKS, bool MANY, bool BY_ROW, bool ALIGNED>
 struct RowNorm {
   // Beside a 16-bit W the factors are multiplied in tf32: its own rounding is coarser.
   static constexpr bool EXACT = sizeof(T) == 4 && EXACT_FP32;
   const T* W;
   int64 W_down, W_right;
   // [N,·] and [K,·] fp32, rounded to tf32 unless EXACT, rows 16 bytes aligned, zeros up to a
-  // multiple of 32 rows and of 16·BLOCKS ranks.
+  // multiple of 32 rows and of 16·BLOCKS ranks. Unless MANY, that of the side which stays has R
+  // ranks, lies in any way, and is multiplied by s and rounded here.
   const float *B, *A;
-  int64 B_down, A_down;
-  int N, K, passes;
+  int64 B_down, A_down, fixed_right;
+  int N, K, R, passes;
+  float s;
 
   RowFragment<float> rows[2][BLOCKS];
   ColumnFragment<float> columns[4][BLOCKS];
@@ -42,9 +42,9 @@ struct RowNorm {
       const int own = least(row + g + 8 * i, N - 1);
       const int beside = ALIGNED ? least(column + 8 * c, K - 8) : column + 8 * c;
       W_offset[i] = pinned(int64((own * W_down + beside * W_right) * sizeof(T)));
-      B_at[i] = pinned(B + own * B_down + 4 * c);
+      B_at[i] = pinned(B + own * B_down);
       const int across = column + g / 2 * 8 + 2 * i + g % 2, last = BY_ROW ? across : K - 1;
-      A_at[i] = pinned(A + least(across, last) * A_down + 4 * c);
+      A_at[i] = pinned(A + least(across, last) * A_down);
     }
   }
 
@@ -54,7 +54,22 @@ struct RowNorm {
       const T* from = reinterpret_cast<const T*>(W_at + W_offset[i]);
       load_eight<ALIGNED, true>(to[i], from, W_right, inside);
     }
-    W_at += (BY_ROW ? (ALIGNED ? 32 : 32 * W_right) : 32 * W_down) * sizeof(T);
+    W_at += 32 * WARPS * (BY_ROW ? (ALIGNED ? 1 : W_right) : W_down) * sizeof(T);
+  }
+
+  // Four ranks of a row of a factor, of which the side STAYS or moves.
+  template <bool STAYS>
+  DEVICE void load_ranks(Neighbours<float, 4>& to, const float* from, int first_rank) const {
+    if constexpr (STAYS && !MANY) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int rank = first_rank + 4 * (threadIdx.x & 3) + i;
+        const float value = rank < R ? s * __ldg(from + rank * fixed_right) : 0.0f;
+        to.word[i] = __float_as_uint(EXACT ? value : rounded_to_tf32(value));
+      }
+    } else {
+      load_wide<false>(to, from + first_rank + 4 * (threadIdx.x & 3));
+    }
   }
 
   DEVICE void load_rows(int first_rank) {
@@ -62,7 +77,7 @@ struct RowNorm {
     for (int b = 0; b < BLOCKS; ++b) {
       Neighbours<float, 4> one[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) load_wide<false>(one[i], B_at[i] + first_rank + 16 * b);
+      for (int i = 0; i < 4; ++i) load_ranks<BY_ROW>(one[i], B_at[i], first_rank + 16 * b);
 #pragma unroll
       for (int i = 0; i < 2; ++i) rows[i][b] = row_fragment(one[2 * i], one[2 * i + 1], 0);
     }
@@ -74,7 +89,7 @@ struct RowNorm {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         Neighbours<float, 4> one;
-        load_wide<false>(one, A_at[j] + first_rank + 16 * b);
+        load_ranks<!BY_ROW>(one, A_at[j], first_rank + 16 * b);
         columns[j][b] = column_fragment(one, 0);
       }
     }
@@ -90,7 +105,7 @@ struct RowNorm {
   }
 
   // height: the lane's rows within W begin below it. inside: whether its columns begin within W.
-  DEVICE void step(const Eight<T> (&w)[4], int height, bool inside) {
+  DEVICE void add(const Eight<T> (&w)[4], int height, bool inside) {
     float sum[2][4][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -111,8 +126,8 @@ struct RowNorm {
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (BY_ROW) A_at[i] += 32 * A_down;
-      if (!BY_ROW) B_at[i] += 32 * B_down;
+      if (BY_ROW) A_at[i] += 32 * WARPS * A_down;
+      if (!BY_ROW) B_at[i] += 32 * WARPS * B_down;
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const float v = sum[i / 2][n / 2][i % 2 * 2 + n % 2];
@@ -122,46 +137,53 @@ struct RowNorm {
     }
   }
 
-  // Add `steps` times 32 columns (BY_ROW) of the rows from `row` on, or 32 rows of the columns from
-  // `column` on.
-  DEVICE void run(int row, int column, int steps) {
+  // Add a block's steps from `first` on, of which the warp takes every WARPS-th: 32
+  // columns each (BY_ROW) of the rows from `own` on, or 32 rows of the columns from `own` on.
+  DEVICE void run(int own, int first, int steps) {
     const int c = threadIdx.x & 3, g = (threadIdx.x & 31) >> 2;
-    const int from = BY_ROW ? column : row, whole = BY_ROW ? K : N;
-    const int inside = K - column - 8 * c;
-    int left = least(steps, (whole - from) / 32);
-    start(row, column);
+    const int whole = BY_ROW ? K : N, end = least(first + steps, whole / 32);
+    const int inside = BY_ROW ? 8 : K - own - 8 * c;
+    int step = first + (threadIdx.x >> 5);
+    start(BY_ROW ? own : 32 * step, BY_ROW ? 32 * step : own);
     if (!MANY && BY_ROW) load_rows(0);
     if (!MANY && !BY_ROW) load_columns(0);
     Eight<T> even[4], odd[4];
-    const bool ragged = whole % 32 && left < steps && from + 32 * left < whole;
-    const int last = from + 32 * left;
-    if (left > 0) load(even, BY_ROW ? 8 : inside);
+    if (step < end) load(even, inside);
 #pragma unroll 1
-    while (left > 0) {
-      if (--left > 0) load(odd, BY_ROW ? 8 : inside);
-      step(even, 32, true);
-      if (left <= 0) break;
-      if (--left > 0) load(even, BY_ROW ? 8 : inside);
-      step(odd, 32, true);
+    while (step < end) {
+      step += WARPS;
+      if (step < end) load(odd, inside);
+      add(even, 32, true);
+      if (step >= end) break;
+      step += WARPS;
+      if (step < end) load(even, inside);
+      add(odd, 32, true);
     }
-    if (!ragged) return;
-    start(BY_ROW ? row : last, BY_ROW ? last : column);
-    const int remaining = BY_ROW ? K - last - 8 * c : inside;
+    // The last step, if it is not whole.
+    if (whole % 32 == 0 || step != whole / 32 || step >= first + steps) return;
+    start(BY_ROW ? own : 32 * step, BY_ROW ? 32 * step : own);
+    const int remaining = BY_ROW ? K - 32 * step - 8 * c : inside;
     load(even, remaining);
-    step(even, BY_ROW ? 32 : N - last - g, BY_ROW ? remaining > 0 : true);
+    add(even, BY_ROW ? 32 : N - 32 * step - g, BY_ROW ? remaining > 0 : true);
   }
 
-  // out [N] or [K] receives the sums.
-  DEVICE void store(float* out, int row, int column) {
-    const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
+  // out [N] or [K] receives the sums of all warps, added in order, or their roots. buffer: WARPS·32
+  // numbers of shared memory.
+  DEVICE void store(float* out, int own, bool root, float* buffer) {
+    const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3, warp = threadIdx.x >> 5;
 #pragma unroll
     for (int i = 0; i < (BY_ROW ? 4 : 8); ++i) {
 #pragma unroll
       for (int apart = BY_ROW ? 1 : 4; apart < (BY_ROW ? 4 : 32); apart *= 2)
         squares[i] += __shfl_xor_sync(0xFFFFFFFFu, squares[i], apart);
-      const int at = BY_ROW ? row + g + 8 * i : column + 8 * c + i;
-      if ((BY_ROW ? c : g) == 0 && at < (BY_ROW ? N : K)) out[at] = squares[i];
+      if ((BY_ROW ? c : g) == 0) buffer[32 * warp + (BY_ROW ? g + 8 * i : 8 * c + i)] = squares[i];
     }
+    __syncthreads();
+    if (warp || own + int(threadIdx.x) >= (BY_ROW ? N : K)) return;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) sum += buffer[32 * i + threadIdx.x];
+    out[own + threadIdx.x] = root ? __fsqrt_rn(sum) : sum;
   }
 };
 

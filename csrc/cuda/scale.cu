@@ -10,12 +10,6 @@ using namespace lorafast;
 
 constexpr bool ALIGNED = has(2);
 
-// fp32 rounded to the 10 bits of tf32's mantissa. Not of a NaN: the sum could become a number.
-DEVICE float rounded_to_tf32(float value) {
-  const float near = from_bits((__float_as_uint(value) + 0x1000u) & 0xFFFFE000u);
-  return value == value ? near : value;
-}
-
 LORAFAST_ENTRY(256, 1)
 scale(const void* F, const void* row_scale, const void* column_scale, const void* scale,
       Number* out, int64 F_rows, int64 rows, int64 F_down, int64 F_right, int64 out_down,

@@ -53,6 +53,11 @@ Tensor vector_of(const Device& device, const Tensor& t, bool aligned) {
   return scale(device, t.unsqueeze(0), at::kFloat, {-1, -1, 1, {}, {}})[0];
 }
 
+// The warps of a block of row_norm: Form.threads of the twin.
+int row_norm_warps(const Form& form) {
+  return form.tiles <= 2 && at::elementSize(form.dtype) == 2 ? 12 : 8;
+}
+
 }  // namespace
 
 int tiles_of(int64_t R) {
@@ -255,17 +260,27 @@ Tensor row_norm(const Device& device, const Tensor& weight, const Tensor& A, con
   const int tiles = std::max(2, tiles_of(R));
   const int64_t width = up_to(R, std::min(8 * tiles, 64));
   // Beside half precision the factors are multiplied in tf32.
-  const bool tf32 = weight.itemsize() < 4 || in_tf32();
-  const Tensor rows = scale(device, B, at::kFloat, {up_to(N, 32), width, scaling, {}, {}, tf32});
-  const Tensor columns = scale(device, A.t(), at::kFloat, {up_to(K, 32), width, 1, {}, {}, tf32});
+  const bool tf32 = weight.itemsize() < 4 || in_tf32(), many = 8 * tiles > 128 / weight.itemsize();
+  // The kernel multiplies s into the factor of the side along which it does not move.
   const int64_t length = by_row ? N : K, along = by_row ? K : N;
-  const auto [count, steps] = split(device, ceil_div(length, 128), ceil_div(along, 32));
-  const Tensor squares = empty(weight, {count, length}, at::kFloat);
-  device.launch(
-      form_of(Stem::row_norm, weight.scalar_type(), tiles, by_row + is_aligned(weight) * ALIGNED),
-      {ceil_div(length, 128), count, 1}, weight, rows, columns, squares, weight.stride(0),
-      weight.stride(1), rows.stride(0), columns.stride(0), i32(N), i32(K), i32(R), i32(steps));
-  return sum_parts(device, squares, 1, true);
+  Tensor fixed = by_row ? B : A.t();
+  if (many)
+    fixed = scale(device, fixed, at::kFloat, {up_to(length, 32), width, scaling, {}, {}, tf32});
+  fixed = cast(fixed, at::kFloat);
+  const Tensor moving =
+      scale(device, by_row ? A.t() : B, at::kFloat, {up_to(along, 32), width, 1, {}, {}, tf32});
+  const Tensor &rows = by_row ? fixed : moving, &columns = by_row ? moving : fixed;
+  const Form form =
+      form_of(Stem::row_norm, weight.scalar_type(), tiles, by_row + is_aligned(weight) * ALIGNED);
+  // A block has two or three times as many warps as others, which take steps in turn.
+  const int64_t blocks = ceil_div(length, 32), in_turn = row_norm_warps(form);
+  const auto [count, steps] = split(device, 2 * blocks, ceil_div(along, 32 * in_turn));
+  const Tensor none, out = empty(weight, {count, length}, at::kFloat);
+  device.launch(form, {blocks, count, 1}, weight, rows, columns, none, out, weight.stride(0),
+                weight.stride(1), rows.stride(0), columns.stride(0), fixed.stride(1), i32(N),
+                i32(K), i32(R), i32(steps * in_turn), 0, i32(count == 1),
+                many ? 1.0f : static_cast<float>(scaling));
+  return count == 1 ? out[0] : sum_parts(device, out, 1, true);
 }
 
 }  // namespace lorafast::host::cuda

@@ -27,7 +27,8 @@ DROPS, ALIGNED = 1, 2
 
 
 class Kernel(NamedTuple):
-    """What a launch has to know of a kernel: threads of a block, and its parameters in order.
+    """What a launch has to know of a kernel: threads of a block, where Form.threads says no other,
+    and its parameters in order.
 
     A letter each: p an address, q int64, i int32 or uint32, f fp32.
     """
@@ -46,7 +47,7 @@ KERNELS = {
     "grad_project": Kernel(128, "pppp" + "qqqqqq" + "ii" + "if"),
     "sum_parts": Kernel(256, "pp" + "qif"),
     "low_rank_add": Kernel(128, "pppppppp" + "qqqq" + "iii" + "iiff"),
-    "row_norm": Kernel(128, "pppp" + "qqqq" + "iiii"),
+    "row_norm": Kernel(256, "ppppp" + "qqqqq" + "iiiiii" + "f"),
     "quotient": Kernel(256, "pppppp" + "ii"),
     "scale": Kernel(256, "ppppp" + "qqqqq" + "iiiiii" + "f"),
     "drop": Kernel(256, "ppp" + "qqqqqq" + "ii" + "f"),
@@ -61,6 +62,13 @@ class Form(NamedTuple):
     tiles: int = 2
     flags: int = 0
     tf32: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Those of a block."""
+        # As many of row_norm as there are registers for.
+        few = self.stem == "row_norm" and self.tiles <= 2 and self.dtype.itemsize == 2
+        return 384 if few else KERNELS[self.stem].threads
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -129,7 +137,7 @@ def loaded(form: Form, device: torch.device) -> Callable[..., None]:
     return module.CudaKernel(
         cuda_driver.launch_address(),
         function(form, device),
-        kernel.threads,
+        form.threads,
         kernel.parameters,
         torch_internals.raw_stream(),
         LAUNCHED_TENSORS,

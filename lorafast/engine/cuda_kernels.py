@@ -334,19 +334,30 @@ def row_norm(
     tiles = max(2, tiles_of(R))
     width = up_to(R, min(8 * tiles, 64))
     # Beside half precision the factors are multiplied in tf32.
-    tf32 = weight.itemsize < 4 or cuda_forms.in_tf32()
-    rows = scale(B, _F32, up_to(N, 32), width, scaling, tf32=tf32)
-    columns = scale(A.t(), _F32, up_to(K, 32), width, tf32=tf32)
-    length, along = (N, K) if by_row else (K, N)
-    count, steps = split(ceil_div(length, 128), ceil_div(along, 32), weight.device)
-    squares = weight.new_empty(count, length, dtype=_F32)
+    tf32, many = weight.itemsize < 4 or cuda_forms.in_tf32(), 8 * tiles > 128 // weight.itemsize
+    # The kernel multiplies s into the factor of the side along which it does not move.
+    fixed, moving = (B, A.t()) if by_row else (A.t(), B)
+    length, along = len(fixed), len(moving)
+    tensor, number = None, 1.0
+    if many:
+        fixed = scale(fixed, _F32, up_to(length, 32), width, scaling, tf32=tf32)
+    elif isinstance(scaling, torch.Tensor):
+        tensor = small(scaling)
+    else:
+        number = float(scaling)
+    fixed, moving = fixed.float(), scale(moving, _F32, up_to(along, 32), width, tf32=tf32)
+    rows, columns = (fixed, moving) if by_row else (moving, fixed)
+    form = cuda_forms.of("row_norm", weight.dtype, tiles, by_row + is_aligned(weight) * ALIGNED)
+    # A block has two or three times as many warps as others, which take steps in turn.
+    blocks, in_turn = ceil_div(length, 32), form.threads // 32
+    count, steps = split(2 * blocks, ceil_div(along, 32 * in_turn), weight.device)
+    out = weight.new_empty(count, length, dtype=_F32)
     launch(
-        cuda_forms.of("row_norm", weight.dtype, tiles, by_row + is_aligned(weight) * ALIGNED),
-        weight.device, (ceil_div(length, 128), count),
-        weight, rows, columns, squares, *weight.stride(), rows.stride(0), columns.stride(0),
-        N, K, R, steps,
+        form, weight.device, (blocks, count),
+        weight, rows, columns, tensor, out, *weight.stride(), rows.stride(0), columns.stride(0),
+        fixed.stride(1), N, K, R, steps * in_turn, dtype_number(tensor), int(count == 1), number,
     )  # fmt: skip
-    return sum_parts(squares, root=True)
+    return out[0] if count == 1 else sum_parts(out, root=True)
 
 
 def _factor_of(A: torch.Tensor, dtype: torch.dtype, ranks: int, width: int) -> torch.Tensor:

@@ -122,7 +122,8 @@ def _load_form(
     (torch_dtype,) = (one for one, number in cuda_forms.DTYPES.items() if number == dtype)
     form = cuda_forms.Form(stem, torch_dtype, tiles, flags, bool(tf32))
     function = cuda_forms.function(form, torch.device(device))
-    return cuda_driver.launch_address(), function, *cuda_forms.KERNELS[stem]
+    letters = cuda_forms.KERNELS[stem].parameters
+    return cuda_driver.launch_address(), function, form.threads, letters
 
 
 def _plan(

@@ -12,9 +12,8 @@ from lorafast.engine.cuda_forms import ALIGNED, DROPS, Form
 from lorafast.engine.kernels.loop_counts import FormCounts
 
 TILES = 2
-# Elements of the large operand in two steps of a block's loop, which are unrolled.
-ELEMENTS = 2 * 4 * 1024
-WARPS = 4
+# Elements of the large operand in two steps of a warp's loop, which are unrolled.
+ELEMENTS = 2 * 1024
 # Bytes of shared memory, by the stem and the flags of each form whose loop is counted.
 FORMS = {
     ("project", ALIGNED + 4): 4096,
@@ -40,8 +39,8 @@ FORMS = {
     ("low_rank_add", ALIGNED + 4 + 96): 0,
     ("low_rank_add", DROPS + ALIGNED + 96): 0,
     ("low_rank_add", DROPS + ALIGNED + 4 + 96): 0,
-    ("row_norm", ALIGNED + 1): 0,
-    ("row_norm", ALIGNED): 0,
+    ("row_norm", ALIGNED + 1): 1536,
+    ("row_norm", ALIGNED): 1536,
 }
 
 
@@ -49,8 +48,9 @@ FORMS = {
 def figures_of(stem: str, flags: int, programs: float, capability: int) -> sass_loops.Figures:
     """Return the figures of a form. programs: the blocks of its grid by the multiprocessors."""
     form = Form(stem, torch.bfloat16, TILES, flags)
+    warps = form.threads // 32
     return sass_loops.of_kernel(
-        {".cubin": cubin(form, capability)}, capability, ELEMENTS, True, WARPS,
+        {".cubin": cubin(form, capability)}, capability, warps * ELEMENTS, True, warps,
         FORMS[stem, flags], programs,
     )  # fmt: skip
 

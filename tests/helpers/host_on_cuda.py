@@ -47,7 +47,7 @@ def launching(run: Run) -> Iterator[list[bool]]:
         try:
             form = forms[(number or 0) - 1]
             kernel = cuda_forms.KERNELS[form.stem]
-            assert tuple(config.contents.block) == (kernel.threads, 1, 1)
+            assert tuple(config.contents.block) == (form.threads, 1, 1)
             bits = [
                 ctypes.cast(params[i], ctypes.POINTER(_SIZES[letter])).contents.value
                 for i, letter in enumerate(kernel.parameters)
@@ -65,7 +65,8 @@ def launching(run: Run) -> Iterator[list[bool]]:
         assert device == "cpu"
         (torch_dtype,) = (one for one, own in cuda_forms.DTYPES.items() if own == dtype)
         forms.append(Form(stem, torch_dtype, tiles, flags, bool(tf32)))
-        return address, len(forms), *cuda_forms.KERNELS[stem]
+        letters = cuda_forms.KERNELS[stem].parameters
+        return address, len(forms), forms[-1].threads, letters
 
     served: list[bool] = []
 

@@ -30,9 +30,10 @@ def test_every_kernel_is_in_the_table():
 
 @pytest.mark.slow
 def test_the_tables_threads_are_those_of_the_kernels():
-    for stem, kernel in cuda_forms.KERNELS.items():
-        text = cuda_compiler.ptx(Form(stem, torch.float32), 90)
-        assert int(re.search(r"\.maxntid (\d+)", text).group(1)) == kernel.threads, stem
+    forms = [Form(stem, torch.float32) for stem in KERNELS]
+    for form in [*forms, Form("row_norm", torch.bfloat16), Form("row_norm", torch.bfloat16, 4)]:
+        text = cuda_compiler.ptx(form, 90)
+        assert int(re.search(r"\.maxntid (\d+)", text).group(1)) == form.threads, form
 
 
 def test_a_form_compiles_without_spills():
