@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 from lorafast.engine import dispatch, masks
-from lorafast.engine.backends import Backend
 from lorafast.engine.dispatch import Routes
 from lorafast.engine.precision import accumulator, apply_core, divide_or_zero
 from lorafast.engine.problem import (
@@ -39,7 +38,10 @@ def forward(
         drops_base = options.dropout > 0 and options.dropout_on == "both"
         if drops_base or options.axis == "in":
             adapter_x, base_x = _inputs(x, tensors, options, routes)
-        gain = _gain(tensors, routes["linear"]) if options.axis == "out" else None
+        if options.axis == "out":
+            # A backend may have a kernel of its own.
+            own_gain_of = getattr(routes["linear"], "gain_of", gain_of)
+            gain = own_gain_of(tensors.magnitude, tensors.norm)
     if tensors.lora_bias is not None:
         bias = _total_bias(tensors, options, gain)
     scaling = options.scaling if tensors.scale is None else tensors.scale
@@ -71,7 +73,10 @@ def backward(
     routes = dispatch.routes(dy, tensors, options)
     has_gain = tensors.magnitude is not None
     by_row = has_gain and options.axis == "out"
-    gain = _gain(tensors, routes["grad_output"]) if has_gain else None
+    gain = None
+    if has_gain:
+        own_gain_of = getattr(routes["grad_output"], "gain_of", gain_of)
+        gain = own_gain_of(tensors.magnitude, tensors.norm)
     if by_row and needs.gain and options.keep == "recompute":
         kept = _inner(x, h, tensors, options, routes)
     sums = _output_grads(dy, h, kept, tensors, options, needs, gain if by_row else None, routes)
@@ -254,7 +259,8 @@ def _inputs(
         base_x = routes["drop"].drop(x, tensors.seed, options.dropout)
     if options.axis == "out":
         return x, base_x
-    gain = _gain(tensors, routes["project"])
+    own_gain_of = getattr(routes["project"], "gain_of", gain_of)
+    gain = own_gain_of(tensors.magnitude, tensors.norm)
     adapter_x = torch.mul(x, gain, out=x.new_empty(x.shape))
     if not options.drops_base:
         return adapter_x, adapter_x
@@ -324,12 +330,6 @@ def _d_gain(sums: OutputGrads, tensors: LayerTensors, options: CallOptions) -> t
     if tensors.lora_bias is None:
         return sums.dot
     return sums.dot + tensors.lora_bias * scaling_of(tensors, options) * sums.d_bias
-
-
-def _gain(tensors: LayerTensors, backend: Backend) -> torch.Tensor:
-    """gain_of, by the backend's own kernel if it has one."""
-    own = getattr(backend, "gain_of", gain_of)
-    return own(tensors.magnitude, tensors.norm)
 
 
 def _gain_grads(

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from lorafast.engine import cuda_forms, cuda_kernels, dispatch, half_products, ops
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors, Problem, tokens
-from lorafast.runtime import cuda_driver, env, extension, fallback, instruction_sets, onednn
+from lorafast.runtime import cuda_driver, env, extension, fallback, onednn
 from lorafast.runtime.fallback import Remediable
 
 # Plans, as csrc/host/plans.h numbers them, and the flags of CPU's in cpu_backend.h.
@@ -75,27 +75,30 @@ def _may_serve(device_type: str) -> bool:
     """True if the host path is used, and a backend is asked for that it executes there."""
     if device_type not in _ASKED or extension.why_unused():
         return False
-    return env.parse_backend(env.raw_get(env.BACKEND_KEY)) in _ASKED[device_type]
+    return _asked_backend() in _ASKED[device_type]
+
+
+def _asked_backend() -> str:
+    """The value of LORAFAST_BACKEND. ValueError for an unknown one."""
+    return env.parse_backend(env.raw_get(env.BACKEND_KEY))
 
 
 def _load(on_cpu: bool = True) -> Any:
     """The function of the C++ module, or why there is none. on_cpu: for calls on a CPU."""
     if not on_cpu:
         return _configured(extension.host())
-    backend: Any = dispatch.load("cpu")
-    if isinstance(backend, str):
-        return str(backend)
-    try:
-        instruction_sets.candidates(env.cpu_isa())
-    except (ValueError, RuntimeError) as error:
-        # An instruction set that is unknown or missing: the Python path raises it.
-        return str(error)
-    # Compiled side by side, they take as long as the host path alone.
-    with ThreadPoolExecutor(1) as thread:
-        building = thread.submit(extension.host)
-        kernels = backend.library()
-    # The backend itself warns of a reason.
-    return str(kernels) if isinstance(kernels, str) else _configured(building.result())
+    kernels: Any = dispatch.load("cpu")
+    if not isinstance(kernels, str):
+        # Compiled side by side, they take as long as the host path alone.
+        with ThreadPoolExecutor(1) as thread:
+            building = thread.submit(extension.host)
+            kernels = kernels.library()
+    if not isinstance(kernels, str):
+        return _configured(building.result())
+    if isinstance(kernels, Remediable) and _asked_backend() == "auto":
+        # Calls of few tokens ask no backend, which would warn.
+        fallback.warn_of_eager(kernels)
+    return str(kernels)
 
 
 def _configured(module: Any) -> Any:

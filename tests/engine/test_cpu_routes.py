@@ -1,14 +1,16 @@
 """The C++ backend refused, forced and not built."""
 
+import warnings
+
 import pytest
 import torch
 from helpers.backends import problem
 from helpers.cpp_compiler import needs_compiler
 
 import lorafast
-from lorafast.engine import dispatch
+from lorafast.engine import dispatch, host, plain_products
 from lorafast.engine.backends import cpu
-from lorafast.runtime import extension, instruction_sets
+from lorafast.runtime import extension, fallback, instruction_sets
 from lorafast.runtime.devices import Arch
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("few_tokens_by_op")]
@@ -116,3 +118,47 @@ def test_an_instruction_set_there_is_not_raises_as_a_backend_does(asked, error, 
     # It is of no interest to another backend.
     anew(LORAFAST_BACKEND="eager")
     assert layer(torch.randn(3, 24)).isfinite().all()
+
+
+@pytest.fixture
+def plainly(monkeypatch):
+    """In a process that has made no call, few tokens take plain products."""
+    monkeypatch.setattr(plain_products, "MOST_ELEMENTS", 2**18)
+    monkeypatch.setattr(host, "linear", host._first_call)
+    monkeypatch.setattr(fallback, "_to_issue", [True])
+
+
+def ours():
+    return lorafast.Linear(24, 32, adapter=lorafast.LoRA(r=4))
+
+
+def accelerated():
+    peft = pytest.importorskip("peft")
+    base = torch.nn.Sequential(torch.nn.Linear(24, 32))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0"]))
+    lorafast.accelerate(model)
+    return model
+
+
+MADE = [ours, pytest.param(accelerated, marks=pytest.mark.peft)]
+
+
+@pytest.mark.parametrize("make", MADE)
+def test_an_unknown_instruction_set_raises_where_no_kernel_is_needed(make, anew, plainly):
+    model = make()
+    anew(LORAFAST_CPU_ISA="sse9")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="^LORAFAST_CPU_ISA=sse9 "):
+            model(torch.randn(3, 24))
+
+
+@pytest.mark.parametrize("make", MADE)
+def test_a_missing_compiler_is_said_where_no_kernel_is_needed(make, anew, plainly, monkeypatch):
+    missing = fallback.Remediable("no compiler; install g++")
+    monkeypatch.setattr(cpu, "library", lambda: missing)
+    model = make()
+    with pytest.warns(lorafast.FallbackWarning, match="eager backend serves: no compiler"):
+        model(torch.randn(3, 24))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(3, 24))
