@@ -148,7 +148,7 @@ def test_an_unknown_instruction_set_raises_where_no_kernel_is_needed(make, anew,
     model = make()
     anew(LORAFAST_CPU_ISA="sse9")
     for _ in range(2):
-        with pytest.raises(ValueError, match="^LORAFAST_CPU_ISA=sse9 "):
+        with pytest.raises(ValueError, match=r"^LORAFAST_CPU_ISA=sse9 "):
             model(torch.randn(3, 24))
 
 
@@ -157,7 +157,7 @@ def test_a_missing_compiler_is_said_where_no_kernel_is_needed(make, anew, plainl
     missing = fallback.Remediable("no compiler; install g++")
     monkeypatch.setattr(cpu, "library", lambda: missing)
     model = make()
-    with pytest.warns(lorafast.FallbackWarning, match="eager backend serves: no compiler"):
+    with pytest.warns(lorafast.FallbackWarning, match=r"eager backend serves: no compiler"):
         model(torch.randn(3, 24))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
