@@ -87,6 +87,8 @@ LOOPS: dict[tuple[str, int], Counts] = {
 FORMS: dict[tuple[str, int], FormCounts] = {
     ("project", 6): FormCounts(1.891, 0.5469, 10680, 4),
     ("project", 7): FormCounts(7.828, 4.266, 15824, 3),
+    ("project", 14): FormCounts(2.422, 0.75, 13543, 4),
+    ("project", 15): FormCounts(8.062, 4.516, 18567, 3),
     ("grad_project", 2): FormCounts(2.125, 1.156, 9724, 4),
     ("grad_project", 3): FormCounts(8.625, 5.359, 14002, 3),
     ("grad_output", 7): FormCounts(4.688, 2.203, 15360, 2),

@@ -2,19 +2,21 @@
 // (⌈M/ROWS⌉, splits, ⌈R/(8·TILES)⌉), 128 threads; ROWS is 32, and 16 for more than 32 ranks.
 //
 // Flags: 1 x is dropped; 2 ALIGNED: x has unit `right`, rows 16 bytes aligned, K a multiple of 8; 4
-// PARTS: out is fp32 [splits,M,R], unscaled. Without PARTS there is one split and one block of
-// ranks; a full core then has at most 64. A has dense rows, 16 bytes aligned, and is padded with
-// zeros to a multiple of 8·TILES ranks and of eight columns. `steps` times 32 columns are a split.
+// PARTS: out is fp32 [splits,M,R], unscaled; 8 RAW: A is fp32, and rounded here. Without PARTS
+// there is one split and one block of ranks; a full core then has at most 64. A has dense rows, 16
+// bytes aligned, and is padded with zeros to a multiple of 8·TILES ranks and of eight columns.
+// `steps` times 32 columns are a split.
 #include "form.cuh"
 #include "project.cuh"
 
 using namespace lorafast;
 
 constexpr bool DROPS = has(1), ALIGNED = has(2), PARTS = has(4);
+using Factor = TypeOf<has(8) ? FP32 : LORAFAST_DTYPE>::type;
 constexpr int GROUPS = FORM_TILES <= 4 ? 2 : 1;
 
 LORAFAST_ENTRY(32 * PROJECT_WARPS, FORM_TILES <= 2 && sizeof(Number) == 2 ? 3 : 1)
-project(const Number* x, const Number* A, const int64* seed, void* out, Number* h_core,
+project(const Number* x, const Factor* A, const int64* seed, void* out, Number* h_core,
         const void* core, int64 M, int64 x_down, int64 x_right, int64 A_down, int64 core_down,
         int64 core_right, int64 groups, int K, int R, int steps, uint32 threshold, float scale,
         int core_dims, int core_dtype) {
@@ -22,7 +24,8 @@ project(const Number* x, const Number* A, const int64* seed, void* out, Number* 
   const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
   const int64 row0 = int64(blockIdx.x) * 16 * GROUPS + g;
   const int first_rank = blockIdx.z * 8 * FORM_TILES;
-  Project<Number, FORM_TILES, GROUPS, DROPS, ALIGNED> product{x, x_down, x_right, A_down, M, K};
+  Project<Number, Factor, FORM_TILES, GROUPS, DROPS, ALIGNED> product{x,      x_down, x_right,
+                                                                      A_down, M,      K};
   product.run(blockIdx.y * steps, steps, row0, A + (first_rank + g) * A_down,
               Dropout(DROPS ? seed : nullptr, groups, threshold));
   add_over_warps<PROJECT_WARPS, GROUPS * FORM_TILES * 4>(

@@ -12,7 +12,8 @@ namespace lorafast {
 
 constexpr int PROJECT_WARPS = 4;
 
-template <class T, int TILES, int GROUPS, bool DROPS, bool ALIGNED>
+// Factor: the type of A, T or fp32, which is rounded here.
+template <class T, class Factor, int TILES, int GROUPS, bool DROPS, bool ALIGNED>
 struct Project {
   static constexpr int ROWS = 2 * GROUPS;
   const T* x;
@@ -27,13 +28,13 @@ struct Project {
   // because the compiler would put off the load of a row until its pointer can be changed in place.
   const char* x_at;
   int64 x_offset[ROWS];
-  const T* A_at;
+  const Factor* A_at;
   uint64 counter[ROWS];
   int column;
 
   // first_row: that of row g of the warp's first group. group: the lane's eight columns of the
   // step.
-  DEVICE void start(int64 first_row, const T* A_row, int step, int group, int64 groups) {
+  DEVICE void start(int64 first_row, const Factor* A_row, int step, int group, int64 groups) {
     column = 32 * step + 8 * group;
     x_at = reinterpret_cast<const char*>(x);
 #pragma unroll
@@ -60,7 +61,11 @@ struct Project {
   DEVICE void multiply_step(Eight<T> (&rows)[ROWS], bool inside, const Dropout& dropout) {
     Eight<T> factor[TILES];
 #pragma unroll
-    for (int t = 0; t < TILES; ++t) load_wide<false>(factor[t], A_at + 8 * t * A_down);
+    for (int t = 0; t < TILES; ++t) {
+      Eight<Factor> one;
+      load_wide<false>(one, A_at + 8 * t * A_down);
+      factor[t] = rounded_eight<T>(one);
+    }
     A_at += 32 * PROJECT_WARPS;
     if (DROPS) {
 #pragma unroll
@@ -89,7 +94,7 @@ struct Project {
   }
 
   // Add a block's steps from `first` on, of which the warp takes every PROJECT_WARPS-th.
-  DEVICE void run(int first, int steps, int64 row, const T* A_row, const Dropout& dropout) {
+  DEVICE void run(int first, int steps, int64 row, const Factor* A_row, const Dropout& dropout) {
     const int c = threadIdx.x & 3, end = least(first + steps, K / 32);
     int step = first + (threadIdx.x >> 5);
     start(row, A_row, step, c, dropout.groups);

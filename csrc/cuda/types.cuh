@@ -195,6 +195,18 @@ DEVICE Eight<T> rounded_eight(const float (&value)[8]) {
   return to;
 }
 
+template <class T, class From>
+DEVICE Eight<T> rounded_eight(const Neighbours<From, 8>& from) {
+  if constexpr (sizeof(T) == sizeof(From)) {
+    return from;
+  } else {
+    float value[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) value[i] = from[i];
+    return rounded_eight<T>(value);
+  }
+}
+
 // Stores the first `inside` of eight neighbours. ALIGNED: all or none of them, 16 bytes at once.
 template <bool ALIGNED, class T>
 DEVICE void store_eight(T* to, const Eight<T>& value, int inside) {

@@ -21,10 +21,11 @@ constexpr int RAW = 32, ACROSS = 64;
 constexpr int64_t GROUP = 8;
 constexpr uint32_t PHILOX_STEPS = 65536;
 
-// A padded to [ranks,width], in dtype and aligned; A itself if it is that already.
+// A padded to [ranks,width], aligned, in dtype or fp32; A itself if it is that.
 Tensor factor_of(const Device& device, const Tensor& A, at::ScalarType dtype, int64_t ranks,
                  int64_t width) {
-  const bool fits = A.scalar_type() == dtype && A.size(0) == ranks && A.size(1) == width;
+  const bool as_it_is = A.scalar_type() == dtype || A.scalar_type() == at::kFloat;
+  const bool fits = as_it_is && A.size(0) == ranks && A.size(1) == width;
   return fits && is_aligned(A) ? A : scale(device, A, dtype, {ranks, width, 1, {}, {}});
 }
 
@@ -140,7 +141,8 @@ std::pair<Tensor, Tensor> project(const Device& device, const Tensor& x2, const 
   const Tensor out = parts ? empty(x2, {count, M, R}, at::kFloat) : empty(x2, {M, R}, dtype);
   const Tensor none, own_core = parts ? none : core;
   const Tensor h_core = own_core.defined() ? at::empty_like(out) : none;
-  const int flags = (drop.threshold > 0) * DROPS + is_aligned(x2) * ALIGNED + parts * 4;
+  const bool raw = A.scalar_type() != type;
+  const int flags = (drop.threshold > 0) * DROPS + is_aligned(x2) * ALIGNED + parts * 4 + raw * 8;
   const auto [core_rows, core_columns] = core_strides(own_core);
   device.launch(form_of(Stem::project, type, tiles, flags), {ceil_div(M, high), count, blocks}, x2,
                 A, drop.threshold ? drop.seed : none, out, h_core, own_core, M, x2.stride(0),

@@ -154,12 +154,13 @@ def project(
     tiles, core = min(tiles_of(R), 16 if x2.itemsize < 4 else 8), small(down.core)
     blocks, high = ceil_div(R, 8 * tiles), 32 if tiles <= 4 else 16
     A = _factor_of(down.A, x2.dtype, blocks * 8 * tiles, up_to(K, 8))
+    raw = A.dtype != x2.dtype
     groups, threshold, factor = dropout(K, down.p)
     count, steps = split(ceil_div(M, high) * blocks, ceil_div(K, 32), x2.device)
     parts = count > 1 or blocks > 1 or dtype != x2.dtype or _by_product(R, core)
     out = x2.new_empty(*((count, M, R) if parts else (M, R)), dtype=_F32 if parts else dtype)
     h_core = torch.empty_like(out) if core is not None and not parts else None
-    flags = (down.p > 0) * DROPS + is_aligned(x2) * ALIGNED + parts * 4
+    flags = (down.p > 0) * DROPS + is_aligned(x2) * ALIGNED + parts * 4 + raw * 8
     own_core = None if parts else core
     launch(
         cuda_forms.of("project", x2.dtype, tiles, flags), x2.device,
@@ -361,8 +362,8 @@ def row_norm(
 
 
 def _factor_of(A: torch.Tensor, dtype: torch.dtype, ranks: int, width: int) -> torch.Tensor:
-    """Return A padded to [ranks,width], in dtype and aligned; A itself if it is that already."""
-    if A.dtype == dtype and A.shape == (ranks, width) and is_aligned(A):
+    """Return A padded to [ranks,width], aligned, in dtype or fp32; A itself if it is that."""
+    if A.dtype in (dtype, _F32) and A.shape == (ranks, width) and is_aligned(A):
         return A
     return scale(A, dtype, ranks, width)
 

@@ -293,17 +293,18 @@ def cuda_works(of):
 def test_a_pass_of_the_cuda_backend_takes_its_bytes_or_what_is_on_its_way():
     M = N = 4096
     works = cuda_works(layer(M=M, N=N, K=N))
-    # h, the factor, and y, which is written before the product is added to it.
+    # h, the fp32 factor, and y, which is written before the product is added to it.
     moved = 2 * (M * 16 + M * N) + 4 * N * 16
     assert [work.bytes for work in works if work.name == "low_rank_add"] == [moved] * 2
+    small = [work.seconds for work in works if work.name in ("scale", "sum_parts")]
+    assert small == [modelled.LEAST]
+    works = cuda_works(layer(M=M, N=N, K=N, factors=BF16))
     project = next(work for work in works if work.name == "project")
     # 128 blocks of 32 rows, twice for the parts of the sum.
     in_flight = loop_counts.FORMS["project", 6].in_flight * 256 / modelled.LATENCY
     read = 2 * (M * N + 16 * N)
     assert project.seconds == pytest.approx(read / in_flight, rel=1e-4)
     assert project.seconds > project.bytes / 4.3e12
-    small = [work.seconds for work in works if work.name in ("scale", "sum_parts")]
-    assert small == [modelled.LEAST] * 2
 
 
 def test_a_form_whose_loop_is_not_counted_is_refused():

@@ -30,7 +30,7 @@ class Usage(NamedTuple):
 
 # The kernels: the tiles that they are compiled for, and the names of their flags.
 KERNELS = {
-    "project": ((1, 2, 4, 8, 16), ("drops", "aligned", "parts")),
+    "project": ((1, 2, 4, 8, 16), ("drops", "aligned", "parts", "raw")),
     "project_finish": ((1, 2, 4, 8, 16), ()),
     "grad_project": ((1, 2, 4, 8), ("drops", "aligned")),
     "grad_output": ((1, 2, 4), ("u", "aligned", "P", "sums", "dot")),
@@ -61,7 +61,7 @@ def _is_used(form: Form) -> bool:
     """True unless no launch has the flags of a form, or its tiles beside them."""
     wide, asked = form.dtype == torch.float32, form.flags & ~ALIGNED
     if form.stem == "project":
-        return not wide or form.tiles <= 8
+        return not wide or (form.tiles <= 8 and not form.flags & 8)
     if form.stem == "grad_project":
         return form.tiles <= 4 or (bool(form.flags & ALIGNED) and not wide)
     if form.stem == "grad_output":

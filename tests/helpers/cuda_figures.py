@@ -18,6 +18,9 @@ ELEMENTS = 2 * 1024
 FORMS = {
     ("project", ALIGNED + 4): 4096,
     ("project", DROPS + ALIGNED + 4): 4096,
+    # With a factor as it is.
+    ("project", ALIGNED + 4 + 8): 4096,
+    ("project", DROPS + ALIGNED + 4 + 8): 4096,
     ("grad_project", ALIGNED): 8192,
     ("grad_project", DROPS + ALIGNED): 8192,
     ("grad_output", ALIGNED + 1 + 4): 8192,
