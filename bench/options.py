@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import lorafast
 from lorafast.bench.cases import implementations, shapes
@@ -19,7 +18,9 @@ from lorafast.bench.cases.choices import (
     METHODS,
     PASSES,
 )
-from lorafast.bench.spelling import did_you_mean, unknown
+from lorafast.runtime import command_line
+from lorafast.runtime.command_line import Command, one_of, with_message
+from lorafast.runtime.spelling import unknown
 
 # torch's own names of the dtypes.
 _LONG_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -29,35 +30,8 @@ STDOUT = Path("-")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Return the command and its options.
-
-    A word that is not known ends the program with one line on stderr, which names the nearest one,
-    and exit status 2.
-    """
-    main, commands = _parsers()
-    # The options before the command take no values.
-    word = next((word for word in arguments if not word.startswith("-")), None)
-    if word is not None and word not in commands:
-        main.error(unknown(word, commands))
-    asked, rest = main.parse_known_args(arguments)
-    if rest:
-        command = commands[asked.command]
-        near = did_you_mean(rest[0].partition("=")[0], command.option_names)
-        command.error(f"{rest[0]!r} is no option{near or f'; {command.prog} --help lists them'}")
-    return asked
-
-
-class Command(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
-
-    @property
-    def option_names(self) -> list[str]:
-        """The options that the parser knows, such as --tokens."""
-        return [name for action in self._actions for name in action.option_strings]
-
-    def error(self, message: str) -> NoReturn:
-        """End the program with a message and exit status 2."""
-        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
+    """Return the command and its options, as command_line.parse does."""
+    return command_line.parse(*_parsers(), arguments)
 
 
 def _parsers() -> tuple[Command, dict[str, Command]]:
@@ -66,12 +40,11 @@ def _parsers() -> tuple[Command, dict[str, Command]]:
         "lorafast-bench", description="Measure the cost of an adapted layer, and check its results."
     )
     main.add_argument("--version", action="version", version=f"lorafast {lorafast.__version__}")
-    parsers = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = main.add_subparsers(dest="command", metavar="COMMAND")
     commands = {}
     for name, (add_options, does) in _COMMANDS.items():
-        # No abbreviations: the command is stored with the results, without the names of files.
         commands[name] = parsers.add_parser(
-            name, help=does, description=does, formatter_class=_Help, allow_abbrev=False
+            name, help=does, description=does, formatter_class=_Help
         )
         add_options(commands[name])
     return main, commands
@@ -85,7 +58,7 @@ def _linear(command: Command) -> None:
     add("--tokens", type=_each(_count), metavar="M,…", help=help_text)
     _dropouts(command)
     help_text = "train: forward and backward; inference: forward in eval mode without gradients"
-    words = {"type": _each(_one_of(PASSES)), "metavar": "PASS,…", "dest": "passes"}
+    words = {"type": _each(one_of(PASSES)), "metavar": "PASS,…", "dest": "passes"}
     add("--pass", **words, default="train", help=help_text)
     add("--bias", action="store_true", help="a layer with a bias")
     default = "frozen,full,lorafast,eager,peft; in half precision peft-bf16 too, on a GPU "
@@ -96,7 +69,7 @@ def _linear(command: Command) -> None:
 def _model(command: Command) -> None:
     add = command.add_argument
     help_text = f"{', '.join(ENCODERS)}: its weights come with a package"
-    add("--model", type=_one_of(ENCODERS), default="minilm", metavar="NAME", help=help_text)
+    add("--model", type=one_of(ENCODERS), default="minilm", metavar="NAME", help=help_text)
     help_text = "batch sizes to step at"
     add("--batch-sizes", type=_each(_count), default="1,4,16", metavar="B,…", help=help_text)
     add("--seq", type=_count, default=16, metavar="TOKENS", help="tokens per text")
@@ -141,7 +114,7 @@ def _tune(command: Command) -> None:
 def _trial(command: Command) -> None:
     add = command.add_argument
     help_text = f"all, or some of {', '.join(ENTRIES)}"
-    each = _each(_one_of(ENTRIES, everything="all"))
+    each = _each(one_of(ENTRIES, everything="all"))
     add("--entries", type=each, default="streams", metavar="NAME,…", help=help_text)
     add("--device", help=_DEVICE)
     add("--again", action="store_true", help="try anew what has a verdict")
@@ -192,7 +165,7 @@ def _common(
     help_text += f"frozen always runs (default: {default_implementations})"
     add("--impl", type=_each(implementations.parse), metavar="NAME,…", help=help_text)
     help_text = f"what lorafast's DoRA drops, {' or '.join(DROPOUT_ON)}; PEFT's is always both"
-    words = {"type": _one_of(DROPOUT_ON), "metavar": "WHAT"}
+    words = {"type": one_of(DROPOUT_ON), "metavar": "WHAT"}
     add("--dropout-on", **words, default="adapter", help=help_text)
     _measured(command, rounds)
     _page(command)
@@ -200,7 +173,7 @@ def _common(
 
 def _methods(command: Command, methods: tuple[str, ...]) -> None:
     help_text = f"all, or some of {', '.join(methods)}"
-    each = _each(_one_of(methods, everything="all"))
+    each = _each(one_of(methods, everything="all"))
     command.add_argument(
         "--methods", type=each, default="lora,dora,lamda", metavar="NAME,…", help=help_text
     )
@@ -245,19 +218,7 @@ def _each(parse: Callable[[str], object]) -> Callable[[str], tuple]:
         return tuple(dict.fromkeys(found))
 
     parsed.__name__ = "list"
-    return _with_message(parsed)
-
-
-def _with_message(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """Return the parser with ArgumentTypeError for ValueError, whose message argparse drops."""
-
-    def parsed(text: str) -> object:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parsed
+    return with_message(parsed)
 
 
 def _number(text: str, kind: type, least: float, what: str) -> float:
@@ -299,27 +260,12 @@ def _probability(text: str) -> float:
     return value
 
 
-@_with_message
+@with_message
 def _dtype(text: str) -> str:
     name = _LONG_DTYPES.get(text, text)
     if name not in DTYPES:
         raise ValueError(unknown(text, DTYPES))
     return name
-
-
-def _one_of(known: Iterable[str], everything: str | None = None) -> Callable[[str], object]:
-    """Return a parser of one of these words; the word `everything` is all of them."""
-    words = tuple(known)
-
-    @_with_message
-    def word(text: str) -> str | tuple[str, ...]:
-        if text == everything:
-            return words
-        if text not in words:
-            raise ValueError(unknown(text, words, f", nor {everything}" if everything else ""))
-        return text
-
-    return word
 
 
 # Each command: the function that adds its options, and what it does.

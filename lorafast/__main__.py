@@ -11,8 +11,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lorafast.runtime import env, extension, instruction_sets
+from lorafast.runtime import command_line, env, extension, instruction_sets
 from lorafast.runtime.build_cache import is_complete
+from lorafast.runtime.command_line import Command, one_of
 from lorafast.runtime.extension import Module
 from lorafast.runtime.toolchain import Failure, UnknownFlags
 
@@ -29,8 +30,8 @@ flags, and no compiler."""
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lorafast", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Command("python -m lorafast", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     build = commands.add_parser(
         "build",
         help="build the C++ kernels",
@@ -38,16 +39,19 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     which = build.add_mutually_exclusive_group()
+    isas = ("auto", *instruction_sets.ISAS)
     which.add_argument(
         "--isa",
-        choices=("auto", *instruction_sets.ISAS),
-        help="the instruction set; auto is the best that this machine runs; "
-        f"{env.CPU_ISA.name} says it where this does not",
+        type=one_of(isas),
+        metavar="NAME",
+        help=f"the instruction set, one of {', '.join(isas)}; auto is the best that this machine "
+        f"runs; {env.CPU_ISA.name} says it where this does not",
     )
     which.add_argument(
         "--all", action="store_true", help="every instruction set that the compiler knows"
     )
-    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = command_line.parse(parser, {"build": build}, words)
     isas = instruction_sets.ISAS
     if not options.all:
         try:

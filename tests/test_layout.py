@@ -191,3 +191,13 @@ print(spent, *sorted(new - set(sys.stdlib_module_names) - {'torch'}))
         if float(seconds) < 0.3:
             break
     assert float(seconds) < 0.3
+
+
+def test_the_slow_walks_run_on_every_change():
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    runs = [line for line in text.splitlines() if "run: " in line and " tests/" in line]
+    walks = {word for line in runs for word in line.split() if word.startswith("tests/")}
+    assert {"tests/test_plain_install.py", "tests/runtime/test_fallback.py"} <= walks
+    assert all((ROOT / walk).exists() for walk in walks)
+    # `make test` runs the others of that file.
+    assert any("-m slow" in line for line in runs if "test_fallback" in line)

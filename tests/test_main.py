@@ -38,7 +38,9 @@ def path_of_part(part):
     return Module.of_torch(part, env.cache(), env.cxxflags()).path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["compile"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["build", "--help"], ["compile"], ["build", "--al"], []]
+)
 def test_the_command_line_answers_without_torch(arguments):
     probe = (
         "import runpy, sys\n"
@@ -49,6 +51,32 @@ def test_the_command_line_answers_without_torch(arguments):
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == ("0 False" if "--help" in arguments else "2 False")
     assert "build" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["builf"], ": 'builf' is none of build; did you mean build?"),
+        (["--hepl"], ": '--hepl' is no option; did you mean --help?"),
+        (["--hel", "build"], ": '--hel' is no option; did you mean --help?"),
+        ([], ": COMMAND is missing, one of build"),
+        (["build", "--isa", "avx51"], " build: --isa: 'avx51' is none of auto, "),
+        (["build", "--isa", "avx51"], "; did you mean avx512?"),
+        (["build", "--isa=avx-2"], "; did you mean avx2?"),
+        (["build", "--al"], " build: '--al' is no option; did you mean --all?"),
+        (["build", "--is", "avx2"], " build: '--is' is no option; did you mean --isa?"),
+        (["build", "avx2"], " build: 'avx2' is no option; python -m lorafast build --help lists"),
+        (["build", "--all", "--isa", "avx2"], " build: --isa: not allowed with argument --all"),
+    ],
+)
+def test_an_invalid_word_is_one_line_that_names_the_nearest(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(command_line, "build_kernels", None)
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(words)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m lorafast")
+    assert message in line
 
 
 @needs_compiler
@@ -79,7 +107,8 @@ def test_the_environment_or_the_option_names_another(sources, capsys, monkeypatc
         with pytest.raises(SystemExit) as end:
             command_line.main(["build"])
         assert end.value.code == 2
-        assert f"error: LORAFAST_CPU_ISA={asked}" in capsys.readouterr().err
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"python -m lorafast build: LORAFAST_CPU_ISA={asked}")
 
 
 @needs_compiler

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lorafast.bench.spelling import unknown
+from lorafast.runtime.spelling import unknown
 
 BASES = ("frozen", "full", "lorafast", "accelerated", "eager", "peft", "peft-bf16")
 # Those that generate text; merged: lorafast's model after lorafast.merge.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from lorafast.bench.spelling import did_you_mean
+from lorafast.runtime.spelling import did_you_mean
 
 
 class Shape(NamedTuple):

@@ -16,6 +16,7 @@ from lorafast.engine.backends import Backend
 from lorafast.engine.problem import CallOptions, LayerTensors, Problem
 from lorafast.runtime import devices, env, fallback, symlinks
 from lorafast.runtime.fallback import Provisional, Remediable
+from lorafast.runtime.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from lorafast.engine.backends import cpu, cuda, eager, triton
@@ -84,7 +85,9 @@ def candidates(asked: str) -> tuple[str, ...]:
     if asked == "auto":
         return ORDER
     if asked not in ORDER:
-        raise ValueError(f"{env.BACKEND.name}={asked} is not one of auto, {', '.join(ORDER)}")
+        known = ("auto", *ORDER)
+        near = did_you_mean(asked, known)
+        raise ValueError(f"{env.BACKEND.name}={asked} is not one of {', '.join(known)}{near}")
     return (asked,)
 
 

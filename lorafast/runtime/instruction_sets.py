@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from lorafast.runtime import env
+from lorafast.runtime.spelling import did_you_mean
 
 _AVX2 = ("avx2", "fma", "f16c", "bmi2")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
@@ -44,7 +45,8 @@ def candidates(asked: str) -> tuple[str, ...]:
     if asked == "auto":
         return here
     if asked not in ISAS:
-        raise ValueError(f"{env.CPU_ISA.name}={asked} is not one of auto, {', '.join(ISAS)}")
+        near = did_you_mean(asked, ("auto", *ISAS))
+        raise ValueError(f"{env.CPU_ISA.name}={asked} is not one of auto, {', '.join(ISAS)}{near}")
     # Elsewhere no kernel is built, and the machine's features are unknown.
     if asked not in here and sys.platform == "linux":
         raise RuntimeError(

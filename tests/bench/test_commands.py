@@ -1,5 +1,6 @@
 """The command line: options, files that cannot be written, and what to install."""
 
+import itertools
 import json
 import re
 import runpy
@@ -88,7 +89,9 @@ def test_an_invalid_option_is_named(words, message, capsys):
         (["liner"], "'liner' is none of linear, model, generate"),
         (["raport", "a.json"], "; did you mean report?"),
         (["--help", "modl"], "; did you mean model?"),
-        ([], "the following arguments are required: COMMAND"),
+        ([], "COMMAND is missing, one of linear, model, generate"),
+        (["--vers"], "'--vers' is no option; did you mean --version?"),
+        (["--jsno", "linear"], "'--jsno' is no option; lorafast-bench --help lists them"),
     ],
 )
 def test_an_unknown_command_is_named_with_the_nearest(words, message, capsys):
@@ -152,6 +155,22 @@ def test_a_file_that_cannot_be_written_is_named_by_its_option(tmp_path, capsys):
     ):
         assert cli.main(["report", str(file), *words]) == 2
         assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *itertools.product(("linear", "model", "generate"), ("--json", "--html")),
+        ("tune", "--json"),
+        ("trial", "--json"),
+    ],
+)
+def test_no_command_measures_for_a_file_that_cannot_be_written(command, option, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    assert cli.main([command, "--device", "cpu", option, str(taken / "new" / "a")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lorafast-bench {command}: {option}: {taken / 'new'} cannot be written")
 
 
 def test_a_folder_as_a_file_is_an_error_before_anything_is_measured(tmp_path, capsys):

@@ -91,6 +91,9 @@ def test_an_unknown_backend_is_named(clean):
         ValueError, match="LORAFAST_BACKEND=cudnn is not one of auto, absent, partial, eager"
     ):
         dispatch.pick("linear", X86)
+    clean.setenv("LORAFAST_BACKEND", "aeger")
+    with pytest.raises(ValueError, match=r"; did you mean eager\?$"):
+        dispatch.pick("linear", X86)
 
 
 def test_the_choice_is_printed_once_per_problem(clean, capsys):

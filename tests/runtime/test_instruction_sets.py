@@ -35,6 +35,8 @@ def test_one_is_asked_for(monkeypatch):
     known = "auto, avx512bf16, avx512, avx2, scalar"
     with pytest.raises(ValueError, match=f"^LORAFAST_CPU_ISA=sse9 is not one of {known}$"):
         instruction_sets.candidates("sse9")
+    with pytest.raises(ValueError, match=r"; did you mean avx512bf16\?$"):
+        instruction_sets.candidates("avx512bf")
     lacking = "LORAFAST_CPU_ISA=avx512 cannot run: this machine has avx2, scalar "
     with pytest.raises(RuntimeError, match=lacking):
         instruction_sets.candidates("avx512")
