@@ -2,10 +2,10 @@
 // (⌈M/ROWS⌉, splits, ⌈R/(8·TILES)⌉), 128 threads; ROWS is 32, and 16 for more than 32 ranks.
 //
 // Flags: 1 x is dropped; 2 ALIGNED: x has unit `right`, rows 16 bytes aligned, K a multiple of 8; 4
-// PARTS: out is fp32 [splits,M,R], unscaled; 8 RAW: A is fp32, and rounded here. Without PARTS
-// there is one split and one block of ranks; a full core then has at most 64. A has dense rows, 16
-// bytes aligned, and is padded with zeros to a multiple of 8·TILES ranks and of eight columns.
-// `steps` times 32 columns are a split.
+// PARTS: out is fp32 [splits,M,R], unscaled; 8 RAW: A is fp32, and rounded here, of at most 64
+// ranks. Without PARTS there is one split and one block of ranks; a full core then has at most 64.
+// A has dense rows, 16 bytes aligned, and is padded with zeros to a multiple of 8·TILES ranks and
+// of eight columns. `steps` times 32 columns are a split.
 #include "form.cuh"
 #include "project.cuh"
 

@@ -21,10 +21,11 @@ constexpr int RAW = 32, ACROSS = 64;
 constexpr int64_t GROUP = 8;
 constexpr uint32_t PHILOX_STEPS = 65536;
 
-// A padded to [ranks,width], aligned, in dtype or fp32; A itself if it is that.
+// A padded to [ranks,width], aligned, in dtype; A itself if it is that, or in fp32.
 Tensor factor_of(const Device& device, const Tensor& A, at::ScalarType dtype, int64_t ranks,
                  int64_t width) {
-  const bool as_it_is = A.scalar_type() == dtype || A.scalar_type() == at::kFloat;
+  // For more ranks there are no registers to round it in.
+  const bool as_it_is = A.scalar_type() == dtype || (A.scalar_type() == at::kFloat && ranks <= 64);
   const bool fits = as_it_is && A.size(0) == ranks && A.size(1) == width;
   return fits && is_aligned(A) ? A : scale(device, A, dtype, {ranks, width, 1, {}, {}});
 }

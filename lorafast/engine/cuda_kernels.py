@@ -362,8 +362,10 @@ def row_norm(
 
 
 def _factor_of(A: torch.Tensor, dtype: torch.dtype, ranks: int, width: int) -> torch.Tensor:
-    """Return A padded to [ranks,width], aligned, in dtype or fp32; A itself if it is that."""
-    if A.dtype in (dtype, _F32) and A.shape == (ranks, width) and is_aligned(A):
+    """Return A padded to [ranks,width], aligned, in dtype; A itself if it is that, or in fp32."""
+    # For more ranks there are no registers to round it in.
+    as_it_is = A.dtype == dtype or (A.dtype == _F32 and ranks <= 64)
+    if as_it_is and A.shape == (ranks, width) and is_aligned(A):
         return A
     return scale(A, dtype, ranks, width)
 

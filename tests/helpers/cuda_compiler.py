@@ -61,7 +61,9 @@ def _is_used(form: Form) -> bool:
     """True unless no launch has the flags of a form, or its tiles beside them."""
     wide, asked = form.dtype == torch.float32, form.flags & ~ALIGNED
     if form.stem == "project":
-        return not wide or (form.tiles <= 8 and not form.flags & 8)
+        # A factor as it is: of up to 64 ranks, beside 16-bit numbers.
+        raw = bool(form.flags & 8)
+        return not (wide and raw) and (form.tiles <= 8 or not (wide or raw))
     if form.stem == "grad_project":
         return form.tiles <= 4 or (bool(form.flags & ALIGNED) and not wide)
     if form.stem == "grad_output":
