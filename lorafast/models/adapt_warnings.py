@@ -10,6 +10,7 @@ from torch import nn
 
 from lorafast.methods.adapter import Adapter
 from lorafast.models.module_names import format_names
+from lorafast.nn.size_warnings import size_complaints
 
 # Parts of the names of 3-D Parameters that are added to activations, not multiplied with them.
 _ADDED = ("bias", "embed", "latent", "position", "token")
@@ -51,26 +52,6 @@ def warn_about_sizes(layers: Mapping[str, tuple[Adapter, Shape]]) -> None:
 
     layers: the adapter of each layer and the shape (N, K) of its weight, by the layer's name.
     """
-    if unscaled := [name for name, (adapter, _) in layers.items() if adapter.scaling == 0]:
-        warnings.warn(
-            "alpha=0: the scaling s is 0, so A and B change nothing and get no gradient, in "
-            f"{format_names(unscaled)}",
-            stacklevel=5,
-        )
-    above = [
-        f"{name} (r={adapter.r}, N={N}, K={K})"
-        for name, (adapter, (N, K)) in layers.items()
-        if _exceeds(adapter, N, K)
-    ]
-    if above:
-        warnings.warn(
-            "r exceeds min(N, K), beyond which a larger r costs time and memory and allows no "
-            f"further change of the weight, in {format_names(above)}",
-            stacklevel=5,
-        )
-
-
-def _exceeds(adapter: Adapter, N: int, K: int) -> bool:
-    """True if a smaller rank reaches every product BA that this adapter reaches."""
-    # VeRA's factors are random and shared by layers of all sizes: its rank is large by design.
-    return adapter.r > min(N, K) and not adapter.tensor_specs(N, K)["lora_B"].shared
+    flat = ((name, adapter, N, K) for name, (adapter, (N, K)) in layers.items())
+    for complaint, names in size_complaints(flat):
+        warnings.warn(f"{complaint} {format_names(names)}", stacklevel=5)

@@ -12,6 +12,7 @@ from lorafast.engine.formula import gain_of
 from lorafast.engine.problem import LayerTensors
 from lorafast.methods.adapter import Adapter
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.size_warnings import warn_about_layer
 
 
 class Embedding(AdapterLayer, nn.Embedding):
@@ -60,6 +61,7 @@ class Embedding(AdapterLayer, nn.Embedding):
         nn.Embedding.__init__(
             self, num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype
         )
+        warn_about_layer(type(self), adapter, embedding_dim, num_embeddings)
         self._attach(adapter, adapter_dtype)
 
     @classmethod
@@ -89,6 +91,8 @@ class Embedding(AdapterLayer, nn.Embedding):
             raise TypeError(
                 f"embedding must be a plain torch.nn.Embedding without an adapter; this one {why}"
             )
+        # First, so that a warning that is an error leaves the embedding as it was.
+        warn_about_layer(cls, adapter, embedding.embedding_dim, embedding.num_embeddings)
         return cls._from(embedding, adapter, adapter_dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

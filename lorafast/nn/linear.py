@@ -15,6 +15,7 @@ from lorafast.engine import host, plain_products, weight_norm
 from lorafast.engine.problem import CallOptions, LayerTensors
 from lorafast.methods.adapter import Adapter
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.size_warnings import warn_about_layer
 
 # The modules and names of classes with a forward of their own that is a linear's. Falcon's adds the
 # bias in a second step.
@@ -146,6 +147,7 @@ class Linear(AdapterLinearBase, nn.Linear):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        warn_about_layer(type(self), adapter, out_features, in_features)
         self._attach(adapter, adapter_dtype)
 
     @classmethod
@@ -178,6 +180,8 @@ class Linear(AdapterLinearBase, nn.Linear):
             raise TypeError(
                 f"linear must be a plain torch.nn.Linear without an adapter; this one {why}"
             )
+        # First, so that a warning that is an error leaves the linear as it was.
+        warn_about_layer(cls, adapter, linear.out_features, linear.in_features)
         layer = cls._from(linear, adapter, adapter_dtype)
         if layer.adapter.residual:
             shape = tuple(layer.weight.shape)
