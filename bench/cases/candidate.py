@@ -5,6 +5,7 @@ Its parameters have the names of lorafast.linear's arguments, which the truth us
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -190,7 +191,10 @@ def _layer(
             peft_baseline.use_seeded_dropout(layer)
         return layer
     try:
-        layer = lorafast.Linear.from_linear(linear, adapter)
+        with warnings.catch_warnings():
+            # A rank above the sizes is what was asked for.
+            warnings.filterwarnings("ignore", "r exceeds", UserWarning)
+            layer = lorafast.Linear.from_linear(linear, adapter)
     except ValueError as error:  # the rank is too large for the shape
         raise Unavailable("unsupported", str(error)) from None
     if impl.base == "eager":
