@@ -147,6 +147,13 @@ def test_low_rank_add_with_a_factor_as_it_is(capability, dtype, across, sizes):
             assert_rounded_once(inner, z)
         exact = z if own_gain is None else z * own_gain.double()
         assert_rounded_once(out, exact if own_bias is None else exact + own_bias.double())
+    # What is infinite is not multiplied by the zeros of ranks beyond the last.
+    F[0, -1], h[:, -1] = torch.inf, 1
+    out = before.clone()
+    with emulating(capability):
+        cuda_kernels.low_rank_add(out, h, F, accumulate=False)
+    assert out[:, 0].isinf().all()
+    assert out[:, 1:].isfinite().all()
 
 
 @pytest.mark.slow
