@@ -31,6 +31,8 @@ from lorafast.models.target_modules import (
     find_targets,
     layer_class_for,
     parameter_owners,
+    select_names,
+    uncalled_linears,
 )
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.runtime.torch_internals import share_call_hooks, storage_key
@@ -117,6 +119,7 @@ def adapt(
     targets = find_targets(model, spec)
     if spec.targets_all_linear:
         adapt_warnings.warn_about_untargeted(model)
+        adapt_warnings.warn_about_uncalled(uncalled_linears(model, spec, select_names(model, spec)))
     with temporary_seed(seed, model):
         install(model, spec, targets, adapter_dtype)
     if inference_mode:

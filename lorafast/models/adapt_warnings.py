@@ -38,6 +38,16 @@ def warn_about_untargeted(model: nn.Module) -> None:
         )
 
 
+def warn_about_uncalled(names: list[str]) -> None:
+    """Warn that "all-linear" leaves these linears out, because nothing calls them."""
+    if names:
+        warnings.warn(
+            "target_modules='all-linear' leaves out linears whose weight the model reads without "
+            f"calling them, where an adapter would have no effect: {format_names(names)}",
+            stacklevel=3,
+        )
+
+
 def _is_stack_of_matrices(name: str, parameter: torch.Tensor) -> bool:
     """True for weights [experts, N, K]; False for class tokens and position embeddings."""
     return (

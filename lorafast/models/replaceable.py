@@ -16,6 +16,21 @@ _QUANTISERS = (
 )  # fmt: skip
 # Names of Parameters and buffers in which layers of other packages hold quantised weights.
 _QUANTISED_TENSORS = ("qweight", "weight_packed", "Wq", "W_q")
+# Part of the names of torch's own modules with quantised layers, such as torch.ao.nn.quantized.
+_TORCH_QUANTISED = "quantized"
+# How the names of classes end, of transformers and mamba_ssm, that read the weights of these
+# children and do not call them. A Mamba's may call dt_proj where it is quantised, which is refused.
+_READ_BY_PARENT = {
+    "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "MHAttentionMap": ("k_linear", "k_proj"),
+    "Mamba": ("dt_proj",),
+    "MambaMixer": ("dt_proj",),
+    "MobileBertLMPredictionHead": ("decoder", "dense"),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "TDNNLayer": ("kernel",),
+    "WavLMAttention": ("k_proj", "out_proj", "q_proj", "v_proj"),
+}
 _LEAVE_TO_PEFT = (
     "or give the model PEFT's adapters and call lorafast.accelerate(model), which leaves such "
     "layers to PEFT and runs the others"
@@ -30,10 +45,15 @@ def why_not_replaceable(
     why_not_plain: why the class of adapted layer does not take the module, or None.
     """
     if is_quantised(module):
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        kind = f"is a {type(module).__module__}.{type(module).__qualname__} with a quantised weight"
+        if _is_quantised_by_torch(module):
+            return (
+                f"{kind}: adapt the model before it is quantised, and quantise it after "
+                "lorafast.merge_and_unload(model)"
+            )
         return (
-            f"is a {kind} with a quantised weight: load the model unquantised (lorafast adapts "
-            f"fp64, fp32, bf16 and fp16), {_LEAVE_TO_PEFT}"
+            f"{kind}: load the model unquantised (lorafast adapts fp64, fp32, bf16 and fp16), "
+            f"{_LEAVE_TO_PEFT}"
         )
     return why_not_plain or _why_state_is_lost(module) or _why_not_called(model, name)
 
@@ -41,11 +61,27 @@ def why_not_replaceable(
 def is_quantised(module: nn.Module) -> bool:
     """True if the module's weight is quantised by one of the packages that do so."""
     weight: Any = getattr(module, "weight", None)
+    return _is_quantised_class(module) or (
+        isinstance(weight, torch.Tensor) and _is_quantised_tensor(weight)
+    )
+
+
+def is_quantised_linear(module: nn.Module) -> bool:
+    """True for what a quantiser puts in the place of an nn.Linear, whatever class it is."""
+    return hasattr(module, "in_features") and _is_quantised_class(module)
+
+
+def _is_quantised_class(module: nn.Module) -> bool:
     return (
         any(base.__module__.partition(".")[0] in _QUANTISERS for base in type(module).__mro__)
         or any(hasattr(module, tensor) for tensor in _QUANTISED_TENSORS)
-        or (isinstance(weight, torch.Tensor) and _is_quantised_tensor(weight))
+        or _is_quantised_by_torch(module)
     )
+
+
+def _is_quantised_by_torch(module: nn.Module) -> bool:
+    modules = (base.__module__.split(".") for base in type(module).__mro__)
+    return any(parts[0] == "torch" and _TORCH_QUANTISED in parts for parts in modules)
 
 
 def _is_quantised_tensor(weight: torch.Tensor) -> bool:
@@ -99,13 +135,31 @@ def _has_patched_forward(module: nn.Module) -> bool:
     return forward is not None and own != (type(module).forward, module)
 
 
+def is_read_by_parent(model: nn.Module, name: str) -> bool:
+    """True if the named module's parent reads its weight and never calls it.
+
+    An adapter on such a module has no effect.
+    """
+    parent, _, child = name.rpartition(".")
+    return any(
+        child in children and base.__name__.endswith(ending)
+        for base in type(model.get_submodule(parent)).__mro__
+        for ending, children in _READ_BY_PARENT.items()
+    )
+
+
 def _why_not_called(model: nn.Module, name: str) -> str | None:
     """Return why the parent reads the module's weight without calling it, or None if it does not.
 
     An adapter on such a module would be skipped.
     """
-    parent, _, child = name.rpartition(".")
-    is_encoder = isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer)
-    if is_encoder and child in ("linear1", "linear2"):
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if is_read_by_parent(model, name):
+        return (
+            f"{type(parent).__name__} does not call, but reads its weight: an adapter there would "
+            "have no effect, so leave it out"
+        )
+    if isinstance(parent, nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
         return "nn.TransformerEncoderLayer does not call in eval, but reads its weight"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from typing import cast
@@ -11,7 +12,11 @@ from torch import nn
 from lorafast.models import expressions
 from lorafast.models.adapt_spec import ALL_LINEAR, AdaptSpec
 from lorafast.models.module_names import canonical_name, endings, similar_names
-from lorafast.models.replaceable import why_not_replaceable
+from lorafast.models.replaceable import (
+    is_quantised_linear,
+    is_read_by_parent,
+    why_not_replaceable,
+)
 from lorafast.nn import embedding, linear
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.runtime.torch_internals import storage_key
@@ -39,7 +44,13 @@ def find_targets(model: nn.Module, spec: AdaptSpec) -> Targets:
             f"model is itself a {type(model).__name__} and cannot be replaced in place: "
             f"lorafast.{maker}(model, adapter)"
         )
-    names = select_names(model, spec)
+    names = _quantised_names(model, spec) or select_names(model, spec)
+    if not names.difference(uncalled := uncalled_linears(model, spec, names)):
+        raise ValueError(
+            f"target_modules='all-linear' matches {uncalled[0]} and the like alone, whose weight "
+            "is read and which are never called: an adapter there would have no effect"
+        )
+    names -= set(uncalled)
     for name, module in modules:
         if name not in names:
             continue
@@ -90,6 +101,25 @@ def select_names(model: nn.Module, spec: AdaptSpec) -> set[str]:
     # A wrapper and the module in it have one canonical name; the inner module has the longer raw
     # name, and is the one to replace.
     return {max(raw_names[name], key=len) for name in selected}
+
+
+def uncalled_linears(model: nn.Module, spec: AdaptSpec, names: Iterable[str]) -> list[str]:
+    """Return those of the selected names that "all-linear" leaves out: nothing calls them."""
+    if not spec.targets_all_linear:
+        return []
+    return sorted(name for name in names if is_read_by_parent(model, name))
+
+
+def _quantised_names(model: nn.Module, spec: AdaptSpec) -> set[str]:
+    """Return the linears that "all-linear" means, and that a quantiser made other modules of."""
+    if not spec.targets_all_linear:
+        return set()
+    names = {
+        canonical_name(name): name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and is_quantised_linear(module) and not isinstance(module, nn.Linear)
+    }
+    return {names[name] for name in names.keys() - _excluded_names(set(names), spec)}
 
 
 def layer_class_for(module: nn.Module) -> tuple[type[AdapterLayer] | None, str | None]:
@@ -157,7 +187,8 @@ def _match_targets(spec: AdaptSpec, names: list[str]) -> set[str]:
 
 def _target_hint(target: str, names: list[str]) -> str:
     """Return the end of a message about a target that matches nothing: what may be meant."""
-    if [part for part in re.split(r"[\W_]", target.lower()) if part] == ALL_LINEAR.split("-"):
+    words = [part for part in re.split(r"[\W_]", target.lower()) if part]
+    if difflib.get_close_matches("-".join(words), [ALL_LINEAR], cutoff=0.8):
         return f"; say target_modules={ALL_LINEAR!r}"
     if any(target in endings(name) for name in names):
         return (

@@ -138,6 +138,8 @@ def test_a_hint_imports_nothing():
         ("All_Linear", "say target_modules='all-linear'"),
         (["all-linear"], "say target_modules='all-linear'"),
         (["all_linear"], "say target_modules='all-linear'"),
+        ("all-linears", "say target_modules='all-linear'"),
+        (["all-liner"], "say target_modules='all-linear'"),
         ("q_proj", r"say target_modules=\['q_proj'\] for every name that ends in it"),
         ("q_porj", "near it: q_proj"),
         (["q_porj"], "near it: q_proj"),

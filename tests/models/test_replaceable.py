@@ -1,6 +1,7 @@
 """Which modules adapt replaces with all that belongs to them, and what it says of the others."""
 
 import copy
+import warnings
 
 import accelerate
 import pytest
@@ -130,6 +131,104 @@ def test_layers_of_other_packages_that_hold_codes_are_quantised():
     model = nn.Sequential(nn.Linear(8, 8), QuantLinear())
     with pytest.raises(TypeError, match=r"matches 1, which is a .*QuantLinear with a quantised"):
         lorafast.adapt(model, LoRA(r=2), ["1"])
+
+
+def quantised(K, N):
+    """Return the dynamically quantised linear of torch."""
+    return pytest.importorskip("torch.ao.nn.quantized.dynamic").Linear(K, N)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["2"], "2"])
+def test_what_torch_quantised_is_refused_and_the_way_that_is_named_works(targets):
+    quantize = pytest.importorskip("torch.ao.quantization").quantize_dynamic
+    model = net()
+    mixed = nn.Sequential(model[0], model[1], quantised(8, 4))
+    way = r"quantised weight: adapt .* quantise it after lorafast\.merge_and_unload\(model\)"
+    with pytest.raises(TypeError, match=rf"matches 2, which is a torch\.ao\S+Linear with a {way}"):
+        lorafast.adapt(mixed, LoRA(r=2), targets)
+    assert type(mixed[0]) is nn.Linear
+    lorafast.adapt(mixed, LoRA(r=2), exclude_modules=["2"])
+    assert type(mixed[0]) is lorafast.Linear
+    lorafast.adapt(model := net(), LoRA(r=2))
+    tiny_transformers.perturb(model)
+    want = model(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        done = quantize(lorafast.merge_and_unload(model), {nn.Linear})
+    assert type(done[2]) is type(quantised(8, 4))
+    torch.testing.assert_close(done(X), want, rtol=0.1, atol=0.1)
+
+
+def test_a_model_that_is_quantised_as_a_whole_is_told_the_way():
+    with pytest.raises(TypeError, match=r"matches 0, which is a .* with a quantised weight: adapt"):
+        lorafast.adapt(nn.Sequential(quantised(8, 8)), LoRA(r=2))
+
+
+def mamba(kind, **fields):
+    """Return a small model with Mamba layers and a linear in each place that they have."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 99, "use_mambapy": False}
+    config = getattr(transformers, f"{kind}Config")(**sizes | fields)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+JAMBA = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 16,
+    "use_mamba_kernels": False,
+    "attn_layer_offset": 1,
+    "attn_layer_period": 2,
+    "num_experts": 1,
+    "mamba_d_state": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("Mamba", {"state_size": 4}), ("FalconMamba", {"state_size": 4}), ("Jamba", JAMBA)],
+    ids=["Mamba", "FalconMamba", "Jamba"],
+)
+def test_all_linear_leaves_out_what_a_mamba_does_not_call(kind, fields):
+    model = mamba(kind, **fields)
+    (name,) = (name for name, _ in model.named_modules() if name.endswith("dt_proj"))
+    with pytest.raises(TypeError, match=rf"matches {name}, which {kind}M?\w*Mixer does not call"):
+        lorafast.adapt(model, LoRA(r=2), ["dt_proj", "x_proj"])
+    with pytest.warns(UserWarning, match=rf"leaves out linears .* no effect: {name}$"):
+        lorafast.adapt(model, LoRA(r=2))
+    assert type(model.get_submodule(name)) is nn.Linear
+    assert type(model.get_submodule(name.replace("dt_proj", "x_proj"))) is lorafast.Linear
+    model(input_ids=tiny_transformers.IDS, use_cache=False).logits.sum().backward()
+    assert lorafast.adapters_without_gradient(model) == []
+
+
+def test_naming_or_excluding_them_warns_of_nothing(recwarn):
+    lorafast.adapt(mamba("Mamba"), LoRA(r=1), exclude_modules=["dt_proj"])
+    lorafast.adapt(mamba("Mamba"), LoRA(r=1), ["x_proj", "in_proj"])
+    assert [str(w.message) for w in recwarn if "leaves out" in str(w.message)] == []
+
+
+def test_all_linear_with_nothing_that_is_called_is_an_error():
+    class TDNNLayer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Linear(8, 8)
+
+    with pytest.raises(ValueError, match=r"matches 0\.kernel and the like alone"):
+        lorafast.adapt(nn.Sequential(TDNNLayer()), LoRA(r=2))
+
+
+def test_wavlms_attention_reads_all_its_projections():
+    config = transformers.WavLMConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        conv_dim=(8,), conv_kernel=(3,), conv_stride=(2,), num_conv_pos_embedding_groups=2,
+        num_conv_pos_embeddings=4, num_feat_extract_layers=1,
+    )  # fmt: skip
+    model = transformers.WavLMModel(config)
+    with pytest.warns(UserWarning, match=r"attention\.k_proj, .*attention\.out_proj"):
+        lorafast.adapt(model, LoRA(r=2))
+    model.eval()(torch.randn(1, 64)).last_hidden_state.sum().backward()
+    assert lorafast.adapters_without_gradient(model) == []
 
 
 def test_layers_that_accelerate_placed_are_refused_and_the_way_that_is_named_works(tmp_path):
