@@ -1,5 +1,7 @@
 """The host path over the `cuda` backend: Python's launches, and on the emulator its bits."""
 
+from unittest import mock
+
 import pytest
 import torch
 from helpers import host_on_cuda
@@ -28,7 +30,7 @@ def _without_addresses(form, grid, bits):
     return form, (*grid, 1, 1)[:3], words
 
 
-def _launches(case, monkeypatch):
+def _launches(case):
     """The launches of a step by Python and by C++, none of which is made."""
     tensors, noted = testing.make(case), []
 
@@ -42,8 +44,7 @@ def _launches(case, monkeypatch):
 
         return run
 
-    with emulating(90):
-        monkeypatch.setattr(cuda_forms, "loaded", loaded)
+    with emulating(90), mock.patch.object(cuda_forms, "loaded", loaded):
         testing.run(testing.ours, case, tensors)
         by_python = noted[:]
         noted.clear()
@@ -55,14 +56,14 @@ def _launches(case, monkeypatch):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("form", testing.FORMS, ids=lambda form: form.name)
-def test_the_launches_are_those_of_python(form, sizes, monkeypatch):
+def test_the_launches_are_those_of_python(form, sizes):
     turn = testing.FORMS.index(form) + SIZES.index(sizes)
     case = Case(
         form, *sizes, DTYPES[turn % 3], (0.2, 0.0)[turn % 2], bias=turn % 4 < 2,
         transposed=turn % 5 == 0,
     )  # fmt: skip
     case = case if case.works else Case(form, *sizes, DTYPES[turn % 3])
-    by_python, by_host = _launches(case, monkeypatch)
+    by_python, by_host = _launches(case)
     assert by_python
     assert by_host == by_python
 
