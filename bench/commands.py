@@ -120,6 +120,9 @@ def _tune(asked: argparse.Namespace, arguments: list[str]) -> int:
     try:
         with extras.required("triton"):
             from lorafast.bench import tune
+            from lorafast.engine.kernel_cases import backend_named
+
+            backend_named("triton")
     except ImportError as error:
         raise BenchError(f"its kernels cannot be loaded: {error}") from error
     tune.check_device(device)

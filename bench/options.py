@@ -115,7 +115,8 @@ def _trial(command: Command) -> None:
     add = command.add_argument
     help_text = f"all, or some of {', '.join(ENTRIES)}"
     each = _each(one_of(ENTRIES, everything="all"))
-    add("--entries", type=each, default="streams", metavar="NAME,…", help=help_text)
+    default = "streams,cuda-bf16"
+    add("--entries", type=each, default=default, metavar="NAME,…", help=help_text)
     add("--device", help=_DEVICE)
     add("--again", action="store_true", help="try anew what has a verdict")
     help_text = "write the verdicts here; - is stdout, and tables go to stderr"

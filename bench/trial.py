@@ -1,4 +1,4 @@
-"""lorafast-bench trial: the verdict on the Triton kernels of a GPU, found or read, as tables."""
+"""lorafast-bench trial: the verdict on the kernels of a GPU, found or read, as tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorafast.bench.errors import BenchError
 from lorafast.bench.report.record import SCHEMA_VERSION
 from lorafast.bench.report.tables import NOTHING, Table
 from lorafast.engine import trial
-from lorafast.engine.trial import Verdict
+from lorafast.engine.trial_forms import Verdict
 
 LEGEND = (
     "A form is right if its dropout bits are philox's, its error against float64 is at most twice "
@@ -22,17 +22,19 @@ LEGEND = (
 
 
 def run(device: torch.device, entries: tuple[str, ...], again: bool) -> dict[str, Verdict]:
-    """Return the verdict on each entry. BenchError if the kernels cannot be tried there.
+    """Return the verdict on each entry. BenchError if none of them can be tried there.
 
-    again: try anew what has a verdict.
+    One that cannot be tried has a reason and no forms. again: try anew what has a verdict.
     """
     since = time.time() if again else 0.0
     found = {}
     for entry in entries:
         verdict = trial.verdict(device, entry, since)
-        if not isinstance(verdict, Verdict) or not verdict.forms:
-            raise BenchError(f"{device}: {getattr(verdict, 'reason', verdict)}")
-        found[entry] = verdict
+        # A Provisional is for a capture, and none is here.
+        found[entry] = verdict if isinstance(verdict, Verdict) else Verdict(reason=verdict)
+    if not any(verdict.forms for verdict in found.values()):
+        reasons = dict.fromkeys(verdict.reason for verdict in found.values())
+        raise BenchError(f"{device}: {'; '.join(reasons)}")
     return found
 
 
@@ -44,6 +46,11 @@ def tables(found: dict[str, Verdict]) -> list[Table]:
             (form, "wrong" if reason else "right", reason or NOTHING)
             for form, reason in verdict.forms.items()
         )
+        if not forms:
+            every.append(
+                Table(f"{entry}: not tried", ("reason",), ((verdict.reason,),), frozenset(), ())
+            )
+            continue
         title = f"{entry}: tried in {verdict.seconds:g} s"
         every.append(Table(title, ("form", "verdict", "reason"), forms, frozenset(), ()))
         rates = tuple((name, f"{rate:.4g}") for name, rate in verdict.rates.items())

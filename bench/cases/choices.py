@@ -10,7 +10,7 @@ DROPOUT_ON = ("adapter", "both")
 # What `linear` measures: a training step, or a forward without gradients.
 PASSES = ("train", "inference")
 # The forms of kernels that are tried together.
-ENTRIES = ("streams", "gemm", "fp32", "ranks")
+ENTRIES = ("streams", "gemm", "fp32", "ranks", "cuda-bf16", "cuda-fp16", "cuda-fp32", "cuda-ranks")
 # In the order of lorafast.list_methods.
 METHODS = (
     *("lora", "rslora", "pissa", "lora-ga", "lora+", "lora-pro", "lora-fa"),

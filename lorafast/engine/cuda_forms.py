@@ -24,6 +24,7 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 LAUNCHED_TENSORS = "cuda"
 # Flags of every kernel that has them; each .cu names its own.
 DROPS, ALIGNED = 1, 2
+_OLDEST = 80
 
 
 class Kernel(NamedTuple):
@@ -87,6 +88,16 @@ def in_tf32() -> bool:
     """True if torch multiplies fp32 in tf32 on GPUs."""
     # allow_tf32, the older name of this setting, raises once the newer name has been used.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def why_not_architecture(name: str) -> str:
+    """Return why the kernels do not run on an architecture; "" if they do."""
+    if not name.startswith("sm_"):
+        return f"runs on NVIDIA GPUs; this is {name}"
+    # The first tensor cores that multiply bf16.
+    if int(name.removeprefix("sm_")) >= _OLDEST:
+        return ""
+    return f"runs on sm_{_OLDEST} and later; this is {name}"
 
 
 def why_not() -> str:

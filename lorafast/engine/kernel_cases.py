@@ -1,20 +1,22 @@
-"""Problems for the Triton kernels, one primitive per case, next to the same by stock torch.
+"""Problems for the kernels of a GPU, one primitive per case, next to the same by stock torch.
 
-lorafast-bench tune times them, and the child of a trial checks them.
+lorafast-bench tune times Triton's on them, and the child of a trial checks its kernels and those of
+the `cuda` backend.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 
 from lorafast.engine import philox
-from lorafast.engine.backends import Backend, eager, triton
+from lorafast.engine.backends import Backend, eager
 from lorafast.engine.kernels import cost, gemm_routing
 from lorafast.engine.problem import (
     BaseTerm,
@@ -24,20 +26,23 @@ from lorafast.engine.problem import (
     UpProj,
     UpProjGradSpec,
 )
+from lorafast.engine.trial_forms import CUDA, TRITON
 from lorafast.runtime import devices
 
 PRODUCTS = ("linear", "grad_input")
 STREAMS = ("project", "grad_output", "grad_project", "row_norm")
 KEPT = "gain, core and dot"
+GAINED, INNER = "gain and bias", "gain, bias and z"
 # What the problem of a variant differs in.
 _FLAGS: dict[str, dict[str, Any]] = {
     "core": {"core": "full"},
-    "gain, bias and z": {"gain": "out", "keep": "inner"},
+    INNER: {"gain": "out", "keep": "inner"},
     KEPT: {"gain": "out", "keep": "output", "core": "full"},
     "by column": {"gain": "in"},
     "transposed": {"transposed": True},
+    GAINED: {"gain": "out"},
 }
-# The number of cases of one layer.
+# The number of cases of one layer for Triton's kernels.
 CASES_PER_LAYER = 11
 
 
@@ -140,10 +145,20 @@ class _Operands(NamedTuple):
         return [*grads.adapters[0][:3], grads.dot]
 
 
+def backend_named(name: str) -> Backend:
+    """Return a backend, which is imported when it is needed: Triton may not be there."""
+    return cast(Backend, importlib.import_module(f"lorafast.engine.backends.{name}"))
+
+
 def kernel_cases(
-    sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int, by: str = TRITON
 ) -> list[KernelCase]:
-    """Return the cases of a LoRA layer, and the variants that DoRA, LaMDA and Conv1D need."""
+    """Return the cases of a LoRA layer, and the variants that DoRA, LaMDA and Conv1D need.
+
+    by: the backend whose kernels run. For `cuda`, whose kernels have more forms, there are further
+    variants, so that each form of a problem's ranks runs.
+    """
+    backend = backend_named(by)
     o, p, arch = _operands(sizes, dtype, device, seed), sizes.p, devices.of(device)
     problem = Problem(
         arch,
@@ -158,19 +173,22 @@ def kernel_cases(
     )
     frozen = {"linear": lambda: F.linear(o.x, o.W), "grad_input": lambda: o.dy @ o.W}
     queries = _queries(sizes, dtype, arch)
+    variants = [*_products(o), *_streams(o)]
+    if by == CUDA:
+        variants += [*_more_products(o), *_more_streams(o)]
     return [
         KernelCase(
             one.primitive,
             one.variant,
             sizes,
-            functools.partial(one.run, triton),
+            functools.partial(one.run, backend),
             functools.partial(one.run, eager),
             one.chain,
             frozen.get(one.primitive),
             queries.get((one.primitive, one.variant)),
             replace(problem, **_FLAGS.get(one.variant, {})),
         )
-        for one in (*_products(o), *_streams(o))
+        for one in variants
     ]
 
 
@@ -227,7 +245,7 @@ def _products(o: _Operands) -> list[_Variant]:
         ),
         _Variant(
             "linear",
-            "gain, bias and z",
+            INNER,
             lambda backend: list(backend.linear(o.x, o.W, up, o.gain, o.bias, keep_inner=True)),
             with_gain,
         ),
@@ -290,6 +308,76 @@ def _streams(o: _Operands) -> list[_Variant]:
     ]
 
 
+def _more_products(o: _Operands) -> list[_Variant]:
+    """Return further products, for which the cuda backend has forms of their own."""
+    up, term = [UpProj(o.h, o.B)], LowRankTerm(o.v, o.A, o.seed, o.p)
+
+    def gained(dtype: torch.dtype) -> list[torch.Tensor]:
+        return [o.gain.to(dtype) * o.inner(dtype, o.W) + o.bias.to(dtype)]
+
+    def twice_added(dtype: torch.dtype) -> list[torch.Tensor]:
+        return [o.dy.to(dtype) @ o.W.to(dtype) + 2 * o.drop(o.v.to(dtype) @ o.A.to(dtype))]
+
+    return [
+        _Variant(
+            "linear",
+            "bias",
+            lambda backend: [backend.linear(o.x, o.W, up, None, o.bias)[0]],
+            lambda dtype: [o.inner(dtype, o.W) + o.bias.to(dtype)],
+        ),
+        _Variant(
+            "linear",
+            GAINED,
+            lambda backend: [backend.linear(o.x, o.W, up, o.gain, o.bias)[0]],
+            gained,
+        ),
+        _Variant(
+            "grad_input",
+            "two adapters",
+            lambda backend: [backend.grad_input([BaseTerm(o.dy, o.W)], [term, term])],
+            twice_added,
+        ),
+    ]
+
+
+def _more_streams(o: _Operands) -> list[_Variant]:
+    """Return further streams, for which the cuda backend has forms of their own."""
+    P = UpProjGradSpec(o.B, h=o.h, want_v=False, want_B=True)
+    both = P._replace(want_v=True)
+
+    def grads(
+        specs: list[UpProjGradSpec], kept: torch.Tensor | None = None, want_bias: bool = True
+    ) -> Callable[[Backend], list[torch.Tensor]]:
+        """Return the run that yields dB of each spec, Σ dy, and Σ dy⊙kept if something is kept."""
+
+        def run(backend: Backend) -> list[torch.Tensor]:
+            found = backend.grad_output(o.dy, specs, None, kept, want_bias)
+            every = [*(one.dB for one in found.adapters), found.d_bias, found.dot]
+            return [one for one in every if one is not None]
+
+        return run
+
+    def chain(dtype: torch.dtype) -> list[torch.Tensor]:
+        dy = o.dy.to(dtype)
+        return [dy.t() @ o.h.to(dtype), dy.sum(0), (dy * o.y.to(dtype)).sum(0)]
+
+    drop = _Variant(
+        "drop",
+        "",
+        lambda backend: [backend.drop(o.x, o.seed, o.p)],
+        lambda dtype: [o.drop(o.x.to(dtype))],
+    )
+    return [
+        *([drop] if o.p else []),
+        _Variant("grad_output", "B", grads([P], want_bias=False), lambda d: chain(d)[:1]),
+        _Variant("grad_output", "B and bias", grads([P]), lambda d: chain(d)[:2]),
+        _Variant("grad_output", "B, bias and dot", grads([P], o.y), chain),
+        _Variant("grad_output", "bias", grads([both]), lambda d: chain(d)[:2]),
+        _Variant("grad_output", "bias alone", grads([]), lambda d: chain(d)[1:2]),
+        _Variant("grad_output", "bias and dot", grads([], o.y), lambda d: chain(d)[1:]),
+    ]
+
+
 def _queries(
     sizes: Sizes, dtype: torch.dtype, arch: devices.Arch
 ) -> dict[tuple[str, str], gemm_routing.RouteQuery]:
@@ -300,6 +388,6 @@ def _queries(
     return {
         ("linear", ""): linear,
         ("linear", "transposed"): linear._replace(by_row=False),
-        ("linear", "gain, bias and z"): linear._replace(epilogue_passes=2),
+        ("linear", INNER): linear._replace(epilogue_passes=2),
         ("grad_input", ""): linear._replace(N=K, K=(N,), by_row=False, masked=p > 0),
     }

@@ -19,7 +19,7 @@ from lorafast.engine.kernels.gemm_routing import Route, RouteQuery
 from lorafast.engine.kernels.gpu_specs import Device
 from lorafast.engine.kernels.measured import Expected
 from lorafast.engine.problem import Problem
-from lorafast.engine.trial import Form, Verdict
+from lorafast.engine.trial_forms import GEMMS, SPEED, TRITON, Form, Verdict
 from lorafast.runtime import devices, env
 from lorafast.runtime.devices import Arch
 from lorafast.runtime.fallback import Provisional
@@ -45,7 +45,7 @@ def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
     if primitive in PRODUCTS:
         return _why_not_product(primitive, problem, device)
     kernels = _LAUNCHED.get(primitive, (primitive,))
-    reasons = _refusals(kernels, problem, device)
+    reasons = refusals(kernels, problem.dtype, sum(problem.R), device)
     if reasons:
         return reasons
     return _why_not_time(_stream(primitive, problem, device))
@@ -83,6 +83,29 @@ def measured_specs(device: torch.device | None, arch: Arch, dtype: torch.dtype) 
     return _specs(device, dtype, arch, trial.known)
 
 
+def refusals(
+    kernels: tuple[str, ...],
+    dtype: torch.dtype,
+    R: int,
+    device: torch.device | None,
+    by: str = TRITON,
+) -> tuple[str, ...]:
+    """Why these kernels of a backend may not serve; the first question runs a trial.
+
+    R: the largest rank that one gets.
+    """
+    reasons = []
+    for kernel in kernels:
+        entry, form = trial.entry_of(kernel, dtype, R, by)
+        found = trial.verdict(device, entry)
+        if isinstance(found, Provisional):
+            return (found,)
+        if reason := found.why_not(form):
+            tried = str(form) in found.forms
+            reasons.append(f"{form} failed its trial here: {reason}" if tried else reason)
+    return tuple(dict.fromkeys(reasons))
+
+
 def _why_not_product(
     primitive: str, problem: Problem, device: torch.device | None
 ) -> tuple[str, ...]:
@@ -91,14 +114,14 @@ def _why_not_product(
         return (streams,)
     if measured.PRODUCT not in streams.rates:
         if streams.forms:
-            return (streams.forms.get(trial.SPEED) or "its speed here could not be measured",)
+            return (streams.forms.get(SPEED) or "its speed here could not be measured",)
         return (streams.reason,)
     hopeful = measured.specs(problem.arch, problem.dtype, streams.rates)
     query = query_of(primitive, problem, hopeful)
     low_rank = Expected(0.0, 0.0)
     if query.masked:
         # The route without a fused product may be taken at any call, where strides are unusual.
-        if reasons := _refusals(("low_rank_add",), problem, device):
+        if reasons := refusals(("low_rank_add",), problem.dtype, sum(problem.R), device):
             return reasons
         found = _stream("low_rank_add", problem, device)
         if found is None:
@@ -159,7 +182,7 @@ def _by_torch(query: RouteQuery, low_rank: Expected) -> Expected:
 
 def _specs(device: torch.device | None, dtype: torch.dtype, arch: Arch, ask: _Ask) -> Device:
     """The specification with what was measured; `ask` gives the verdicts."""
-    entries = (trial.entry_of(kernel, dtype)[0] for kernel in ("drop", trial.GEMMS[0]))
+    entries = (trial.entry_of(kernel, dtype)[0] for kernel in ("drop", GEMMS[0]))
     base, gemm = (ask(device, entry) for entry in entries)
     return _combined(
         arch,
@@ -173,29 +196,13 @@ def _specs(device: torch.device | None, dtype: torch.dtype, arch: Arch, ask: _As
 def _combined(arch: Arch, dtype: torch.dtype, base: Verdict, gemm: Verdict) -> Device:
     speeds = {
         kernel: 0.0 if gemm.why_not(Form(kernel, dtype)) else gemm.rates.get(kernel, 0.0)
-        for kernel in trial.GEMMS
+        for kernel in GEMMS
     }
     return measured.specs(arch, dtype, base.rates | speeds)
 
 
 def _verdict(kernel: str, problem: Problem, device: torch.device | None) -> Verdict | Provisional:
     return trial.verdict(device, trial.entry_of(kernel, problem.dtype, sum(problem.R))[0])
-
-
-def _refusals(
-    kernels: tuple[str, ...], problem: Problem, device: torch.device | None
-) -> tuple[str, ...]:
-    """Why these kernels may not serve."""
-    reasons = []
-    for kernel in kernels:
-        entry, form = trial.entry_of(kernel, problem.dtype, sum(problem.R))
-        found = trial.verdict(device, entry)
-        if isinstance(found, Provisional):
-            return (found,)
-        if reason := found.why_not(form):
-            tried = str(form) in found.forms
-            reasons.append(f"{form} failed its trial here: {reason}" if tried else reason)
-    return tuple(dict.fromkeys(reasons))
 
 
 def _stream(kernel: str, problem: Problem, device: torch.device | None) -> Expected | None:

@@ -13,11 +13,14 @@ from collections.abc import Callable
 
 import torch
 
-from lorafast.engine import philox, row_blocks, trial
+from lorafast.engine import cuda_forms, philox, row_blocks, trial
 from lorafast.engine.problem import SharedMask
 from lorafast.engine.row_blocks import flatten_tokens
+from lorafast.engine.trial_forms import CUDA
 from lorafast.runtime import devices, env
 
+# The kernels of the cuda backend that a step with dropout launches.
+_DROPPING = ("project", "grad_project", "low_rank_add")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -102,11 +105,14 @@ def made_by_torch(device: torch.device, dtype: torch.dtype) -> bool:
     """True on a GPU where the kernel may not serve, nor the cuda backend, which makes its own bits.
 
     A step with dropout is then modelled at 3.7 times the frozen layer's at 4096 → 4096, and at more
-    on smaller layers (docs/modelled-steps.md).
+    on smaller layers (docs/modelled-steps.md). Beside that every right kernel is faster.
     """
-    if device.type in ("cpu", "meta") or env.is_forced("cuda"):
+    if device.type in ("cpu", "meta") or env.is_forced("cuda") or kernel_serves(device, dtype):
         return False
-    return not kernel_serves(device, dtype)
+    if env.backend() != "auto":
+        return True
+    wrong = any(trial.why_not(kernel, dtype, 1, device, CUDA) for kernel in _DROPPING)
+    return wrong or bool(cuda_forms.why_not())
 
 
 def _kernel_for(x: torch.Tensor) -> Callable | None:

@@ -24,8 +24,8 @@ from lorafast.engine.kernels import gpu_specs, measured, modelled
 from lorafast.engine.kernels.modelled import Machine, Work
 from lorafast.engine.modelled_forms import ModelledForms
 from lorafast.engine.modelled_launches import ModelledKernels
-from lorafast.engine.problem import PRIMITIVES, CallOptions, GradMask, LayerTensors
-from lorafast.runtime import devices, torch_internals
+from lorafast.engine.problem import PRIMITIVES, CallOptions, GradMask, LayerTensors, Problem
+from lorafast.runtime import devices, env, torch_internals
 from lorafast.runtime.devices import StandIn
 from lorafast.runtime.fallback import Provisional
 from lorafast.runtime.torch_internals import DispatchMode
@@ -45,6 +45,8 @@ _VIEWS = frozenset(
     }
 )  # fmt: skip
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
+# What the cuda backend has beside primitives, and the one that it is priced with.
+_WITH = {"gain_of": "grad_output", "gain_grads": "grad_output"}
 _OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")
 
 
@@ -127,19 +129,26 @@ class Layer(NamedTuple):
 
 
 class Chosen:
-    """A backend of which each primitive is the kernels' or eager's.
+    """A backend of which each primitive is the kernels', the cuda backend's or eager's.
 
     served: the primitives of the kernels; None: those for which the model gives them at most WORTH
-    of eager's time. took: which way each primitive went.
+    of eager's time. by_cuda: those of the cuda backend. took: which way each primitive went.
     """
 
-    def __init__(self, trace: Trace, served: frozenset[str] | None) -> None:
-        self.trace, self.served = trace, served
+    def __init__(
+        self, trace: Trace, served: frozenset[str] | None, by_cuda: frozenset[str]
+    ) -> None:
+        self.trace, self.served, self.by_cuda = trace, served, by_cuda
         self.kernels = ModelledKernels(trace.works.append, trace.machine)
         self.took: dict[str, str] = {}
 
     def __getattr__(self, primitive: str) -> Callable:
-        if primitive not in (*PRIMITIVES, "drop"):
+        served_with = _WITH.get(primitive, primitive)
+        if served_with in self.by_cuda:
+            if served_with == primitive:
+                self.took[primitive] = "cuda"
+            return getattr(cuda, primitive)
+        if served_with != primitive or primitive not in (*PRIMITIVES, "drop"):
             # What a backend may lack.
             raise AttributeError(primitive)
         if self.served is None:
@@ -161,37 +170,41 @@ class Chosen:
 
 
 class Step(NamedTuple):
-    """A modelled step: its seconds, and which way each primitive went ("kernels" or "torch")."""
+    """A modelled step: its seconds, and which way each primitive went ("kernels", "cuda" or
+    "torch").
+    """
 
     seconds: float
     took: dict[str, str]
 
 
 @functools.lru_cache(maxsize=1024)
-def step(layer: Layer, machine: Machine, served: frozenset[str] | None, mask: bool) -> Step:
+def step(
+    layer: Layer,
+    machine: Machine,
+    served: frozenset[str] | None,
+    mask: bool,
+    by_cuda: frozenset[str] = frozenset(),
+) -> Step:
     """Return the modelled step of an adapted layer.
 
-    served: the primitives that the kernels compute; None: those that the model prefers. mask: True
-    if the kernel of the dropout mask serves where torch's operations compute.
+    served: the primitives that Triton's kernels compute; None: those that the model prefers. mask:
+    True if the kernel of the dropout mask serves where torch's operations compute. by_cuda: the
+    primitives that the cuda backend computes; its own functions run, and what they would launch is
+    noted. ValueError for a launch of its whose form is not counted: those of 16 bits and up to 16
+    ranks are, with dense rows and no z kept.
     """
     trace = Trace(machine)
-    chosen = Chosen(trace, served)
+    chosen = Chosen(trace, served, by_cuda)
     drop = chosen.kernels.drop_into if mask else None
-    _take_step(layer, trace, StandIn(machine.arch, chosen, drop))
+    forms = ModelledForms(trace.works.append, machine.specs)
+    _take_step(layer, trace, StandIn(machine.arch, chosen, drop, forms.launch))
     return Step(trace.seconds, chosen.took)
 
 
-@functools.lru_cache(maxsize=1024)
 def cuda_step(layer: Layer, machine: Machine) -> float:
-    """Return the modelled seconds of an adapted layer's step by the cuda backend.
-
-    Its own functions run, and what they would launch is noted. ValueError for a launch whose form
-    is not counted: those of bf16 and up to 16 ranks are, with dense rows and no z kept.
-    """
-    trace = Trace(machine)
-    forms = ModelledForms(trace.works.append, machine.specs)
-    _take_step(layer, trace, StandIn(machine.arch, cuda, None, forms.launch))
-    return trace.seconds
+    """Return the modelled seconds of an adapted layer's step by the cuda backend alone, as step."""
+    return step(layer, machine, frozenset(), False, frozenset((*PRIMITIVES, "drop"))).seconds
 
 
 def _take_step(layer: Layer, trace: Trace, stand_in: StandIn) -> None:
@@ -288,10 +301,12 @@ def modelled_step(
 ) -> ModelledStep | None:
     """Return the modelled step of a layer by the backends that serve it. options: keep resolved.
 
-    None on what is no GPU, for other dtypes than bf16 and fp16, where a forced backend refuses, for
-    what cuda_step does not price, and inside a dispatch mode, which would see the model's
-    operations. The first question about a GPU
-    runs its trial.
+    What `step` does not price of the cuda backend is priced as what would serve otherwise, and is
+    quicker than that.
+
+    None on what is no GPU, for other dtypes than bf16 and fp16, where a forced backend refuses or
+    is not priced, and inside a dispatch mode, which would see the model's operations. The first
+    question about a GPU runs its trial.
     """
     weight = tensors.weight
     device, dtype = weight.device, weight.dtype
@@ -299,21 +314,36 @@ def modelled_step(
         return None
     if torch_internals.dispatch_modes_active():
         return None
-    backends, lasts = _backends(M, tensors, options)
+    asked = _problems(M, tensors, options)
+    backends, lasts = _backends(asked)
     mask = bool(options.dropout) and masks.kernel_serves(device, dtype)
     # After the trial that the choice of a backend may have run.
     machine = machine_of(device, dtype)
     if machine is None or "none" in backends.values():
         return None
     layer = layer_of(M, tensors, options, needs)
-    if "cuda" in backends.values():
-        # It is forced, and then serves all.
-        try:
-            return ModelledStep(layer, machine, cuda_step(layer, machine), lasts)
-        except ValueError:
+    try:
+        seconds = _seconds_by(layer, machine, backends, mask)
+    except ValueError:
+        if env.is_forced("cuda"):
             return None
-    served = frozenset(name for name, backend in backends.items() if backend == "triton")
-    return ModelledStep(layer, machine, step(layer, machine, served, mask).seconds, lasts)
+        otherwise = {name: _without_cuda(name, problem) for name, problem in asked.items()}
+        seconds = _seconds_by(layer, machine, otherwise, mask)
+    return ModelledStep(layer, machine, seconds, lasts)
+
+
+def _seconds_by(layer: Layer, machine: Machine, backends: dict[str, str], mask: bool) -> float:
+    """The modelled seconds of a step of which each primitive has its backend."""
+    served, by_cuda = (
+        frozenset(name for name, backend in backends.items() if backend == wanted)
+        for wanted in ("triton", "cuda")
+    )
+    return step(layer, machine, served, mask, by_cuda).seconds
+
+
+def _without_cuda(primitive: str, problem: Problem) -> str:
+    """The backend of a primitive on a GPU if the cuda backend refuses."""
+    return "eager" if dispatch.why_not("triton", primitive, problem) else "triton"
 
 
 def ratio(M: int, tensors: LayerTensors, options: CallOptions, needs: GradMask) -> float | None:
@@ -325,8 +355,8 @@ def ratio(M: int, tensors: LayerTensors, options: CallOptions, needs: GradMask) 
     return seconds / frozen(layer.M, layer.weight, tensors.bias is not None, machine)
 
 
-def _backends(M: int, tensors: LayerTensors, options: CallOptions) -> tuple[dict[str, str], bool]:
-    """The backend of each primitive of a step, and False if a refusal is Provisional."""
+def _problems(M: int, tensors: LayerTensors, options: CallOptions) -> dict[str, Problem]:
+    """The problem of each primitive of a step."""
     x = tensors.weight.new_empty(0, tensors.weight.shape[1])
     problem = replace(dispatch.problem_of(x, tensors, options), M=M)
     asked = dict.fromkeys(PRIMITIVES, problem)
@@ -335,6 +365,11 @@ def _backends(M: int, tensors: LayerTensors, options: CallOptions) -> tuple[dict
         asked["row_norm"] = dispatch.norm_problem_of(tensors, options)
         if options.drops_base:
             asked["drop"] = problem
+    return asked
+
+
+def _backends(asked: dict[str, Problem]) -> tuple[dict[str, str], bool]:
+    """The backend of each primitive of a step, and False if a refusal is Provisional."""
     backends, lasts = {}, True
     for primitive, one in asked.items():
         backends[primitive], refusals = dispatch.choice(primitive, one)

@@ -1,8 +1,9 @@
-"""The child of a trial: every form of the Triton kernels checked on one device, then measured.
+"""The child of a trial: every form of the kernels checked on one device, then measured.
 
-    python -m lorafast.engine.trial_checks --device UUID --entry NAME --out FILE
+    python -m lorafast.engine.trial_checks --device UUID --entries NAME,… --out FILE
 
-It reads from FILE which steps are left, and appends what it finds (trial_process.Report). A kernel
+It reads from FILE which steps are left, and appends what it finds (trial_process.Report). Triton's
+kernels and those of the `cuda` backend are checked alike, each by its backend's own functions. One
 is right if its dropout bits are those of philox, its error against float64 obeys the error rule,
 two runs agree bit for bit, and it writes its outputs whole and nothing beside them.
 """
@@ -12,21 +13,20 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from lorafast.engine import error_rule, philox, trial, trial_process, trial_rates
-from lorafast.engine.backends import triton
+from lorafast.engine import error_rule, philox, trial, trial_forms, trial_process, trial_rates
 from lorafast.engine.guarded_allocations import GuardedAllocations
-from lorafast.engine.kernel_cases import KernelCase, Sizes, kernel_cases
+from lorafast.engine.kernel_cases import PRODUCTS, KernelCase, Sizes, backend_named, kernel_cases
 from lorafast.engine.kernels import gemm_routing
-from lorafast.engine.kernels.drop import drop
 from lorafast.engine.kernels.gemm_routing import Route
-from lorafast.engine.trial import GEMMS, Form
-from lorafast.engine.trial_process import SPEED, Report
+from lorafast.engine.trial_forms import CUDA, GEMMS, TRITON, Form
+from lorafast.engine.trial_process import Report
 from lorafast.runtime import devices
 
 P = 0.05
@@ -35,6 +35,9 @@ P = 0.05
 SEEDS = (1, 2**31 - 1, 2**62 + 12345)
 PROBABILITIES = (1 / philox.STEPS, P, 0.5)
 MASKS = ((37, 1003), (64, 1024))
+# The ranks of narrow forms and of wide ones. Triton has one block of ranks for 17 to 64. The cuda
+# backend's forms are compiled apart: for up to 8, 16, 32 and 64, and for 128 in one block or more.
+RANKS = {TRITON: ((16, 24), (72, 200)), CUDA: ((5, 16, 24, 50), (72, 256))}
 # A child whose context a kernel has poisoned ends with this status, and is started again.
 POISONED = 3
 
@@ -42,7 +45,7 @@ POISONED = 3
 def main(arguments: list[str] | None = None) -> int:
     """Do the steps that are left, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lorafast.engine.trial_checks")
-    for name, kind in (("device", str), ("entry", str), ("out", Path)):
+    for name, kind in (("device", str), ("entries", str), ("out", Path)):
         parser.add_argument(f"--{name}", type=kind, required=True)
     asked = parser.parse_args(arguments)
     report = Report(asked.out)
@@ -53,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     # torch.empty then yields NaN. Only warn of an operation of torch that does not repeat.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    return steps(report, asked.entry, device, problems(device))
+    return steps(report, asked.entries.split(","), device, problems(device))
 
 
 def find(uuid: str) -> torch.device:
@@ -85,23 +88,25 @@ def problems(device: torch.device) -> list[Sizes]:
     ]
 
 
-def steps(report: Report, entry: str, device: torch.device, sizes: list[Sizes]) -> int:
+def steps(report: Report, entries: list[str], device: torch.device, sizes: list[Sizes]) -> int:
     """Check the forms that are left, measure the right ones, and return the exit status."""
-    forms = {str(form): form for form in trial.ENTRIES[entry]}
+    forms = {str(form): form for entry in entries for form in trial_forms.ENTRIES[entry]}
+    measured = {trial_forms.speed_of(form.by): form.by for form in forms.values()}
     for step in report.left:
         report.write(begin=step)
         rates: dict[str, float] = {}
         try:
-            if step == SPEED:
+            if step in measured:
                 reasons = Report(report.path).reasons
-                right = [form for name, form in forms.items() if not reasons[name]]
+                own = {name: form for name, form in forms.items() if form.by == measured[step]}
+                right = [form for name, form in own.items() if not reasons[name]]
                 rates, reason = speed(right, reasons, device), ""
             else:
                 reason = check(forms[step], device, sizes)
         except Exception as error:
             reason = _first_line(error)
             if devices.is_out_of_memory(error):
-                reason = f"{trial.OUT_OF_MEMORY}: {reason}"
+                reason = f"{trial_forms.OUT_OF_MEMORY}: {reason}"
         report.write(end=step, reason=reason, rates=rates)
         if reason and not _still_computes(device):
             return POISONED
@@ -115,21 +120,25 @@ def speed(right: list[Form], reasons: dict[str, str], device: torch.device) -> d
     mask = reasons.get(str(Form("drop", right[0].dtype)))
     if mask is None:
         # Another entry has the verdict on it.
-        mask = check_drop(device, right[0].dtype)
+        mask = _why_not_mask(device, right[0].dtype)
     return trial_rates.measure(right, device, not mask)
 
 
 def check(form: Form, device: torch.device, sizes: list[Sizes]) -> str:
     """Return why a form is wrong on a device, in words; "" if it is right."""
     if form.kernel == "drop":
-        return check_drop(device, form.dtype)
-    ranks = [72, 200] if form.wide else [16, 24]
+        return check_drop(device, form.dtype, form.by)
+    ranks = RANKS[form.by][form.wide]
     if form.kernel in GEMMS:
         # Their forms are many, and differ by neither.
         ranks, sizes = ranks[-1:], [one for one in sizes if one.p]
+    if form.by == CUDA:
+        # What drops and what does not are different forms.
+        shapes = dict.fromkeys(one._replace(p=0.0) for one in sizes)
+        sizes = [one._replace(p=p) for one in shapes for p in (0.0, P)]
     ran = False
     for size in (one._replace(R=R) for one in sizes for R in ranks):
-        for case in kernel_cases(size, form.dtype, device, seed=7):
+        for case in kernel_cases(size, form.dtype, device, 7, form.by):
             if runs := _runs(form, case):
                 ran = True
                 if reason := _check_case(case, runs, form.dtype):
@@ -156,6 +165,9 @@ def _runs(form: Form, case: KernelCase) -> list[Callable[[], list[torch.Tensor]]
     """The runs of a case that launch the form's kernel."""
     if form.kernel == case.primitive:
         return [case.run]
+    if form.by == CUDA:
+        # Its products are torch's, and what it adds to them is one kernel's.
+        return [case.run] if form.kernel == "low_rank_add" and case.primitive in PRODUCTS else []
     if case.query is None:
         return []
     routes: list[Route] = []
@@ -175,8 +187,9 @@ def _forced(case: KernelCase, route: Route) -> list[torch.Tensor]:
         return case.run()
 
 
-def check_drop(device: torch.device, dtype: torch.dtype) -> str:
-    """Return why the kernel of the mask drops other elements than philox does, or ""."""
+def check_drop(device: torch.device, dtype: torch.dtype, by: str = TRITON) -> str:
+    """Return why a backend's kernel of the mask drops other elements than philox does, or ""."""
+    backend, into = backend_named(by), _drop_into(by)
     for seed, p in ((seed, p) for seed in SEEDS for p in PROBABILITIES):
         for M, K in MASKS:
             # The bits by torch on the CPU, whose integers no GPU has to be trusted for.
@@ -184,23 +197,40 @@ def check_drop(device: torch.device, dtype: torch.dtype) -> str:
             x = torch.where(kept, 1.0, torch.nan).to(device, dtype)
             on_device, scale = torch.tensor([seed], device=device), philox.scale(p)
             with GuardedAllocations() as guarded:
-                dropped = triton.drop(x, on_device, p)
+                results = [backend.drop(x, on_device, p)]
                 # Rows that lie beyond element 2³¹ of their activation.
                 first = 2**31 // K + 1
-                later = torch.empty_like(x)
-                drop(later, torch.ones_like(x), on_device, p, first, scaled=False)
-                # A masked product is fp32 beside any dtype.
-                written, added = torch.empty_like(x), torch.ones_like(x)
-                drop(written, x.float(), on_device, p)
-                drop(added, x.float(), on_device, p, accumulate=True)
+                results.append(torch.empty_like(x))
+                into(results[-1], torch.ones_like(x), on_device, p, first, scaled=False)
+                if by == TRITON:
+                    # A masked product is fp32 beside any dtype; `cuda` has a kernel for that.
+                    results += [torch.empty_like(x), torch.ones_like(x)]
+                    into(results[-2], x.float(), on_device, p)
+                    into(results[-1], x.float(), on_device, p, accumulate=True)
             far = philox.keep_mask(torch.tensor([seed]), p, slice(first, first + M), K)
             truths = kept * scale, far * 1.0, kept * scale, 1 + kept * scale
-            for found, truth in zip((dropped, later, written, added), truths, strict=True):
+            for found, truth in zip(results, truths, strict=False):
                 if not torch.equal(found.cpu(), truth.to(dtype)):
                     return f"drops other elements than philox (seed={seed} p={p:g} M={M} K={K})"
             if not guarded.whole:
                 return "writes beside its outputs"
     return ""
+
+
+def _drop_into(by: str) -> Callable:
+    """Return the launch of a backend's kernel of the mask."""
+    if by == CUDA:
+        return importlib.import_module("lorafast.engine.cuda_kernels").drop_into
+    return importlib.import_module("lorafast.engine.kernels.drop").drop
+
+
+def _why_not_mask(device: torch.device, dtype: torch.dtype) -> str:
+    """Return why eager cannot drop by Triton's kernel; "" if it can."""
+    try:
+        return check_drop(device, dtype)
+    except Exception as error:
+        # Without Triton, or where its kernel has no verdict yet and fails.
+        return _first_line(error)
 
 
 def _still_computes(device: torch.device) -> bool:

@@ -20,9 +20,7 @@ from typing import NamedTuple
 
 from lorafast.runtime import env
 
-# The step that measures; it comes last.
-SPEED = "speed"
-# The time of all children of one trial together, in seconds.
+# The time of all children of one trial together for the steps of one entry, in seconds.
 LIMIT = 120.0
 # A test puts a program here that stands in for the child.
 COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "lorafast.engine.trial_checks")
@@ -34,12 +32,12 @@ _MOST_CHARACTERS = 300
 class Outcome(NamedTuple):
     """The end of a trial.
 
-    reasons: of each step why it does not serve, "" if it does. rates: what SPEED measured.
+    reasons: of each step why it does not serve, "" if it does. rates: what a step measured.
     unusable: why the child could not begin, "" if it could.
     """
 
     reasons: dict[str, str]
-    rates: dict[str, float]
+    rates: dict[str, dict[str, float]]
     unusable: str = ""
 
 
@@ -54,7 +52,7 @@ class Report:
         self.path = path
         self.steps: list[str] = []
         self.reasons: dict[str, str] = {}
-        self.rates: dict[str, float] = {}
+        self.rates: dict[str, dict[str, float]] = {}
         self.running: str | None = None
         self.unusable = ""
         for line in path.read_text().splitlines():
@@ -67,7 +65,8 @@ class Report:
             self.running = said["begin"]
         elif "end" in said:
             self.reasons[said["end"]], self.running = said["reason"], None
-            self.rates |= said.get("rates", {})
+            if said.get("rates"):
+                self.rates[said["end"]] = said["rates"]
         elif "steps" in said:
             self.steps = said["steps"]
         else:
@@ -78,46 +77,57 @@ class Report:
         """The steps that have not ended."""
         return [step for step in self.steps if step not in self.reasons]
 
+    def give_up(self, steps: list[str], why: str) -> None:
+        """End those of some steps that are left."""
+        for step in steps:
+            if step in self.left:
+                self.write(end=step, reason=f"was not tried: {why}")
+
     def write(self, **said: object) -> None:
         """Append a line."""
         with self.path.open("a") as file:
             file.write(f"\n{json.dumps(said)}\n")
 
 
-def run(uuid: str, entry: str, steps: list[str], folder: Path, in_cpp: bool) -> Outcome:
-    """Run children until every step has ended or the time is up.
+def run(uuid: str, steps: dict[str, list[str]], folder: Path, in_cpp: bool) -> Outcome:
+    """Run children until every step has ended, or the time of its entry is up.
 
-    uuid: the device. entry: the name of what is tried. folder: where a temporary file may lie.
+    uuid: the device. steps: those of each entry, in order. folder: where a temporary file may lie.
     in_cpp: launches are made by csrc/launch, which is there; else by Python, and nothing is built.
     """
-    end = time.monotonic() + LIMIT
+    entry_of = {step: entry for entry, own in steps.items() for step in own}
+    timed, end = next(iter(steps)), time.monotonic() + LIMIT
     with tempfile.TemporaryDirectory(prefix="trial-", dir=folder) as inside:
         path = Path(inside) / "report.jsonl"
         path.touch()
-        Report(path).write(steps=steps)
+        Report(path).write(steps=[*entry_of])
         ended = 0
         while True:
-            why = _run_child(uuid, entry, path, end - time.monotonic(), in_cpp)
-            report = Report(path)
-            if report.running is not None:
-                report.write(end=report.running, reason=why or "the child ended in it")
+            why = _run_child(uuid, [*steps], path, end - time.monotonic(), in_cpp)
+            report, late = Report(path), time.monotonic() >= end
+            running = report.running
+            if running is not None and not (late and entry_of[running] != timed):
+                report.write(end=running, reason=why or "the child ended in it")
                 report = Report(path)
             if not report.reasons:
                 return Outcome({}, {}, report.unusable or why or "the child reports nothing")
-            # What was found before a device became unusable is kept.
-            why = report.unusable or why
-            stuck = bool(report.unusable) or len(report.reasons) == ended
-            if report.left and (stuck or time.monotonic() >= end):
-                reason = f"was not tried: {why}" if stuck else "was not tried: the time was up"
-                report.reasons |= dict.fromkeys(report.left, reason)
+            if report.unusable or (len(report.reasons) == ended and not late):
+                # What was found before a device became unusable is kept.
+                report.give_up(report.left, report.unusable or why)
+            elif late and entry_of[running or (report.left or report.steps)[0]] == timed:
+                report.give_up(steps[timed], "the time was up")
+            report = Report(path)
             if not report.left:
                 return Outcome(report.reasons, report.rates)
+            if late:
+                # An entry has the same time, however long the one before it took or hung.
+                timed, end = entry_of[report.left[0]], time.monotonic() + LIMIT
             ended = len(report.reasons)
 
 
-def _run_child(uuid: str, entry: str, report: Path, seconds: float, in_cpp: bool) -> str:
+def _run_child(uuid: str, entries: list[str], report: Path, seconds: float, in_cpp: bool) -> str:
     """Run one child and return why it ended, in words; "" if it ended as it should."""
-    command = [*COMMAND, "--device", uuid, "--entry", entry, "--out", str(report)]
+    command = [*COMMAND, "--device", uuid, "--entries", ",".join(entries), "--out", str(report)]
     with (report.parent / "stderr").open("w+b") as stderr:
         try:
             child = subprocess.Popen(
@@ -159,7 +169,9 @@ def _kill(child: subprocess.Popen) -> None:
 def _why(status: int, stderr: str) -> str:
     if not status:
         return ""
-    last = next((line for line in reversed(stderr.splitlines()) if line.strip()), "")
+    # Not what is said of a kernel that is compiled.
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    last = next((line for line in reversed(lines) if not line.startswith("lorafast: ")), "")
     said = f": {' '.join(last.split())[:_MOST_CHARACTERS]}" if last else ""
     if status > 0:
         return f"crashed with status {status}{said}"

@@ -50,9 +50,9 @@ CACHE = Variable(
 TRIAL = Variable(
     "LORAFAST_TRIAL",
     "1",
-    "`1` tries the Triton kernels once on a GPU that has no verdict yet, in a child process, and "
-    "`auto` then uses those that are right and faster; `again` tries them anew; `0` tries and uses "
-    "none. Read when a GPU's kernels are first needed",
+    "`1` tries the Triton and the CUDA kernels once on a GPU that has no verdict yet, in a child "
+    "process, and `auto` then uses those that are right and faster; `again` tries them anew; `0` "
+    "tries and uses none. Read when a GPU's kernels are first needed",
 )
 CXXFLAGS = Variable(
     "LORAFAST_CXXFLAGS",

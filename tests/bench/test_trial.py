@@ -8,6 +8,7 @@ from helpers.pretended_gpu import Pretended
 
 from lorafast.bench import cli, machine
 from lorafast.bench import trial as command
+from lorafast.engine import cuda_forms
 
 
 @pytest.fixture
@@ -42,6 +43,21 @@ def test_a_wrong_form_is_named_and_is_the_exit_status(gpu, capsys, tmp_path):
     assert content["trial"]["streams"]["forms"]["grad_output float16"] == "crashed by SIGSEGV"
     assert content["trial"]["fp32"]["rates"] == {"copy": 2.5e12}
     assert str(tmp_path) not in content["env"]["command"]
+
+
+def test_both_sets_of_kernels_are_shown(gpu, capsys, monkeypatch):
+    assert cli.main(["trial"]) == 0
+    said = capsys.readouterr().out
+    assert "cuda-bf16: not tried" in said
+    assert "LORAFAST_HOST=0 is set" in said
+    monkeypatch.setattr(cuda_forms, "why_not", lambda: "")
+    gpu.does("cuda row_norm bfloat16=wrong")
+    gpu.forget()
+    assert cli.main(["trial"]) == 1
+    said = capsys.readouterr().out
+    assert "cuda-bf16: tried in" in said
+    assert "cuda row_norm bfloat16" in said
+    assert [run.split()[1] for run in gpu.runs] == ["streams", "cuda-bf16"]
 
 
 def test_json_on_stdout_is_alone_there(gpu, capsys):

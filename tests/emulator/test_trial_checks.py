@@ -6,15 +6,15 @@ from helpers.emulated_device import nvidia
 
 from emulator import driver
 from emulator.process import in_emulator
-from lorafast.engine import trial, trial_checks
+from lorafast.engine import trial_checks
 from lorafast.engine.kernel_cases import Sizes
-from lorafast.engine.trial import Form
+from lorafast.engine.trial_forms import GEMMS, STREAMS, Form
 
 SIZES = [Sizes(80, 128, 64, 16, 0.05), Sizes(45, 51, 37, 16, 0.0)]
 QUICK = [("project", 90)]
 FORMS = [
     pytest.param(kernel, capability, marks=[pytest.mark.slow] * ((kernel, capability) not in QUICK))
-    for kernel in (*trial.STREAMS, *trial.GEMMS)
+    for kernel in (*STREAMS, *GEMMS)
     for capability in (80, 90)
     if (kernel, capability) != ("gemm_tma", 80)
 ]

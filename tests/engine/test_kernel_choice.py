@@ -14,7 +14,7 @@ from lorafast.engine import dispatch, kernel_choice, trial
 from lorafast.engine.backends import eager, triton
 from lorafast.engine.kernels import gemm_routing, measured
 from lorafast.engine.problem import PRIMITIVES
-from lorafast.engine.trial import Verdict
+from lorafast.engine.trial_forms import GEMMS, SPEED, STREAMS, Verdict
 from lorafast.runtime import devices
 from lorafast.runtime.devices import Arch
 from lorafast.runtime.fallback import Provisional
@@ -124,7 +124,7 @@ def test_wide_ranks_have_forms_of_their_own():
 
 def test_what_was_right_but_never_measured_does_not_serve():
     known = verdicts()
-    known["streams"] = Verdict(known["streams"].forms | {trial.SPEED: "crashed"}, {})
+    known["streams"] = Verdict(known["streams"].forms | {SPEED: "crashed"}, {})
     with given(known):
         assert chosen("project") == ("eager", ("its speed on this GPU could not be measured",))
         assert chosen("linear") == ("eager", ("crashed",))
@@ -152,7 +152,7 @@ def test_a_form_of_the_gemm_that_was_wrong_is_no_route():
         chosen("linear", **SMALL)
         for primitive in kernel_choice.PRODUCTS:
             assert not triton.describe_route(primitive, problem(**SMALL)).startswith("tma")
-    both = {f"{kernel} bfloat16": "is wrong" for kernel in trial.GEMMS}
+    both = {f"{kernel} bfloat16": "is wrong" for kernel in GEMMS}
     with given(verdicts(both)):
         assert chosen("linear", **SMALL) == ("eager", ("is wrong",))
         # torch's product beside our low_rank_add.
@@ -303,7 +303,7 @@ def test_explain_shows_what_a_verdict_chose(monkeypatch):
 
 def test_the_constants_are_names_that_the_model_knows():
     known = verdicts()["streams"].rates
-    for kernel in trial.STREAMS[1:]:
+    for kernel in STREAMS[1:]:
         for p in (0.0, 0.05) if kernel != "low_rank_add" else (0.05,):
             assert measured.expected(kernel, problem(dropout=p), known)
     assert measured.expected("project", problem(), {}) is None

@@ -229,9 +229,9 @@ def cuda_launches(of, real):
 
     if not real:
         with mock.patch.object(ModelledForms, "launch", lambda _, *launch: note(*launch)):
-            step_model.cuda_step.cache_clear()
+            step_model.step.cache_clear()
             step_model.cuda_step(of, H200)
-        step_model.cuda_step.cache_clear()
+        step_model.step.cache_clear()
         return launches
     tensors = [part and torch.zeros(part.shape, dtype=part.dtype) for part in of.parts]
     tensors = LayerTensors(*tensors)
@@ -282,10 +282,10 @@ def cuda_works(of):
             super().__init__(machine)
             noted.append(self)
 
-    step_model.cuda_step.cache_clear()
+    step_model.step.cache_clear()
     with mock.patch.object(step_model, "Trace", Kept):
         seconds = step_model.cuda_step(of, H200)
-    step_model.cuda_step.cache_clear()
+    step_model.step.cache_clear()
     assert seconds == noted[0].seconds
     return noted[0].works
 

@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 
-from lorafast.engine import philox, trial, trial_checks, trial_process, trial_rates
+from lorafast.engine import philox, trial, trial_checks, trial_forms, trial_process, trial_rates
 from lorafast.engine.backends import triton
 from lorafast.engine.kernel_cases import Sizes
 from lorafast.engine.kernels import measured
-from lorafast.engine.trial import Form
+from lorafast.engine.trial_forms import SPEED, Form
 
 CPU = torch.device("cpu")
 SIZES = [Sizes(80, 48, 32, 16, 0.05), Sizes(45, 51, 37, 16, 0.0)]
@@ -23,7 +23,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(trial_checks, "MASKS", ((7, 43), (16, 64)))
 
 
-@pytest.mark.parametrize("kernel", trial.STREAMS)
+@pytest.mark.parametrize("kernel", trial_forms.STREAMS)
 @pytest.mark.parametrize("dtype", [FP16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_a_right_stream_passes(kernel, dtype):
     assert trial_checks.check(Form(kernel, dtype), CPU, SIZES) == ""
@@ -42,7 +42,7 @@ def test_a_form_that_never_ran_is_not_right():
 
 @pytest.mark.slow
 def test_right_kernels_of_wide_ranks_pass():
-    for kernel in trial.STREAMS[1:]:
+    for kernel in trial_forms.STREAMS[1:]:
         assert trial_checks.check(Form(kernel, FP16, wide=True), CPU, SIZES) == ""
 
 
@@ -111,17 +111,17 @@ def measure_little(monkeypatch):
 
 def child(tmp_path, monkeypatch, forms, *written):
     """Run the child on CPU tensors and return its exit status and its report."""
-    steps = [*map(str, forms), trial_process.SPEED]
+    steps = [*map(str, forms), SPEED]
     path = tmp_path / "report.jsonl"
     path.touch()
     report = trial_process.Report(path)
     report.write(steps=steps)
     for line in written:
         report.write(**line)
-    monkeypatch.setitem(trial.ENTRIES, "streams", tuple(forms))
+    monkeypatch.setitem(trial_forms.ENTRIES, "streams", tuple(forms))
     monkeypatch.setattr(trial_checks, "find", lambda uuid: CPU)
     monkeypatch.setattr(trial_checks, "problems", lambda device: SIZES)
-    arguments = ["--device", "GPU-1", "--entry", "streams", "--out", str(path)]
+    arguments = ["--device", "GPU-1", "--entries", "streams", "--out", str(path)]
     return trial_checks.main(arguments), trial_process.Report(path)
 
 
@@ -137,11 +137,11 @@ def test_the_child_checks_then_measures(tmp_path, monkeypatch):
     assert status == 0
     assert report.reasons == dict.fromkeys(report.steps, "")
     problem = next(iter(trial_checks.kernel_cases(SIZES[0], FP16, CPU, 0))).problem
-    found = measured.expected("grad_project", problem, report.rates)
+    found = measured.expected("grad_project", problem, report.rates[SPEED])
     assert found.kernels > 0
     assert found.eager > 0
-    assert measured.expected("project", problem, report.rates) is None
-    assert all(isinstance(rate, float) and rate > 0 for rate in report.rates.values())
+    assert measured.expected("project", problem, report.rates[SPEED]) is None
+    assert all(isinstance(rate, float) and rate > 0 for rate in report.rates[SPEED].values())
     # What it writes before a step names the step.
     said = [json.loads(line) for line in report.path.read_text().splitlines() if line]
     assert [line.get("begin") for line in said[1::2]] == report.steps
@@ -160,7 +160,7 @@ def test_an_error_is_the_forms_reason_and_the_child_goes_on(tmp_path, monkeypatc
     forms = [Form(kernel, FP16) for kernel in ("project", "drop")]
     status, report = child(tmp_path, monkeypatch, forms)
     assert (status, report.reasons[str(forms[0])]) == (0, reason)
-    assert report.rates == {"right": 1.0}
+    assert report.rates == {SPEED: {"right": 1.0}}
 
 
 def test_a_child_whose_context_is_poisoned_ends_and_goes_on_in_the_next(tmp_path, monkeypatch):
@@ -169,20 +169,20 @@ def test_a_child_whose_context_is_poisoned_ends_and_goes_on_in_the_next(tmp_path
     forms = [Form(kernel, FP16) for kernel in ("project", "drop")]
     status, report = child(tmp_path, monkeypatch, forms)
     assert status == trial_checks.POISONED
-    assert report.left == [str(forms[1]), trial_process.SPEED]
+    assert report.left == [str(forms[1]), SPEED]
     monkeypatch.setattr(trial_rates, "measure", lambda right, *_: {"right": float(len(right))})
     ended = {"end": str(forms[0]), "reason": "crashed"}
     status, report = child(tmp_path / "..", monkeypatch, forms, ended)
     assert status == 0
     assert report.reasons[str(forms[0])] == "crashed"
-    assert report.rates == {"right": 1.0}
+    assert report.rates == {SPEED: {"right": 1.0}}
 
 
 def test_a_device_that_a_child_does_not_see_is_said(tmp_path):
     path = tmp_path / "report.jsonl"
     path.touch()
     trial_process.Report(path).write(steps=["project float16"])
-    assert trial_checks.main(["--device", "GPU-1", "--entry", "streams", "--out", str(path)]) == 0
+    assert trial_checks.main(["--device", "GPU-1", "--entries", "streams", "--out", str(path)]) == 0
     report = trial_process.Report(path)
     assert report.unusable == "RuntimeError: a child process does not see the device GPU-1"
     assert report.left

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lorafast.engine import host, trial, trial_process
 from lorafast.engine.kernels import measured
-from lorafast.engine.trial import Verdict
+from lorafast.engine.trial_forms import CUDA, ENTRIES, GEMMS, TRITON, Verdict, backend_of
 from lorafast.runtime import devices
 
 FACTS = {"gpu": "Pretended 9000", "architecture": "sm_90", "triton": "3.7.1", "driver": "1.2"}
@@ -65,6 +65,11 @@ _BY_EAGER = {
     "project": 1.0, "project dropped": 4.0, "grad_project": 1.0, "grad_project dropped": 4.0,
     "grad_output": 2.0, "grad_output kept": 6.0, "low_rank_add dropped": 4.0, "row_norm": 9.0,
 }  # fmt: skip
+# What the cuda backend adds to products, and its drop.
+_ADDED_BY_EAGER = {
+    "linear": 0.8, "linear gained": 3.0, "linear gained kept": 4.0, "grad_input": 0.8,
+    "grad_input dropped": 4.0, "drop dropped": 1.0,
+}  # fmt: skip
 
 
 def rates(gemm=0.95, **by_eager):
@@ -74,7 +79,7 @@ def rates(gemm=0.95, **by_eager):
     kernel, by the stream's name with _ for a space, where that is to be changed.
     """
     found = {measured.COPY: 4e12, measured.PRODUCT: 7e14, measured.SMALL_PRODUCT: 5e14}
-    found |= dict.fromkeys(trial.GEMMS, gemm)
+    found |= dict.fromkeys(GEMMS, gemm)
     for name, times in _BY_EAGER.items():
         times = by_eager.get(name.replace(" ", "_"), times)
         found[measured.rate(name, measured.KERNELS)] = 4e12
@@ -85,11 +90,31 @@ def rates(gemm=0.95, **by_eager):
 
 
 def verdicts(wrong=(), **changes):
-    """A verdict for every entry: all forms are right but those in `wrong`, a dict of reasons."""
-    wrong, constants = dict(wrong), rates(**changes)
-    found = {}
-    for entry, forms in trial.ENTRIES.items():
-        tried = {form.kernel for form in forms}
-        known = {key: rate for key, rate in constants.items() if key not in {*trial.GEMMS} - tried}
-        found[entry] = Verdict({str(form): wrong.get(str(form), "") for form in forms}, known)
+    """A verdict for every entry of Triton's: all forms are right but those in `wrong`, a dict of
+    reasons.
+    """
+    return _verdicts(TRITON, wrong, rates(**changes))
+
+
+def cuda_verdicts(wrong=(), **times):
+    """Verdicts for the entries of the cuda backend, which takes 0.8 of the seconds of Triton's
+    kernels in `rates`, or as `times` says of a stream by its name with _ for a space. What it adds
+    to dx is a small part of a product, and takes 0.2 of them.
+    """
+    times = {"grad_input_dropped": 0.2} | times
+    found = {measured.COPY: 4e12, measured.PRODUCT: 7e14, measured.SMALL_PRODUCT: 5e14}
+    for name, by_eager in (_BY_EAGER | _ADDED_BY_EAGER).items():
+        found[measured.rate(name, measured.CUDA)] = 4e12 / times.get(name.replace(" ", "_"), 0.8)
+        found[measured.rate(name, measured.EAGER)] = 4e12 / by_eager
+    del found[measured.rate("low_rank_add dropped", measured.CUDA)]
+    return _verdicts(CUDA, wrong, found)
+
+
+def _verdicts(by, wrong, constants):
+    wrong, found = dict(wrong), {}
+    for entry, forms in ENTRIES.items():
+        if backend_of(entry) == by:
+            tried = {form.kernel for form in forms}
+            known = {name: rate for name, rate in constants.items() if name not in {*GEMMS} - tried}
+            found[entry] = Verdict({str(form): wrong.get(str(form), "") for form in forms}, known)
     return found

@@ -13,17 +13,18 @@ import time
 from pathlib import Path
 
 from lorafast.engine import trial_process
+from lorafast.engine.trial_forms import SPEED
 
 RATES = {"copy": 2.5e12}
 
 
 def main():
     parser = argparse.ArgumentParser()
-    for name in ("device", "entry", "out"):
+    for name in ("device", "entries", "out"):
         parser.add_argument(f"--{name}", required=True)
     asked = parser.parse_args()
     with open(os.environ["STAND_IN_RUNS"], "a") as runs:
-        runs.write(f"{asked.device} {asked.entry} {os.environ['LORAFAST_TRIAL']}\n")
+        runs.write(f"{asked.device} {asked.entries} {os.environ['LORAFAST_TRIAL']}\n")
     deeds = dict(one.split("=") for one in filter(None, os.environ["STAND_IN"].split(";")))
     report = trial_process.Report(Path(asked.out))
     do(deeds.get("start"), report, "start")
@@ -32,7 +33,7 @@ def main():
     for step in report.left:
         report.write(begin=step)
         reason = do(deeds.get(step), report, step) or ""
-        rates = RATES if step == trial_process.SPEED else {}
+        rates = RATES if step.endswith(SPEED) else {}
         report.write(end=step, reason=reason, rates=rates)
         if reason == "poisoned":
             sys.exit(3)

@@ -1,8 +1,9 @@
 """The CUDA C++ backend: torch's GEMM for the base, csrc/cuda for what is added to it.
 
 Each addition is one pass over its large operand; several adapters take one pass each. The kernels
-are compiled where they run, each form when it is first needed. LORAFAST_BACKEND=cuda asks for it:
-no GPU has run it, and no trial decides about it yet. lorafast.engine.backends.Backend describes the
+are compiled where they run, each form when it is first needed. No GPU of this project has run them:
+`auto` picks the backend where a trial found its kernels right and faster (cuda_choice), and
+LORAFAST_BACKEND=cuda asks for it without one. lorafast.engine.backends.Backend describes the
 functions.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from lorafast.engine import cuda_forms, cuda_grad_output, cuda_kernels
+from lorafast.engine import cuda_choice, cuda_forms, cuda_grad_output, cuda_kernels
 from lorafast.engine.backends import eager
 from lorafast.engine.problem import (
     BaseTerm,
@@ -28,17 +29,10 @@ from lorafast.engine.row_blocks import flatten_tokens
 from lorafast.runtime import env
 
 _MAX_RANK = 256
-# The oldest architecture whose tensor cores multiply bf16.
-_OLDEST = 80
 
 
 def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
-    arch = problem.arch
-    if arch.vendor != "nvidia":
-        return (f"runs on NVIDIA GPUs; this is {arch.words}",)
-    reasons = []
-    if int(arch.name.removeprefix("sm_")) < _OLDEST:
-        reasons.append(f"runs on sm_{_OLDEST} and later; this is {arch.name}")
+    reasons = [why] if (why := cuda_forms.why_not_architecture(problem.arch.name)) else []
     dtypes = {
         "x": problem.dtype,
         "weight": problem.weight_dtype,
@@ -51,8 +45,8 @@ def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
     ]
     if max(problem.R) > _MAX_RANK:
         reasons.append(f"R={max(problem.R)} exceeds {_MAX_RANK}, the largest rank of the kernels")
-    if not env.is_forced("cuda"):
-        reasons.append("it is used with LORAFAST_BACKEND=cuda alone: no GPU has run it yet")
+    if not reasons and not env.is_forced("cuda"):
+        reasons += cuda_choice.why_not(primitive, problem)
     if not reasons and (why := cuda_forms.why_not()):
         reasons.append(why)
     return tuple(reasons)
