@@ -96,7 +96,7 @@ class _Variant(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """Random operands of one layer; adapter parameters are fp32, as in training."""
+    """Random operands of one layer; adapter parameters are usually fp32, as in training."""
 
     x: torch.Tensor
     dy: torch.Tensor
@@ -151,15 +151,20 @@ def backend_named(name: str) -> Backend:
 
 
 def kernel_cases(
-    sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int, by: str = TRITON
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    by: str = TRITON,
+    factors: torch.dtype = torch.float32,
 ) -> list[KernelCase]:
     """Return the cases of a LoRA layer, and the variants that DoRA, LaMDA and Conv1D need.
 
     by: the backend whose kernels run. For `cuda`, whose kernels have more forms, there are further
-    variants, so that each form of a problem's ranks runs.
+    variants. factors: the dtype of the adapter's parameters.
     """
     backend = backend_named(by)
-    o, p, arch = _operands(sizes, dtype, device, seed), sizes.p, devices.of(device)
+    o, p, arch = _operands(sizes, dtype, device, seed, factors), sizes.p, devices.of(device)
     problem = Problem(
         arch,
         dtype,
@@ -168,7 +173,7 @@ def kernel_cases(
         (sizes.N,),
         (sizes.R,),
         dtype,
-        torch.float32,
+        factors,
         dropout=p,
     )
     frozen = {"linear": lambda: F.linear(o.x, o.W), "grad_input": lambda: o.dy @ o.W}
@@ -192,27 +197,32 @@ def kernel_cases(
     ]
 
 
-def _operands(sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> _Operands:
+def _operands(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    factors: torch.dtype = torch.float32,
+) -> _Operands:
     M, K, N, R, p = sizes
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
 
-    fp32 = torch.float32
     return _Operands(
         x=normal(M, K),
         dy=normal(M, N),
         W=normal(N, K, scale=K**-0.5),
         transposed=normal(K, N, scale=K**-0.5).t(),
-        A=normal(R, K, scale=K**-0.5, dtype=fp32),
-        B=normal(N, R, dtype=fp32),
-        core=normal(R, R, scale=R**-0.5, dtype=fp32),
+        A=normal(R, K, scale=K**-0.5, dtype=factors),
+        B=normal(N, R, dtype=factors),
+        core=normal(R, R, scale=R**-0.5, dtype=factors),
         h=normal(M, R),
         v=normal(M, R, scale=N**-0.5),
         y=normal(M, N),
-        gain=normal(N, scale=0.1, dtype=fp32) + 1,
-        bias=normal(N, dtype=fp32),
+        gain=normal(N, scale=0.1, dtype=factors) + 1,
+        bias=normal(N, dtype=factors),
         seed=torch.tensor([seed + 1], device=device) if p else None,
         p=p,
     )
@@ -357,6 +367,31 @@ def _more_streams(o: _Operands) -> list[_Variant]:
 
         return run
 
+    def scaled(backend: Backend) -> list[torch.Tensor]:
+        # A factor that lies across, as that of one rank does.
+        across = o.B.t().contiguous().t()
+        spec = UpProjGradSpec(across, 0.5, o.gain, h=o.h, want_B=True, want_out_scale=True)
+        grads = backend.grad_output(o.dy, [spec]).adapters[0]
+        return [grads[0], grads[1], grads[3]]
+
+    def scaled_chain(dtype: torch.dtype) -> list[torch.Tensor]:
+        dy, B, out_scale = o.dy.to(dtype), o.B.to(dtype), o.gain.to(dtype)[:, None]
+        P = 0.5 * dy.t() @ o.h.to(dtype)
+        return [0.5 * dy @ (out_scale * B), out_scale * P, (P * B).sum(1)]
+
+    def gains(backend: Any) -> list[torch.Tensor]:
+        # Functions that this backend has beside the protocol's.
+        gain, norm = backend.gain_of(o.bias, o.gain), o.gain.float()
+        return [gain, *backend.gain_grads(o.bias.float(), gain, norm, True, True)]
+
+    def gains_chain(dtype: torch.dtype) -> list[torch.Tensor]:
+        # In fp32 where a dtype is smaller, as in a layer.
+        wide = torch.promote_types(dtype, torch.float32)
+        bias, norm = o.bias.to(wide), o.gain.to(wide)
+        gain = bias / norm
+        d_magnitude = bias / gain / norm
+        return [gain, d_magnitude, -d_magnitude * gain]
+
     def chain(dtype: torch.dtype) -> list[torch.Tensor]:
         dy = o.dy.to(dtype)
         return [dy.t() @ o.h.to(dtype), dy.sum(0), (dy * o.y.to(dtype)).sum(0)]
@@ -369,6 +404,12 @@ def _more_streams(o: _Operands) -> list[_Variant]:
     )
     return [
         *([drop] if o.p else []),
+        # What computes one of these asks for the gain, too.
+        *(
+            _Variant(name, "gain", gains, gains_chain)
+            for name in ("project", "linear", "grad_output")
+        ),
+        _Variant("grad_output", "out_scale", scaled, scaled_chain),
         _Variant("grad_output", "B", grads([P], want_bias=False), lambda d: chain(d)[:1]),
         _Variant("grad_output", "B and bias", grads([P]), lambda d: chain(d)[:2]),
         _Variant("grad_output", "B, bias and dot", grads([P], o.y), chain),

@@ -23,7 +23,7 @@ import torch
 from lorafast.engine import error_rule, philox, trial, trial_forms, trial_process, trial_rates
 from lorafast.engine.guarded_allocations import GuardedAllocations
 from lorafast.engine.kernel_cases import PRODUCTS, KernelCase, Sizes, backend_named, kernel_cases
-from lorafast.engine.kernels import gemm_routing
+from lorafast.engine.kernels import gemm_routing, measured
 from lorafast.engine.kernels.gemm_routing import Route
 from lorafast.engine.trial_forms import CUDA, GEMMS, TRITON, Form
 from lorafast.engine.trial_process import Report
@@ -36,8 +36,9 @@ SEEDS = (1, 2**31 - 1, 2**62 + 12345)
 PROBABILITIES = (1 / philox.STEPS, P, 0.5)
 MASKS = ((37, 1003), (64, 1024))
 # The ranks of narrow forms and of wide ones. Triton has one block of ranks for 17 to 64. The cuda
-# backend's forms are compiled apart: for up to 8, 16, 32 and 64, and for 128 in one block or more.
-RANKS = {TRITON: ((16, 24), (72, 200)), CUDA: ((5, 16, 24, 50), (72, 256))}
+# backend's forms are compiled apart: for up to 8, 16, 32 and 64, and for 128 in one block or more;
+# and for factors that are read as they are, which are fp32 and have multiples of four ranks.
+RANKS = {TRITON: ((16, 24), (72, 200)), CUDA: ((5, 16, 21, 24, 52), (72, 256))}
 # A child whose context a kernel has poisoned ends with this status, and is started again.
 POISONED = 3
 
@@ -91,14 +92,14 @@ def problems(device: torch.device) -> list[Sizes]:
 def steps(report: Report, entries: list[str], device: torch.device, sizes: list[Sizes]) -> int:
     """Check the forms that are left, measure the right ones, and return the exit status."""
     forms = {str(form): form for entry in entries for form in trial_forms.ENTRIES[entry]}
-    measured = {trial_forms.speed_of(form.by): form.by for form in forms.values()}
+    speeds = {trial_forms.speed_of(form.by): form.by for form in forms.values()}
     for step in report.left:
         report.write(begin=step)
         rates: dict[str, float] = {}
         try:
-            if step in measured:
+            if step in speeds:
                 reasons = Report(report.path).reasons
-                own = {name: form for name, form in forms.items() if form.by == measured[step]}
+                own = {name: form for name, form in forms.items() if form.by == speeds[step]}
                 right = [form for name, form in own.items() if not reasons[name]]
                 rates, reason = speed(right, reasons, device), ""
             else:
@@ -128,23 +129,33 @@ def check(form: Form, device: torch.device, sizes: list[Sizes]) -> str:
     """Return why a form is wrong on a device, in words; "" if it is right."""
     if form.kernel == "drop":
         return check_drop(device, form.dtype, form.by)
-    ranks = RANKS[form.by][form.wide]
-    if form.kernel in GEMMS:
-        # Their forms are many, and differ by neither.
-        ranks, sizes = ranks[-1:], [one for one in sizes if one.p]
-    if form.by == CUDA:
-        # What drops and what does not are different forms.
-        shapes = dict.fromkeys(one._replace(p=0.0) for one in sizes)
-        sizes = [one._replace(p=p) for one in shapes for p in (0.0, P)]
     ran = False
-    for size in (one._replace(R=R) for one in sizes for R in ranks):
-        for case in kernel_cases(size, form.dtype, device, 7, form.by):
+    for size, factors in _settings(form, sizes):
+        for case in kernel_cases(size, form.dtype, device, 7, form.by, factors):
             if runs := _runs(form, case):
                 ran = True
                 if reason := _check_case(case, runs, form.dtype):
                     shape = f"M={size.M} K={size.K} N={size.N} R={size.R} p={size.p:g}"
                     return f"{reason} ({' '.join((case.primitive, case.variant, shape))})"
     return "" if ran else "does not run on this device"
+
+
+def _settings(form: Form, sizes: list[Sizes]) -> list[tuple[Sizes, torch.dtype]]:
+    """Return the sizes that a form is checked in, and the dtypes of factors."""
+    ranks, fp32 = RANKS[form.by][form.wide], torch.float32
+    if form.by == CUDA:
+        # What drops and what does not are different forms.
+        shapes = [*dict.fromkeys(one._replace(p=0.0) for one in sizes)]
+        pairs = [(one, fp32) for one in shapes]
+        if form.dtype in trial_forms.HALVES:
+            pairs.append((shapes[0], form.dtype))
+        return [
+            (one._replace(R=R, p=p), own) for one, own in pairs for R in ranks for p in (0.0, P)
+        ]
+    if form.kernel in GEMMS:
+        # Their forms are many, and differ by neither.
+        ranks, sizes = ranks[-1:], [one for one in sizes if one.p]
+    return [(one._replace(R=R), fp32) for one in sizes for R in ranks]
 
 
 def _check_case(
@@ -163,11 +174,13 @@ def _check_case(
 
 def _runs(form: Form, case: KernelCase) -> list[Callable[[], list[torch.Tensor]]]:
     """The runs of a case that launch the form's kernel."""
-    if form.kernel == case.primitive:
-        return [case.run]
     if form.by == CUDA:
         # Its products are torch's, and what it adds to them is one kernel's.
-        return [case.run] if form.kernel == "low_rank_add" and case.primitive in PRODUCTS else []
+        kernel = "low_rank_add" if case.primitive in PRODUCTS else case.primitive
+        differs = not case.sizes.p or case.primitive in measured.DROPPED
+        return [case.run] if kernel == form.kernel and differs else []
+    if form.kernel == case.primitive:
+        return [case.run]
     if case.query is None:
         return []
     routes: list[Route] = []

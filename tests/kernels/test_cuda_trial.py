@@ -165,10 +165,10 @@ LAYERS = [
 ]
 
 
-def layer(options, M, K, N, R, dtype):
-    """The layer of step_model that some options make."""
+def layer(options, M, K, N, R, dtype, factors):
+    """The layer of step_model that some options make; factors: the dtype of its parameters."""
 
-    def meta(*shape, dtype=FP32):
+    def meta(*shape, dtype=factors):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     given = dict(options)
@@ -204,10 +204,10 @@ def launched_by_steps(dtype, ranks):
     machine_of = step_model.modelled.H200
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_model.ModelledForms, "launch", note)
-        for options, R in itertools.product(LAYERS, ranks):
+        for options, R, factors in itertools.product(LAYERS, ranks, {FP32, dtype}):
             for M, K, N in ((8512, 512, 384), (192, 2048, 1024), (203, 1019, 517)):
                 step_model.step.cache_clear()
-                step_model.cuda_step(layer(options, M, K, N, R, dtype), machine_of)
+                step_model.cuda_step(layer(options, M, K, N, R, dtype, factors), machine_of)
         step_model.step.cache_clear()
     return forms
 
