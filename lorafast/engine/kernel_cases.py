@@ -180,7 +180,7 @@ def kernel_cases(
     queries = _queries(sizes, dtype, arch)
     variants = [*_products(o), *_streams(o)]
     if by == CUDA:
-        variants += [*_more_products(o), *_more_streams(o)]
+        variants += [*_more_products(o), *_more_streams(o), *_gains(o)]
     return [
         KernelCase(
             one.primitive,
@@ -379,6 +379,31 @@ def _more_streams(o: _Operands) -> list[_Variant]:
         P = 0.5 * dy.t() @ o.h.to(dtype)
         return [0.5 * dy @ (out_scale * B), out_scale * P, (P * B).sum(1)]
 
+    def chain(dtype: torch.dtype) -> list[torch.Tensor]:
+        dy = o.dy.to(dtype)
+        return [dy.t() @ o.h.to(dtype), dy.sum(0), (dy * o.y.to(dtype)).sum(0)]
+
+    drop = _Variant(
+        "drop",
+        "",
+        lambda backend: [backend.drop(o.x, o.seed, o.p)],
+        lambda dtype: [o.drop(o.x.to(dtype))],
+    )
+    return [
+        *([drop] if o.p else []),
+        _Variant("grad_output", "out_scale", scaled, scaled_chain),
+        _Variant("grad_output", "B", grads([P], want_bias=False), lambda d: chain(d)[:1]),
+        _Variant("grad_output", "B and bias", grads([P]), lambda d: chain(d)[:2]),
+        _Variant("grad_output", "B, bias and dot", grads([P], o.y), chain),
+        _Variant("grad_output", "bias", grads([both]), lambda d: chain(d)[:2]),
+        _Variant("grad_output", "bias alone", grads([]), lambda d: chain(d)[1:2]),
+        _Variant("grad_output", "bias and dot", grads([], o.y), lambda d: chain(d)[1:]),
+    ]
+
+
+def _gains(o: _Operands) -> list[_Variant]:
+    """Return what the cuda backend has beside primitives, with each that may ask for it."""
+
     def gains(backend: Any) -> list[torch.Tensor]:
         # Functions that this backend has beside the protocol's.
         gain, norm = backend.gain_of(o.bias, o.gain), o.gain.float()
@@ -392,30 +417,8 @@ def _more_streams(o: _Operands) -> list[_Variant]:
         d_magnitude = bias / gain / norm
         return [gain, d_magnitude, -d_magnitude * gain]
 
-    def chain(dtype: torch.dtype) -> list[torch.Tensor]:
-        dy = o.dy.to(dtype)
-        return [dy.t() @ o.h.to(dtype), dy.sum(0), (dy * o.y.to(dtype)).sum(0)]
-
-    drop = _Variant(
-        "drop",
-        "",
-        lambda backend: [backend.drop(o.x, o.seed, o.p)],
-        lambda dtype: [o.drop(o.x.to(dtype))],
-    )
     return [
-        *([drop] if o.p else []),
-        # What computes one of these asks for the gain, too.
-        *(
-            _Variant(name, "gain", gains, gains_chain)
-            for name in ("project", "linear", "grad_output")
-        ),
-        _Variant("grad_output", "out_scale", scaled, scaled_chain),
-        _Variant("grad_output", "B", grads([P], want_bias=False), lambda d: chain(d)[:1]),
-        _Variant("grad_output", "B and bias", grads([P]), lambda d: chain(d)[:2]),
-        _Variant("grad_output", "B, bias and dot", grads([P], o.y), chain),
-        _Variant("grad_output", "bias", grads([both]), lambda d: chain(d)[:2]),
-        _Variant("grad_output", "bias alone", grads([]), lambda d: chain(d)[1:2]),
-        _Variant("grad_output", "bias and dot", grads([], o.y), lambda d: chain(d)[1:]),
+        _Variant(name, "gain", gains, gains_chain) for name in ("project", "linear", "grad_output")
     ]
 
 

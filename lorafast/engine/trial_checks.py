@@ -37,8 +37,11 @@ PROBABILITIES = (1 / philox.STEPS, P, 0.5)
 MASKS = ((37, 1003), (64, 1024))
 # The ranks of narrow forms and of wide ones. Triton has one block of ranks for 17 to 64. The cuda
 # backend's forms are compiled apart: for up to 8, 16, 32 and 64, and for 128 in one block or more;
-# and for factors that are read as they are, which are fp32 and have multiples of four ranks.
-RANKS = {TRITON: ((16, 24), (72, 200)), CUDA: ((5, 16, 21, 24, 52), (72, 256))}
+# and for factors that are read as they are, in whole blocks or in multiples of four ranks.
+RANKS = {
+    TRITON: ((16, 24), (72, 200)),
+    CUDA: ((5, 8, 12, 16, 21, 32, 50, 64), (72, 256)),
+}
 # A child whose context a kernel has poisoned ends with this status, and is started again.
 POISONED = 3
 
