@@ -23,6 +23,7 @@ from lorafast.models.module_names import (
     adapter_layers,
     canonical_name,
     format_names,
+    is_pretrained_model,
     names_by_layer,
     unwrap,
 )
@@ -81,6 +82,7 @@ def save_adapter(
     warn_about_peft(unwrap(model), content.config)
     if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
         files.write_adapter(Path(path), *content)
+        warn_about_base(unwrap(model), Path(path), content.config)
         if export is not None:
             print(export)
 
@@ -110,6 +112,24 @@ def warn_about_peft(model: nn.Module, config: Mapping[str, Any], stacklevel: int
     """
     _warn_about_shared_layers(model, stacklevel)
     _warn_about_experts(model, config, stacklevel)
+
+
+def warn_about_base(
+    model: nn.Module, folder: Path, config: Mapping[str, Any], stacklevel: int = 3
+) -> None:
+    """Warn that from_pretrained cannot read the folder of a transformers model without a base.
+
+    A model that was made from a config has no name, and transformers asks the hub for "None".
+    stacklevel: as warnings.warn counts it in this function.
+    """
+    if is_pretrained_model(model) and config.get("base_model_name_or_path") is None:
+        warnings.warn(
+            f"base_model_name_or_path is null in {os.fspath(folder / files.CONFIG)!r}, because the "
+            "model was made from a config and has no name: from_pretrained(folder) would ask the "
+            "hub for 'None'. Load the adapter with lorafast.load_adapter(base, folder); or, before "
+            "saving it, set model.name_or_path to the folder or hub name of the base",
+            stacklevel=stacklevel,
+        )
 
 
 def _warn_about_shared_layers(model: nn.Module, stacklevel: int) -> None:

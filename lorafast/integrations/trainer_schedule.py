@@ -25,7 +25,7 @@ from lorafast.models.gradient_check import adapters_without_gradient
 from lorafast.models.module_names import format_names, unwrap
 from lorafast.nn.frozen_columns import FrozenColumns
 from lorafast.runtime import extras
-from lorafast.schedule.lamda import LaMDAFreeze, lamda_layers
+from lorafast.schedule.lamda import LaMDAFreeze, warn_about_unscheduled
 
 with extras.required("peft"):
     from accelerate.optimizer import AcceleratedOptimizer
@@ -345,11 +345,5 @@ def _warn_of_untrained(model: nn.Module) -> None:
             "adapters have no effect: leave them out of target_modules",
             stacklevel=2,
         )
-    waiting = [name for name, layer in lamda_layers(model).items() if not layer.freezing]
-    if waiting:
-        warnings.warn(
-            f"{len(waiting)} LaMDA adapters train without a schedule, so that all of lora_B trains "
-            f"to the end: {format_names(waiting)}. LaMDA freezes it by "
-            "ScheduleCallback(lorafast.schedule.LaMDAFreeze)",
-            stacklevel=2,
-        )
+    way = "ScheduleCallback(lorafast.schedule.LaMDAFreeze)"
+    warn_about_unscheduled(model, way, stacklevel=3)

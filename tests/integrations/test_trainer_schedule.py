@@ -1,6 +1,7 @@
 """ScheduleCallback: Trainer steps schedules, saves their state, and resumes them to the bit."""
 
 import copy
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -202,6 +203,40 @@ def test_a_lamda_model_without_a_schedule_warns_once(tmp_path):
         trainer.train()
     assert len(told) == 1
     trainer.train()
+
+
+def unscheduled(train):
+    """Return what a run warns of LaMDA adapters without a schedule."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        train()
+    return [str(warning.message) for warning in told if "LaMDA adapters" in str(warning.message)]
+
+
+def test_without_any_callback_it_warns_once_too(tmp_path):
+    model = adapted(LaMDA(r=4))
+    trainer = trainer_of(model, tmp_path, save_steps=2)
+    (message,) = unscheduled(trainer.train)
+    assert message.startswith("14 LaMDA adapters train without a schedule")
+    assert "ScheduleCallback(lorafast.schedule.LaMDAFreeze)" in message
+    assert unscheduled(trainer.train) == []
+    again = lorafast.load_adapter(base(), tmp_path / "checkpoint-2", trainable=True)
+    assert len(unscheduled(trainer_of(again, tmp_path / "b").train)) == 1
+    # Frozen, it does not train.
+    frozen = lorafast.load_adapter(base(), tmp_path / "checkpoint-2")
+    assert unscheduled(lambda: frozen.save_pretrained(tmp_path / "checkpoint-9")) == []
+
+
+def test_a_run_with_a_schedule_or_another_method_is_told_nothing(tmp_path):
+    for adapter, callbacks in (
+        (LaMDA(r=4), [ScheduleCallback(schedule.LaMDAFreeze)]),
+        (LoRA(r=4), []),
+    ):
+        trainer = trainer_of(adapted(adapter), tmp_path / type(adapter).__name__, *callbacks)
+        assert unscheduled(trainer.train) == []
+    model = adapted(LaMDA(r=4))
+    schedule.LaMDAFreeze(model, STEPS)
+    assert unscheduled(trainer_of(model, tmp_path / "own").train) == []
 
 
 def test_a_schedule_that_the_user_steps_is_one(tmp_path):
