@@ -28,6 +28,9 @@ _LAUNCHED = {
     "grad_input": ("low_rank_add",),
     "grad_output": ("project", "grad_project", "grad_output"),
 }
+# A product may take as long as another's, within what measurements scatter by: where all primitives
+# are this backend's, C++ makes the calls (host), in a fraction of the host's time.
+_SAME = 1.005
 # Several adapters take one pass each, but here.
 _ONE_PASS = ("linear", "row_norm", "drop")
 
@@ -55,10 +58,21 @@ def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
         return refused
     if not refused:
         name, theirs = "triton", _by_triton(primitive, problem, device, by_eager)
-    if ours <= measured.GAIN * theirs:
+    limit, share = _SAME if primitive in PRODUCTS else measured.GAIN, ours / theirs
+    if share <= limit:
         return ()
-    share = ours / theirs
-    return (f"is expected to take {share:.2f} × {name}'s time here; at most 0.97 is worth it",)
+    taken = f"is expected to take {share:.3f} × {name}'s time here"
+    return (f"{taken}; at most {limit:g} is worth it",)
+
+
+def is_admitted(device: torch.device, dtype: torch.dtype) -> bool:
+    """True if a trial has found kernels right on a device that hold an activation of this dtype.
+
+    The first question about a GPU runs a trial.
+    """
+    if cuda_forms.why_not_architecture(devices.of(device).name) or dtype not in cuda_forms.DTYPES:
+        return False
+    return not kernel_choice.refusals(("project",), dtype, 1, device, CUDA)
 
 
 def _ranks(primitive: str, problem: Problem) -> int:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from lorafast.engine import cuda_forms, cuda_kernels, dispatch, half_products, ops
+from lorafast.engine import cuda_choice, cuda_forms, cuda_kernels, dispatch, half_products, ops
+from lorafast.engine.precision import activation_dtype
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors, Problem, tokens
 from lorafast.runtime import cuda_driver, env, extension, fallback, onednn
 from lorafast.runtime.fallback import Remediable
@@ -23,8 +24,6 @@ from lorafast.runtime.fallback import Remediable
 PROVISIONAL, PYTHON, CPU, CUDA, MULTIPROCESSORS = -1, 0, 1, 64, 8
 ONEDNN_BIAS, Y_ALONG, Y_ACROSS, DX_ALONG, DX_ACROSS = 2, 4, 8, 16, 32
 _PRIMITIVES = ("project", "linear", "grad_output", "grad_input", "grad_project")
-# The values of LORAFAST_BACKEND under which it may serve, by the type of device.
-_ASKED = {"cpu": ("auto", "cpu"), "cuda": ("cuda",)}
 
 
 def _declined(*_: Any) -> None:
@@ -34,7 +33,7 @@ def _declined(*_: Any) -> None:
 def _first_call(x: Any, *rest: Any) -> torch.Tensor | None:
     """linear, until a call comes that it may serve."""
     global linear
-    if not isinstance(x, torch.Tensor) or not _may_serve(x.device.type):
+    if not isinstance(x, torch.Tensor) or not _may_serve(x):
         return None
     served = _load(x.is_cpu)
     if isinstance(served, str):
@@ -71,11 +70,16 @@ def serves(problems: dict[str, Problem]) -> bool:
     return is_ready() and all(dispatch.pick(name, one) is cpu for name, one in problems.items())
 
 
-def _may_serve(device_type: str) -> bool:
-    """True if the host path is used, and a backend is asked for that it executes there."""
-    if device_type not in _ASKED or extension.why_unused():
+def _may_serve(x: torch.Tensor) -> bool:
+    """True if the host path is used, and a backend may serve that it executes on x's device."""
+    if not (x.is_cpu or x.is_cuda) or extension.why_unused():
         return False
-    return _asked_backend() in _ASKED[device_type]
+    asked = _asked_backend()
+    if x.is_cpu:
+        return asked in ("auto", "cpu")
+    if asked == "auto":
+        return cuda_choice.is_admitted(x.device, activation_dtype(x))
+    return asked == "cuda"
 
 
 def _asked_backend() -> str:
