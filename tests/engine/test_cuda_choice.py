@@ -167,7 +167,8 @@ def test_a_product_is_weighed_whole():
 def test_the_host_path_serves_where_a_kernel_is_right(monkeypatch):
     take_tensors_for(H200, monkeypatch)
     x = types.SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda"), dtype=BF16)
-    assert not host._may_serve(x)
+    with given():
+        assert not host._may_serve(x)
     with given(None, cuda_verdicts({"cuda project bfloat16": "is wrong"})):
         assert not host._may_serve(x)
     with given(None, cuda_verdicts()):
