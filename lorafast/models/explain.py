@@ -19,6 +19,7 @@ from lorafast.engine.problem import (
 )
 from lorafast.models import adapt_record
 from lorafast.models.explanation import Explanation, Row
+from lorafast.models.gradient_check import unreached_adapters
 from lorafast.models.module_names import require_module
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.embedding import Embedding
@@ -80,8 +81,9 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     Covers lorafast's layers and the layers of a PEFT model after lorafast.accelerate, those with
     one row for each adapter. Nothing is computed; activations are assumed to have the dtype of the
     weight. The table has one line for layers that differ in the indices of their names alone, and a
-    total; a notebook shows it in HTML. A GPU whose kernels have not been tried is tried first. For
-    a GPU a model's ratio of a training step to the frozen layer's is there, too.
+    total; a notebook shows it in HTML. Between backward() and zero_grad() a line names the adapters
+    that got no gradient while others did. A GPU whose kernels have not been tried is tried first.
+    For a GPU a model's ratio of a training step to the frozen layer's is there, too.
 
     Args:
         model: the model, or one layer.
@@ -111,7 +113,8 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
         f"{name}: its adapter is gone, {kind} is there now"
         for name, kind in adapt_record.lost_layers(model).items()
     )
-    return Explanation(tuple(rows), tuple(reason for reason in reasons if reason), tuple(lost))
+    missing = tuple(reason for reason in reasons if reason)
+    return Explanation(tuple(rows), missing, tuple(lost), unreached_adapters(model))
 
 
 def _calls(module: nn.Module, tokens: int) -> list[LayerCall]:

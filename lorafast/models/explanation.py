@@ -6,6 +6,7 @@ import collections
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from lorafast.models.module_names import format_names
 from lorafast.models.tables import html_list, html_table, text_table
 
 # Backends of GPUs, whose reasons to refuse a weight on the CPU are no news.
@@ -75,11 +76,13 @@ class Explanation(NamedTuple):
         rows: one Row for each adapted layer, in module order.
         missing: folders that this checkout of lorafast lacks, and how to restore each.
         lost: adapted layers that another tool has replaced since, and what is in their place.
+        unreached: layers whose adapter trains and has no gradient, where others have one.
     """
 
     rows: tuple[Row, ...]
     missing: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -145,7 +148,16 @@ class Explanation(NamedTuple):
                 "modelled: a training step by the frozen layer's, in a model and not measured "
                 '("modelled 1.17 × the frozen layer")'
             )
-        return [*self.lost, *legend, *_refusals(self.rows), *sorted(_joined(notes)), *self.missing]
+        unreached = []
+        if self.unreached:
+            unreached.append(
+                f"no gradient, where others have one: {format_names(self.unreached)} (experts that "
+                "no token reached, or layers that nothing calls, whose adapters have no effect)"
+            )
+        refusals = _refusals(self.rows)
+        return [
+            *self.lost, *unreached, *legend, *refusals, *sorted(_joined(notes)), *self.missing,
+        ]  # fmt: skip
 
 
 def _legend(referenced: Iterable[str]) -> list[str]:

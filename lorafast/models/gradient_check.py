@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from lorafast.models.module_names import canonical_name, unwrap
@@ -35,10 +37,25 @@ def adapters_without_gradient(model: nn.Module) -> list[str]:
         torch.nn.functional.linear(model[0](torch.randn(2, 8)), model[1].weight).sum().backward()
         assert lorafast.adapters_without_gradient(model) == ["1"]
     """
-    layers: dict[str, None] = {}
+    return list(
+        dict.fromkeys(name for name, parameter in _trained(model) if parameter.grad is None)
+    )
+
+
+def unreached_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Return what adapters_without_gradient does, or nothing if no adapter has a gradient.
+
+    Before the first backward pass and after zero_grad() none has, which says nothing of a layer.
+    """
+    if all(parameter.grad is None for _, parameter in _trained(model)):
+        return ()
+    return tuple(adapters_without_gradient(model))
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield each tensor of an adapter that trains, with the name of its layer."""
     for name, parameter in unwrap(model).named_parameters():
         parts = canonical_name(name).split(".")
         ours = [i for i, part in enumerate(parts) if part.startswith(_PREFIX)]
-        if ours and parameter.requires_grad and parameter.grad is None:
-            layers[".".join(parts[: ours[0]])] = None
-    return list(layers)
+        if ours and parameter.requires_grad:
+            yield ".".join(parts[: ours[0]]), parameter

@@ -209,6 +209,47 @@ def test_threads_share_the_plans(served):
     assert all(served)
 
 
+def together(call, inputs):
+    """Call a function on each input 20 times, a thread for each; the outputs by input."""
+    outputs, barrier = {}, threading.Barrier(len(inputs))
+    torch_threads = torch.get_num_threads()
+
+    def work(index):
+        # A new thread has torch's default again, and with it other sums.
+        torch.set_num_threads(torch_threads)
+        with torch.no_grad():
+            barrier.wait()
+            outputs[index] = [call(inputs[index]) for _ in range(20)]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [outputs[index] for index in range(len(inputs))]
+
+
+@pytest.mark.parametrize("host_path", [True, False])
+@pytest.mark.parametrize("name", [*LAYERS, "lamda-freezing"])
+def test_threads_share_one_layer_without_gradients(name, host_path, served, by_python):
+    layer = LAYERS[name.removesuffix("-freezing")]()
+    if name == "lamda-freezing":
+        schedule = lorafast.schedule.LaMDAFreeze(layer, total_steps=4, fraction=1.0)
+        schedule.step()
+        assert 0 < layer.frozen_columns < layer.r
+    layer.eval()
+    if not host_path:
+        by_python()
+    # Few tokens and many, which other kernels serve.
+    inputs = [torch.randn(M, 16) for M in (1, 7, 64, 300)]
+    with torch.no_grad():
+        wanted = [layer(x) for x in inputs]
+    layer.eval()  # what cache_norm=True kept is dropped, so that the threads make it anew
+    for found, want in zip(together(layer, inputs), wanted, strict=True):
+        assert all(torch.equal(y, want) for y in found)
+    assert served.count(True) == (84 if host_path else 0)
+
+
 def test_inference_mode_and_frozen_adapters(served, by_python):
     layer, x = lora(adapter=lorafast.DoRA(r=4)), torch.randn(5, 16)
     with torch.inference_mode():

@@ -33,6 +33,22 @@ def test_a_layer_that_nothing_calls_is_named(adapter):
     assert lorafast.adapters_without_gradient(model) == []
 
 
+def test_explain_names_it_after_a_backward_pass_alone():
+    model = lorafast.adapt(Reader(), LoRA(r=2))
+    assert lorafast.explain(model).unreached == ()
+    assert "no gradient" not in str(lorafast.explain(model))
+    model(torch.randn(3, 6)).square().sum().backward()
+    explanation = lorafast.explain(model)
+    assert explanation.unreached == ("down",)
+    assert str(explanation).count("no gradient, where others have one: down (") == 1
+    assert "no gradient, where others have one: down (" in explanation._repr_html_()
+    model.zero_grad()
+    assert "no gradient" not in str(lorafast.explain(model))
+    model.up(torch.randn(3, 6)).sum().backward()
+    model.down(torch.randn(3, 8)).sum().backward()
+    assert lorafast.explain(model).unreached == ()
+
+
 @pytest.mark.compile
 def test_wrappers_are_looked_through_and_other_parameters_are_not_named():
     model = lorafast.adapt(Reader(), LoRA(r=2), target_modules=["up"], modules_to_save=["down"])
