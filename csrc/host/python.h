@@ -1,4 +1,4 @@
-// What C++ asks of Python: the slow ways, which are functions of lorafast/engine/host.py.
+// What C++ asks of Python: kernels, plans and the slow ways, functions of lorafast/engine/host.py.
 #pragma once
 
 #include <Python.h>
@@ -6,10 +6,34 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/kernels.h"
 #include "cuda_forms.h"
 #include "layer.h"
 
 namespace lorafast::host {
+
+// What configure was given. The references are never released: the module lives as long as Python.
+struct Python {
+  PyObject* kernels = nullptr;
+  PyObject* load_form = nullptr;
+  PyObject* plan = nullptr;
+  PyObject* backward = nullptr;
+  PyObject* modified = nullptr;
+  PyObject* panels = nullptr;
+  // The dict behind os.environ, and the variables in it that decide backends.
+  PyObject* environ = nullptr;
+  PyObject* variables = nullptr;
+  // The dict of torch.autograd.forward_ad.
+  PyObject* forward_ad = nullptr;
+};
+extern Python python;
+
+// The words of options, as Python has them.
+constexpr const char* KEEPS[] = {"none", "output", "inner", "recompute"};
+inline const char* axis_of(const Options& options) { return options.in_axis ? "in" : "out"; }
+inline const char* dropout_on_of(const Options& options) {
+  return options.on_both ? "both" : "adapter";
+}
 
 // Other threads of Python run while it lives.
 class WithoutGil {
@@ -22,6 +46,9 @@ class WithoutGil {
  private:
   PyThreadState* state;
 };
+
+// The compiled kernels of the CPU. The GIL is held.
+const Kernels* cpu_kernels();
 
 // The gradients by torch.ops.lorafast.linear_backward, where an observer is active or second
 // derivatives are asked for. Takes the GIL.
