@@ -55,7 +55,7 @@ def why_not_replaceable(
             f"{kind}: load the model unquantised (lorafast adapts fp64, fp32, bf16 and fp16), "
             f"{_LEAVE_TO_PEFT}"
         )
-    return why_not_plain or _why_state_is_lost(module) or _why_not_called(model, name)
+    return why_not_plain or _why_state_is_lost(module) or _why_skipped_in_eval(model, name)
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -148,18 +148,21 @@ def is_read_by_parent(model: nn.Module, name: str) -> bool:
     )
 
 
-def _why_not_called(model: nn.Module, name: str) -> str | None:
-    """Return why the parent reads the module's weight without calling it, or None if it does not.
+def why_not_called(model: nn.Module, name: str) -> str | None:
+    """Return why an adapter on the named module has no effect, or None if it has one."""
+    if not is_read_by_parent(model, name):
+        return None
+    parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
+    return (
+        f"{parent} does not call, but reads its weight: an adapter there would have no effect, so "
+        "leave it out"
+    )
 
-    An adapter on such a module would be skipped.
-    """
-    parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    if is_read_by_parent(model, name):
-        return (
-            f"{type(parent).__name__} does not call, but reads its weight: an adapter there would "
-            "have no effect, so leave it out"
-        )
-    if isinstance(parent, nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
+
+def _why_skipped_in_eval(model: nn.Module, name: str) -> str | None:
+    """Return why the parent at times reads the module's weight without calling it, or None."""
+    parent, _, child = name.rpartition(".")
+    is_encoder = isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer)
+    if is_encoder and child in ("linear1", "linear2"):
         return "nn.TransformerEncoderLayer does not call in eval, but reads its weight"
     return None

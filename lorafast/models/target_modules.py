@@ -15,6 +15,7 @@ from lorafast.models.module_names import canonical_name, endings, similar_names
 from lorafast.models.replaceable import (
     is_quantised_linear,
     is_read_by_parent,
+    why_not_called,
     why_not_replaceable,
 )
 from lorafast.nn import embedding, linear
@@ -54,7 +55,9 @@ def find_targets(model: nn.Module, spec: AdaptSpec) -> Targets:
     for name, module in modules:
         if name not in names:
             continue
-        if why := why_not_replaceable(model, name, module, layer_class_for(module)[1]):
+        why = why_not_replaceable(model, name, module, layer_class_for(module)[1])
+        # A file may hold such adapters, of PEFT for example, where they have no effect either.
+        if why := why or (None if spec.untrusted else why_not_called(model, name)):
             raise TypeError(f"target_modules={spec.target_modules!r} matches {name}, which {why}")
     selected = {module for name, module in modules if name in names}
     targets: Targets = {}
@@ -105,7 +108,7 @@ def select_names(model: nn.Module, spec: AdaptSpec) -> set[str]:
 
 def uncalled_linears(model: nn.Module, spec: AdaptSpec, names: Iterable[str]) -> list[str]:
     """Return those of the selected names that "all-linear" leaves out: nothing calls them."""
-    if not spec.targets_all_linear:
+    if spec.untrusted or not spec.targets_all_linear:
         return []
     return sorted(name for name in names if is_read_by_parent(model, name))
 

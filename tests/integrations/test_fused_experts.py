@@ -73,7 +73,8 @@ def test_a_file_warns_where_peft_reads_it_differently(make, options, same, tmp_p
         warnings.simplefilter("always")
         lorafast.save_adapter(model, tmp_path)
     assert difference(lorafast.load_adapter(make(), tmp_path), model) == 0
-    found = [str(one.message) for one in caught]
+    # The other warning is that a model made from a config names no base.
+    found = [str(one.message) for one in caught if "PEFT" in str(one.message)]
     if same:
         assert not found
         assert difference(loaded_by_peft(make(), tmp_path), model) < 2e-6

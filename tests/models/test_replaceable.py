@@ -202,6 +202,17 @@ def test_all_linear_leaves_out_what_a_mamba_does_not_call(kind, fields):
     assert lorafast.adapters_without_gradient(model) == []
 
 
+@pytest.mark.peft
+def test_a_file_of_pefts_mamba_is_loaded_with_adapters_that_have_no_effect(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["x_proj", "dt_proj"])
+    theirs = tiny_transformers.peft_adapted(mamba("Mamba"), config)
+    theirs.save_pretrained(tmp_path)
+    ours = lorafast.load_adapter(mamba("Mamba"), tmp_path).eval()
+    assert isinstance(ours.backbone.layers[0].mixer.dt_proj, lorafast.Linear)
+    torch.testing.assert_close(outputs(ours), outputs(theirs))
+
+
 def test_naming_or_excluding_them_warns_of_nothing(recwarn):
     lorafast.adapt(mamba("Mamba"), LoRA(r=1), exclude_modules=["dt_proj"])
     lorafast.adapt(mamba("Mamba"), LoRA(r=1), ["x_proj", "in_proj"])
