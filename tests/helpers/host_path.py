@@ -9,8 +9,8 @@ from lorafast.engine import host
 
 def ready():
     """The function of the C++ module, built and loaded if need be."""
-    layer = lorafast.Linear(4, 4)
-    layer(torch.randn(2, 4))
+    layer = lorafast.Linear(8, 8)
+    layer(torch.randn(2, 8))
     if not host.is_ready():
         pytest.skip("the host path cannot be built here")
     return host.linear
