@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from lorafast.engine import cuda_choice, cuda_forms, cuda_kernels, dispatch, half_products, ops
+from lorafast.engine import cuda_forms, cuda_kernels, dispatch, half_products, ops
 from lorafast.engine.precision import activation_dtype
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors, Problem, tokens
 from lorafast.runtime import cuda_driver, env, extension, fallback, onednn
@@ -77,9 +77,10 @@ def _may_serve(x: torch.Tensor) -> bool:
     asked = _asked_backend()
     if x.is_cpu:
         return asked in ("auto", "cpu")
-    if asked == "auto":
-        return cuda_choice.is_admitted(x.device, activation_dtype(x))
-    return asked == "cuda"
+    backend: Any = dispatch.load("cuda")
+    if asked != "auto" or isinstance(backend, str):
+        return asked == "cuda"
+    return backend.is_admitted(x.device, activation_dtype(x))
 
 
 def _asked_backend() -> str:

@@ -29,6 +29,8 @@ from lorafast.engine.row_blocks import flatten_tokens
 from lorafast.runtime import env
 
 _MAX_RANK = 256
+# Whether `auto` may take it at all on a device, for the host path.
+is_admitted = cuda_choice.is_admitted
 
 
 def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
