@@ -89,6 +89,8 @@ FORMS: dict[tuple[str, int], FormCounts] = {
     ("project", 7): FormCounts(7.828, 4.266, 15824, 3),
     ("project", 14): FormCounts(2.422, 0.75, 13543, 4),
     ("project", 15): FormCounts(8.062, 4.516, 18567, 3),
+    ("decode", 0): FormCounts(1.891, 0.3281, 44548, 1),
+    ("decode", 4): FormCounts(1.922, 0.4688, 43025, 1),
     ("grad_project", 2): FormCounts(2.125, 1.156, 9724, 4),
     ("grad_project", 3): FormCounts(8.625, 5.359, 14002, 3),
     ("grad_output", 7): FormCounts(4.688, 2.203, 15360, 2),

@@ -24,8 +24,8 @@ project(const Number* x, const Factor* A, const int64* seed, void* out, Number* 
   const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
   const int64 row0 = int64(blockIdx.x) * 16 * GROUPS + g;
   const int first_rank = blockIdx.z * 8 * FORM_TILES;
-  Project<Number, Factor, FORM_TILES, GROUPS, DROPS, ALIGNED> product{x,      x_down, x_right,
-                                                                      A_down, M,      K};
+  Project<Number, Factor, FORM_TILES, GROUPS, DROPS, ALIGNED> product{x,          x_down, x_right,
+                                                                      8 * A_down, M,      K};
   product.run(blockIdx.y * steps, steps, row0, A + (first_rank + g) * A_down,
               Dropout(DROPS ? seed : nullptr, groups, threshold));
   add_over_warps<PROJECT_WARPS, GROUPS * FORM_TILES * 4>(

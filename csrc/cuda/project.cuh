@@ -1,4 +1,5 @@
-// project: h = drop(x) Aᵀ and h' = core(h), reading x once.
+// project: h = drop(x) Aᵀ and h' = core(h), reading x once. decode (decode.cuh) has the same loop,
+// with W in the place of x and the tokens in that of the ranks.
 //
 // A warp computes 16·GROUPS rows. A step of the loop takes 32 columns: a lane loads eight
 // neighbours of each of its rows, which is one call of Philox and two operands of a tensor core as
@@ -13,12 +14,13 @@ namespace lorafast {
 constexpr int PROJECT_WARPS = 4;
 
 // Factor: the type of A, T or fp32, which is rounded here.
-template <class T, class Factor, int TILES, int GROUPS, bool DROPS, bool ALIGNED>
+template <class T, class Factor, int TILES, int GROUPS, bool DROPS, bool ALIGNED,
+          int WARPS = PROJECT_WARPS>
 struct Project {
   static constexpr int ROWS = 2 * GROUPS;
   const T* x;
   int64 x_down, x_right;
-  int64 A_down;
+  int64 A_next;  // from a lane's row of one tile of A to its row of the next
   int64 M;
   int K;
 
@@ -53,8 +55,8 @@ struct Project {
       const T* from = reinterpret_cast<const T*>(x_at + x_offset[i]);
       load_eight<ALIGNED, true>(to[i], from, x_right, K - column);
     }
-    x_at += 32 * PROJECT_WARPS * sizeof(T) * (ALIGNED ? 1 : x_right);
-    column += 32 * PROJECT_WARPS;
+    x_at += 32 * WARPS * sizeof(T) * (ALIGNED ? 1 : x_right);
+    column += 32 * WARPS;
   }
 
   // inside: false for a lane whose columns lie beyond K, which multiplies zeros.
@@ -63,15 +65,15 @@ struct Project {
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
       Eight<Factor> one;
-      load_wide<false>(one, A_at + 8 * t * A_down);
+      load_wide<false>(one, A_at + t * A_next);
       factor[t] = rounded_eight<T>(one);
     }
-    A_at += 32 * PROJECT_WARPS;
+    A_at += 32 * WARPS;
     if (DROPS) {
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) {
         dropout.drop(rows[i], counter[i]);
-        counter[i] += 4 * PROJECT_WARPS;
+        counter[i] += 4 * WARPS;
       }
     }
 #pragma unroll
@@ -93,7 +95,7 @@ struct Project {
     }
   }
 
-  // Add a block's steps from `first` on, of which the warp takes every PROJECT_WARPS-th.
+  // Add a block's steps from `first` on, of which the warp takes every WARPS-th.
   DEVICE void run(int first, int steps, int64 row, const Factor* A_row, const Dropout& dropout) {
     const int c = threadIdx.x & 3, end = least(first + steps, K / 32);
     int step = first + (threadIdx.x >> 5);
@@ -103,11 +105,11 @@ struct Project {
     if (step < end) load(even);
 #pragma unroll 1
     while (step < end) {
-      step += PROJECT_WARPS;
+      step += WARPS;
       if (step < end) load(odd);
       multiply_step(even, true, dropout);
       if (step >= end) break;
-      step += PROJECT_WARPS;
+      step += WARPS;
       if (step < end) load(even);
       multiply_step(odd, true, dropout);
     }

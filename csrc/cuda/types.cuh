@@ -106,6 +106,22 @@ DEVICE float number_at(const void* data, int dtype, int64 i) {
   return dtype == BF16 ? low_half<bf16>(word) : low_half<fp16>(word);
 }
 
+// Several of them at `at`: the loads of all are made at once, and not behind a branch each.
+template <int COUNT>
+DEVICE void numbers_at(float (&to)[COUNT], const void* data, int dtype, const int64 (&at)[COUNT]) {
+  if (dtype == FP32) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) to[i] = __ldg(static_cast<const float*>(data) + at[i]);
+  } else {
+    uint32 word[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) word[i] = __ldg(static_cast<const uint16*>(data) + at[i]);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+      to[i] = dtype == BF16 ? low_half<bf16>(word[i]) : low_half<fp16>(word[i]);
+  }
+}
+
 // COUNT neighbours, as words: two numbers in each for 16-bit types.
 template <class T, int COUNT>
 struct Neighbours {
@@ -164,28 +180,28 @@ DEVICE uint32 pattern_at(const T* from) {
   }
 }
 
-template <class T>
-DEVICE void pack(Eight<T>& to, const uint32 (&bits)[8]) {
+template <class T, int COUNT>
+DEVICE void pack(Neighbours<T, COUNT>& to, const uint32 (&bits)[COUNT]) {
 #pragma unroll
-  for (int i = 0; i < Eight<T>::WORDS; ++i)
-    to.word[i] = sizeof(T) == 4 ? bits[i] : bits[2 * i % 8] | bits[(2 * i + 1) % 8] << 16;
+  for (int i = 0; i < Neighbours<T, COUNT>::WORDS; ++i)
+    to.word[i] = sizeof(T) == 4 ? bits[i] : bits[2 * i % COUNT] | bits[(2 * i + 1) % COUNT] << 16;
 }
 
-// The first `inside` of eight neighbours that lie `stride` apart, one by one; zero for the others.
-template <class T>
-DEVICE void load_apart(Eight<T>& to, const T* from, int64 stride, int inside) {
-  uint32 bits[8];
+// The first `inside` of neighbours that lie `stride` apart, one by one; zero for the others.
+template <class T, int COUNT>
+DEVICE void load_apart(Neighbours<T, COUNT>& to, const T* from, int64 stride, int inside) {
+  uint32 bits[COUNT];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) bits[i] = i < inside ? pattern_at(from + i * stride) : 0;
+  for (int i = 0; i < COUNT; ++i) bits[i] = i < inside ? pattern_at(from + i * stride) : 0;
   pack(to, bits);
 }
 
-// Eight numbers, rounded once, as neighbours.
-template <class T>
-DEVICE Eight<T> rounded_eight(const float (&value)[8]) {
-  Eight<T> to;
+// Numbers, rounded once, as neighbours.
+template <class T, int COUNT>
+DEVICE Neighbours<T, COUNT> rounded_neighbours(const float (&value)[COUNT]) {
+  Neighbours<T, COUNT> to;
 #pragma unroll
-  for (int i = 0; i < Eight<T>::WORDS; ++i) {
+  for (int i = 0; i < Neighbours<T, COUNT>::WORDS; ++i) {
     if constexpr (sizeof(T) == 4) {
       to.word[i] = __float_as_uint(value[i]);
     } else {
@@ -193,6 +209,10 @@ DEVICE Eight<T> rounded_eight(const float (&value)[8]) {
     }
   }
   return to;
+}
+template <class T>
+DEVICE Eight<T> rounded_eight(const float (&value)[8]) {
+  return rounded_neighbours<T>(value);
 }
 
 template <class T, class From>

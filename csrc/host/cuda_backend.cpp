@@ -4,6 +4,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 
+#include "cuda_decode.h"
 #include "cuda_grad_output.h"
 #include "cuda_kernels.h"
 
@@ -52,6 +53,10 @@ std::pair<Tensor, Tensor> CudaBackend::linear(const Tensor& x, const Tensor& giv
   const Tensor x2 = cuda::flatten_tokens(x), weight = cast(given, x.scalar_type());
   const Tensor y = activation(x, weight.size(0)), y2 = y.view({x2.size(0), weight.size(0)});
   const Tensor none, z = gain.defined() && keep_inner ? at::empty_like(y2) : none;
+  if (cuda::decode_serves(x2, weight, up)) {
+    cuda::decode(device, y2, x2, weight, up, gain, bias, z);
+    return {y, z};
+  }
   const bool started = !gain.defined();
   // The product comes last, so that the sum is rounded once; and the kernel reads no y.
   if (!started) add_product(y2, x2, weight.t(), false);

@@ -19,6 +19,8 @@ namespace lorafast::host::cuda {
 enum class Stem : uint8_t {
   project,
   project_finish,
+  decode,
+  decode_finish,
   grad_output,
   grad_output_finish,
   grad_project,
@@ -29,10 +31,11 @@ enum class Stem : uint8_t {
   scale,
   drop,
 };
-constexpr const char* STEMS[] = {
-    "project",      "project_finish", "grad_output",  "grad_output_finish",
-    "grad_project", "sum_parts",      "low_rank_add", "row_norm",
-    "quotient",     "scale",          "drop"};
+constexpr const char* STEMS[] = {"project",       "project_finish", "decode",
+                                 "decode_finish", "grad_output",    "grad_output_finish",
+                                 "grad_project",  "sum_parts",      "low_rank_add",
+                                 "row_norm",      "quotient",       "scale",
+                                 "drop"};
 
 // Flags of every kernel that has them.
 constexpr int DROPS = 1, ALIGNED = 2;

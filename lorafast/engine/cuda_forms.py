@@ -41,6 +41,8 @@ class Kernel(NamedTuple):
 KERNELS = {
     "project": Kernel(128, "pppppp" + "qqqqqqq" + "iii" + "if" + "ii"),
     "project_finish": Kernel(32, "pppp" + "qqq" + "ii" + "f" + "ii"),
+    "decode": Kernel(512, "pppppppppp" + "qqqqqqqq" + "iii" + "iiiii" + "f"),
+    "decode_finish": Kernel(256, "ppppp" + "qq" + "iii"),
     "grad_output": Kernel(128, "ppppppppp" + "qqqqqqqqq" + "iii" + "if"),
     "grad_output_finish": Kernel(
         256, "ppppp" + "pppppppp" + "qqqqqq" + "iiiiiiii" + "iiii" + "ii" + "f"

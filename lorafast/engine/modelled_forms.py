@@ -21,9 +21,9 @@ from lorafast.engine.kernels.modelled import Work
 # tensor that is written, and the flag by which that is read, too.
 _LARGE = {
     "project": (0, 3, 0), "grad_project": (0, 3, 0), "grad_output": (0, 6, 0),
-    "low_rank_add": (6, 6, 4), "row_norm": (0, 4, 0),
+    "low_rank_add": (6, 6, 4), "row_norm": (0, 4, 0), "decode": (0, 8, 0),
 }  # fmt: skip
-_SMALL = ("project_finish", "grad_output_finish", "sum_parts", "scale", "quotient")
+_SMALL = ("project_finish", "grad_output_finish", "sum_parts", "scale", "quotient", "decode_finish")
 # project's form that leaves its sums to project_finish; the other has the same loop.
 _PARTS = 4
 # The most tiles of eight ranks of a form whose loop is counted, and its dtypes.

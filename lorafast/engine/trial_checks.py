@@ -42,6 +42,9 @@ RANKS = {
     TRITON: ((16, 24), (72, 200)),
     CUDA: ((5, 8, 12, 16, 21, 32, 50, 64), (72, 256)),
 }
+# More tokens than these are tried with every form; so few with the one that launches another kernel
+# for them.
+FEW = 16
 # A child whose context a kernel has poisoned ends with this status, and is started again.
 POISONED = 3
 
@@ -81,7 +84,8 @@ def problems(device: torch.device) -> list[Sizes]:
 
     As many rows as fill the device, few rows with long sums, which are split, both in multiples of
     16, and odd sizes. The compiled code depends on whether sizes are multiples of 16, not on how
-    large they are.
+    large they are. The last ones are of few tokens, in one tile and two, with sums over K that are
+    split or not.
     """
     many = 32 * (devices.of(device).multiprocessors or 128)
     return [
@@ -89,6 +93,7 @@ def problems(device: torch.device) -> list[Sizes]:
         Sizes(many + 64, 512, 384, 16, P),
         Sizes(192, 2048, 1024, 16, P),
         Sizes(203, 1019, 517, 16, P),
+        *(Sizes(M, K, N, 16, 0.0) for M in (5, FEW) for K, N in ((520, 392), (4096, 72))),
     ]
 
 
@@ -146,6 +151,8 @@ def check(form: Form, device: torch.device, sizes: list[Sizes]) -> str:
 def _settings(form: Form, sizes: list[Sizes]) -> list[tuple[Sizes, torch.dtype]]:
     """Return the sizes that a form is checked in, and the dtypes of factors."""
     ranks, fp32 = RANKS[form.by][form.wide], torch.float32
+    if not _has_few(form):
+        sizes = [one for one in sizes if one.M > FEW]
     if form.by == CUDA:
         # What drops and what does not are different forms.
         shapes = [*dict.fromkeys(one._replace(p=0.0) for one in sizes)]
@@ -159,6 +166,12 @@ def _settings(form: Form, sizes: list[Sizes]) -> list[tuple[Sizes, torch.dtype]]
         # Their forms are many, and differ by neither.
         ranks, sizes = ranks[-1:], [one for one in sizes if one.p]
     return [(one._replace(R=R), fp32) for one in sizes for R in ranks]
+
+
+def _has_few(form: Form) -> bool:
+    """True if a form's primitive is computed otherwise of few tokens: by decode of the backend."""
+    of_decode = form.by == CUDA and form.kernel == "low_rank_add"
+    return of_decode and not form.wide and form.dtype in trial_forms.HALVES
 
 
 def _check_case(

@@ -17,8 +17,11 @@ from lorafast.testing import Case
 
 pytestmark = needs_compiler
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Sums in parts, several blocks of ranks, and rows that are not aligned.
-SIZES = ((5, 8, 16, 1), (1, 40, 24, 4), (700, 264, 512, 16), (65, 130, 33, 24), (64, 72, 640, 140))
+# Sums in parts, several blocks of ranks, rows that are not aligned, and parts of few tokens.
+SIZES = (
+    (5, 8, 16, 1), (1, 40, 24, 4), (700, 264, 512, 16), (65, 130, 33, 24), (64, 72, 640, 140),
+    (16, 72, 4104, 40),
+)  # fmt: skip
 
 
 def _without_addresses(form, grid, bits):

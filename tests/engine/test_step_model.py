@@ -257,6 +257,8 @@ def cuda_launches(of, real):
     "form",
     [
         {"M": 64},
+        {"M": 16},
+        {"M": 3, "K": 4096, "method": "DoRA", "options": {"keep": "output"}},
         {"p": 0.05},
         {"method": "DoRA", "p": 0.05, "options": {"keep": "output"}},
         {"method": "LaMDA", "options": {"frozen_columns": 5}},

@@ -32,6 +32,8 @@ class Usage(NamedTuple):
 KERNELS = {
     "project": ((1, 2, 4, 8, 16), ("drops", "aligned", "parts", "raw")),
     "project_finish": ((1, 2, 4, 8, 16), ()),
+    "decode": ((1, 2), ("", "", "parts")),
+    "decode_finish": ((2,), ()),
     "grad_project": ((1, 2, 4, 8), ("drops", "aligned")),
     "grad_output": ((1, 2, 4), ("u", "aligned", "P", "sums", "dot")),
     "grad_output_finish": ((1, 2), ()),
@@ -45,7 +47,7 @@ KERNELS = {
     "scale": ((2,), ("", "aligned")),
     "quotient": ((2,), ()),
 }
-NO_PRODUCT = ("sum_parts", "drop", "scale", "quotient")
+NO_PRODUCT = ("sum_parts", "drop", "scale", "quotient", "decode_finish")
 
 
 @functools.cache
@@ -64,6 +66,8 @@ def _is_used(form: Form) -> bool:
         # A factor as it is: of up to 64 ranks, beside 16-bit numbers.
         raw = bool(form.flags & 8)
         return not (wide and raw) and (form.tiles <= 8 or not (wide or raw))
+    if form.stem == "decode":
+        return not wide
     if form.stem == "grad_project":
         return form.tiles <= 4 or (bool(form.flags & ALIGNED) and not wide)
     if form.stem == "grad_output":

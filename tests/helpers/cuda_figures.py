@@ -21,6 +21,8 @@ FORMS = {
     # With a factor as it is.
     ("project", ALIGNED + 4 + 8): 4096,
     ("project", DROPS + ALIGNED + 4 + 8): 4096,
+    ("decode", 0): 16384,
+    ("decode", 4): 16384,
     ("grad_project", ALIGNED): 8192,
     ("grad_project", DROPS + ALIGNED): 8192,
     ("grad_output", ALIGNED + 1 + 4): 8192,

@@ -17,6 +17,8 @@ CALLS = {
     "project, dropout": ("project", DROPS + ALIGNED + 4, 10),
     "project, a factor as it is": ("project", ALIGNED + 4 + 8, 3),
     "project, dropout and a factor as it is": ("project", DROPS + ALIGNED + 4 + 8, 10),
+    "decode": ("decode", 0, 2),
+    "decode, parts": ("decode", 4, 2),
     "grad_project": ("grad_project", ALIGNED, 3),
     "grad_project, dropout": ("grad_project", DROPS + ALIGNED, 10),
     "grad_output": ("grad_output", ALIGNED + 1 + 4, 6),

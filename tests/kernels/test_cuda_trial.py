@@ -16,12 +16,12 @@ from lorafast.engine.backends import cuda
 from lorafast.engine.kernel_cases import Sizes, kernel_cases
 from lorafast.engine.kernels import measured
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors
-from lorafast.engine.trial_forms import CUDA, RANKS, STREAMS, Form, speed_of
+from lorafast.engine.trial_forms import CUDA, RANKS, STREAMS, TRITON, Form, speed_of
 from lorafast.runtime import devices
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
-SIZES = [Sizes(80, 128, 64, 16, 0.05), Sizes(45, 51, 37, 16, 0.0)]
+SIZES = [Sizes(80, 128, 64, 16, 0.05), Sizes(45, 51, 37, 16, 0.0), Sizes(9, 104, 40, 16, 0.0)]
 QUICK = [("drop", BF16, 90), ("project", BF16, 90)]
 
 
@@ -30,6 +30,14 @@ def compiled(monkeypatch):
     """Nothing of this file runs without nvcc; the mask is checked in few elements."""
     skip_without_nvcc()
     monkeypatch.setattr(trial_checks, "MASKS", ((7, 43), (16, 64)))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_few_tokens_are_tried_with_the_kernel_that_is_another_for_them(dtype):
+    for kernel, by, wide in itertools.product(STREAMS[1:], (CUDA, TRITON), (False, True)):
+        settings = trial_checks._settings(Form(kernel, dtype, wide, by), SIZES)
+        found = any(size.M <= trial_checks.FEW for size, _ in settings)
+        assert found == ((kernel, by, wide, dtype) == ("low_rank_add", CUDA, False, BF16))
 
 
 def check(kernel, dtype=BF16, capability=90, wide=False, sizes=SIZES):
@@ -204,8 +212,10 @@ def launched_by_steps(dtype, ranks):
     machine_of = step_model.modelled.H200
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_model.ModelledForms, "launch", note)
+        shapes = [(8512, 512, 384), (192, 2048, 1024), (203, 1019, 517)]
+        shapes += [(1, 512, 4096), (16, 4096, 512)]
         for options, R, factors in itertools.product(LAYERS, ranks, {FP32, dtype}):
-            for M, K, N in ((8512, 512, 384), (192, 2048, 1024), (203, 1019, 517)):
+            for M, K, N in shapes:
                 step_model.step.cache_clear()
                 step_model.cuda_step(layer(options, M, K, N, R, dtype, factors), machine_of)
         step_model.step.cache_clear()

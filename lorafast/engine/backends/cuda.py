@@ -1,17 +1,17 @@
 """The CUDA C++ backend: torch's GEMM for the base, csrc/cuda for what is added to it.
 
-Each addition is one pass over its large operand; several adapters take one pass each. The kernels
-are compiled where they run, each form when it is first needed. No GPU of this project has run them:
-`auto` picks the backend where a trial found its kernels right and faster (cuda_choice), and
-LORAFAST_BACKEND=cuda asks for it without one. lorafast.engine.backends.Backend describes the
-functions.
+Each addition is one pass over its large operand; several adapters take one pass each. The output of
+a few tokens is one launch, with the base product (cuda_decode). The kernels are compiled where they
+run, each form when it is first needed. No GPU of this project has run them: `auto` picks the
+backend where a trial found its kernels right and faster (cuda_choice), and LORAFAST_BACKEND=cuda
+asks for it without one. lorafast.engine.backends.Backend describes the functions.
 """
 
 from __future__ import annotations
 
 import torch
 
-from lorafast.engine import cuda_choice, cuda_forms, cuda_grad_output, cuda_kernels
+from lorafast.engine import cuda_choice, cuda_decode, cuda_forms, cuda_grad_output, cuda_kernels
 from lorafast.engine.backends import eager
 from lorafast.engine.problem import (
     BaseTerm,
@@ -68,14 +68,17 @@ def linear(
     keep_inner: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     x2, N, weight = flatten_tokens(x), weight.shape[0], _cast(weight, x.dtype)
+    up = ups[0] if len(ups) == 1 else as_one(ups, x2, N)
     y = x.new_empty(*x.shape[:-1], N)
     y2 = y.view(x2.shape[0], N)
-    up = ups[0] if len(ups) == 1 else as_one(ups, x2, N)
+    z = torch.empty_like(y2) if keep_inner and gain is not None else None
+    if ups and cuda_decode.serves(x2, weight, up):
+        cuda_decode.decode(y2, x2, weight, up, gain, bias, z)
+        return y, z
     if gain is None:
         _start(y2, up if ups else None, bias)
         _add_product(y2, x2, weight.t(), bool(ups) or bias is not None)
         return y, None
-    z = torch.empty_like(y2) if keep_inner else None
     _add_product(y2, x2, weight.t(), False)
     cuda_kernels.low_rank_add(
         y2, up.h_core, up.B, scaling=up.scaling, row_scale=up.out_scale, gain=gain, bias=bias,
