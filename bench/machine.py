@@ -14,6 +14,7 @@ import torch
 
 import lorafast
 from lorafast.bench.errors import BenchError
+from lorafast.runtime import instruction_sets
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 
@@ -103,11 +104,13 @@ def environment(where: torch.device, command: str) -> dict:
 
 
 def device_name(where: torch.device) -> str:
-    """Return the device's name in titles; a CPU's has its number of threads."""
+    """Return the device's name in titles; a CPU's has its instruction set and number of threads."""
     if where.type == "cuda":
         return torch.cuda.get_device_name(where)
     threads = torch.get_num_threads()
-    return f"{_cpu()}, {threads} thread{'' if threads == 1 else 's'}"
+    # Processors of one name differ by as much as those of two.
+    isa = instruction_sets.available()[0]
+    return f"{_cpu()} ({isa}), {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _cpu() -> str:

@@ -85,3 +85,12 @@ def test_the_environment_has_versions_and_no_path(capsys):
     assert not [value for value in words if value.startswith("/")]
     assert cli.main(["env", "--device", "cpu"]) == 0
     assert '"lorafast"' in capsys.readouterr().out
+
+
+def test_a_processor_is_named_with_its_instruction_set_and_threads(monkeypatch):
+    monkeypatch.setattr(machine, "_cpu", lambda: "AMD EPYC")
+    monkeypatch.setattr(machine.instruction_sets, "available", lambda: ("avx2", "scalar"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert machine.device_name(torch.device("cpu")) == "AMD EPYC (avx2), 1 thread"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert machine.device_name(torch.device("cpu")) == "AMD EPYC (avx2), 2 threads"
