@@ -25,7 +25,7 @@ from lorafast.engine.backends import cuda, triton
 from lorafast.engine.kernels import measured
 from lorafast.engine.problem import PRIMITIVES
 from lorafast.engine.trial_forms import STREAMS, Verdict
-from lorafast.runtime import devices
+from lorafast.runtime import devices, extension
 from lorafast.runtime.devices import Arch
 from lorafast.runtime.fallback import Provisional
 
@@ -165,6 +165,8 @@ def test_a_product_is_weighed_whole():
 
 
 def test_the_host_path_serves_where_a_kernel_is_right(monkeypatch):
+    if why := extension.why_unused():
+        pytest.skip(why)
     take_tensors_for(H200, monkeypatch)
     x = types.SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda"), dtype=BF16)
     with given():

@@ -128,6 +128,7 @@ def test_what_is_unusual_or_wrong_is_left_to_python(change, served, by_python):
 
 
 def test_a_provisional_plan_is_asked_again(monkeypatch):
+    ready()
     layer, x, asked = lora(), torch.randn(5, 16), []
 
     def provisional(*given):
