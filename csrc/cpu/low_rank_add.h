@@ -21,6 +21,8 @@ struct GainArguments {
   Matrix<T> inner{};
 };
 
+// The most rows for which a factor is not packed: to transpose it takes as long as some rows do.
+constexpr int64_t FEW_ROWS = 4;
 constexpr int64_t LOW_RANK_ADD_TASK_ROWS = 8 * LOW_RANK_ADD_ROWS, LOW_RANK_ADD_TASK_COLUMNS = 1024;
 
 // One task of `low_rank_add`: a block of rows and columns of out. H is the type of h.
@@ -147,11 +149,58 @@ void low_rank_add_as(const Matrix<const H>& h, const Factor& F, const ColumnScal
   });
 }
 
+// low_rank_add of few rows in fp32, without dropout, by a factor whose ranks lie side by side: each
+// number is a product along its row of the factor, which is read once and not packed.
+inline void add_few_rows(const Matrix<const float>& h, const Factor& F,
+                         const ColumnScale& column_scale, const GainArguments<float>& gained,
+                         const Matrix<float>& out, int threads) {
+  constexpr int64_t COLUMNS = 256, TOGETHER = 4;
+  const auto* factor = static_cast<const float*>(F.data);
+  const auto dot = [&](const float* a, int64_t n) {
+    Vector sum = zero();
+    for (int64_t r = 0; r < F.R; r += W)
+      sum = fma(load_partial(a + r, F.R - r),
+                load_partial(factor + n * F.stride_length + r, F.R - r), sum);
+    return sum;
+  };
+  parallel(threads, [&] {
+    parallel_for(ceil_div(out.columns, COLUMNS), [&](int64_t task) {
+      const int64_t n0 = task * COLUMNS, columns = min(COLUMNS, out.columns - n0);
+      for (int64_t m = 0; m < out.rows; ++m) {
+        const float* a = h.row(m);
+        alignas(64) float sums[COLUMNS + W] = {};
+        int64_t n = 0;
+        for (; n + TOGETHER <= columns; n += TOGETHER)
+          add_lane_sums(dot(a, n0 + n), dot(a, n0 + n + 1), dot(a, n0 + n + 2), dot(a, n0 + n + 3),
+                        sums + n);
+        for (; n < columns; ++n) sums[n] = sum_lanes(dot(a, n0 + n));
+        for (n = 0; n < columns; n += W) {
+          const int64_t column = n0 + n, left = columns - n;
+          float* to = out.row(m) + column;
+          Vector total =
+              fma(load(sums + n), column_scale.load(column, left), load_partial(to, left));
+          if (gained.gain) {
+            if (gained.inner.data) store_partial(gained.inner.row(m) + column, total, left);
+            total = fma(total, load_partial(gained.gain + column, left),
+                        gained.bias ? load_partial(gained.bias + column, left) : zero());
+          }
+          store_partial(to, total, left);
+        }
+      }
+    });
+  });
+}
+
 // Picks the epilogue. drop and a gain exclude each other.
 template <class T, class H>
 void low_rank_add(const Matrix<const H>& h, const Factor& F, const ColumnScale& column_scale,
                   const Dropout& drop, const GainArguments<T>& gain_arguments, const Matrix<T>& out,
                   int threads) {
+  if constexpr (std::is_same_v<T, float>) {
+    const bool as_it_lies = F.type == Type::fp32 && F.stride_R == 1;
+    if (as_it_lies && !drop && out.rows <= FEW_ROWS)
+      return add_few_rows(h, F, column_scale, gain_arguments, out, threads);
+  }
   if (drop)
     low_rank_add_as<T, H, Epilogue::dropout>(h, F, column_scale, drop, gain_arguments, out,
                                              threads);

@@ -95,3 +95,26 @@ def test_a_factor_in_float64_beside_one_that_is_not():
     )
     assert_up_proj_grads(cpu.grad_output(W.t(), [back]).adapters[0], W.t(), back, None)
     assert_rounded_once(cpu.row_norm(W, A, B), (W.double() + B @ A.double()).norm(dim=1))
+
+
+@pytest.mark.parametrize("form", ["plain", "scaled", "gained"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("M", "R"), [(1, 1), (1, 16), (2, 17), (4, 5), (4, 40), (5, 16)])
+def test_few_rows_in_fp32_to_the_bit(M, R, layout, form):
+    """A factor whose ranks lie side by side is not packed for them."""
+    fp32 = torch.float32
+    for N in (1, 3, 4, 17, 255, 256, 261, 530):
+        K = 8
+        x, W = whole_numbers(M, K, fp32, layout, 3), whole_numbers(N, K, fp32, "contiguous", 3)
+        h, B = whole_numbers(M, R, fp32, layout, 3), whole_numbers(N, R, fp32, layout, 3)
+        scale = exact_gains(N) if form == "scaled" else None
+        gain = exact_gains(N) if form == "gained" else None
+        bias = exact_gains(N) if form == "gained" else None
+        y, z = cpu.linear(x, W, [UpProj(h, B, 2.0, scale)], gain, bias, gain is not None)
+        total = 2.0 * (h.double() @ B.double().t())
+        total = total if scale is None else total * scale.double()
+        total += x.double() @ W.double().t()
+        if gain is not None:
+            assert torch.equal(z.double(), total)
+            total = total * gain.double() + bias.double()
+        assert torch.equal(y.double(), total)
