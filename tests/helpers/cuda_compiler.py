@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -138,6 +139,8 @@ def _nvcc(kind: str, capability: int, *options: str | Path) -> str:
     """Compile; the last option is the file to write. Return what nvcc says."""
     skip_without_nvcc()
     command = ["nvcc", kind, f"-arch=sm_{capability}", *options[:-1], "-o", options[-1]]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # The sanitizers' libraries, which `make sanitize` preloads, are not for the compiler.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
