@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lorafast.engine import trial
-from lorafast.engine.kernel_cases import GAINED, INNER, KEPT, KernelCase, Sizes, kernel_cases
+from lorafast.engine.kernel_cases import KernelCase, Sizes, kernel_cases
+from lorafast.engine.kernel_variants import GAINED, INNER, KEPT
 from lorafast.engine.kernels import gemm_routing, measured
 from lorafast.engine.kernels.gemm_routing import Route
 from lorafast.engine.kernels.measured import COPY, EAGER, KERNELS, PRODUCT, SMALL_PRODUCT
