@@ -3,7 +3,6 @@
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/eq.h>
@@ -19,6 +18,7 @@
 
 #include <limits>
 
+#include "onednn.h"
 #include "precision.h"
 #include "python.h"
 
@@ -168,23 +168,6 @@ std::pair<Tensor, Tensor> gained_operands(const CpuBackend& backend, const Tenso
   return {dy2, scale(backend, weight, gain, true)};
 }
 
-// x Wᵀ + bias by oneDNN's product with a bias: lorafast/runtime/onednn.py.
-Tensor onednn_linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  using Pointwise =
-      Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, c10::string_view,
-             c10::List<std::optional<c10::Scalar>>, std::optional<c10::string_view>);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
-                             .typed<Pointwise>();
-  return op.call(x, weight, bias, "none", c10::List<std::optional<c10::Scalar>>(), "");
-}
-
-bool onednn_serves(const CpuBackend& backend, const Tensor& x, const Tensor& weight) {
-  return backend.plan & ONEDNN_BIAS && x.scalar_type() == at::kBFloat16 &&
-         weight.scalar_type() == at::kBFloat16 && x.is_contiguous() && weight.is_contiguous() &&
-         at::globalContext().userEnabledMkldnn();
-}
-
 // uᵀh, or its diagonal; u contains s.
 Tensor core_grad(const CpuBackend& backend, const Tensor& u, const OutputGradSpec& spec) {
   if (spec.core.dim() == 1) return at::mul(cast(u, at::kFloat), spec.h).sum(0);
@@ -267,7 +250,7 @@ Tensor CpuBackend::product(const Tensor& given, const Tensor& given_weight,
     add_by_panels(bias, flat(x), weight.t(), y.view({M, N}));
     return y;
   }
-  if (large && bias.defined() && onednn_serves(*this, x, weight))
+  if (large && bias.defined() && plan & ONEDNN_BIAS && onednn_serves(x, weight))
     return onednn_linear(x, weight, bias);
   if (!large && x.dim() == 2)
     return at::linear(x, weight, bias.defined() ? std::optional(bias) : std::nullopt);

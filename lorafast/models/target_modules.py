@@ -45,6 +45,7 @@ def find_targets(model: nn.Module, spec: AdaptSpec) -> Targets:
             f"model is itself a {type(model).__name__} and cannot be replaced in place: "
             f"lorafast.{maker}(model, adapter)"
         )
+    # Linears that a quantiser made other modules of are refused below, and never passed over.
     names = _quantised_names(model, spec) or select_names(model, spec)
     if not names.difference(uncalled := uncalled_linears(model, spec, names)):
         raise ValueError(

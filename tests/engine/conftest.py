@@ -1,9 +1,10 @@
-"""Fixtures of the tests of the host path: which calls it served, and how to keep it out."""
+"""Fixtures: which calls the host path served, and how to keep it out; a GPU that is not there."""
 
 import pytest
 from helpers import host_path
+from helpers.pretended_gpu import Pretended
 
-from lorafast.engine import host
+from lorafast.engine import host, trial
 
 
 @pytest.fixture
@@ -31,3 +32,11 @@ def by_python(monkeypatch):
         monkeypatch.setattr(plain_products, "MOST_ELEMENTS_COPIED", -1)
 
     return turn
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU that is not there, without a verdict."""
+    monkeypatch.setattr(trial, "_assumed", [])
+    monkeypatch.delenv("LORAFAST_TRIAL", raising=False)
+    return Pretended(monkeypatch, tmp_path)

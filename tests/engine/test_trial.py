@@ -8,24 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.pretended_gpu import Pretended
+from helpers.pretended_gpu import DEEDS
 from helpers.trial_child import RATES
 
-from lorafast.engine import masks, trial, trial_file, trial_process
+from lorafast.engine import masks, trial, trial_process
 from lorafast.engine.trial_forms import ENTRIES, TRITON, Form, Verdict, backend_of
-from lorafast.runtime import build_cache, devices, env, extension
+from lorafast.runtime import devices, env, extension
 from lorafast.runtime.fallback import Provisional
 
 pytest.importorskip("triton")
 GPU = torch.device("cuda", 0)
-
-
-@pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """A GPU that is not there, without a verdict."""
-    monkeypatch.setattr(trial, "_assumed", [])
-    monkeypatch.delenv("LORAFAST_TRIAL", raising=False)
-    return Pretended(monkeypatch, tmp_path)
 
 
 def why_not(kernel="project", dtype=torch.bfloat16, R=8):
@@ -46,15 +38,6 @@ def test_right_kernels_serve_and_the_child_runs_once(gpu, capsys):
         assert part in said
 
 
-def test_the_next_process_reads_the_file(gpu, capsys):
-    first = trial.verdict(GPU)
-    gpu.forget()
-    capsys.readouterr()
-    assert vars(trial.verdict(GPU)) == vars(first)
-    assert len(gpu.runs) == 1
-    assert capsys.readouterr().err == ""
-
-
 def test_entries_are_tried_when_they_are_asked_for(gpu):
     assert why_not() == why_not("gemm_tma") == why_not(R=100) == why_not(dtype=torch.float32) == ""
     assert [run.split()[1] for run in gpu.runs] == ["streams", "gemm", "ranks", "fp32"]
@@ -67,27 +50,6 @@ def test_entries_are_tried_when_they_are_asked_for(gpu):
 
 def test_what_is_never_tried_does_not_serve(gpu):
     assert why_not(dtype=torch.float64) == "has not been tried on this GPU"
-
-
-@pytest.mark.parametrize("fact", ["gpu", "triton", "driver"])
-def test_another_device_or_version_has_its_own_verdict(gpu, fact):
-    why_not()
-    gpu.facts[fact] = "another"
-    gpu.forget()
-    why_not()
-    assert len(gpu.runs) == 2
-    assert len(list(gpu.cache.glob("gpu-*.json"))) == 2
-
-
-DEEDS = {
-    "crash": "crashed by SIGSEGV",
-    "kill": "crashed by SIGKILL, as by a system without memory",
-    "raise": "crashed with status 1: RuntimeError: no luck with project bfloat16",
-    "half": "crashed by SIGSEGV",
-    "out of memory": "out of memory",
-    "errs 3 times what eager errs": "errs 3 times what eager errs",
-    "poisoned": "poisoned",
-}
 
 
 @pytest.mark.parametrize("deed", DEEDS)
@@ -260,39 +222,6 @@ def test_a_crash_while_measuring_leaves_no_speed(gpu, capsys):
     assert trial.verdict(GPU).forms["speed"] == "crashed by SIGSEGV"
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"entries": {"streams": {"forms": {}}}}',
-                '{"entries": {"streams": {"verdict": 1}}}', '{"entries": 3}'],
-)  # fmt: skip
-def test_a_damaged_file_is_told_and_replaced(gpu, capsys, content):
-    why_not()
-    gpu.file.write_text(content)
-    gpu.forget()
-    capsys.readouterr()
-    assert why_not() == ""
-    said = capsys.readouterr().err
-    assert said.count("is damaged") == 1
-    assert len(gpu.runs) == 2
-    gpu.forget()
-    assert why_not() == ""
-    assert len(gpu.runs) == 2
-
-
-def test_files_are_written_whole(gpu, monkeypatch):
-    why_not()
-    before = gpu.file.read_text()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    gpu.forget()
-    monkeypatch.setenv("LORAFAST_TRIAL", "again")
-    assert why_not() == ""
-    assert gpu.file.read_text() == before
-    assert sorted(path.suffix for path in gpu.cache.iterdir()) == [".json", ".lock"]
-
-
 def test_it_is_tried_again_once_where_that_is_asked(gpu, monkeypatch):
     gpu.does("project bfloat16=wrong")
     assert why_not() == "wrong"
@@ -311,33 +240,6 @@ def test_nothing_is_tried_and_nothing_serves_where_that_is_asked(gpu, monkeypatc
     monkeypatch.setenv("LORAFAST_TRIAL", "maybe")
     with pytest.raises(ValueError, match="LORAFAST_TRIAL=maybe is not one of 0, 1, again"):
         why_not()
-
-
-def test_an_unwritable_cache_gives_way_to_a_temporary_folder(gpu, monkeypatch, capsys, tmp_path):
-    (tmp_path / "cache").write_text("no folder")
-    private = tmp_path / "private"
-    private.mkdir()
-    monkeypatch.setattr(build_cache, "temporary_folder", lambda: private)
-    assert why_not() == ""
-    assert "cache cannot be used (File exists)" in capsys.readouterr().err
-    gpu.forget()
-    assert why_not() == ""
-    assert len(gpu.runs) == 1
-    assert [path.name for path in private.glob("gpu-*.json")] == [gpu.file.name]
-
-    def none():
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(build_cache, "temporary_folder", none)
-    gpu.forget()
-    assert "neither can a temporary folder: Permission denied" in why_not()
-
-
-def test_a_verdict_in_a_folder_that_cannot_be_written_is_read(gpu, monkeypatch):
-    why_not()
-    gpu.forget()
-    monkeypatch.setattr(trial_file, "writable_folder", None)
-    assert why_not() == ""
 
 
 def test_a_capture_or_a_trace_tries_nothing_and_is_not_remembered(gpu, monkeypatch):
@@ -398,38 +300,6 @@ def test_a_cpu_has_no_trial():
     assert trial.why_not("project", torch.float32, 8, torch.device("cpu")) == (
         "is tried on GPUs, and cpu is here"
     )
-
-
-def test_the_key_has_every_fact(monkeypatch):
-    class Properties:
-        name, uuid = "H200", "GPU-7"
-
-    module = type("Module", (), {"get_device_properties": lambda self, device: Properties})()
-    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
-    monkeypatch.setattr(devices, "of", lambda device: devices.Arch("nvidia", "sm_90", 132))
-    gpu = trial.gpu_of.__wrapped__(GPU)
-    assert (gpu.name, gpu.uuid) == ("H200", "GPU-7")
-    assert gpu.facts["multiprocessors"] == "132"
-    assert gpu.facts["torch"] == torch.__version__
-    assert gpu.facts["triton"] == __import__("triton").__version__
-    hashes = {gpu.sha16}
-    for name in gpu.facts:
-        hashes.add(trial.Gpu(gpu.facts | {name: "other"}, "").sha16)
-    assert len(hashes) == 1 + len(gpu.facts)
-
-
-def test_a_change_of_a_kernel_changes_the_key(monkeypatch, tmp_path):
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "project.py").write_text("one")
-    (tmp_path / "philox.py").write_text("two")
-    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
-    monkeypatch.setattr(trial, "_ENGINE", tmp_path)
-    before = trial._sources.__wrapped__()
-    for changed in ("kernels/project.py", "philox.py", "csrc/cuda/drop.cu", "csrc/cuda/mma.cuh"):
-        (tmp_path / changed).write_text("another")
-        after = trial._sources.__wrapped__()
-        assert after != before
-        before = after
 
 
 def test_a_verdict_may_be_assumed(gpu):

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import pytest
+import torch
 from emulator import machine
 
 from helpers.emulated_cuda import code
 from lorafast.engine import cuda_forms, host
 from lorafast.engine.cuda_forms import Form
-from lorafast.runtime import extension
+from lorafast.runtime import cuda_driver, extension
 
 # Takes a form, a grid and the bits of each parameter.
 Run = Callable[[Form, tuple[int, ...], list[int]], None]
@@ -61,12 +62,10 @@ def launching(run: Run) -> Iterator[list[bool]]:
     callback = _LAUNCH(launch)
     address = ctypes.cast(callback, ctypes.c_void_p).value
 
-    def load(stem: str, dtype: int, tiles: int, flags: int, tf32: int, device: str):
-        assert device == "cpu"
-        (torch_dtype,) = (one for one, own in cuda_forms.DTYPES.items() if own == dtype)
-        forms.append(Form(stem, torch_dtype, tiles, flags, bool(tf32)))
-        letters = cuda_forms.KERNELS[stem].parameters
-        return address, len(forms), forms[-1].threads, letters
+    def number_of(form: Form, device: torch.device) -> int:
+        assert device.type == "cpu"
+        forms.append(form)
+        return len(forms)
 
     served: list[bool] = []
 
@@ -75,10 +74,13 @@ def launching(run: Run) -> Iterator[list[bool]]:
         served.append(y is not None)
         return y
 
-    with mock.patch.object(host, "_load_form", load):
-        linear = host._load(on_cpu=False)
+    linear = host._load(on_cpu=False)
     try:
-        with mock.patch.object(host, "linear", counted):
+        with (
+            mock.patch.object(host, "linear", counted),
+            mock.patch.object(cuda_forms, "function", number_of),
+            mock.patch.object(cuda_driver, "launch_address", return_value=address),
+        ):
             yield served
         if failures:
             raise failures[0]

@@ -13,6 +13,18 @@ FACTS = {"gpu": "Pretended 9000", "architecture": "sm_90", "triton": "3.7.1", "d
 CHILD = (sys.executable, str(Path(__file__).parent / "trial_child.py"))
 
 
+# What the child may be told to do at a form, and what is then said of it.
+DEEDS = {
+    "crash": "crashed by SIGSEGV",
+    "kill": "crashed by SIGKILL, as by a system without memory",
+    "raise": "crashed with status 1: RuntimeError: no luck with project bfloat16",
+    "half": "crashed by SIGSEGV",
+    "out of memory": "out of memory",
+    "errs 3 times what eager errs": "errs 3 times what eager errs",
+    "poisoned": "poisoned",
+}
+
+
 class Pretended:
     """What a test changes and asks of the pretended GPU's trial."""
 

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import transformers
 from helpers import tiny_transformers
+from helpers.user_warnings import messages
 from torch import nn
 
 import lorafast
@@ -67,15 +68,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.narrow(self.wide(x))
-
-
-def messages(function):
-    """Return what the call of a function warns of; each warning names this file."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        function()
-    assert {warning.filename for warning in caught} <= {__file__}
-    return [str(warning.message) for warning in caught]
 
 
 @pytest.mark.parametrize(

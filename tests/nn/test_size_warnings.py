@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.user_warnings import messages
 from torch import nn
 
 import lorafast
@@ -20,15 +21,6 @@ MAKERS = {
     ),
 }
 each_maker = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-
-
-def messages(function):
-    """Return what the call of a function warns of; each warning names this file."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        function()
-    assert {warning.filename for warning in caught} <= {__file__}
-    return [str(warning.message) for warning in caught]
 
 
 @each_maker
