@@ -30,16 +30,10 @@ from lorafast.models.instance_methods import (
 from lorafast.models.merge import merged_copies
 from lorafast.models.module_names import adapter_layers, format_names
 from lorafast.runtime.torch_internals import storage_key
-from lorafast.schedule.lamda import warn_about_unscheduled
 
 # The folders from which Trainer resumes.
 _TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
 _METHOD = "save_pretrained"
-# How Trainer gets LaMDA's schedule.
-_SCHEDULE = (
-    "Trainer(callbacks=[ScheduleCallback(lorafast.schedule.LaMDAFreeze)]), imported from "
-    "lorafast.integrations.trainer"
-)
 # Models whose user knows that their checkpoints hold no adapter file.
 _told_mixtures: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -122,9 +116,6 @@ def _save_adapter(
         return
     adapt_record.warn_about_lost(model)
     resumes = _TRAINER_FOLDER.fullmatch(folder.name)
-    if resumes:
-        # Trainer tells a model nothing of a run before this.
-        warn_about_unscheduled(model, _SCHEDULE, stacklevel=4)
     try:
         content = file_content(model, state_dict)
     except MixtureError as error:

@@ -128,6 +128,7 @@ class UpProjection(FrozenColumns, nn.Linear):
         """Change the class of a plain nn.Linear."""
         linear.__class__ = cls
         linear._register_columns()
+        linear._expect_schedule()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x Bᵀ [...,N], whose gradient for frozen columns is 0.  x [...,R]"""
@@ -135,6 +136,9 @@ class UpProjection(FrozenColumns, nn.Linear):
 
     def _factor_B(self) -> nn.Parameter:
         return self.weight
+
+    def _needs_schedule(self) -> bool:
+        return True
 
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)

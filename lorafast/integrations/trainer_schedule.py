@@ -25,7 +25,7 @@ from lorafast.models.gradient_check import adapters_without_gradient
 from lorafast.models.module_names import format_names, unwrap
 from lorafast.nn.frozen_columns import FrozenColumns
 from lorafast.runtime import extras
-from lorafast.schedule.lamda import LaMDAFreeze, warn_about_unscheduled
+from lorafast.schedule.lamda import LaMDAFreeze
 
 with extras.required("peft"):
     from accelerate.optimizer import AcceleratedOptimizer
@@ -48,8 +48,7 @@ class ScheduleCallback(TrainerCallback):
     clipped; the loss that Trainer logs is without it. The model may be adapted, a PeftModel, or
     plain for a LISA. AdapterCheckpoint takes the same arguments.
 
-    After the first step, names in one warning the adapters that got no gradient, and warns of LaMDA
-    layers without a LaMDAFreeze.
+    After the first step, names in one warning the adapters that got no gradient.
 
     Args:
         schedule: a class of lorafast.schedule, or a function that returns a schedule. It is called
@@ -345,5 +344,3 @@ def _warn_of_untrained(model: nn.Module) -> None:
             "adapters have no effect: leave them out of target_modules",
             stacklevel=2,
         )
-    way = "ScheduleCallback(lorafast.schedule.LaMDAFreeze)"
-    warn_about_unscheduled(model, way, stacklevel=3)

@@ -12,6 +12,7 @@ from lorafast import functional
 from lorafast.engine import checks, weight_norm
 from lorafast.engine.problem import CallOptions, LayerTensors, split_scaling
 from lorafast.methods.adapter import Adapter, TensorSpec
+from lorafast.methods.lamda import LaMDA
 from lorafast.methods.lora import LoRA
 from lorafast.nn import merge_math
 from lorafast.nn.adapter_state import NAMES, AdapterState
@@ -103,6 +104,7 @@ class AdapterLayer(AdapterState):
         for base in (self.weight, self.bias):
             if base is not None:
                 base.requires_grad_(False)
+        self._expect_schedule()
 
     def _register_adapter(self, dtype: torch.dtype) -> None:
         """Register a Parameter, still without values, for every adapter tensor."""
@@ -277,6 +279,9 @@ class AdapterLayer(AdapterState):
 
     def _factor_B(self) -> nn.Parameter:
         return self.lora_B
+
+    def _needs_schedule(self) -> bool:
+        return isinstance(self.adapter, LaMDA)
 
     def reset_parameters(self) -> None:
         """Set a fresh weight and bias as torch does, and start the adapter from them.

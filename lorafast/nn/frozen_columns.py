@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lorafast.nn import unscheduled
+
 
 class FrozenColumns(nn.Module):
     """A module that holds a factor B [N,R] whose first columns can be frozen.
@@ -28,6 +30,10 @@ class FrozenColumns(nn.Module):
         """Return B."""
         raise NotImplementedError
 
+    def _needs_schedule(self) -> bool:
+        """True if the method of the adapter freezes B by a schedule."""
+        raise NotImplementedError
+
     @property
     def trains(self) -> bool:
         """True if B trains, or did until all its columns were frozen."""
@@ -37,6 +43,11 @@ class FrozenColumns(nn.Module):
         """Register the buffers; in no state dict."""
         self.register_buffer("frozen_B", None, persistent=False)
         self.register_buffer("trained_columns", None, persistent=False)
+
+    def _expect_schedule(self) -> None:
+        """Let a step that trains B warn, unless a schedule freezes B or the method has none."""
+        if self._needs_schedule():
+            unscheduled.expect_schedule(self)
 
     def begin_freezing(self) -> None:
         """Let every column train, and prepare for freeze_columns().
@@ -109,6 +120,7 @@ class FrozenColumns(nn.Module):
             self.register_buffer("trained_columns", None, persistent=False)
             if self.frozen_columns:
                 self.freeze_columns(self.frozen_columns)
+        self._expect_schedule()
 
     def _call_columns(self, B: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Return B for a call, and how many of its first columns the call gives no gradient."""

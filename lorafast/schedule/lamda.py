@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from typing import Any
 
 from torch import nn
 
 from lorafast.engine import checks
 from lorafast.methods.lamda import LaMDA
-from lorafast.models.module_names import canonical_name, format_names, unwrap
+from lorafast.models.module_names import canonical_name, unwrap
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.frozen_columns import FrozenColumns
-
-# Models whose user knows that their LaMDA adapters have no schedule.
-_told_unscheduled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class LaMDAFreeze:
@@ -147,29 +142,6 @@ class LaMDAFreeze:
             due = self.frozen_columns(layer._factor_B().shape[1], self.last_step)
             if due != layer.frozen_columns:
                 layer.freeze_columns(due)
-
-
-def warn_about_unscheduled(model: nn.Module, way: str, stacklevel: int) -> None:
-    """Warn, once for a model, of LaMDA adapters that train without a schedule.
-
-    Args:
-        model: the model in training.
-        way: how a schedule is given to what trains the model.
-        stacklevel: as warnings.warn counts it in this function.
-    """
-    model = unwrap(model)
-    waiting = [
-        name
-        for name, layer in lamda_layers(model).items()
-        if not layer.freezing and layer._factor_B().requires_grad
-    ]
-    if waiting and model not in _told_unscheduled:
-        _told_unscheduled.add(model)
-        warnings.warn(
-            f"{len(waiting)} LaMDA adapters train without a schedule, so that all of lora_B trains "
-            f"to the end: {format_names(waiting)}. LaMDA freezes it by {way}",
-            stacklevel=stacklevel,
-        )
 
 
 def lamda_layers(model: nn.Module) -> dict[str, FrozenColumns]:

@@ -1,12 +1,13 @@
 """LaMDAFreeze on PEFT models with a LamdaConfig: as on lorafast's own layers, and under Trainer."""
 
 import copy
+import warnings
 
 import peft
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from helpers.peft_models import ALL, K, Net, lamda_config
+from helpers.peft_models import ALL, K, Net, config, lamda_config
 from helpers.trainer_runs import HALF, STEPS, Stop, base, losses, trainer_of
 from torch._dynamo.backends.common import aot_autograd
 
@@ -172,9 +173,49 @@ def test_a_run_under_trainer_resumes_to_the_bit(init, tmp_path):
     assert resumed.schedule.state_dict() == callback.schedule.state_dict()
 
 
-def test_under_trainer_without_a_schedule_it_warns(tmp_path):
-    config = LamdaConfig(r=2, target_modules=["q_proj"], lamda_init="zero", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base(), config)
-    trainer = trainer_of(model, tmp_path, ScheduleCallback(None), save_strategy="no")
+def unscheduled():
+    """Return a PeftModel of a LaMDA without a schedule, and what trains in it."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Net(), lamda_config(ALL))
+    return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def train_step(model, optimizer):
+    model(torch.ones(8, K)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("way", [lambda model: model, copy.deepcopy], ids=["itself", "a copy"])
+def test_a_plain_loop_without_a_schedule_warns_once(way):
+    model = way(unscheduled()[0])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with pytest.warns(UserWarning, match="3 LaMDA adapters train without a schedule") as told:
+        train_step(model, optimizer)
+    assert [warning.filename for warning in told] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_step(model, optimizer)
+
+
+def test_a_schedule_before_the_first_step_and_an_adapter_that_does_not_train_are_silent():
+    model, trained = unscheduled()
+    optimizer = torch.optim.SGD(trained, lr=1e-2)
+    LaMDAFreeze(model, total_steps=T)
+    other, trained = unscheduled()
+    other.add_adapter("other", config([*ALL]))
+    other.set_adapter("other")
+    active = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_step(model, optimizer)
+        train_step(other, active)
+
+
+@pytest.mark.parametrize("callbacks", [[], [ScheduleCallback(None)]], ids=["plain", "callback"])
+def test_under_trainer_without_a_schedule_it_warns(callbacks, tmp_path):
+    settings = {"lamda_init": "zero", "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(base(), LamdaConfig(r=2, target_modules=["q_proj"], **settings))
+    trainer = trainer_of(model, tmp_path, *callbacks, save_strategy="no")
     with pytest.warns(UserWarning, match="2 LaMDA adapters train without a schedule"):
         trainer.train()

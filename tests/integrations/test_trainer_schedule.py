@@ -213,18 +213,20 @@ def unscheduled(train):
     return [str(warning.message) for warning in told if "LaMDA adapters" in str(warning.message)]
 
 
-def test_without_any_callback_it_warns_once_too(tmp_path):
+@pytest.mark.parametrize("saves", ["no", "steps"])
+def test_without_any_callback_it_warns_once_too(saves, tmp_path):
     model = adapted(LaMDA(r=4))
-    trainer = trainer_of(model, tmp_path, save_steps=2)
+    trainer = trainer_of(model, tmp_path, save_strategy=saves, save_steps=2)
     (message,) = unscheduled(trainer.train)
     assert message.startswith("14 LaMDA adapters train without a schedule")
     assert "ScheduleCallback(lorafast.schedule.LaMDAFreeze)" in message
     assert unscheduled(trainer.train) == []
-    again = lorafast.load_adapter(base(), tmp_path / "checkpoint-2", trainable=True)
+
+
+def test_a_loaded_adapter_that_trains_warns_too(tmp_path):
+    lorafast.save_adapter(adapted(LaMDA(r=4)), tmp_path / "a")
+    again = lorafast.load_adapter(base(), tmp_path / "a", trainable=True)
     assert len(unscheduled(trainer_of(again, tmp_path / "b").train)) == 1
-    # Frozen, it does not train.
-    frozen = lorafast.load_adapter(base(), tmp_path / "checkpoint-2")
-    assert unscheduled(lambda: frozen.save_pretrained(tmp_path / "checkpoint-9")) == []
 
 
 def test_a_run_with_a_schedule_or_another_method_is_told_nothing(tmp_path):
