@@ -11,6 +11,7 @@ from lorafast.models import adapt_record, extra_trainables, observers
 from lorafast.models.adapt import replace_module
 from lorafast.models.adapt_spec import TASK_TYPE_ATTRIBUTE
 from lorafast.models.disable import disable_adapter
+from lorafast.models.instance_methods import drop_methods_of
 from lorafast.models.module_names import adapter_layers, names_by_layer, unwrap
 
 
@@ -58,6 +59,7 @@ def reference_model(model: nn.Module) -> nn.Module:
     with disable_adapter(inner):
         shared = {id(tensor): tensor for tensor in (*inner.parameters(), *inner.buffers())}
         reference = copy.deepcopy(inner, shared)
+    drop_methods_of(inner, reference)
     extra_trainables.stop_training(reference, restore=False)
     vars(reference).pop(TASK_TYPE_ATTRIBUTE, None)
     adapt_record.forget(reference)

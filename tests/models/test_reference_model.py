@@ -1,6 +1,8 @@
 """reference_model: the base model on the same memory, which training does not change."""
 
 import copy
+import functools
+import types
 
 import pytest
 import torch
@@ -131,3 +133,47 @@ def test_refusals():
     model[0].merge()
     with pytest.raises(RuntimeError, match="merged"):
         lorafast.reference_model(model)
+
+
+def wrapped_as_trl_does(model):
+    """Replace the forward by a function around the bound method, as TRL's fused head is put in."""
+    original = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, **kwargs):
+        return original(*args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def hooked_as_accelerate_does(model):
+    """Replace the forward by one that goes through the instance, so that a copy runs itself."""
+    model._old_forward = model.forward
+
+    def forward(module, *args, **kwargs):
+        return module._old_forward(*args, **kwargs)
+
+    model.forward = functools.update_wrapper(functools.partial(forward, model), model._old_forward)
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ([wrapped_as_trl_does], False),
+        ([wrapped_as_trl_does] * 2, False),
+        ([hooked_as_accelerate_does], True),
+        ([wrapped_as_trl_does, hooked_as_accelerate_does], False),
+    ],
+    ids=["TRL", "TRL twice", "accelerate", "both"],
+)
+def test_a_forward_that_a_trainer_replaced_does_not_run_the_trained_model(changes, left):
+    base = tiny_transformers.llama()
+    model = tiny_transformers.adapted(copy.deepcopy(base), LoRA(r=2))
+    trained = outputs(model)
+    for change in changes:
+        change(model)
+    reference = lorafast.reference_model(model)
+    assert torch.equal(outputs(reference), outputs(base))
+    assert torch.equal(outputs(model), trained)
+    assert ("forward" in vars(reference)) is left
+    assert "forward" in vars(model)
