@@ -9,13 +9,16 @@
 // multiplied at once; fixed_right is its other one. s is scaling, and scale if that is not null;
 // with more ranks s is multiplied into one of them before.
 //
-// Flags: 1 BY_ROW; 2 ALIGNED: W has unit `right`, rows 16 bytes aligned, K a multiple of eight.
+// Flags: 1 BY_ROW; 2 ALIGNED: W has unit `right`, rows 16 bytes aligned, K a multiple of eight; 4
+// ACROSS, with both and unless there are more ranks than are multiplied at once: A is fp32 [R,K],
+// rounded here, R a multiple of four, rows 16 bytes aligned.
 #include "form.cuh"
 #include "row_norm.cuh"
 
 using namespace lorafast;
 
-constexpr bool BY_ROW = has(1), ALIGNED = has(2), MANY = FORM_TILES > MOST_TILES;
+constexpr bool BY_ROW = has(1), ALIGNED = has(2), ACROSS = has(4);
+constexpr bool MANY = FORM_TILES > MOST_TILES;
 constexpr int BLOCKS = (MANY ? MOST_TILES : FORM_TILES + 1) / 2;
 // As many as there are registers for.
 constexpr int WARPS = FORM_TILES <= 2 && sizeof(Number) == 2 ? 12 : 8;
@@ -27,7 +30,7 @@ row_norm(const Number* W, const float* B, const float* A, const void* scale, flo
   __shared__ float buffer[32 * WARPS];
   const int own = blockIdx.x * 32, passes = (R + 16 * BLOCKS - 1) / (16 * BLOCKS);
   const float s = scaling * (scale ? number_at(scale, scale_dtype, 0) : 1.0f);
-  RowNorm<Number, WARPS, BLOCKS, MANY, BY_ROW, ALIGNED> norm{
+  RowNorm<Number, WARPS, BLOCKS, MANY, BY_ROW, ALIGNED, ACROSS> norm{
       W, W_down, W_right, B, A, B_down, A_down, fixed_right, N, K, R, passes, s};
   norm.run(own, blockIdx.y * steps, steps);
   norm.store(out + int64(blockIdx.y) * (BY_ROW ? N : K), own, root, buffer);

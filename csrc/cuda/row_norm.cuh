@@ -9,8 +9,9 @@
 
 namespace lorafast {
 
-// BLOCKS of sixteen ranks are multiplied at once; with MANY, several times.
-template <class T, int WARPS, int BLOCKS, bool MANY, bool BY_ROW, bool ALIGNED>
+// BLOCKS of sixteen ranks are multiplied at once; with MANY, several times. ACROSS: A is read as it
+// is, [R,K].
+template <class T, int WARPS, int BLOCKS, bool MANY, bool BY_ROW, bool ALIGNED, bool ACROSS>
 struct RowNorm {
   // Beside a 16-bit W the factors are multiplied in tf32: its own rounding is coarser.
   static constexpr bool EXACT = sizeof(T) == 4 && EXACT_FP32;
@@ -18,7 +19,8 @@ struct RowNorm {
   int64 W_down, W_right;
   // [N,·] and [K,·] fp32, rounded to tf32 unless EXACT, rows 16 bytes aligned, zeros up to a
   // multiple of 32 rows and of 16·BLOCKS ranks. Unless MANY, that of the side which stays has R
-  // ranks, lies in any way, and is multiplied by s and rounded here.
+  // ranks, lies in any way, and is multiplied by s and rounded here. ACROSS: A is fp32 [R,K], R a
+  // multiple of four, rows 16 bytes aligned, and rounded here.
   const float *B, *A;
   int64 B_down, A_down, fixed_right;
   int N, K, R, passes;
@@ -32,6 +34,11 @@ struct RowNorm {
   int64 W_offset[4];
   const float *B_at[4], *A_at[4];
 
+  // Of eight neighbours of a row: the tile of columns that number n is in, and which of the lane's
+  // two columns there it is. ACROSS: columns 4g to 4g+3 are one of each tile.
+  static DEVICE int tile_of(int n) { return ACROSS ? n % 4 : n / 2; }
+  static DEVICE int place_in_tile(int n) { return ACROSS ? n / 4 : n % 2; }
+
   DEVICE void start(int row, int column) {
     const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3;
     W_at = reinterpret_cast<const char*>(W);
@@ -43,8 +50,13 @@ struct RowNorm {
       const int beside = ALIGNED ? least(column + 8 * c, K - 8) : column + 8 * c;
       W_offset[i] = pinned(int64((own * W_down + beside * W_right) * sizeof(T)));
       B_at[i] = pinned(B + own * B_down);
-      const int across = column + g / 2 * 8 + 2 * i + g % 2, last = BY_ROW ? across : K - 1;
-      A_at[i] = pinned(A + least(across, last) * A_down);
+      if constexpr (ACROSS) {
+        const int64 rank = least(4 * c, R - 4) + i;
+        A_at[i] = pinned(A + rank * A_down + least(column + 4 * g, K - 4));
+      } else {
+        const int across = column + g / 2 * 8 + 2 * i + g % 2, last = BY_ROW ? across : K - 1;
+        A_at[i] = pinned(A + least(across, last) * A_down);
+      }
     }
   }
 
@@ -95,6 +107,29 @@ struct RowNorm {
     }
   }
 
+  // The columns of the step, of four ranks and four columns that a lane loads.
+  DEVICE void load_across() {
+    const int c = threadIdx.x & 3;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      const int rank = 16 * b + 4 * c;
+      const int64 further = b ? (least(rank, R - 4) - least(4 * c, R - 4)) * A_down : 0;
+      Neighbours<float, 4> four[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) load_wide<false>(four[i], A_at[i] + further);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float value[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float one = EXACT ? four[i][j] : rounded_to_tf32(four[i][j]);
+          value[i] = rank < R ? one : 0.0f;
+        }
+        columns[j][b] = rounded_column<float>(value);
+      }
+    }
+  }
+
   DEVICE void multiply_ranks(float (&sum)[2][4][4]) {
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
@@ -110,7 +145,7 @@ struct RowNorm {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int n = 0; n < 8; ++n) sum[i / 2][n / 2][i % 2 * 2 + n % 2] = w[i][n];
+      for (int n = 0; n < 8; ++n) sum[i / 2][tile_of(n)][i % 2 * 2 + place_in_tile(n)] = w[i][n];
     }
     if constexpr (MANY) {
 #pragma unroll 1
@@ -120,17 +155,18 @@ struct RowNorm {
         multiply_ranks(sum);
       }
     } else {
-      if (BY_ROW) load_columns(0);
+      if (ACROSS) load_across();
+      if (BY_ROW && !ACROSS) load_columns(0);
       if (!BY_ROW) load_rows(0);
       multiply_ranks(sum);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (BY_ROW) A_at[i] += 32 * WARPS * A_down;
+      if (BY_ROW) A_at[i] += 32 * WARPS * (ACROSS ? 1 : A_down);
       if (!BY_ROW) B_at[i] += 32 * WARPS * B_down;
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const float v = sum[i / 2][n / 2][i % 2 * 2 + n % 2];
+        const float v = sum[i / 2][tile_of(n)][i % 2 * 2 + place_in_tile(n)];
         const float counted = 8 * i < height && inside ? v : 0.0f;
         squares[BY_ROW ? i : n] += counted * counted;
       }

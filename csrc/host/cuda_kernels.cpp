@@ -269,12 +269,15 @@ Tensor row_norm(const Device& device, const Tensor& weight, const Tensor& A, con
   Tensor fixed = by_row ? B : A.t();
   if (many)
     fixed = scale(device, fixed, at::kFloat, {up_to(length, 32), width, scaling, {}, {}, tf32});
+  const int aligned = is_aligned(weight) * ALIGNED;
+  const bool across = by_row && !many && raw_flags(A.t(), aligned) == RAW + ACROSS;
+  const Tensor moving = across ? A
+                               : scale(device, by_row ? A.t() : B, at::kFloat,
+                                       {up_to(along, 32), width, 1, {}, {}, tf32});
   fixed = cast(fixed, at::kFloat);
-  const Tensor moving =
-      scale(device, by_row ? A.t() : B, at::kFloat, {up_to(along, 32), width, 1, {}, {}, tf32});
   const Tensor &rows = by_row ? fixed : moving, &columns = by_row ? moving : fixed;
   const Form form =
-      form_of(Stem::row_norm, weight.scalar_type(), tiles, by_row + is_aligned(weight) * ALIGNED);
+      form_of(Stem::row_norm, weight.scalar_type(), tiles, by_row + aligned + 4 * across);
   // A block has two or three times as many warps as others, which take steps in turn.
   const int64_t blocks = ceil_div(length, 32), in_turn = row_norm_warps(form);
   const auto [count, steps] = split(device, 2 * blocks, ceil_div(along, 32 * in_turn));

@@ -308,7 +308,7 @@ def low_rank_add(
 def _raw(factor: torch.Tensor, flags: int) -> int:
     """Return the flags by which low_rank_add reads a factor as it is, 0 if it has to be copied.
 
-    flags: the others.
+    flags: the others. row_norm reads one across.
     """
     (N, R), aligned = factor.shape, flags & ALIGNED and factor.data_ptr() % 16 == 0
     if not aligned or factor.dtype != _F32 or N < 8 or R % 4:
@@ -346,9 +346,12 @@ def row_norm(
         tensor = small(scaling)
     else:
         number = float(scaling)
-    fixed, moving = fixed.float(), scale(moving, _F32, up_to(along, 32), width, tf32=tf32)
+    aligned = is_aligned(weight) * ALIGNED
+    across = by_row and not many and _raw(moving, aligned) == _RAW + _ACROSS
+    moving = A if across else scale(moving, _F32, up_to(along, 32), width, tf32=tf32)
+    fixed = fixed.float()
     rows, columns = (fixed, moving) if by_row else (moving, fixed)
-    form = cuda_forms.of("row_norm", weight.dtype, tiles, by_row + is_aligned(weight) * ALIGNED)
+    form = cuda_forms.of("row_norm", weight.dtype, tiles, by_row + aligned + 4 * across)
     # A block has two or three times as many warps as others, which take steps in turn.
     blocks, in_turn = ceil_div(length, 32), form.threads // 32
     count, steps = split(2 * blocks, ceil_div(along, 32 * in_turn), weight.device)

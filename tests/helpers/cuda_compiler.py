@@ -42,7 +42,7 @@ KERNELS = {
         (2, 4, 8, 16),
         ("drops", "aligned", "adds", "gains", "keeps", "raw", "across"),
     ),
-    "row_norm": ((2, 4, 8, 16), ("by row", "aligned")),
+    "row_norm": ((2, 4, 8, 16), ("by row", "aligned", "across")),
     "sum_parts": ((2,), ("root",)),
     "drop": ((2,), ("", "aligned", "accumulates")),
     "scale": ((2,), ("", "aligned")),
@@ -87,6 +87,8 @@ def _is_used(form: Form) -> bool:
                 return False
             return asked - 32 in (0, 4, 8, 4 + 8, 4 + 8 + 16) or asked - 96 in (0, 1, 4, 1 + 4)
         return asked in (0, 1, 4, 1 + 4, 8, 4 + 8, 4 + 8 + 16)
+    if form.stem == "row_norm" and form.flags & 4:
+        return form.flags == 7 and form.tiles <= (4 if wide else 8)
     return True
 
 

@@ -45,6 +45,8 @@ FORMS = {
     ("low_rank_add", DROPS + ALIGNED + 96): 0,
     ("low_rank_add", DROPS + ALIGNED + 4 + 96): 0,
     ("row_norm", ALIGNED + 1): 1536,
+    # With A as it is, across.
+    ("row_norm", ALIGNED + 1 + 4): 1536,
     ("row_norm", ALIGNED): 1536,
 }
 

@@ -12,6 +12,7 @@ from helpers.emulated_cuda import emulating
 from helpers.integer_problems import (
     CHECKS,
     HALF,
+    assert_root,
     assert_rounded_once,
     exact_drop,
     exact_gains,
@@ -154,6 +155,32 @@ def test_low_rank_add_with_a_factor_as_it_is(capability, dtype, across, sizes):
         cuda_kernels.low_rank_add(out, h, F, accumulate=False)
     assert out[:, 0].isinf().all()
     assert out[:, 1:].isfinite().all()
+
+
+ACROSS_CASES = [
+    (*target, *case)
+    for i, (target, case) in enumerate(
+        itertools.product(TARGETS, [(40, 72, 12), (33, 424, 16), (5, 8, 4), (33, 104, 64)])
+    )
+    if i % 3 == 0 and (target[1] != FP32 or case[2] <= 32)
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "N", "K", "R"), slow_but(*ACROSS_CASES))
+def test_row_norm_with_a_factor_as_it_is(capability, dtype, N, K, R):
+    """Nothing is copied, and NaN lies around A; what is infinite stays in its column."""
+    W, B = whole_numbers(N, K, dtype, most=3), whole_numbers(N, R, FP32, most=3)
+    around = torch.full((R + 1, K + 4), torch.nan)
+    A = around[:R, :K]
+    A.copy_(whole_numbers(R, K, FP32, most=3))
+    exact = (W.double() + 2 * B.double() @ A.double()).square().sum(1)
+    copied = mock.patch.object(cuda_kernels, "scale", side_effect=AssertionError("a copy"))
+    for splits in (1, 2):
+        with emulating(capability, splits), copied:
+            assert_root(backend.row_norm(W, A, B, 2.0), exact)
+    A[-1, -1], B[:, -1] = torch.inf, 1
+    with emulating(capability), copied:
+        assert backend.row_norm(W, A, B).isinf().all()
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ CALLS = {
     "low_rank_add, gain and a factor as it is": ("low_rank_add", ALIGNED + 4 + 8 + 32, 10),
     "low_rank_add, dropout and a factor as it is": ("low_rank_add", DROPS + ALIGNED + 4 + 96, 14),
     "row_norm, rows": ("row_norm", ALIGNED + 1, 4),
+    "row_norm, rows and a factor as it is": ("row_norm", ALIGNED + 1 + 4, 6),
     "row_norm, columns": ("row_norm", ALIGNED, 6),
 }
 BLOCKS = 768
