@@ -4,13 +4,14 @@
 // sums over tokens are products too: with a factor of ones; and with kept, of which the diagonal is
 // wanted, for which each column of dy has a row of its own. u sums over columns instead, for which
 // a lane loads the same numbers again in the order of project, from L1; the sums of a block's warps
-// are added through shared memory in every step, in a fixed order.
+// are added through shared memory in every step, in a fixed order. With u a block has twice as many
+// warps, as many as there are registers for: each block writes a part of u.
 #pragma once
 #include "grad_project.cuh"
 
 namespace lorafast {
 
-constexpr int GRAD_OUTPUT_WARPS = 4;
+DEVICE constexpr int grad_output_warps(bool u) { return u ? 8 : 4; }
 // From sm_100 on the compiler takes more registers, and has none for a second buffer beside all
 // sums.
 #if __CUDA_ARCH__ >= 1000
@@ -29,6 +30,7 @@ struct GainedFactor {
 template <class T, int TILES, bool U, bool P, bool SUMS, bool DOT, bool ALIGNED>
 struct GradOutput {
   using Factor = TokenFactor<T, TILES>;
+  static constexpr int WARPS = grad_output_warps(U);
   const T *dy, *kept, *h;
   int64 dy_down, dy_right, kept_down, kept_right, h_down, M;
   float* u;  // [M,u_ranks], this block's part
@@ -44,9 +46,9 @@ struct GradOutput {
   int64 dy_offset[4], kept_offset[4], across_offset[2];
   const T* h_at[4];
   int offset[Factor::BLOCKS];
-  // Of the block's u a lane adds two numbers: of one rank and two neighbouring rows.
+  // Of the block's u a lane adds one number.
   float* u_at;
-  int u_inside;
+  bool u_inside, rank_inside;
 
   // column: the warp's first one. token: the first one of a step.
   DEVICE void start(int column, int64 token) {
@@ -55,10 +57,11 @@ struct GradOutput {
     const int own = column_within(column + 8 * g);
     dy_at = across_at = reinterpret_cast<const char*>(dy);
     kept_at = reinterpret_cast<const char*>(kept);
-    const int warp = threadIdx.x >> 5, rank = g + warp % 2 * 8;
-    const int64 u_row = token + warp / 2 * 8 + 2 * c;
+    const int warp = threadIdx.x >> 5, rank = g + warp / 2 % 2 * 8;
+    const int64 u_row = token + warp / 4 * 8 + 2 * c + warp % 2;
     u_at = u + u_row * u_ranks + rank;
-    u_inside = rank < u_ranks ? int(least(M - u_row, int64(2))) : 0;
+    rank_inside = rank < u_ranks;
+    u_inside = rank_inside && u_row < M;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64 row = least(token + 4 * c + i, M - 1);
@@ -182,18 +185,14 @@ struct GradOutput {
         multiply(part[i / 2], own_F[i % 2][piece], column_fragment(row, piece));
     }
     across_at += 16 * dy_down * sizeof(T);
-    float* own = buffer + odd_step * GRAD_OUTPUT_WARPS * 256 + lane;
+    float* own = buffer + odd_step * WARPS * 256 + lane;
 #pragma unroll
     for (int i = 0; i < 8; ++i) own[(warp * 8 + i) * 32] = part[i / 4][i % 4];
     __syncthreads();
+    float sum = 0;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float sum = 0;
-#pragma unroll
-      for (int other = 0; other < GRAD_OUTPUT_WARPS; ++other)
-        sum += own[(other * 8 + warp * 2 + i) * 32];
-      if (RAGGED ? i < u_inside : u_inside > 0) u_at[i * u_ranks] = sum;
-    }
+    for (int other = 0; other < WARPS; ++other) sum += own[(other * 8 + warp) * 32];
+    if (RAGGED ? u_inside : rank_inside) *u_at = sum;
     u_at += 16 * u_ranks;
   }
 

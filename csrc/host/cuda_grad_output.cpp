@@ -38,10 +38,12 @@ Parts stream(const Device& device, const Tensor& dy2, const Tensor& kept2, const
   const int64_t u_ranks = has_u ? factor.B.size(1) : 0;
   const int tiles = has_h ? tiles_of(std::max(given_h.size(1), u_ranks)) : 2;
   const bool aligned = is_aligned(dy2) && (requested < 2 || is_aligned(kept2));
-  const auto [count, steps] = split(device, ceil_div(N, 256), ceil_div(M, 16));
+  // With u half as many blocks have twice as many warps.
+  const int64_t blocks = ceil_div(N, has_u ? 512 : 256);
+  const auto [count, steps] = split(device, has_u ? 2 * blocks : blocks, ceil_div(M, 16));
   Parts parts;
   Tensor h, P, none;
-  if (has_u) parts.u = empty(dy2, {ceil_div(N, 256), M, u_ranks}, at::kFloat);
+  if (has_u) parts.u = empty(dy2, {blocks, M, u_ranks}, at::kFloat);
   if (has_h) {
     h = token_factor(device, given_h, type, tiles);
     P = empty(dy2, {count, h.size(1), N}, at::kFloat);
@@ -51,7 +53,7 @@ Parts stream(const Device& device, const Tensor& dy2, const Tensor& kept2, const
   const Tensor& kept = requested == 2 ? kept2 : none;
   constexpr int SUMS[] = {0, 8, 8 + 16};
   const int flags = has_u + aligned * ALIGNED + 4 * has_h + SUMS[requested];
-  device.launch(form_of(Stem::grad_output, type, tiles, flags), {ceil_div(N, 256), count, 1}, dy2,
+  device.launch(form_of(Stem::grad_output, type, tiles, flags), {blocks, count, 1}, dy2,
                 kept, h, small(factor.gain), factor.B, none, parts.u, P, parts.sums, M,
                 dy2.stride(0), dy2.stride(1), kept.defined() ? kept.stride(0) : 0,
                 kept.defined() ? kept.stride(1) : 0, has_h ? h.stride(0) : 0,

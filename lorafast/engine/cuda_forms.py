@@ -24,6 +24,8 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 LAUNCHED_TENSORS = "cuda"
 # Flags of every kernel that has them; each .cu names its own.
 DROPS, ALIGNED = 1, 2
+# grad_output's, with which a block has twice as many warps.
+U = 1
 _OLDEST = 80
 
 
@@ -69,9 +71,12 @@ class Form(NamedTuple):
     @property
     def threads(self) -> int:
         """Those of a block."""
-        # As many of row_norm as there are registers for.
-        few = self.stem == "row_norm" and self.tiles <= 2 and self.dtype.itemsize == 2
-        return 384 if few else KERNELS[self.stem].threads
+        # As many as there are registers for.
+        if self.stem == "row_norm" and self.tiles <= 2 and self.dtype.itemsize == 2:
+            return 384
+        if self.stem == "grad_output" and self.flags & U:
+            return 256
+        return KERNELS[self.stem].threads
 
     @property
     def options(self) -> tuple[str, ...]:

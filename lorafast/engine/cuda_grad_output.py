@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from lorafast.engine import cuda_forms
-from lorafast.engine.cuda_forms import ALIGNED, launch
+from lorafast.engine.cuda_forms import ALIGNED, U, launch
 from lorafast.engine.cuda_kernels import (
     ceil_div,
     core_strides,
@@ -142,14 +142,16 @@ def _stream(
     (M, N), u_ranks = dy2.shape, 0 if factor is None else factor.B.shape[1]
     tiles = 2 if h is None else tiles_of(max(h.shape[1], u_ranks))
     aligned = is_aligned(dy2) and (requested < 2 or is_aligned(kept2))
-    count, steps = split(ceil_div(N, 256), ceil_div(M, 16), dy2.device)
+    # Half as many blocks have twice as many warps.
+    blocks = ceil_div(N, 256) if factor is None else ceil_div(N, 512)
+    count, steps = split(blocks if factor is None else 2 * blocks, ceil_div(M, 16), dy2.device)
     u = P = sums = B = gain = tensor = None
     h_ranks, live, number = 0, 0, 1.0
     if factor is not None:
         B, scaling, gain = factor.B, factor.scaling, small(factor.gain)
         tensor = small(scaling) if isinstance(scaling, torch.Tensor) else None
         number = 1.0 if tensor is not None else float(scaling)
-        u = dy2.new_empty(ceil_div(N, 256), M, u_ranks, dtype=_F32)
+        u = dy2.new_empty(blocks, M, u_ranks, dtype=_F32)
     if h is not None:
         live = h.shape[1]
         h = token_factor(h, dy2.dtype, tiles)
@@ -157,11 +159,11 @@ def _stream(
         P = dy2.new_empty(count, h_ranks, N, dtype=_F32)
     if requested:
         sums = dy2.new_empty(count, requested, N, dtype=_F32)
-    flags = (u is not None) + aligned * ALIGNED + 4 * (P is not None)
+    flags = (u is not None) * U + aligned * ALIGNED + 4 * (P is not None)
     flags += (0, 8, 8 + 16)[requested]
     launch(
         cuda_forms.of("grad_output", dy2.dtype, tiles, flags), dy2.device,
-        (ceil_div(N, 256), count),
+        (blocks, count),
         dy2, kept2 if requested == 2 else None, h, gain, B, tensor, u, P, sums, M, *dy2.stride(),
         *((0, 0) if requested < 2 else kept2.stride()), 0 if h is None else h.stride(0),
         *((0, 0) if B is None else B.stride()), steps, N, u_ranks, h_ranks, dtype_number(tensor),

@@ -13,7 +13,7 @@ from helpers.cuda_compiler import (
 )
 
 from lorafast.engine import cuda_forms
-from lorafast.engine.cuda_forms import ALIGNED, DROPS, SOURCES, Form
+from lorafast.engine.cuda_forms import ALIGNED, DROPS, SOURCES, Form, U
 from lorafast.runtime import cuda_compiler as cuda_compiler_of_users
 from lorafast.runtime.toolchain import Failure
 
@@ -31,7 +31,8 @@ def test_every_kernel_is_in_the_table():
 @pytest.mark.slow
 def test_the_tables_threads_are_those_of_the_kernels():
     forms = [Form(stem, torch.float32) for stem in KERNELS]
-    for form in [*forms, Form("row_norm", torch.bfloat16), Form("row_norm", torch.bfloat16, 4)]:
+    forms += [Form("row_norm", torch.bfloat16), Form("row_norm", torch.bfloat16, 4)]
+    for form in [*forms, Form("grad_output", torch.bfloat16, 2, U + ALIGNED + 4)]:
         text = cuda_compiler.ptx(form, 90)
         assert int(re.search(r"\.maxntid (\d+)", text).group(1)) == form.threads, form
 
