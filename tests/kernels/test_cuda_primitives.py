@@ -70,6 +70,15 @@ def test_whole_numbers_are_exact(capability, dtype, primitive, shape, layout, sp
         CHECKS[primitive](backend, dtype, torch.float32, *shape, layout)
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype"), slow_but(*(target for target in TARGETS if target[1] != FP16))
+)
+def test_u_of_two_blocks_of_columns(capability, dtype):
+    """Its sums are too many for a d_core that is exact in fp16."""
+    with emulating(capability, 2):
+        CHECKS["grad_output"](backend, dtype, FP32, 23, 520, 8, 12, "contiguous")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_whole_numbers_in_tf32(capability):
