@@ -53,9 +53,9 @@ Parts stream(const Device& device, const Tensor& dy2, const Tensor& kept2, const
   const Tensor& kept = requested == 2 ? kept2 : none;
   constexpr int SUMS[] = {0, 8, 8 + 16};
   const int flags = has_u + aligned * ALIGNED + 4 * has_h + SUMS[requested];
-  device.launch(form_of(Stem::grad_output, type, tiles, flags), {blocks, count, 1}, dy2,
-                kept, h, small(factor.gain), factor.B, none, parts.u, P, parts.sums, M,
-                dy2.stride(0), dy2.stride(1), kept.defined() ? kept.stride(0) : 0,
+  device.launch(form_of(Stem::grad_output, type, tiles, flags), {blocks, count, 1}, dy2, kept, h,
+                small(factor.gain), factor.B, none, parts.u, P, parts.sums, M, dy2.stride(0),
+                dy2.stride(1), kept.defined() ? kept.stride(0) : 0,
                 kept.defined() ? kept.stride(1) : 0, has_h ? h.stride(0) : 0,
                 has_u ? factor.B.stride(0) : 0, has_u ? factor.B.stride(1) : 0, steps, i32(N),
                 i32(u_ranks), has_h ? i32(h.size(1)) : 0, 0, static_cast<float>(factor.scaling));
