@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorafast.runtime.torch_internals import CALL_HOOKS, is_foreign_subclass
 
@@ -140,6 +141,9 @@ def is_read_by_parent(model: nn.Module, name: str) -> bool:
 
     An adapter on such a module has no effect.
     """
+    if isinstance(model.get_submodule(name), NonDynamicallyQuantizableLinear):
+        # torch's class for the out_proj of nn.MultiheadAttention alone.
+        return True
     parent, _, child = name.rpartition(".")
     return any(
         child in children and base.__name__.endswith(ending)

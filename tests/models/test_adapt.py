@@ -234,7 +234,7 @@ def pefted(model):
             TypeError,
             "encoder.linear1, which nn.TransformerEncoderLayer does not call in eval",
         ),
-        ("all-linear", attending, TypeError, "out_proj, which .* nn.MultiheadAttention reads"),
+        (["out_proj"], attending, TypeError, "out_proj, which .* nn.MultiheadAttention reads"),
         pytest.param(
             ["value"],
             pefted,

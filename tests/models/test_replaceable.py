@@ -242,6 +242,16 @@ def test_wavlms_attention_reads_all_its_projections():
     assert lorafast.adapters_without_gradient(model) == []
 
 
+def test_all_linear_leaves_out_what_torchs_attention_reads():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 8)})
+    with pytest.warns(UserWarning, match=r"without calling them, .*: attention\.out_proj$"):
+        lorafast.adapt(model, LoRA(r=2))
+    assert type(model["up"]) is lorafast.Linear
+    assert not isinstance(model["attention"].out_proj, lorafast.Linear)
+    with pytest.raises(ValueError, match=r"matches 0\.out_proj and the like alone"):
+        lorafast.adapt(nn.Sequential(nn.MultiheadAttention(8, 2)), LoRA(r=2))
+
+
 def test_layers_that_accelerate_placed_are_refused_and_the_way_that_is_named_works(tmp_path):
     model = net()
     want = model(X)
