@@ -1,4 +1,4 @@
-"""FSDP2's fully_shard with trained biases on a half-precision base, as docs/training.md says."""
+"""FSDP2's fully_shard: biases beside adapters, as docs/training.md says, and DoRA's norm."""
 
 import copy
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -59,3 +60,28 @@ def test_without_it_torch_refuses(mesh):
     model = fully_shard(net(None), mesh=mesh)
     with pytest.raises(AssertionError, match="uniform original parameter dtype"):
         model(X)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@torch.no_grad()
+def test_doras_norm_in_eval_is_that_of_a_state_dict_loaded_since(axis, mesh):
+    x = X.float()
+    adapter = lorafast.DoRA(r=2, axis=axis)
+    model = lorafast.adapt(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8)), adapter).eval()
+    other = copy.deepcopy(model)
+    for name, parameter in other.named_parameters():
+        if "lora_" in name or "weight" in name:
+            parameter.add_(torch.randn_like(parameter))
+    sharded = fully_shard(copy.deepcopy(model), mesh=mesh)
+    torch.testing.assert_close(sharded(x), model(x))
+    sharded.reshard()  # the root module keeps whole Parameters after a forward pass
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(sharded, other.state_dict(), options=options)
+    torch.testing.assert_close(sharded(x), other(x))
+    assert not torch.allclose(model(x), other(x))
+    sharded.reshard()
+    for name, parameter in sharded.named_parameters():
+        if "lora_B" in name:
+            parameter.mul_(0.5)
+            other.get_parameter(name).mul_(0.5)
+    torch.testing.assert_close(sharded(x), other(x))
