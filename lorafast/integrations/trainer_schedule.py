@@ -337,8 +337,9 @@ def _add_penalty_gradients(schedule: Any, scaler: torch.amp.GradScaler | None) -
 
 def _warn_of_untrained(model: nn.Module) -> None:
     if names := adapters_without_gradient(model):
+        adapters = "adapter of 1 layer" if len(names) == 1 else f"adapters of {len(names)} layers"
         warnings.warn(
-            f"the adapters of {len(names)} layers got no gradient in the first step: "
+            f"the {adapters} got no gradient in the first step: "
             f"{format_names(names)}. Unless they are experts that no token reached, nothing calls "
             "these layers (a fused loss or attention reads their weights itself), and their "
             "adapters have no effect: leave them out of target_modules",
