@@ -263,7 +263,7 @@ def test_an_adapter_without_a_gradient_is_named_once(callback, tmp_path):
     lorafast.adapt(model, LoRA(r=2), target_modules=["q_proj", "lm_head"])
     trainer = trainer_of(model, tmp_path, callback(), save_strategy="no")
     with pytest.warns(
-        UserWarning, match="1 layers got no gradient in the first step: lm_head"
+        UserWarning, match="adapter of 1 layer got no gradient in the first step: lm_head"
     ) as told:
         trainer.train()
     assert len(told) == 1
