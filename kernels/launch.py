@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -134,7 +135,18 @@ def _cached_descriptor(
     pointer: int, dtype: torch.dtype, shape: tuple[int, int], stride: int, block: tuple[int, int]
 ) -> TensorDescriptor:
     # Making a descriptor takes longer than looking it up, and a call needs up to six of them.
-    return TensorDescriptor(Address(pointer, dtype), list(shape), [stride, 1], list(block))
+    return descriptor_at(pointer, dtype, shape, (stride, 1), block)
+
+
+def descriptor_at(
+    pointer: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    block: tuple[int, ...],
+) -> TensorDescriptor:
+    """Return a TMA descriptor of what lies at an address."""
+    return TensorDescriptor(Address(pointer, dtype), list(shape), list(strides), list(block))
 
 
 def _run(
@@ -180,6 +192,42 @@ def _run(
 # All launches of lorafast's kernels are made by this: _run, and where it can serve the launcher of
 # csrc/launch, which leaves to _run what it has no kernel for.
 run: Callable[..., None] = _run
+
+
+# Told of a launch when it has been made: the compiled kernel that is kept for such arguments, None
+# if there is none, the kernel, the grid and the arguments.
+Note = Callable[["triton_internals.Compiled | None", Any, tuple[int, ...], tuple], None]
+_noting = threading.Lock()
+
+
+@contextlib.contextmanager
+def noting(note: Note) -> Iterator[None]:
+    """Return a context in which the launches of this thread are made by Python, and noted."""
+    global run
+    own = threading.get_ident()
+
+    def noted(kernel, grid, tile: configs.Tile, *args: object, **flags: object) -> None:
+        if threading.get_ident() != own:
+            before(kernel, grid, tile, *args, **flags)
+            return
+        _run(kernel, grid, tile, *args, **flags)
+        note(_kept(kernel, tile, args, flags), kernel, grid, args)
+
+    with _noting:
+        before, run = run, noted
+        try:
+            yield
+        finally:
+            run = before
+
+
+def _kept(kernel, tile: configs.Tile, args: tuple, flags: dict) -> triton_internals.Compiled | None:
+    """Return the compiled kernel that is kept for such arguments on the current device."""
+    arguments = _arguments.get((kernel.fn, tuple(map(type, args))))
+    if arguments is None or triton_internals.binder_needed(kernel):
+        return None
+    key = arguments.key(args, triton_internals.current_device(), tile, flags)
+    return arguments.compiled.get(key)
 
 
 def _keep_in_cpp(

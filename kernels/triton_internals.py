@@ -12,7 +12,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import triton
 from triton import knobs
@@ -59,6 +59,8 @@ enabled = (
 )
 
 
+# Of a tensor map of CUDA.
+_MAP_BYTES = 128
 # Triton's types of the numbers that a launch in C++ passes on.
 _NUMBERS = ("i32", "i64", "fp32")
 # The type of the devices whose tensors are launched with in C++. A test has others.
@@ -187,12 +189,12 @@ def launcher(make: Callable, slow: Callable, descriptor_type: type) -> Any:
         return None
     address = ctypes.cast(function, ctypes.c_void_p).value
     return make(
-        slow, _tensor_map, _watched(), "pre_run_hooks", driver, descriptor_type, address,
+        slow, _tensor_map, watched(), "pre_run_hooks", driver, descriptor_type, address,
         LAUNCHED_TENSORS,
     )  # fmt: skip
 
 
-def _watched() -> list[tuple[object, str, object]]:
+def watched() -> list[tuple[object, str, object]]:
     """What binder_needed looks at, its kernel apart: objects, attributes and what they have to be.
 
     None: anything false.
@@ -209,9 +211,20 @@ def _watched() -> list[tuple[object, str, object]]:
     ]
 
 
+def watched_driver() -> tuple[object, str, object]:
+    """What has to be as it is for a compiled kernel to be launched again: Triton's driver."""
+    return driver, "_active", driver.active
+
+
 def _tensor_map(descriptor: Any, meta: dict) -> object:
     """Return Triton's object for a tensor map, whose last 128 bytes are CUDA's."""
     return _cuda.make_tensordesc_arg(descriptor, meta)[0]
+
+
+def tensor_map_bytes(descriptor: Any, meta: object) -> bytes:
+    """Return the tensor map that a launch gives CUDA for a descriptor. meta: its kind in Passed."""
+    made = _tensor_map(descriptor, cast(dict, meta))
+    return ctypes.string_at(id(made) + type(made).__basicsize__ - _MAP_BYTES, _MAP_BYTES)
 
 
 def launch(compiled: Compiled, grid: tuple[int, ...], device: int, args: tuple) -> None:

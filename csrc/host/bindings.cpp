@@ -18,6 +18,7 @@
 #include "peft_layer.h"
 #include "plans.h"
 #include "python.h"
+#include "recipe_backend.h"
 
 namespace lorafast::host {
 namespace {
@@ -180,8 +181,11 @@ void follow_variables() {
 const Backend* backend_of(at::Device device, long plan) {
   if (plan <= PYTHON) return nullptr;
   const Backend*& backend = backends[{device.str(), plan}];
-  if (!backend && plan & CUDA)
-    backend = new CudaBackend(device, plan >> MULTIPROCESSORS);
+  const long count = plan >> MULTIPROCESSORS & ((1 << MULTIPROCESSOR_BITS) - 1);
+  if (!backend && plan & RECIPES)
+    backend = new RecipeBackend(device, plan, new CudaBackend(device, count));
+  else if (!backend && plan & CUDA)
+    backend = new CudaBackend(device, count);
   else if (!backend)
     backend = new CpuBackend(cpu_kernels(), plan);
   return backend;
@@ -293,13 +297,14 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
 
 PyObject* configure(PyObject*, PyObject* arguments) {
   Python given;
-  if (!PyArg_ParseTuple(arguments, "OOOOOOO!O!O!", &given.kernels, &given.load_form, &given.plan,
-                        &given.backward, &given.modified, &given.panels, &PyDict_Type,
-                        &given.environ, &PyTuple_Type, &given.variables, &PyDict_Type,
-                        &given.forward_ad))
+  if (!PyArg_ParseTuple(arguments, "OOOOOOOOO!O!O!", &given.kernels, &given.load_form, &given.plan,
+                        &given.backward, &given.modified, &given.panels, &given.compute,
+                        &given.tensor_map, &PyDict_Type, &given.environ, &PyTuple_Type,
+                        &given.variables, &PyDict_Type, &given.forward_ad))
     return nullptr;
-  for (PyObject* kept : {given.kernels, given.load_form, given.plan, given.backward, given.modified,
-                         given.panels, given.environ, given.variables, given.forward_ad})
+  for (PyObject* kept :
+       {given.kernels, given.load_form, given.plan, given.backward, given.modified, given.panels,
+        given.compute, given.tensor_map, given.environ, given.variables, given.forward_ad})
     Py_INCREF(kept);
   python = given;
   plans.clear();

@@ -19,13 +19,12 @@ uint64_t key_of(const Form& form) {
   return key;
 }
 
-// The handle of torch's current stream of a device. A CPU stands for a GPU in tests, and has none.
+}  // namespace
+
 void* stream_of(at::Device device) {
   if (device.is_cpu()) return nullptr;
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
-
-}  // namespace
 
 int32_t dtype_number(at::ScalarType dtype) {
   switch (dtype) {

@@ -60,6 +60,9 @@ inline Form form_of(Stem stem, at::ScalarType dtype, int tiles = 2, int flags = 
   return {stem, dtype, tiles, flags, dtype == at::kFloat && in_tf32()};
 }
 
+// The handle of torch's current stream of a device. A CPU stands for a GPU in tests, and has none.
+void* stream_of(at::Device device);
+
 // A form that CUDA has loaded on a device.  parameters: a letter each, as in KERNELS of the twin.
 struct Function {
   launches::LaunchKernel launch = nullptr;

@@ -18,8 +18,12 @@ enum Plan : long {
   PYTHON = 0,        // the Python path serves
   CPU = 1,           // the `cpu` backend serves all primitives, with the flags of CpuPlan
   CUDA = 64,         // the `cuda` backend does; above these bits, the device's multiprocessors
+  RECIPES = 128,     // the `triton` backend, alone or with others: its primitives go by recipes
 };
-constexpr int MULTIPROCESSORS = 8;
+// Where the multiprocessors begin, and how many bits they have; beside RECIPES, where the backend
+// of each primitive begins in the order of Primitive, two bits each of which BY_CUDA is one value.
+constexpr int MULTIPROCESSORS = 8, MULTIPROCESSOR_BITS = 16, ROUTES = 24;
+constexpr long BY_CUDA = 2;
 
 // What decides a plan: the fields of lorafast/engine/problem.py's Problem.
 struct ProblemKey {

@@ -3,6 +3,8 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <cstring>
+
 namespace lorafast::host {
 
 using at::Tensor;
@@ -10,17 +12,6 @@ using at::Tensor;
 Python python;
 
 namespace {
-
-class Gil {
- public:
-  Gil() : state(PyGILState_Ensure()) {}
-  ~Gil() { PyGILState_Release(state); }
-  Gil(const Gil&) = delete;
-  Gil& operator=(const Gil&) = delete;
-
- private:
-  PyGILState_STATE state;
-};
 
 [[noreturn]] void throw_python_error() {
   python_error error;
@@ -96,6 +87,48 @@ cuda::Function load_form(at::Device device, const cuda::Form& form) {
   Py_DECREF(loaded);
   if (!read) throw_python_error();
   return made;
+}
+
+std::pair<std::vector<Tensor>, PyObject*> computed_by_python(long plan, const char* primitive,
+                                                             c10::ArrayRef<const Tensor*> operands,
+                                                             c10::ArrayRef<double> numbers,
+                                                             bool asked) {
+  const Gil held;
+  PyObject* tensors = PyTuple_New(static_cast<Py_ssize_t>(operands.size()));
+  for (size_t i = 0; i < operands.size(); ++i)
+    PyTuple_SET_ITEM(tensors, static_cast<Py_ssize_t>(i), or_none(*operands[i]));
+  PyObject* given = PyTuple_New(static_cast<Py_ssize_t>(numbers.size()));
+  for (size_t i = 0; i < numbers.size(); ++i)
+    PyTuple_SET_ITEM(given, static_cast<Py_ssize_t>(i), PyFloat_FromDouble(numbers[i]));
+  PyObject* answer = PyObject_CallFunction(python.compute, "lsNNO", plan, primitive, tensors, given,
+                                           asked ? Py_True : Py_False);
+  PyObject *made, *noted;
+  if (!answer || !PyArg_ParseTuple(answer, "O!O", &PyTuple_Type, &made, &noted)) {
+    Py_XDECREF(answer);
+    throw_python_error();
+  }
+  std::vector<Tensor> results;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(made); ++i) {
+    PyObject* one = PyTuple_GET_ITEM(made, i);
+    results.push_back(one == Py_None ? Tensor() : THPVariable_Unpack(one));
+  }
+  PyObject* recipe = noted == Py_None ? nullptr : Py_NewRef(noted);
+  Py_DECREF(answer);
+  return {std::move(results), recipe};
+}
+
+launches::TensorMap tensor_map(uint64_t address, PyObject* told) {
+  const Gil held;
+  PyObject* made = PyObject_CallFunction(python.tensor_map, "KO",
+                                         static_cast<unsigned long long>(address), told);
+  launches::TensorMap map;
+  const bool is_map =
+      made && PyBytes_Check(made) && PyBytes_GET_SIZE(made) == static_cast<Py_ssize_t>(sizeof map);
+  if (is_map) std::memcpy(&map, PyBytes_AS_STRING(made), sizeof map);
+  Py_XDECREF(made);
+  if (!made) throw_python_error();
+  TORCH_CHECK(is_map, "a tensor map has ", sizeof map, " bytes");
+  return map;
 }
 
 std::string modified_words(const Tensor& weight, const Tensor& magnitude) {

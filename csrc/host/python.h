@@ -4,9 +4,11 @@
 #include <Python.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "../launch/cuda_driver.h"
 #include "cuda_forms.h"
 #include "layer.h"
 
@@ -20,6 +22,8 @@ struct Python {
   PyObject* backward = nullptr;
   PyObject* modified = nullptr;
   PyObject* panels = nullptr;
+  PyObject* compute = nullptr;
+  PyObject* tensor_map = nullptr;
   // The dict behind os.environ, and the variables in it that decide backends.
   PyObject* environ = nullptr;
   PyObject* variables = nullptr;
@@ -34,6 +38,18 @@ inline const char* axis_of(const Options& options) { return options.in_axis ? "i
 inline const char* dropout_on_of(const Options& options) {
   return options.on_both ? "both" : "adapter";
 }
+
+// This thread may use Python while it lives.
+class Gil {
+ public:
+  Gil() : state(PyGILState_Ensure()) {}
+  ~Gil() { PyGILState_Release(state); }
+  Gil(const Gil&) = delete;
+  Gil& operator=(const Gil&) = delete;
+
+ private:
+  PyGILState_STATE state;
+};
 
 // Other threads of Python run while it lives.
 class WithoutGil {
@@ -64,6 +80,15 @@ void add_by_panels(const at::Tensor& start, const at::Tensor& a, const at::Tenso
 
 // A form, compiled if need be and loaded on a device. Takes the GIL.
 cuda::Function load_form(at::Device device, const cuda::Form& form);
+
+// What a primitive of a plan computes in Python, and the recipe of it, null for none; asked: if one
+// is wanted. The recipe is an object of Python that the caller owns. Takes the GIL.
+std::pair<std::vector<at::Tensor>, PyObject*> computed_by_python(
+    long plan, const char* primitive, c10::ArrayRef<const at::Tensor*> operands,
+    c10::ArrayRef<double> numbers, bool asked);
+
+// The tensor map of a descriptor, whose tensor begins at an address. Takes the GIL.
+launches::TensorMap tensor_map(uint64_t address, PyObject* told);
 
 // What is said where the y that Keep::output reads has been modified. Takes the GIL.
 std::string modified_words(const at::Tensor& weight, const at::Tensor& magnitude);

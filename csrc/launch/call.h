@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cuda_driver.h"
+#include "key.h"
 
 namespace lorafast::launches {
 
@@ -43,40 +44,6 @@ constexpr size_t MOST_ARGUMENTS = 64, MOST_FLAGS = 8, MOST_DESCRIPTORS = 16, MOS
 // The most kernels, and the most descriptors, that are kept. A size of a new value adds a kernel.
 constexpr size_t MOST_KERNELS = 4096, MOST_KEPT_DESCRIPTORS = 8192;
 
-// What a kernel is compiled for, as words: equal keys, the same kernel.
-class Key {
- public:
-  void add(uint64_t word) {
-    if (count < words.size()) words[count] = word;
-    ++count;
-  }
-  bool fits() const { return count <= words.size(); }
-  std::span<const uint64_t> view() const { return {words.data(), count}; }
-
- private:
-  std::array<uint64_t, 16 + 2 * MOST_ARGUMENTS + 4 * MOST_FLAGS> words;
-  size_t count = 0;
-};
-
-struct KeyHash {
-  using is_transparent = void;
-  size_t operator()(std::span<const uint64_t> words) const {
-    uint64_t hash = words.size();
-    for (const uint64_t word : words) {
-      hash = (hash ^ word) * 0x9E3779B97F4A7C15;
-      hash ^= hash >> 32;
-    }
-    return hash;
-  }
-};
-
-struct KeyEqual {
-  using is_transparent = void;
-  bool operator()(std::span<const uint64_t> a, std::span<const uint64_t> b) const {
-    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size_bytes()) == 0;
-  }
-};
-
 // The kinds of a kernel's parameters. A number is read at the address of its 8 bytes, and the bytes
 // of a smaller one come first.
 enum class Kind : uint8_t { NUMBER, DESCRIPTOR };
@@ -94,10 +61,6 @@ struct Kernel {
   std::vector<Param> params;
   // Everything of Python that the key and the parameters refer to.
   Object references;
-};
-
-struct alignas(128) TensorMap {
-  std::array<std::byte, 128> bytes;
 };
 
 // A descriptor that has been launched with. It is never changed (launch.descriptor makes them).

@@ -1,9 +1,10 @@
 """The host path in C++: one call from a layer's tensors to its output, and its autograd node.
 
 csrc/host executes the formula where the `cpu` or the `cuda` backend serves all primitives of a
-call; everything else is left to the Python path, which gives the same bits. This module loads it,
-and holds what it asks of Python: the plan of a problem, made once by the rules of engine.dispatch,
-the kernels, and the slow ways.
+call, or where on an NVIDIA GPU the `triton` backend serves some: what those launch is noted once
+(recipes) and repeated. Everything else is left to the Python path, which gives the same bits. This
+module loads it, and holds what it asks of Python: the plan of a problem, made once by the rules of
+engine.dispatch, the kernels, and the slow ways.
 """
 
 from __future__ import annotations
@@ -14,14 +15,25 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from lorafast.engine import cuda_forms, cuda_kernels, dispatch, half_products, ops
+from lorafast.engine import (
+    cuda_forms,
+    cuda_kernels,
+    dispatch,
+    half_products,
+    kernel_choice,
+    masks,
+    ops,
+    recipes,
+)
 from lorafast.engine.precision import activation_dtype
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors, Problem, tokens
-from lorafast.runtime import cuda_driver, env, extension, fallback, onednn
+from lorafast.runtime import cuda_driver, devices, env, extension, fallback, onednn
 from lorafast.runtime.fallback import Remediable
 
 # Plans, as csrc/host/plans.h numbers them, and the flags of CPU's in cpu_backend.h.
-PROVISIONAL, PYTHON, CPU, CUDA, MULTIPROCESSORS = -1, 0, 1, 64, 8
+PROVISIONAL, PYTHON, CPU, CUDA, RECIPES, MULTIPROCESSORS = -1, 0, 1, 64, 128, 8
+# Set where LORAFAST_BACKEND=triton asks: products then take routes by published figures.
+TRITON_FORCED = 1 << recipes.ROUTES + 2 * len(recipes.PRIMITIVES)
 ONEDNN_BIAS, Y_ALONG, Y_ACROSS, DX_ALONG, DX_ACROSS = 2, 4, 8, 16, 32
 _PRIMITIVES = ("project", "linear", "grad_output", "grad_input", "grad_project")
 
@@ -77,10 +89,29 @@ def _may_serve(x: torch.Tensor) -> bool:
     asked = _asked_backend()
     if x.is_cpu:
         return asked in ("auto", "cpu")
-    backend: Any = dispatch.load("cuda")
-    if asked != "auto" or isinstance(backend, str):
-        return asked == "cuda"
-    return backend.is_admitted(x.device, activation_dtype(x))
+    dtype, cuda = activation_dtype(x), _loaded("cuda")
+    if asked == "auto":
+        return (cuda and cuda.is_admitted(x.device, dtype)) or _may_repeat(x.device, dtype)
+    return asked == "cuda" or (asked == "triton" and _may_repeat(x.device))
+
+
+def _may_repeat(device: torch.device, dtype: torch.dtype | None = None) -> bool:
+    """True if launches of Triton's kernels may be noted and repeated on a device.
+
+    dtype: of an activation that `auto` has to serve there.
+    """
+    if devices.of(device).vendor != "nvidia" or not _loaded("triton"):
+        return False
+    from lorafast.engine.kernels import triton_internals
+
+    admitted = dtype is None or not kernel_choice.refusals(("project",), dtype, 1, device)
+    return triton_internals.enabled and admitted
+
+
+def _loaded(backend: str) -> Any:
+    """The module of a backend, None if there is none."""
+    found: Any = dispatch.load(backend)
+    return None if isinstance(found, str) else found
 
 
 def _asked_backend() -> str:
@@ -112,7 +143,8 @@ def _configured(module: Any) -> Any:
         return module
     module.configure(
         _kernels, _load_form, _plan, _backward, ops.modified_words, half_products.addmm,
-        env.RAW, (env.BACKEND_KEY, env.LOG_KEY), vars(forward_ad),
+        recipes.compute, recipes.tensor_map, env.RAW, (env.BACKEND_KEY, env.LOG_KEY),
+        vars(forward_ad),
     )  # fmt: skip
     return module.linear
 
@@ -148,8 +180,8 @@ def _plan(
     dropout_on: str,
     keep: str,
 ) -> int:
-    """What executes the calls of a problem: CPU with flags, CUDA with the multiprocessors, PYTHON
-    or PROVISIONAL.
+    """What executes the calls of a problem: CPU with flags, CUDA with the multiprocessors, RECIPES
+    with these and the routes, PYTHON or PROVISIONAL.
     """
     tensors = LayerTensors(weight, None, A, B, core, magnitude, None, out_scale)
     options = CallOptions(scaling, p, axis, dropout_on, keep)
@@ -158,12 +190,38 @@ def _plan(
         asked["row_norm"] = dispatch.norm_routes(tensors, options)
         if options.drops_base:
             asked["drop"] = asked["linear"]
-    chosen = {id(routes[primitive]) for primitive, routes in asked.items()}
+    chosen = {primitive: _name_of(routes[primitive]) for primitive, routes in asked.items()}
     if not all(primitive in routes for primitive, routes in asked.items()):
         return PROVISIONAL
-    if chosen == {id(dispatch.load("cuda"))}:
+    backends = {*chosen.values()}
+    if backends == {"cuda"}:
         return CUDA | cuda_kernels.multiprocessors(x.device) << MULTIPROCESSORS
-    return _cpu_plan(x, weight) if chosen == {id(dispatch.load("cpu"))} else PYTHON
+    if backends == {"cpu"}:
+        return _cpu_plan(x, weight)
+    return _recipe_plan(x, chosen, p, magnitude is not None) if "triton" in backends else PYTHON
+
+
+def _name_of(backend: Any) -> str:
+    """The name of a backend's module."""
+    return getattr(backend, "__name__", "").rpartition(".")[2]
+
+
+def _recipe_plan(x: torch.Tensor, chosen: dict[str, str], p: float, has_gain: bool) -> int:
+    """The plan of a problem of which the `triton` backend serves some primitives."""
+    if not {*chosen.values()} <= {*recipes.BACKENDS} or not x.numel() or not _may_repeat(x.device):
+        return PYTHON
+    # One backend computes the gain for all: the cuda backend has a kernel of its own.
+    gained = {chosen[name] == "cuda" for name in ("project", "linear", "grad_output")}
+    if has_gain and len(gained) > 1:
+        return PYTHON
+    # Two primitives that share a mask as a tensor make it once in Python.
+    shares = chosen["grad_input"] == chosen["grad_project"] == "eager"
+    if p and shares and not masks.kernel_serves(x.device, x.dtype):
+        return PYTHON
+    plan = RECIPES | recipes.routes_of(chosen) | (env.is_forced("triton") and TRITON_FORCED)
+    if "cuda" in chosen.values():
+        plan |= cuda_kernels.multiprocessors(x.device) << MULTIPROCESSORS
+    return plan
 
 
 def _cpu_plan(x: torch.Tensor, weight: torch.Tensor) -> int:

@@ -37,7 +37,9 @@ _KERNEL_SECONDS = 25
 # torch's headers ask for C++20; the last -std counts.
 _TORCH_FLAGS: tuple[str, ...] = ("-O2", "-std=c++20")
 # The headers in csrc that modules beside their own include.
-_SHARED_HEADERS = ("cpu/kernels.h", "cpu/module_name.h", "cpu/types.h", "launch/cuda_driver.h")
+_SHARED_HEADERS = (
+    "cpu/kernels.h", "cpu/module_name.h", "cpu/types.h", "launch/cuda_driver.h", "launch/key.h",
+)  # fmt: skip
 
 
 class NeverBuilt(Failure):

@@ -14,11 +14,13 @@ import ctypes
 import functools
 import itertools
 import os
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import triton
@@ -32,11 +34,25 @@ _SIZES = {"i32": 4, "i64": 8, "fp32": 4, "nvTmaDesc": 128}
 _functions = itertools.count(4096, 16)
 
 
+# Grid, block, shared memory; the stream, the number of attributes, and the function.
+_HEAD = struct.Struct("<7IQIQ")
+
+
+class Launch(NamedTuple):
+    """One launch. sizes: the grid, the block and the shared memory; values: the parameters."""
+
+    function: int
+    sizes: tuple[int, ...]
+    values: list[bytes]
+
+
 class Cuda:
     """The library, loaded."""
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
+        # The types of the parameters of a function, for `launches`.
+        self.kinds: dict[int, list[str]] = {}
 
     def noted(self) -> bytes:
         """Return what has been launched since the last call: configurations and parameters."""
@@ -48,6 +64,24 @@ class Cuda:
     def refuse(self, count: int) -> None:
         """Refuse the next launches."""
         self.library.fake_refuse(count)
+
+    def tell_kinds(self, function: int, kinds: list[str]) -> None:
+        """Tell the types of a function's parameters, such as i32, *bf16 and nvTmaDesc."""
+        self.kinds[function] = kinds
+        self.tell(function, [_SIZES.get(kind, 8) for kind in kinds])
+
+    def launches(self) -> list[Launch]:
+        """Return what has been launched since the last call, of functions of known types."""
+        rest, found = self.noted(), []
+        while rest:
+            *sizes, _, _, function = _HEAD.unpack_from(rest)
+            rest, values = rest[_HEAD.size :], []
+            for kind in self.kinds[function]:
+                size = _SIZES.get(kind, 8)
+                values.append(rest[:size])
+                rest = rest[size:]
+            found.append(Launch(function, tuple(sizes), values))
+        return found
 
     def tell(self, function: int, sizes: list[int]) -> None:
         """Tell the sizes of a function's parameters."""
@@ -73,7 +107,7 @@ class NotCompiled:
         self.run = nvidia.CudaLauncher(self.src, self.metadata)
         expanded = nvidia.expand_signature(signature.values(), self.metadata.tensordesc_meta)
         params = [kind for kind in expanded if kind != "constexpr"]
-        cuda.tell(self.function, [*(_SIZES.get(kind, 8) for kind in params), 8, 8])
+        cuda.tell_kinds(self.function, [*params, "scratch", "scratch"])
 
     def launch_metadata(self, grid, stream, *args) -> None:
         """Return nothing: no hook looks at launches."""

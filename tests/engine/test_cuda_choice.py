@@ -4,6 +4,7 @@ reason."""
 
 import contextlib
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from lorafast.engine import (
     trial,
 )
 from lorafast.engine.backends import cuda, triton
-from lorafast.engine.kernels import measured
+from lorafast.engine.kernels import measured, triton_internals
 from lorafast.engine.problem import PRIMITIVES
 from lorafast.engine.trial_forms import STREAMS, Verdict
 from lorafast.runtime import devices, extension
@@ -177,11 +178,27 @@ def test_the_host_path_serves_where_a_kernel_is_right(monkeypatch):
         assert host._may_serve(x)
         x.dtype = torch.float64
         assert not host._may_serve(x)
-        x.dtype = FP32
-        monkeypatch.setenv("LORAFAST_BACKEND", "triton")
-        assert not host._may_serve(x)
     monkeypatch.setenv("LORAFAST_BACKEND", "cuda")
     assert host._may_serve(x)
+
+
+def test_the_host_path_serves_where_a_kernel_of_triton_s_is_right(monkeypatch):
+    if why := extension.why_unused():
+        pytest.skip(why)
+    if not triton_internals.enabled:
+        pytest.skip("launches of this Triton are not followed")
+    take_tensors_for(H200, monkeypatch)
+    x = types.SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda"), dtype=BF16)
+    with given(verdicts({"project bfloat16": "is wrong"})):
+        assert not host._may_serve(x)
+    with given(verdicts()):
+        assert host._may_serve(x)
+        with mock.patch.object(triton_internals, "enabled", False):
+            assert not host._may_serve(x)
+    monkeypatch.setenv("LORAFAST_BACKEND", "triton")
+    assert host._may_serve(x)
+    take_tensors_for(Arch("amd", "gfx942"), monkeypatch)
+    assert not host._may_serve(x)
 
 
 def test_a_fused_product_of_triton_s_may_be_faster():
