@@ -121,6 +121,7 @@ PyMethodDef methods[] = {
     method<&entries::grad_project>("grad_project"),
     method<&entries::grad_output>("grad_output"),
     method<&entries::row_norm>("row_norm"),
+    method<&entries::linear>("linear"),
     method<&entries::drop>("drop"),
     method<&entries::drop_mask>("drop_mask"),
     method<&entries::scale>("scale"),
@@ -129,7 +130,7 @@ PyMethodDef methods[] = {
 
 Kernels kernels = {
     &entries::project,  &entries::low_rank_add, &entries::grad_project, &entries::grad_output,
-    &entries::row_norm, &entries::scale,        &entries::drop,
+    &entries::row_norm, &entries::linear,       &entries::scale,        &entries::drop,
 };
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, LORAFAST_TEXT_OF(LORAFAST_MODULE), nullptr, -1,

@@ -44,6 +44,13 @@ bool row_norm(int type, Address weight, int64_t N, int64_t K, int64_t weight_str
               Address A, int A_type, int64_t A_R, int64_t A_l, Address B, int B_type, int64_t B_R,
               int64_t B_l, float s, bool by_row, Address out, int threads);
 
+// out = gain⊙(x Wᵀ + h (s·scale⊙F)) + bias of few tokens, in one pass over W, whose
+// rows are dense. inner receives the sum before the gain. R may be 0, and h and F absent.
+void linear(int type, Address x, int64_t M, int64_t K, int64_t x_stride, Address weight, int64_t N,
+            int64_t weight_stride, Address h, int64_t h_stride, int64_t R, Address F, int F_type,
+            int64_t F_R, int64_t F_l, float s, Address scale, Address gain, Address bias,
+            Address inner, int threads, Address out);
+
 // out = gain⊙x, with one gain per row (by_row) or per column.
 void scale(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride, Address gain,
            bool by_row, Address out, int threads);
@@ -68,6 +75,7 @@ struct Kernels {
   decltype(&entries::grad_project) grad_project;
   decltype(&entries::grad_output) grad_output;
   decltype(&entries::row_norm) row_norm;
+  decltype(&entries::linear) linear;
   decltype(&entries::scale) scale;
   decltype(&entries::drop) drop;
 };

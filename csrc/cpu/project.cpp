@@ -4,20 +4,40 @@
 #include "kernels.h"
 
 namespace lorafast::entries {
+namespace {
+
+// The tokens up to which a factor whose rows are dense is multiplied as it lies: to pack it takes
+// as long as that.
+constexpr int64_t FEW_TOKENS = 32;
+
+// h = x Fᵀ without dropout.
+void multiply(int type, Address x, int64_t M, int64_t K, int64_t x_stride, int64_t R, Address F,
+              int F_type, int64_t F_R, int64_t F_l, Address h, int threads) {
+  if (M <= FEW_TOKENS && F_type == type && F_l == 1)
+    return linear(type, x, M, K, x_stride, F, R, F_R, 0, 0, 0, 0, type, 0, 0, 1, 0, 0, 0, 0,
+                  threads, h);
+  with_activation_type(type, [&](auto element) {
+    using T = decltype(element);
+    lorafast::project<T>({pointer<const T>(x), M, K, x_stride}, factor(F, F_type, R, K, F_R, F_l),
+                         {}, {pointer<T>(h), M, R, R}, threads);
+  });
+}
+
+}  // namespace
 
 void project(int type, Address x, int64_t M, int64_t K, int64_t x_stride, int64_t R, Address F,
              int F_type, int64_t F_R, int64_t F_l, Address seed, uint32_t threshold, Address h,
              Address core, int core_type, int64_t core_R, int64_t core_l, Address h_core,
              int threads) {
-  with_activation_type(type, [&](auto element) {
-    using T = decltype(element);
-    lorafast::project<T>({pointer<const T>(x), M, K, x_stride}, factor(F, F_type, R, K, F_R, F_l),
-                         dropout(seed, threshold), {pointer<T>(h), M, R, R}, threads);
-    if (h_core)
-      lorafast::project<T>({pointer<const T>(h), M, R, R},
-                           factor(core, core_type, R, R, core_R, core_l), {},
-                           {pointer<T>(h_core), M, R, R}, threads);
-  });
+  if (threshold)
+    with_activation_type(type, [&](auto element) {
+      using T = decltype(element);
+      lorafast::project<T>({pointer<const T>(x), M, K, x_stride}, factor(F, F_type, R, K, F_R, F_l),
+                           dropout(seed, threshold), {pointer<T>(h), M, R, R}, threads);
+    });
+  else
+    multiply(type, x, M, K, x_stride, R, F, F_type, F_R, F_l, h, threads);
+  if (h_core) multiply(type, h, M, R, R, R, core, core_type, core_R, core_l, h_core, threads);
 }
 
 }  // namespace lorafast::entries

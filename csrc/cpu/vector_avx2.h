@@ -13,7 +13,7 @@ using Vector = __m256;
 constexpr int W = 8;
 // Tile sizes: the sums of a tile and the operands being multiplied fit in 16 registers.
 constexpr int PROJECT_ROWS = 3, PROJECT_RANKS = 4, LOW_RANK_ADD_ROWS = 6, LOW_RANK_ADD_VECTORS = 2,
-              GRAD_PROJECT_ROWS = 4, GRAD_PROJECT_VECTORS = 2;
+              GRAD_PROJECT_ROWS = 4, GRAD_PROJECT_VECTORS = 2, LINEAR_TILE = 2;
 
 inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector broadcast(float a) { return _mm256_set1_ps(a); }

@@ -11,7 +11,7 @@ using Vector = __m512;
 constexpr int W = 16;
 // Tile sizes: the sums of a tile and the operands being multiplied fit in 32 registers.
 constexpr int PROJECT_ROWS = 6, PROJECT_RANKS = 4, LOW_RANK_ADD_ROWS = 6, LOW_RANK_ADD_VECTORS = 4,
-              GRAD_PROJECT_ROWS = 8, GRAD_PROJECT_VECTORS = 2;
+              GRAD_PROJECT_ROWS = 8, GRAD_PROJECT_VECTORS = 2, LINEAR_TILE = 6;
 
 inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector broadcast(float a) { return _mm512_set1_ps(a); }

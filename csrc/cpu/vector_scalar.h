@@ -13,7 +13,7 @@ struct Vector {
 };
 constexpr int W = 8;
 constexpr int PROJECT_ROWS = 2, PROJECT_RANKS = 4, LOW_RANK_ADD_ROWS = 2, LOW_RANK_ADD_VECTORS = 1,
-              GRAD_PROJECT_ROWS = 4, GRAD_PROJECT_VECTORS = 1;
+              GRAD_PROJECT_ROWS = 4, GRAD_PROJECT_VECTORS = 1, LINEAR_TILE = 1;
 
 inline float widen(bf16 a) {
   const uint32_t bits = static_cast<uint32_t>(a.bits) << 16;

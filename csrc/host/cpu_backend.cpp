@@ -231,8 +231,29 @@ std::pair<Tensor, Tensor> CpuBackend::project(const Tensor& x, const Tensor& A, 
   return {h, h_core};
 }
 
-Tensor CpuBackend::base_product(const Tensor& x, const Tensor& weight) const {
+Tensor CpuBackend::base_product(const Tensor& x, const Tensor& given) const {
+  const Tensor weight = cast(given, x.scalar_type());
+  if (plan & ONE_KERNEL && weight.stride(1) == 1) return one_kernel(x, weight, nullptr, {}, {}, {});
   return product(x, weight, {});
+}
+
+Tensor CpuBackend::one_kernel(const Tensor& x, const Tensor& weight, const Up* up,
+                              const Tensor& given_gain, const Tensor& given_bias,
+                              const Tensor& inner) const {
+  const Tensor x2 = dense_rows(x), gain = dense_fp32(given_gain), bias = dense_fp32(given_bias);
+  const int64_t M = x2.size(0), N = weight.size(0), K = weight.size(1);
+  auto sizes = x.sizes().vec();
+  sizes.back() = N;
+  const Tensor y = empty(sizes, x.scalar_type());
+  const Addition a = up ? prepared(up->h, up->B, 1) : Addition{};
+  const Tensor scale = up ? dense_fp32(up->scale) : Tensor();
+  kernels->linear(type_of(x), address(x2), M, K, x2.stride(0), address(weight), N, weight.stride(0),
+                  address(a.h), up ? a.h.stride(0) : 0, up ? a.h.size(1) : 0, address(a.factor),
+                  up ? type_of(a.factor) : 0, up ? a.factor.stride(1) : 0,
+                  up ? a.factor.stride(0) : 0, static_cast<float>(up ? up->scaling : 1),
+                  address(scale), address(gain), address(bias), address_of_output(inner),
+                  threads(M * N * K), address_of_output(y));
+  return y;
 }
 
 Tensor CpuBackend::product(const Tensor& given, const Tensor& given_weight,
@@ -265,15 +286,18 @@ Tensor CpuBackend::product(const Tensor& given, const Tensor& given_weight,
   return y;
 }
 
-std::pair<Tensor, Tensor> CpuBackend::linear(const Tensor& x, const Tensor& weight, const Up& up,
+std::pair<Tensor, Tensor> CpuBackend::linear(const Tensor& x, const Tensor& given, const Up& up,
                                              const Tensor& gain, const Tensor& bias,
                                              bool keep_inner) const {
   const auto dtype = x.scalar_type();
+  const Tensor weight = cast(given, dtype);
   // Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start
   // changes no bit.
   const Tensor none;
   const Tensor gemm_bias = !gain.defined() && bias.defined() ? cast(bias, dtype) : none;
   const Tensor z = keep_inner ? empty({tokens(x), weight.size(0)}, dtype) : none;
+  if (plan & ONE_KERNEL && weight.stride(1) == 1)
+    return {one_kernel(x, weight, &up, gain, bias, z), z};
   Addition addition = prepared(up.h, up.B, 1);
   addition.scaling = up.scaling;
   addition.scale = dense_fp32(up.scale);

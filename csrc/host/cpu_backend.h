@@ -14,6 +14,7 @@ enum CpuPlan : long {
   Y_ACROSS = 8,     // or if they do not
   DX_ALONG = 16,    // so does dy W
   DX_ACROSS = 32,
+  ONE_KERNEL = 256,  // one kernel computes y where the rows of W are dense
 };
 
 // kernels: the compiled ones. plan: flags of CpuPlan.
@@ -45,6 +46,9 @@ class CpuBackend final : public Backend {
 
  private:
   at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) const;
+  at::Tensor one_kernel(const at::Tensor& x, const at::Tensor& weight, const Up* up,
+                        const at::Tensor& gain, const at::Tensor& bias,
+                        const at::Tensor& inner) const;
 };
 
 }  // namespace lorafast::host

@@ -34,7 +34,7 @@ from lorafast.runtime.fallback import Remediable
 PROVISIONAL, PYTHON, CPU, CUDA, RECIPES, MULTIPROCESSORS = -1, 0, 1, 64, 128, 8
 # Set where LORAFAST_BACKEND=triton asks: products then take routes by published figures.
 TRITON_FORCED = 1 << recipes.ROUTES + 2 * len(recipes.PRIMITIVES)
-ONEDNN_BIAS, Y_ALONG, Y_ACROSS, DX_ALONG, DX_ACROSS = 2, 4, 8, 16, 32
+ONEDNN_BIAS, Y_ALONG, Y_ACROSS, DX_ALONG, DX_ACROSS, ONE_KERNEL = 2, 4, 8, 16, 32, 256
 _PRIMITIVES = ("project", "linear", "grad_output", "grad_input", "grad_project")
 
 
@@ -227,12 +227,14 @@ def _recipe_plan(x: torch.Tensor, chosen: dict[str, str], p: float, has_gain: bo
 def _cpu_plan(x: torch.Tensor, weight: torch.Tensor) -> int:
     """The plan of a problem that the `cpu` backend serves."""
     (N, K), M, applies = weight.shape, tokens(x), half_products.applies
+    backend: Any = dispatch.load("cpu")
     flags = {
         ONEDNN_BIAS: onednn.has_bias_product(),
         Y_ALONG: applies(x.dtype, M, N, K, True),
         Y_ACROSS: applies(x.dtype, M, N, K, False),
         DX_ALONG: applies(x.dtype, M, K, N, True),
         DX_ACROSS: applies(x.dtype, M, K, N, False),
+        ONE_KERNEL: backend.is_one_kernel(M, x.dtype),
     }
     return CPU | sum(flag for flag, is_set in flags.items() if is_set)
 

@@ -1,6 +1,7 @@
 """The C++ backend where sums are exact, to the bit, in every dtype; whatever is asked of dy."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers.integer_problems import (
     CHECKS,
     DTYPES,
     LAYOUTS,
+    NAN,
     assert_rounded_once,
     assert_up_proj_grads,
     cores,
@@ -97,24 +99,85 @@ def test_a_factor_in_float64_beside_one_that_is_not():
     assert_rounded_once(cpu.row_norm(W, A, B), (W.double() + B @ A.double()).norm(dim=1))
 
 
+# Every number of tokens of a tile and of tiles, one beyond a block; one row of W alone, ends of
+# tiles and of tasks; and rows that are multiplied in more than one piece.
+TOKENS = (1, 2, 3, 4, 5, 6, 7, 13, 16, 33, 70)
+ROWS_OF_W = (1, 3, 4, 7, 64, 66, 130)
+COLUMNS_OF_W = (1, 15, 33, 1000, 1027, 2100)
+
+
+def exact_linear(x, W, h, B, scale, gain, bias):
+    """y before it is rounded, and the sum before gain and bias, in float64."""
+    total = x.double() @ W.double().t()
+    if h is not None:
+        low_rank = 2.0 * (h.double() @ B.double().t())
+        total += low_rank if scale is None else low_rank * scale.double()
+    y = total if gain is None else total * gain.double()
+    return y if bias is None else y + bias.double(), total
+
+
+@pytest.mark.parametrize("form", ["plain", "scaled", "gained", "without an adapter"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_y_by_one_kernel_to_the_bit(dtype, form):
+    for turn, M in enumerate(TOKENS):
+        for N, K in zip(ROWS_OF_W, COLUMNS_OF_W[turn % 2 :] * 2, strict=False):
+            layout = ("contiguous", "sliced", "expanded")[(turn + N) % 3]
+            R = (1, 5, 16, 40)[(turn + N) % 4]
+            x, W = (whole_numbers(rows, K, DTYPES[dtype], layout, most=2) for rows in (M, N))
+            h = whole_numbers(M, R, DTYPES[dtype], LAYOUTS[turn % 5], 3)
+            B = whole_numbers(N, R, torch.float32, LAYOUTS[N % 5], 3)
+            scale = exact_gains(N) if form == "scaled" else None
+            gain = exact_gains(N) if form == "gained" else None
+            bias = exact_gains(N) if turn % 2 else None
+            up, inner = UpProj(h, B, 2.0, scale), torch.full((M, N), NAN, dtype=DTYPES[dtype])
+            if form == "without an adapter":
+                up = h = None
+            y = cpu._one_kernel(x, W, up, gain, bias, inner)
+            wanted, total = exact_linear(x, W, h, B, scale, gain, bias)
+            assert_rounded_once(y, wanted)
+            assert_rounded_once(inner, total)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bits_of_a_token_do_not_depend_on_the_others(dtype):
+    x, W, h = (torch.randn(shape).to(DTYPES[dtype]) for shape in ((16, 1500), (70, 1500), (16, 9)))
+    up = UpProj(h, torch.randn(70, 9), 0.3)
+    y, _ = cpu.linear(x, W, [up])
+    for M in (2, 5, 11):
+        fewer, _ = cpu.linear(x[:M], W, [up._replace(h_core=h[:M])])
+        assert torch.equal(fewer, y[:M])
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype", "few"),
+    [
+        ("avx512bf16", torch.bfloat16, (1, 16)),
+        ("avx512", torch.float16, (1, 16)),
+        ("avx2", torch.float32, (1, 16)),
+        ("avx2", torch.bfloat16, (2, 16)),
+        ("scalar", torch.float32, ()),
+    ],
+)
+def test_how_many_tokens_are_few(isa, dtype, few, monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda: SimpleNamespace(ISA=isa))
+    served = [M for M in range(40) if cpu.is_one_kernel(M, dtype)]
+    assert served == (list(range(few[0], few[1] + 1)) if few else [])
+
+
 @pytest.mark.parametrize("form", ["plain", "scaled", "gained"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("M", "R"), [(1, 1), (1, 16), (2, 17), (4, 5), (4, 40), (5, 16)])
 def test_few_rows_in_fp32_to_the_bit(M, R, layout, form):
-    """A factor whose ranks lie side by side is not packed for them."""
+    """Beside a transposed W, a factor whose ranks lie side by side is not packed for them."""
     fp32 = torch.float32
     for N in (1, 3, 4, 17, 255, 256, 261, 530):
         K = 8
-        x, W = whole_numbers(M, K, fp32, layout, 3), whole_numbers(N, K, fp32, "contiguous", 3)
-        h, B = whole_numbers(M, R, fp32, layout, 3), whole_numbers(N, R, fp32, layout, 3)
+        x, W = whole_numbers(M, K, fp32, layout, 3), whole_numbers(K, N, fp32, most=3).t()
+        h, B = whole_numbers(M, R, fp32, layout, 3), whole_numbers(N, R, fp32, most=3)
         scale = exact_gains(N) if form == "scaled" else None
         gain = exact_gains(N) if form == "gained" else None
         bias = exact_gains(N) if form == "gained" else None
         y, z = cpu.linear(x, W, [UpProj(h, B, 2.0, scale)], gain, bias, gain is not None)
-        total = 2.0 * (h.double() @ B.double().t())
-        total = total if scale is None else total * scale.double()
-        total += x.double() @ W.double().t()
-        if gain is not None:
-            assert torch.equal(z.double(), total)
-            total = total * gain.double() + bias.double()
-        assert torch.equal(y.double(), total)
+        wanted, total = exact_linear(x, W, h, B, scale, gain, bias)
+        assert torch.equal(y.double(), wanted)
+        assert z is None or torch.equal(z.double(), total)

@@ -51,6 +51,7 @@ def test_nothing_is_written_or_read_beside(compiled, dtype):
     with GuardedAllocations() as guarded:
         for check in CHECKS.values():
             check(cpu, DTYPES[dtype], torch.bfloat16, 27, 139, 301, 11, "sliced")
+            check(cpu, DTYPES[dtype], torch.bfloat16, 13, 71, 301, 11, "sliced")
     assert guarded.whole
 
 

@@ -38,6 +38,7 @@ def tensors(dtype):
         "kept": (M, N),
         "v": (M, R),
         "normal": (M, K),
+        "normal_W": (N, K),
     }
     made = {
         name: torch.randn(shape).to(dtype if shape[0] == M else torch.float32)
@@ -51,7 +52,7 @@ def tensors(dtype):
     }
 
 
-def outcome(h, A, B, core, kept, v, normal, x, W, dy, gain):
+def outcome(h, A, B, core, kept, v, normal, normal_W, x, W, dy, gain):
     """What all six primitives make of them, laid flat."""
     back = UpProjGradSpec(B, 0.3, None, core, h, want_B=True, want_core=True)
     sums = cpu.grad_output(kept, [back], gain, kept, want_bias=True)
@@ -59,6 +60,7 @@ def outcome(h, A, B, core, kept, v, normal, x, W, dy, gain):
     return [
         *sum(cpu.project(normal, [DownProj(A, core), DownProj(A, None, SEED, 0.3)]), ()),
         *cpu.linear(x, W, [UpProj(h, B, 0.3)], gain + 0.1, gain, keep_inner=True),
+        *cpu.linear(normal[:9], normal_W, [UpProj(h[:9], B, 0.3)], keep_inner=True),
         *(one for one in sums.adapters[0] if one is not None), sums.d_bias, sums.dot,
         cpu.grad_input([BaseTerm(dy, W, gain)], lows), *cpu.grad_project(normal, lows),
         cpu.row_norm(normal, A, v, 0.3), cpu.row_norm(normal, A, v, 0.3, "in"),

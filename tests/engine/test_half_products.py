@@ -217,7 +217,9 @@ def test_one_token_and_leading_dims(name, by_panels, monkeypatch):
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert y.shape == (2, 1, 33)
     assert not y._is_view()
-    assert {(2, 40, 33), (2, 33, 40)} <= set(by_panels)
+    # `cpu` has a kernel of its own for few tokens, forward.
+    expected = {(2, 33, 40)} if name == "cpu" else {(2, 40, 33), (2, 33, 40)}
+    assert expected <= set(by_panels)
     wide = W.double() + B.double() @ A.double()
     torch.testing.assert_close(y.double(), x.double() @ wide.t(), rtol=0.02, atol=0.1)
     torch.testing.assert_close(dx.double(), wide.sum(0).expand(2, 1, 40), rtol=0.02, atol=0.1)
