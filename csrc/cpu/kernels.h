@@ -45,8 +45,9 @@ bool row_norm(int type, Address weight, int64_t N, int64_t K, int64_t weight_str
               int64_t B_l, float s, bool by_row, Address out, int threads);
 
 // out = gain⊙(x Wᵀ + h (s·scale⊙F)) + bias of few tokens, in one pass over W, whose
-// rows are dense. inner receives the sum before the gain. R may be 0, and h and F absent.
-void linear(int type, Address x, int64_t M, int64_t K, int64_t x_stride, Address weight, int64_t N,
+// rows are dense. inner receives the sum before the gain. R may be 0, and h and F absent. Returns
+// false, with out not written, if R is not 0 and h F is.
+bool linear(int type, Address x, int64_t M, int64_t K, int64_t x_stride, Address weight, int64_t N,
             int64_t weight_stride, Address h, int64_t h_stride, int64_t R, Address F, int F_type,
             int64_t F_R, int64_t F_l, float s, Address scale, Address gain, Address bias,
             Address inner, int threads, Address out);

@@ -142,6 +142,18 @@ class LinearTask {
   alignas(64) float factor[MAX_RANK];
 };
 
+// True if h F adds something to y: an adapter at its start adds nothing.
+template <class T>
+inline bool adds(Type type, const Matrix<const T>& h, const Factor& F,
+                 const ColumnScale& column_scale) {
+  const auto holds = [](const void* data, Type of, int64_t rows, int64_t columns, int64_t stride) {
+    return has_nonzero({data, of, rows, columns, stride, 1});
+  };
+  return column_scale.s != 0 && has_nonzero(F) &&
+         holds(h.data, type, h.rows, h.columns, h.stride) &&
+         (!column_scale.scale || holds(column_scale.scale, Type::fp32, 1, F.length, F.length));
+}
+
 // x [M,K], weight [N,K], h [M,R], F [R,N], out [M,N]. Every number is summed in an order of its
 // own, whatever M and the number of threads are.
 template <class T>

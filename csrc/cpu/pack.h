@@ -63,6 +63,22 @@ inline void with_factor_data(const Factor& f, Body&& body) {
   }
 }
 
+// True if the factor holds a number other than 0. The search stops at the first one, so it is short
+// except for a factor that has not been trained yet. A number whose square underflows may count as
+// 0; the caller then takes another route, which is correct too.
+inline bool has_nonzero(const Factor& f) {
+  bool found = false;
+  with_factor_data(f, [&](auto* data) {
+    for (int64_t r = 0; r < f.R && !found; ++r)
+      for (int64_t l = 0; l < f.length && !found; l += W) {
+        const Vector v =
+            gather(data + r * f.stride_R + l * f.stride_length, f.stride_length, f.length - l);
+        found = sum_lanes(mul(v, v)) != 0;
+      }
+  });
+  return found;
+}
+
 // n rounded up to whole vectors.
 inline int64_t padded(int64_t n) { return round_up(n, W); }
 

@@ -13,9 +13,10 @@ constexpr int64_t FEW_TOKENS = 32;
 // h = x Fᵀ without dropout.
 void multiply(int type, Address x, int64_t M, int64_t K, int64_t x_stride, int64_t R, Address F,
               int F_type, int64_t F_R, int64_t F_l, Address h, int threads) {
-  if (M <= FEW_TOKENS && F_type == type && F_l == 1)
-    return linear(type, x, M, K, x_stride, F, R, F_R, 0, 0, 0, 0, type, 0, 0, 1, 0, 0, 0, 0,
-                  threads, h);
+  if (M <= FEW_TOKENS && F_type == type && F_l == 1) {
+    linear(type, x, M, K, x_stride, F, R, F_R, 0, 0, 0, 0, type, 0, 0, 1, 0, 0, 0, 0, threads, h);
+    return;
+  }
   with_activation_type(type, [&](auto element) {
     using T = decltype(element);
     lorafast::project<T>({pointer<const T>(x), M, K, x_stride}, factor(F, F_type, R, K, F_R, F_l),

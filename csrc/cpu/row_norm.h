@@ -68,22 +68,6 @@ inline void stage_factor(const Factor& B, float s, int64_t n0, int64_t rows, flo
   });
 }
 
-// True if the factor holds a number other than 0. The search stops at the first one, so it is short
-// except for a factor that has not been trained yet. A number whose square underflows may count as
-// 0; the caller then takes another route, which is correct too.
-inline bool has_nonzero(const Factor& f) {
-  bool found = false;
-  with_factor_data(f, [&](auto* data) {
-    for (int64_t r = 0; r < f.R && !found; ++r)
-      for (int64_t l = 0; l < f.length && !found; l += W) {
-        const Vector v =
-            gather(data + r * f.stride_R + l * f.stride_length, f.stride_length, f.length - l);
-        found = sum_lanes(mul(v, v)) != 0;
-      }
-  });
-  return found;
-}
-
 // weight [N,K], A [R,K], B a Factor [R,N], out [N] (by_row) or [K].
 template <class T>
 void row_norm(const Matrix<const T>& weight, const Factor& A, const Factor& B, float s, bool by_row,

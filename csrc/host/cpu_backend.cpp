@@ -247,13 +247,14 @@ Tensor CpuBackend::one_kernel(const Tensor& x, const Tensor& weight, const Up* u
   const Tensor y = empty(sizes, x.scalar_type());
   const Addition a = up ? prepared(up->h, up->B, 1) : Addition{};
   const Tensor scale = up ? dense_fp32(up->scale) : Tensor();
-  kernels->linear(type_of(x), address(x2), M, K, x2.stride(0), address(weight), N, weight.stride(0),
-                  address(a.h), up ? a.h.stride(0) : 0, up ? a.h.size(1) : 0, address(a.factor),
-                  up ? type_of(a.factor) : 0, up ? a.factor.stride(1) : 0,
-                  up ? a.factor.stride(0) : 0, static_cast<float>(up ? up->scaling : 1),
-                  address(scale), address(gain), address(bias), address_of_output(inner),
-                  threads(M * N * K), address_of_output(y));
-  return y;
+  const bool written = kernels->linear(
+      type_of(x), address(x2), M, K, x2.stride(0), address(weight), N, weight.stride(0),
+      address(a.h), up ? a.h.stride(0) : 0, up ? a.h.size(1) : 0, address(a.factor),
+      up ? type_of(a.factor) : 0, up ? a.factor.stride(1) : 0, up ? a.factor.stride(0) : 0,
+      static_cast<float>(up ? up->scaling : 1), address(scale), address(gain), address(bias),
+      address_of_output(inner), threads(M * N * K), address_of_output(y));
+  // An adapter that adds nothing changes no bit of the frozen layer's y.
+  return written ? y : Tensor();
 }
 
 Tensor CpuBackend::product(const Tensor& given, const Tensor& given_weight,
@@ -296,8 +297,10 @@ std::pair<Tensor, Tensor> CpuBackend::linear(const Tensor& x, const Tensor& give
   const Tensor none;
   const Tensor gemm_bias = !gain.defined() && bias.defined() ? cast(bias, dtype) : none;
   const Tensor z = keep_inner ? empty({tokens(x), weight.size(0)}, dtype) : none;
-  if (plan & ONE_KERNEL && weight.stride(1) == 1)
-    return {one_kernel(x, weight, &up, gain, bias, z), z};
+  if (plan & ONE_KERNEL && weight.stride(1) == 1) {
+    const Tensor y = one_kernel(x, weight, &up, gain, bias, z);
+    if (y.defined()) return {y, z};
+  }
   Addition addition = prepared(up.h, up.B, 1);
   addition.scaling = up.scaling;
   addition.scale = dense_fp32(up.scale);

@@ -18,6 +18,7 @@ from helpers.integer_problems import (
     whole_numbers,
 )
 
+from lorafast.engine import half_products
 from lorafast.engine.backends import cpu
 from lorafast.engine.problem import DownProj, UpProj, UpProjGradSpec
 
@@ -134,6 +135,9 @@ def test_y_by_one_kernel_to_the_bit(dtype, form):
                 up = h = None
             y = cpu._one_kernel(x, W, up, gain, bias, inner)
             wanted, total = exact_linear(x, W, h, B, scale, gain, bias)
+            if y is None:
+                assert torch.equal(total, x.double() @ W.double().t())
+                continue
             assert_rounded_once(y, wanted)
             assert_rounded_once(inner, total)
 
@@ -146,6 +150,26 @@ def test_the_bits_of_a_token_do_not_depend_on_the_others(dtype):
     for M in (2, 5, 11):
         fewer, _ = cpu.linear(x[:M], W, [up._replace(h_core=h[:M])])
         assert torch.equal(fewer, y[:M])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zero", ["h", "B", "scaling", "scale"])
+def test_an_adapter_that_adds_nothing_changes_no_bit(zero, dtype):
+    x, W, h = (torch.randn(shape).to(DTYPES[dtype]) for shape in ((5, 300), (70, 300), (5, 20)))
+    bias = torch.randn(70).to(DTYPES[dtype])
+    up = UpProj(h, torch.randn(70, 20), 0.0 if zero == "scaling" else 0.3, torch.ones(70))
+    last = up._replace(out_scale=torch.eye(70)[69])
+    if zero != "scaling":
+        {"h": h, "B": up.B, "scale": up.out_scale}[zero].zero_()
+    y, _ = cpu.linear(x, W, [up], None, bias)
+    frozen = torch.nn.functional.linear(x, W, bias)
+    if half_products.serves(5, W.t()):
+        half_products.addmm(bias, x, W.t(), frozen)
+    assert torch.equal(y, frozen)
+    if zero == "scale":
+        # One number that is not 0, the last.
+        y, _ = cpu.linear(x, W, [last], None, bias)
+        assert not torch.equal(y[:, 69], frozen[:, 69])
 
 
 @pytest.mark.parametrize(

@@ -81,14 +81,20 @@ def test_it_survives_the_disk(tmp_path, dtype, fields, meta):
         low_cpu_mem_usage=meta,
         autocast_adapter_dtype="autocast_adapter_dtype" not in fields,
     )
-    assert torch.equal(loaded(X.to(dtype)), want)
+    got = loaded(X.to(dtype))
+    # PEFT casts what it loads over meta tensors to the base's dtype, a LoRA too.
+    cast = meta and dtype == torch.bfloat16
+    if cast:
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=2**-8)
+    else:
+        assert torch.equal(got, want)
     assert not [
         name
         for name, parameter in loaded.named_parameters()
         if "lora_" in name and parameter.requires_grad
     ]
-    if meta and dtype == torch.bfloat16:
-        return  # PEFT casts what it loads over meta tensors to the base's dtype, a LoRA too
+    if cast:
+        return
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "adapter_model.safetensors"

@@ -136,7 +136,9 @@ def linear(
     if ups or gain is not None:
         up = ups[0] if len(ups) == 1 else as_one(ups, x, N)
     if is_one_kernel(M, dtype) and weight.stride(1) == 1:
-        return _one_kernel(x, weight, up, gain, bias, z), z
+        y = _one_kernel(x, weight, up, gain, bias, z)
+        if y is not None:
+            return y, z
     addition = None
     if up is not None:
         h_core, B, scaling, scale = up
@@ -312,8 +314,11 @@ def _one_kernel(
     gain: torch.Tensor | None,
     bias: torch.Tensor | None,
     inner: torch.Tensor | None,
-) -> torch.Tensor:
-    """y = gain⊙(x Wᵀ + h' (s·scale⊙B)ᵀ) + bias; inner receives the sum before gain and bias."""
+) -> torch.Tensor | None:
+    """y = gain⊙(x Wᵀ + h' (s·scale⊙B)ᵀ) + bias; inner receives the sum before gain and bias.
+
+    None if the adapter adds nothing: it then changes no bit of the frozen layer's y.
+    """
     x2, (N, K), dtype = _dense_rows(x), weight.shape, x.dtype
     M, y = x2.shape[0], torch.empty(*x.shape[:-1], N, dtype=dtype)
     work = M * N * K
@@ -335,7 +340,7 @@ def _one_kernel(
             h.data_ptr(), h.stride(0), B.shape[1], B.data_ptr(), _TYPES[B.dtype], along_R, along_N,
             float(scaling),
         )  # fmt: skip
-    library().linear(
+    written = library().linear(
         _TYPES[dtype], x2.data_ptr(), M, K, x2.stride(0), weight.data_ptr(), N, weight.stride(0),
         *low_rank,
         0 if scale is None else scale.data_ptr(),
@@ -344,7 +349,7 @@ def _one_kernel(
         0 if inner is None else inner.data_ptr(),
         1 if work < _ONE_THREAD else torch.get_num_threads(), y.data_ptr(),
     )  # fmt: skip
-    return y
+    return y if written else None
 
 
 class _Addition(NamedTuple):
