@@ -203,9 +203,10 @@ def makes_masks() -> bool:
 
 
 def _cpu_kernels() -> Any:
-    """The C++ backend, if its kernels are there; else None."""
+    """The module of C++ kernels, or None."""
     backend: Any = dispatch.load("cpu")
-    return None if isinstance(backend, str) or isinstance(backend.library(), str) else backend
+    library = backend if isinstance(backend, str) else backend.library()
+    return None if isinstance(library, str) else library
 
 
 def _drop_mask(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Tensor | None:
@@ -215,10 +216,21 @@ def _drop_mask(x: torch.Tensor, p: float, seed: torch.Tensor | None) -> torch.Te
     """
     if not torch_internals.bypasses_dispatcher(x, (seed,)):
         return None
-    backend = _cpu_kernels()
-    if backend is None or not 0 < round(p * philox.STEPS) < philox.STEPS:
+    kernels = _cpu_kernels()
+    if kernels is None or not 0 < round(p * philox.STEPS) < philox.STEPS:
         return None
-    return backend.drop_mask(x, philox.draw_seed(x.device) if seed is None else seed, p)
+    if seed is None:
+        seed = philox.draw_seed(x.device)
+    out, columns, threshold = (
+        torch.empty(x.shape, dtype=torch.bool),
+        x.shape[-1],
+        philox.threshold(p),
+    )
+    # On one thread: tokens are few.
+    if elements := x.numel():
+        rows = elements // columns
+        kernels.drop_mask(rows, columns, seed.data_ptr(), threshold, out.data_ptr())
+    return out
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from helpers.cpp_compiler import needs_compiler
 from helpers.dropout_masks import ROWS, SEEDS, assert_dropped, assert_masks
 from helpers.integer_problems import DTYPES
 
-from lorafast.engine import philox
+from lorafast.engine import philox, plain_products
 from lorafast.engine.backends import cpu
 from lorafast.engine.problem import tokens
 
@@ -37,4 +37,4 @@ def test_the_mask_alone(p, shape):
     x = torch.empty(shape)
     for seed in SEEDS:
         kept = philox.keep_mask(torch.tensor([seed]), p, slice(0, tokens(x)), shape[-1])
-        assert torch.equal(cpu.drop_mask(x, torch.tensor([seed]), p), ~kept.view(shape))
+        assert torch.equal(plain_products._drop_mask(x, p, torch.tensor([seed])), ~kept.view(shape))

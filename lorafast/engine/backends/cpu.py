@@ -62,14 +62,10 @@ def library() -> Any:
 def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
     if problem.arch.vendor != "cpu":
         return (f"runs on CPU tensors; this is {problem.arch.words}",)
-    operands = (
-        ("x", problem.dtype),
-        ("weight", problem.weight_dtype),
-        ("a factor", problem.factor_dtype),
-    )
+    dtypes = problem.dtype, problem.weight_dtype, problem.factor_dtype
     reasons = [
         f"{name} is {dtype}; the kernels compute in {', '.join(map(str, _TYPES))}"
-        for name, dtype in operands
+        for name, dtype in zip(("x", "weight", "a factor"), dtypes, strict=True)
         if dtype not in _TYPES
     ]
     if sum(problem.R) > _MAX_RANK:
@@ -132,9 +128,7 @@ def linear(
     if gemm_bias is not None and gemm_bias.dtype != dtype:
         gemm_bias = gemm_bias.to(dtype)
     z = torch.empty(M, N, dtype=dtype) if keep_inner else None
-    up = None
-    if ups or gain is not None:
-        up = ups[0] if len(ups) == 1 else as_one(ups, x, N)
+    up = ups[0] if len(ups) == 1 else as_one(ups, x, N) if ups or gain is not None else None
     if is_one_kernel(M, dtype) and weight.stride(1) == 1:
         y = _one_kernel(x, weight, up, gain, bias, z)
         if y is not None:
@@ -244,17 +238,6 @@ def drop(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
         _TYPES[x.dtype], x2.data_ptr(), *x2.shape, x2.stride(0),
         seed.data_ptr(), philox.threshold(p), 0, out.data_ptr(), _threads(16 * x.numel()),
     )  # fmt: skip
-    return out
-
-
-def drop_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """True for each element that drop drops, on one thread: for few tokens.  bool, x's shape"""
-    out, columns = torch.empty(x.shape, dtype=torch.bool), x.shape[-1]
-    if elements := x.numel():
-        threshold = philox.threshold(p)
-        library().drop_mask(
-            elements // columns, columns, seed.data_ptr(), threshold, out.data_ptr()
-        )
     return out
 
 
