@@ -58,11 +58,11 @@ std::vector<Tensor> RecipeBackend::compute(Primitive primitive,
     std::memcpy(&word, &number, sizeof word);
     key.add(word);
   }
+  // The first time may be the only one, and compiles kernels.
   Entry entry{MOST_ATTEMPTS, nullptr};
   if (key.fits()) {
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = entries.find(key.view());
-    entry = found == entries.end() ? Entry{} : found->second;
+    if (const auto found = entries.find(key.view()); found != entries.end()) entry = found->second;
   }
   if (entry.recipe) {
     bool holds;
@@ -73,8 +73,7 @@ std::vector<Tensor> RecipeBackend::compute(Primitive primitive,
     std::vector<Tensor> results;
     if (holds && entry.recipe->run(operands, results)) return results;
   }
-  // The first time may be the only one, and compiles kernels.
-  const bool asked = !entry.recipe && entry.attempts > 0 && entry.attempts < MOST_ATTEMPTS;
+  const bool asked = !entry.recipe && entry.attempts < MOST_ATTEMPTS;
   return by_python(primitive, key, asked, operands, numbers);
 }
 
@@ -99,8 +98,10 @@ std::vector<Tensor> RecipeBackend::by_python(Primitive primitive, const launches
   if (entries.size() >= MOST_RECIPES) entries.clear();
   const auto words = key.view();
   Entry& entry = entries[{words.begin(), words.end()}];
-  if (entry.attempts < MOST_ATTEMPTS) ++entry.attempts;
-  if (recipe) entry.recipe = std::move(recipe);
+  if (recipe)
+    entry.recipe = std::move(recipe);
+  else if (asked)
+    ++entry.attempts;
   return results;
 }
 

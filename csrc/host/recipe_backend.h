@@ -59,7 +59,7 @@ class RecipeBackend final : public Backend {
                                                bool want_norm) const override;
 
  private:
-  // attempts: how often Python has computed the problem.
+  // A problem that has been met. attempts: how often a recipe has been asked for in vain.
   struct Entry {
     int attempts = 0;
     std::shared_ptr<const Recipe> recipe;

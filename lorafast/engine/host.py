@@ -9,6 +9,7 @@ engine.dispatch, the kernels, and the slow ways.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -44,14 +45,14 @@ def _declined(*_: Any) -> None:
 
 def _first_call(x: Any, *rest: Any) -> torch.Tensor | None:
     """linear, until a call comes that it may serve."""
-    global linear
+    global linear, _unserved
     if not isinstance(x, torch.Tensor) or not _may_serve(x):
         return None
     served = _load(x.is_cpu)
     if isinstance(served, str):
         if isinstance(served, Remediable):
             fallback.warn_once(f"lorafast's layers take the slower way through Python: {served}")
-        linear = _declined
+        linear, _unserved = _declined, served
         return None
     linear = served
     return linear(x, *rest) if rest else None
@@ -64,11 +65,23 @@ def _first_call(x: Any, *rest: Any) -> torch.Tensor | None:
 # as integrations.peft_calls.usual_call does, to which what is unusual is left; classes: CLASSES
 # there. Not to be called while torch.compile traces.
 linear: Any = _first_call
+# Why no call is served, once that is known.
+_unserved = ""
 
 
 def is_ready() -> bool:
     """True if the host path has been loaded and serves."""
     return linear is not _first_call and linear is not _declined
+
+
+def why_python(backends: Collection[str], device: torch.device) -> str:
+    """Why calls that these backends serve are made in Python, as far as it is known; "" if not."""
+    repeated = "triton" in backends and device.type not in ("cpu", "meta")
+    if repeated and devices.of(device).vendor != "nvidia":
+        return "launches of Triton's kernels are repeated on NVIDIA's GPUs alone"
+    if repeated and not _follows_triton():
+        return "launches of this version of Triton are not repeated"
+    return (extension.why_unused() or _unserved) if {*backends} - {"eager"} else ""
 
 
 def serves(problems: dict[str, Problem]) -> bool:
@@ -102,10 +115,15 @@ def _may_repeat(device: torch.device, dtype: torch.dtype | None = None) -> bool:
     """
     if devices.of(device).vendor != "nvidia" or not _loaded("triton"):
         return False
+    admitted = dtype is None or not kernel_choice.refusals(("project",), dtype, 1, device)
+    return admitted and _follows_triton()
+
+
+def _follows_triton() -> bool:
+    """True if what this version of Triton launches is known."""
     from lorafast.engine.kernels import triton_internals
 
-    admitted = dtype is None or not kernel_choice.refusals(("project",), dtype, 1, device)
-    return triton_internals.enabled and admitted
+    return triton_internals.enabled
 
 
 def _loaded(backend: str) -> Any:

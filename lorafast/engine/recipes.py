@@ -171,7 +171,7 @@ class _Notes(torch_internals.DispatchMode):
                 self.slots += 1
                 continue
             if tensor in self.places or not tensor.numel():
-                self.why = "an operand is another one too, or empty"
+                self._refuse("an operand is another one too, or empty")
             self._add(tensor)
 
     def recipe(self, results: _Tensors) -> tuple | None:
@@ -204,7 +204,7 @@ class _Notes(torch_internals.DispatchMode):
         results: list[Any] = list(out) if isinstance(out, (tuple, list)) else [out]
         if not all(isinstance(one, torch.Tensor) for one in results):
             # A number of the operands would decide what follows.
-            self.why = f"{func} gives no tensor"
+            self._refuse(f"{func} gives no tensor")
             return
         schema = func._schema
         values = [
@@ -218,7 +218,7 @@ class _Notes(torch_internals.DispatchMode):
         if func.overloadpacket.__name__ in _ALLOCATING:
             (made,) = new
             if made.device != self.device:
-                self.why = f"{func} gives a tensor of another device"
+                self._refuse(f"{func} gives a tensor of another device")
             self._add(made)
             self.steps.append(
                 ("allocate", self.slots - 1, tuple(made.shape), made.stride(), made.dtype)
@@ -234,12 +234,13 @@ class _Notes(torch_internals.DispatchMode):
     ) -> None:
         """Note an operation that computes."""
         if torch.Tag.nondeterministic_seeded in func.tags:
-            self.why = f"{func} draws numbers"
+            self._refuse(f"{func} draws numbers")
             return
         for declared, value in zip(schema.arguments, values, strict=True):
             if declared.alias_info is not None and declared.alias_info.is_write:
                 own = isinstance(value, torch.Tensor) and self._place(value).slot >= self.operands
-                self.why = self.why or ("" if own else f"{func} writes to an operand")
+                if not own:
+                    self._refuse(f"{func} writes to an operand")
         noted = tuple([self._value(value) for value in values])
         made = []
         for one in results:
@@ -261,7 +262,7 @@ class _Notes(torch_internals.DispatchMode):
     def launch(self, compiled: Any, kernel: Any, grid: tuple[int, ...], args: tuple) -> None:
         """Note a launch."""
         if compiled is None or compiled.passed is None:
-            self.why = self.why or f"Triton launches {kernel.fn.__name__} itself"
+            self._refuse(f"Triton launches {kernel.fn.__name__} itself")
         if self.why or not all(grid):
             return
         function, warps, shared, kinds = compiled.passed
@@ -286,7 +287,7 @@ class _Notes(torch_internals.DispatchMode):
         if isinstance(value, float):
             return int.from_bytes(struct.pack("<f", value), "little")
         if type(value) is not int:
-            self.why = f"a kernel takes a {type(value).__name__}"
+            self._refuse(f"a kernel takes a {type(value).__name__}")
             return 0
         return value
 
@@ -299,10 +300,14 @@ class _Notes(torch_internals.DispatchMode):
             if tensor.data_ptr() == address and tensor.dtype == value.base.dtype
         }
         if len(found) != 1:
-            self.why = "a descriptor is of several tensors, or of none"
+            self._refuse("a descriptor is of several tensors, or of none")
             return []
         told = value.base.dtype, *map(tuple, (value.shape, value.strides, value.block_shape)), meta
         return [(*found.pop(), told), *value.shape, *value.strides]
+
+    def _refuse(self, why: str) -> None:
+        """Make no recipe; the first reason stays."""
+        self.why = self.why or why
 
     def _add(self, tensor: torch.Tensor) -> None:
         """Give a tensor a slot of its own."""
@@ -319,7 +324,7 @@ class _Notes(torch_internals.DispatchMode):
     def _place(self, tensor: torch.Tensor) -> _Place:
         found = self.places.get(tensor)
         if found is None:
-            self.why = "a tensor is of an unknown origin"
+            self._refuse("a tensor is of an unknown origin")
             return _Place(-1, 0)
         return found
 

@@ -178,6 +178,8 @@ def _row(name: str, call: LayerCall, tokens: int) -> Row:
                 why_not[backend] = tuple(dict.fromkeys(why_not.get(backend, ()) + reasons))
         modelled = _modelled_ratio(tokens, tensors, options, needs)
         notes += _mask_notes(backends, options, weight)
+        if why := host.why_python({*backends.values()}, weight.device):
+            notes += (f"calls are made in Python: {why}",)
     name = name or "(this layer)"
     return Row(
         name, call.method, (N, K), R, saved, tuple(referenced), backends, why_not, notes,

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -15,10 +16,11 @@ from helpers.launch_arguments import any_route, followed_or_changed
 from helpers.layer_cases import every_form
 from helpers.random_layers import Draw
 
-from lorafast import testing
+import lorafast
+from lorafast import functional, testing
 from lorafast.engine import dispatch, host, masks, plain_products, recipes
-from lorafast.engine.kernels import gemm_routing
-from lorafast.runtime import devices
+from lorafast.engine.kernels import gemm_routing, triton_internals
+from lorafast.runtime import devices, extension
 from lorafast.testing import Case
 
 pytestmark = needs_compiler
@@ -70,13 +72,13 @@ def launches(cuda, given):
     return found
 
 
-def step(case, tensors, cuda):
+def step(case, tensors, cuda, function=testing.ours):
     """The launches of a step."""
     given = {}
 
     def ours(case, t):
         given.update(t)
-        return testing.ours(case, t)
+        return function(case, t)
 
     cuda.noted()
     testing.run(ours, case, tensors)
@@ -97,7 +99,8 @@ def served(capability=90):
 def test_the_launches_are_those_of_python(sizes):
     for capability, form in [(sm, form) for form in testing.FORMS for sm in (80, 90)]:
         case, pick = case_of(form, sizes), any_route(Draw(SIZES.index(sizes)))
-        tensors = testing.make(case)
+        # TMA describes whole tensors alone.
+        tensors = testing.make(case, sliced=testing.FORMS.index(form) % 2 > 0)
         with (
             mock.patch.object(gemm_routing, "pick", functools.cache(pick)),
             host_on_triton.on_gpu(capability) as cuda,
@@ -114,17 +117,17 @@ def test_the_launches_are_those_of_python(sizes):
         assert calls.computed == [], case
 
 
-CASES = [(sm, case, i % 3 < 2) for i, sm, case in every_form(*DTYPES)]
+CASES = [(sm, case, i % 3 < 2, i % 4 > 1) for i, sm, case in every_form(*DTYPES)]
 
 
 @pytest.mark.parametrize(
-    ("capability", "case", "fused"),
+    ("capability", "case", "fused", "sliced"),
     [*CASES[:1], *(pytest.param(*one, marks=pytest.mark.slow) for one in CASES[1:])],
     ids=str,
 )
 @in_emulator
-def test_the_bits_are_those_of_python(capability, case, fused):
-    tensors = testing.make(case)
+def test_the_bits_are_those_of_python(capability, case, fused, sliced):
+    tensors = testing.make(case, sliced=sliced)
     with host_on_triton.on_emulator(capability, fused) as address:
         theirs = testing.run(testing.ours, case, tensors)
         with host_on_triton.served_by_host(address) as calls:
@@ -133,7 +136,7 @@ def test_the_bits_are_those_of_python(capability, case, fused):
                 assert_same_bits(testing.run(testing.ours, case, tensors), theirs)
             assert calls.computed == []
             # Other numbers, elsewhere in memory.
-            tensors = testing.make(case, seed=1)
+            tensors = testing.make(case, seed=1, sliced=sliced)
             ours = testing.run(testing.ours, case, tensors)
             assert calls.computed == []
         assert_same_bits(ours, testing.run(testing.ours, case, tensors))
@@ -253,6 +256,75 @@ def test_primitives_of_a_plan_that_cuda_serves():
     assert [forms[one[0] - 1] for one in found if one[0] < 4096] == noted
 
 
+def frozen(case, t):
+    """The output of a layer with a core whose first columns of B are frozen."""
+    return functional.linear(
+        t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], t["core"], frozen_columns=3
+    )
+
+
+@in_emulator
+def test_operands_that_begin_elsewhere():
+    """Columns of what was made, and activations of the same strides that are not aligned."""
+    case = Case(testing.FORMS[2], 33, 72, 136, 8, torch.bfloat16)
+    wide = torch.randn(33, 152).to(case.dtype)
+    with host_on_triton.on_gpu(90) as cuda:
+        address = host_on_triton.address_of(cuda.library.cuLaunchKernelEx)
+        several = [
+            testing.make(case, sliced=False) | {"x": wide[:, first : first + 136]}
+            for first in (0, 8, 1)
+        ]
+        by_python = [step(case, tensors, cuda, frozen) for tensors in several]
+        with host_on_triton.served_by_host(address) as calls:
+            for _ in range(3):
+                calls.computed.clear()
+                for tensors, wanted in zip(several, by_python, strict=True):
+                    assert step(case, tensors, cuda, frozen) == wanted
+            assert calls.computed == []
+    assert by_python[0] != by_python[2]
+
+
+@in_emulator
+def test_threads_repeat_the_same_recipes():
+    tensors = testing.make(LORA)
+    with host_on_triton.on_gpu(90) as cuda:
+        nothing = host_on_triton.address_of(cuda.library.cuInit)
+        with host_on_triton.served_by_host(nothing) as calls:
+
+            def steps(_):
+                for _ in range(20):
+                    testing.run(testing.ours, LORA, tensors)
+
+            with ThreadPoolExecutor(4) as threads:
+                list(threads.map(steps, range(4)))
+            assert calls.calls == [True] * 80
+            calls.computed.clear()
+            steps(0)
+    assert calls.computed == []
+
+
+@in_emulator
+def test_memory_is_free_as_soon_as_in_python():
+    tensors = testing.make(Case(testing.FORMS[7], 300, 264, 512, 16, torch.bfloat16, 0.2))
+    case = Case(testing.FORMS[7], 300, 264, 512, 16, torch.bfloat16, 0.2)
+
+    def once():
+        return testing.run(testing.ours, case, tensors)
+
+    with host_on_triton.on_gpu(90) as cuda:
+        once()
+        by_python = testing.allocated(once)
+        nothing = host_on_triton.address_of(cuda.library.cuInit)
+        with host_on_triton.served_by_host(nothing) as calls:
+            for _ in range(2):
+                once()
+            calls.computed.clear()
+            by_host = testing.allocated(once)
+    assert calls.computed == []
+    assert by_host.peak <= by_python.peak
+    assert by_host.held <= by_python.held
+
+
 @in_emulator
 def test_what_python_has_to_see_is_computed_there():
     from lorafast.engine.kernels.project import project_kernel
@@ -301,5 +373,41 @@ def test_what_has_no_recipe_stays_in_python():
         for _ in range(6):
             calls.computed.clear()
             x = tensors["weight"]
-            testing.functional.linear(x, x, None, tensors["lora_A"], tensors["lora_B"])
+            functional.linear(x, x, None, tensors["lora_A"], tensors["lora_B"])
         assert calls.computed == [("linear", False)]
+
+
+def test_what_is_made_in_python_is_told(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(devices, "of", lambda device: devices.Arch("nvidia", "sm_90"))
+    monkeypatch.setattr(extension, "why_unused", lambda: "")
+    monkeypatch.setattr(host, "_unserved", "")
+    monkeypatch.setattr(triton_internals, "enabled", True)
+    assert host.why_python({"triton", "eager"}, gpu) == ""
+    monkeypatch.setattr(triton_internals, "enabled", False)
+    why = "launches of this version of Triton are not repeated"
+    assert host.why_python({"triton", "eager"}, gpu) == why
+    assert host.why_python({"cuda"}, gpu) == ""
+    monkeypatch.setattr(devices, "of", lambda device: devices.Arch("amd", "gfx942"))
+    why = "launches of Triton's kernels are repeated on NVIDIA's GPUs alone"
+    assert host.why_python({"triton"}, gpu) == why
+    monkeypatch.setattr(extension, "why_unused", lambda: "it is not asked for")
+    assert host.why_python({"cuda"}, gpu) == "it is not asked for"
+    assert host.why_python({"eager"}, gpu) == ""
+    monkeypatch.setattr(host, "why_python", lambda backends, device: "of a reason")
+    (row,) = lorafast.explain(lorafast.Linear(16, 16, adapter=lorafast.DoRA(r=2))).rows
+    assert "calls are made in Python: of a reason" in row.notes
+
+
+@in_emulator
+def test_the_log_names_what_stays_in_python():
+    x, told = torch.randn(64, 64), []
+    factors = torch.randn(4, 64), torch.randn(64, 4)
+    with (
+        mock.patch.dict(os.environ, {"LORAFAST_LOG": "1"}),
+        mock.patch.object(dispatch, "announce", told.append),
+        served(),
+    ):
+        for _ in range(3):
+            functional.linear(x, x, None, *factors)
+    assert "linear stays in Python: an operand is another one too, or empty" in told
