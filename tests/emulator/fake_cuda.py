@@ -58,7 +58,8 @@ class Cuda:
         """Return what has been launched since the last call: configurations and parameters."""
         # Without room it tells how many bytes there are.
         room = ctypes.create_string_buffer(self.library.fake_noted(None, 0))
-        return room.raw[: self.library.fake_noted(room, len(room))]
+        size = self.library.fake_noted(room, len(room))
+        return room.raw[:size]
 
     def refuse(self, count: int) -> None:
         """Refuse the next launches."""
