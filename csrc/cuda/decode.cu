@@ -1,7 +1,8 @@
 // y [M,N] = gain⊙(x Wᵀ + h (s·row_scale⊙B)ᵀ) + bias of M <= 8·TILES tokens, rounded once. Grid
 // (⌈N/32⌉, splits), 512 threads. W [N,K] and x have dense rows, 16 bytes aligned, and K is a
 // multiple of 8. y and inner, which receives what gain and bias are applied to, are dense. Of at
-// most 16·DECODE_WARPS ranks. inner, scale, row_scale, gain and bias may be null; s is scaling, and
+// most 16·DECODE_WARPS ranks. inner, scale, row_scale, gain and bias may be
+// null; gain is m/norm, or m if norm is null; s is scaling, and
 // scale if that is not null.
 //
 // Flags: 4 PARTS: y is fp32 [splits,M,N], sums for decode_finish, which has inner, gain and bias;
@@ -16,10 +17,10 @@ constexpr int ROWS = 2 * DECODE_GROUPS;
 
 LORAFAST_ENTRY(32 * DECODE_WARPS, 1)
 decode(const Number* W, const Number* x, const Number* h, const void* B, const void* scale,
-       const void* row_scale, const void* gain, const void* bias, void* y, Number* inner, int64 M,
-       int64 N, int64 W_down, int64 x_down, int64 h_down, int64 h_right, int64 B_down,
-       int64 B_right, int K, int R, int steps, int B_dtype, int scale_dtype, int row_scale_dtype,
-       int gain_dtype, int bias_dtype, float scaling) {
+       const void* row_scale, const void* m, const float* norm, const void* bias, void* y,
+       Number* inner, int64 M, int64 N, int64 W_down, int64 x_down, int64 h_down, int64 h_right,
+       int64 B_down, int64 B_right, int K, int R, int steps, int B_dtype, int scale_dtype,
+       int row_scale_dtype, int m_dtype, int bias_dtype, float scaling) {
   __shared__ float buffer[DECODE_WARPS / 2 * DECODE_GROUPS * FORM_TILES * 4 * 32];
   const int g = (threadIdx.x & 31) >> 2, c = threadIdx.x & 3, warp = threadIdx.x >> 5;
   const int64 row0 = int64(blockIdx.x) * 16 * DECODE_GROUPS + g;
@@ -42,7 +43,11 @@ decode(const Number* W, const Number* x, const Number* h, const void* B, const v
     row_bias[i] = 0;
   }
   // On their way while W is read.
-  if (!PARTS && warp == 0 && gain) numbers_at(row_gain, gain, gain_dtype, row);
+  if (!PARTS && warp == 0 && m) numbers_at(row_gain, m, m_dtype, row);
+  if (!PARTS && warp == 0 && m && norm) {
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) row_gain[i] = divided(row_gain[i], __ldg(norm + row[i]));
+  }
   if (!PARTS && warp == 0 && bias) numbers_at(row_bias, bias, bias_dtype, row);
   product.run(blockIdx.y * steps, steps, row0, x + token * x_down, Dropout(nullptr, 0, 0));
   add_over_warps<DECODE_WARPS, DECODE_GROUPS * FORM_TILES * 4>(

@@ -20,9 +20,10 @@ constexpr bool BUFFERS_BESIDE_ALL = false;
 constexpr bool BUFFERS_BESIDE_ALL = true;
 #endif
 
-// s·gain⊙B. B [N,·] has any strides; gain may be null.
+// s·gain⊙B. B [N,·] has any strides.
 struct GainedFactor {
-  const float *B, *gain;
+  const float* B;
+  Gain gain;
   int64 B_down, B_right;
   float s;
 };
@@ -206,7 +207,7 @@ struct GradOutput {
       float value[2][8];
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const float s = F.gain && first < N ? F.s * __ldg(F.gain + first + n) : F.s;
+        const float s = first < N ? F.s * F.gain.at(first + n) : 0.0f;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const bool within = first < N && g + 8 * i < u_ranks;

@@ -11,10 +11,33 @@
 namespace lorafast {
 
 constexpr int LOW_RANK_ADD_WARPS = 4;
+// The blocks that a multiprocessor holds at least, with gains and up to sixteen ranks: from sm_100
+// on the compiler takes more registers.
+#if __CUDA_ARCH__ >= 1000
+constexpr int GAINED_BLOCKS = 2;
+#else
+constexpr int GAINED_BLOCKS = 3;
+#endif
+// Steps of a block whose gains lie in shared memory at once.
+constexpr int GAINED_STEPS = 64;
 
-// What becomes of the product. Absent gain or bias: null. Both are fp32, and 16 bytes aligned.
+// What becomes of the product. gains: of shared memory, of the columns from `first` on. bias: fp32,
+// 16 bytes aligned, null if there is none.
 struct Epilogue {
-  const float *gain, *bias;
+  float* gains;
+  const float* bias;
+  int first;
+
+  // Before a run over up to GAINED_STEPS from column `from` on.
+  DEVICE void load_gains(const Gain& gain, int from, int N) {
+    first = from;
+    __syncthreads();
+    // Of whole steps: beyond N the last one again.
+    for (int n = threadIdx.x; n < 32 * GAINED_STEPS && from + n < (N + 31) / 32 * 32;
+         n += blockDim.x)
+      gains[n] = gain.at(least(from + n, N - 1));
+    __syncthreads();
+  }
 };
 
 // BLOCKS of sixteen ranks are multiplied at once; with MANY, several times.
@@ -34,7 +57,7 @@ struct LowRankAdd {
   int64 first_row;
   // Moved on from step to step, like those of project. place: of the first step's numbers in out.
   const T* F_at;
-  T *out_at, *out_ahead;
+  T *out_at, *out_ahead, *inner_at;
   int64 place[4];
   uint64 counter[4];
   RowFragment<T> rows[2][BLOCKS];
@@ -141,12 +164,15 @@ struct LowRankAdd {
       gain[n] = 1;
       bias[n] = 0;
     }
-    if (GAINS && epilogue.gain) load_numbers(gain, epilogue.gain, own);
+    if (GAINS) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) gain[n] = epilogue.gains[own - epilogue.first + n];
+    }
     if (GAINS && epilogue.bias) load_numbers(bias, epilogue.bias, own);
 #pragma unroll
     for (int i = 0; i < 4; ++i) finish_row(i, own, before[i], gain, bias, dropout);
     out_at += 32;
-    inner += 32;
+    inner_at += 32;
   }
 
   DEVICE void finish_row(int i, int own, const Eight<T>& before, const float (&gain)[8],
@@ -165,7 +191,7 @@ struct LowRankAdd {
       value[n] = !DROPS || dropout.keeps(word, n) ? total : start;
     }
     const int inside = row(i) < M ? N - own : 0;
-    if (KEEPS) store_eight<ALIGNED>(inner + place[i], rounded_eight<T>(value), inside);
+    if (KEEPS) store_eight<ALIGNED>(inner_at + place[i], rounded_eight<T>(value), inside);
     if (GAINS) {
 #pragma unroll
       for (int n = 0; n < 8; ++n) value[n] = value[n] * gain[n] + bias[n];
@@ -185,6 +211,7 @@ struct LowRankAdd {
     const int end = least(column + 32 * steps, N);
     if (!MANY) load_rows(0);
     out_at = out_ahead = out;
+    inner_at = inner;
     F_at = static_cast<const T*>(F) + (column + column_of(g, 0)) * F_down + 4 * c;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -5,8 +5,6 @@
 
 using namespace lorafast;
 
-DEVICE float divided(float a, float b) { return b == 0 ? 0.0f : __fdiv_rn(a, b); }
-
 LORAFAST_ENTRY(256, 1)
 quotient(const void* a, const float* first, const float* second, const float* factor, float* out,
          float* product, int n, int a_dtype) {

@@ -106,6 +106,22 @@ DEVICE float number_at(const void* data, int dtype, int64 i) {
   return dtype == BF16 ? low_half<bf16>(word) : low_half<fp16>(word);
 }
 
+// a/b, and 0 where b is 0.
+DEVICE float divided(float a, float b) { return b == 0 ? 0.0f : __fdiv_rn(a, b); }
+
+// A gain [N]: magnitude/norm, or magnitude itself if norm is null; 1 without a magnitude.
+struct Gain {
+  const void* magnitude;
+  const float* norm;
+  int dtype;
+
+  DEVICE float at(int64 n) const {
+    if (!magnitude) return 1;
+    const float m = number_at(magnitude, dtype, n);
+    return norm ? divided(m, __ldg(norm + n)) : m;
+  }
+};
+
 // Several of them at `at`: the loads of all are made at once, and not behind a branch each.
 template <int COUNT>
 DEVICE void numbers_at(float (&to)[COUNT], const void* data, int dtype, const int64 (&at)[COUNT]) {

@@ -21,6 +21,16 @@ struct Up {
   const at::Tensor& scale;
 };
 
+// The gain of linear and grad_output: m/norm for a backend that divides, or without a norm the
+// magnitude itself; undefined: none. of_sums: the gradients of both are those of Σ dy⊙kept alone,
+// with kept = gain⊙z if by_gain, and d_norm is wanted if want_norm.
+struct Gain {
+  at::Tensor magnitude, norm;
+  bool of_sums = false, by_gain = false, want_norm = false;
+
+  bool defined() const { return magnitude.defined(); }
+};
+
 // What grad_output is asked for.  h [M,R] is the saved one, before the core.
 struct OutputGradSpec {
   const at::Tensor& B;
@@ -35,9 +45,10 @@ struct OutputGradSpec {
   bool want_out_scale = false;
 };
 
-// v [M,R] with s, sums in fp32; undefined: not asked for. dot = Σ dy⊙kept [N].
+// v [M,R] with s, sums in fp32; undefined: not asked for. dot = Σ dy⊙kept [N]. gain, d_magnitude
+// and d_norm: what a backend that divides may have made of a Gain.
 struct OutputGrads {
-  at::Tensor v, dB, d_core, d_out_scale, d_bias, dot;
+  at::Tensor v, dB, d_core, d_out_scale, d_bias, dot, gain, d_magnitude, d_norm;
 };
 
 // One lives as long as Python: a node refers to the backend that its forward took.
@@ -48,13 +59,16 @@ class Backend {
   Backend(const Backend&) = delete;
   Backend& operator=(const Backend&) = delete;
 
+  // True if linear and grad_output may get a gain with a norm.
+  virtual bool divides() const { return false; }
+
   // h = drop(x) Aᵀ and h' = core(h).  x [...,K], A [R,K], core [R,R], [R] or undefined
   virtual std::pair<at::Tensor, at::Tensor> project(const at::Tensor& x, const at::Tensor& A,
                                                     const at::Tensor& core, Drop drop) const = 0;
 
   // y = gain⊙(x Wᵀ + h' (scaling·scale⊙B)ᵀ) + bias, and the sum before the gain if keep_inner.
   virtual std::pair<at::Tensor, at::Tensor> linear(const at::Tensor& x, const at::Tensor& weight,
-                                                   const Up& up, const at::Tensor& gain,
+                                                   const Up& up, const Gain& gain,
                                                    const at::Tensor& bias,
                                                    bool keep_inner) const = 0;
 
@@ -62,7 +76,7 @@ class Backend {
   virtual at::Tensor base_product(const at::Tensor& x, const at::Tensor& weight) const = 0;
 
   virtual OutputGrads grad_output(const at::Tensor& dy, const OutputGradSpec& spec,
-                                  const at::Tensor& gain, const at::Tensor& kept,
+                                  const Gain& gain, const at::Tensor& kept,
                                   bool want_bias) const = 0;
 
   // dx = (gain⊙dy) W + mask⊙(v A).  v [M,R], or undefined for the base's part alone

@@ -288,7 +288,7 @@ Tensor CpuBackend::product(const Tensor& given, const Tensor& given_weight,
 }
 
 std::pair<Tensor, Tensor> CpuBackend::linear(const Tensor& x, const Tensor& given, const Up& up,
-                                             const Tensor& gain, const Tensor& bias,
+                                             const Gain& gain, const Tensor& bias,
                                              bool keep_inner) const {
   const auto dtype = x.scalar_type();
   const Tensor weight = cast(given, dtype);
@@ -298,13 +298,13 @@ std::pair<Tensor, Tensor> CpuBackend::linear(const Tensor& x, const Tensor& give
   const Tensor gemm_bias = !gain.defined() && bias.defined() ? cast(bias, dtype) : none;
   const Tensor z = keep_inner ? empty({tokens(x), weight.size(0)}, dtype) : none;
   if (plan & ONE_KERNEL && weight.stride(1) == 1) {
-    const Tensor y = one_kernel(x, weight, &up, gain, bias, z);
+    const Tensor y = one_kernel(x, weight, &up, gain.magnitude, bias, z);
     if (y.defined()) return {y, z};
   }
   Addition addition = prepared(up.h, up.B, 1);
   addition.scaling = up.scaling;
   addition.scale = dense_fp32(up.scale);
-  addition.gain = dense_fp32(gain);
+  addition.gain = dense_fp32(gain.magnitude);
   if (gain.defined()) addition.bias = dense_fp32(bias);
   Tensor y = product(x, weight, gemm_bias);
   low_rank_add(*this, addition, {none}, z, y);
@@ -312,9 +312,9 @@ std::pair<Tensor, Tensor> CpuBackend::linear(const Tensor& x, const Tensor& give
 }
 
 OutputGrads CpuBackend::grad_output(const Tensor& dy, const OutputGradSpec& spec,
-                                    const Tensor& given_gain, const Tensor& given_kept,
+                                    const Gain& given_gain, const Tensor& given_kept,
                                     bool want_bias) const {
-  const Tensor dy2 = dense_rows(dy), gain = dense_fp32(given_gain);
+  const Tensor dy2 = dense_rows(dy), gain = dense_fp32(given_gain.magnitude);
   const Tensor kept = given_kept.defined() ? dense_rows(given_kept) : given_kept;
   const int64_t M = dy2.size(0), N = dy2.size(1), R = spec.B.size(1);
   OutputGrads grads;

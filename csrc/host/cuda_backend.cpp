@@ -48,7 +48,7 @@ std::pair<Tensor, Tensor> CudaBackend::project(const Tensor& x, const Tensor& A,
 }
 
 std::pair<Tensor, Tensor> CudaBackend::linear(const Tensor& x, const Tensor& given, const Up& up,
-                                              const Tensor& gain, const Tensor& bias,
+                                              const Gain& gain, const Tensor& bias,
                                               bool keep_inner) const {
   const Tensor x2 = cuda::flatten_tokens(x), weight = cast(given, x.scalar_type());
   const Tensor y = activation(x, weight.size(0)), y2 = y.view({x2.size(0), weight.size(0)});
@@ -73,8 +73,8 @@ Tensor CudaBackend::base_product(const Tensor& x, const Tensor& given) const {
   return y;
 }
 
-OutputGrads CudaBackend::grad_output(const Tensor& dy, const OutputGradSpec& spec,
-                                     const Tensor& gain, const Tensor& kept, bool want_bias) const {
+OutputGrads CudaBackend::grad_output(const Tensor& dy, const OutputGradSpec& spec, const Gain& gain,
+                                     const Tensor& kept, bool want_bias) const {
   const Tensor kept2 = kept.defined() ? cuda::flatten_tokens(kept) : kept;
   return cuda::grads_of(device, cuda::flatten_tokens(dy), spec, gain, kept2, want_bias);
 }
@@ -84,7 +84,7 @@ Tensor CudaBackend::grad_input(const Tensor& dy, const Tensor& weight, const Ten
   const Tensor dx = activation(dy, weight.size(1)), dx2 = cuda::flatten_tokens(dx);
   if (v.defined()) {
     const Tensor none;
-    cuda::low_rank_add(device, dx2, {v, A.t(), drop, false, 1, none, none, none, none});
+    cuda::low_rank_add(device, dx2, {v, A.t(), drop, false, 1, none, {}, none, none});
   }
   const auto [a, b] = cuda_gained_operands(dy, weight, gain);
   add_product(dx2, a, b, v.defined());

@@ -11,13 +11,14 @@ class CudaBackend final : public Backend {
  public:
   CudaBackend(at::Device own, int64_t multiprocessors) : device(own, multiprocessors) {}
 
+  bool divides() const override { return true; }
   std::pair<at::Tensor, at::Tensor> project(const at::Tensor& x, const at::Tensor& A,
                                             const at::Tensor& core, Drop drop) const override;
   std::pair<at::Tensor, at::Tensor> linear(const at::Tensor& x, const at::Tensor& weight,
-                                           const Up& up, const at::Tensor& gain,
-                                           const at::Tensor& bias, bool keep_inner) const override;
+                                           const Up& up, const Gain& gain, const at::Tensor& bias,
+                                           bool keep_inner) const override;
   at::Tensor base_product(const at::Tensor& x, const at::Tensor& weight) const override;
-  OutputGrads grad_output(const at::Tensor& dy, const OutputGradSpec& spec, const at::Tensor& gain,
+  OutputGrads grad_output(const at::Tensor& dy, const OutputGradSpec& spec, const Gain& gain,
                           const at::Tensor& kept, bool want_bias) const override;
   at::Tensor grad_input(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& gain,
                         const at::Tensor& v, const at::Tensor& A, Drop drop) const override;

@@ -17,11 +17,11 @@ using at::Tensor;
 // The most ranks whose u, and whose P, one pass over dy makes; more take project and grad_project.
 constexpr int64_t U_RANKS = 16, P_RANKS = 32;
 
-// s·gain⊙B, B [N,R] and gain in fp32, as the pass over dy reads it. B undefined: none.
+// s·gain⊙B, B [N,R] in fp32, as the pass over dy reads it. B undefined: none.
 struct Factor {
   Tensor B;
   double scaling = 1;
-  Tensor gain = {};
+  Gain gain = {};
 };
 
 // What a pass over dy gives, in parts; undefined for what was not requested.
@@ -51,25 +51,22 @@ Parts stream(const Device& device, const Tensor& dy2, const Tensor& kept2, const
   }
   if (requested) parts.sums = empty(dy2, {count, requested, N}, at::kFloat);
   const Tensor& kept = requested == 2 ? kept2 : none;
+  const auto [m, norm] = gain_operands(factor.gain);
   constexpr int SUMS[] = {0, 8, 8 + 16};
   const int flags = has_u + aligned * ALIGNED + 4 * has_h + SUMS[requested];
-  device.launch(form_of(Stem::grad_output, type, tiles, flags), {blocks, count, 1}, dy2, kept, h,
-                small(factor.gain), factor.B, none, parts.u, P, parts.sums, M, dy2.stride(0),
-                dy2.stride(1), kept.defined() ? kept.stride(0) : 0,
-                kept.defined() ? kept.stride(1) : 0, has_h ? h.stride(0) : 0,
-                has_u ? factor.B.stride(0) : 0, has_u ? factor.B.stride(1) : 0, steps, i32(N),
-                i32(u_ranks), has_h ? i32(h.size(1)) : 0, 0, static_cast<float>(factor.scaling));
+  device.launch(form_of(Stem::grad_output, type, tiles, flags), {blocks, count, 1}, dy2, kept, h, m,
+                norm, factor.B, none, parts.u, P, parts.sums, M, dy2.stride(0), dy2.stride(1),
+                kept.defined() ? kept.stride(0) : 0, kept.defined() ? kept.stride(1) : 0,
+                has_h ? h.stride(0) : 0, has_u ? factor.B.stride(0) : 0,
+                has_u ? factor.B.stride(1) : 0, steps, i32(N), i32(u_ranks),
+                has_h ? i32(h.size(1)) : 0, 0, number_of(m), static_cast<float>(factor.scaling));
   return parts;
 }
 
-// s·gain⊙out_scale⊙B, and what u has to be multiplied by, or undefined. A copy, unless the pass
-// over dy multiplies and rounds it.
+// A copy of s·gain⊙out_scale⊙B, and what u has to be multiplied by, or undefined.
 std::pair<Factor, Tensor> u_factor(const Device& device, const OutputGradSpec& spec,
                                    const Tensor& gain, at::ScalarType dtype, bool one_pass) {
   const auto wide = low_rank_grad_dtype(dtype);
-  const bool fits = spec.B.scalar_type() == at::kFloat && !spec.out_scale.defined() &&
-                    (!gain.defined() || gain.scalar_type() == at::kFloat);
-  if (one_pass && wide == dtype && fits) return {{spec.B, spec.scaling, gain}, {}};
   Tensor column_scale = gain.defined() ? gain : spec.out_scale, inverse;
   if (gain.defined() && spec.out_scale.defined())
     column_scale = at::stack({cast(gain, at::kFloat), cast(spec.out_scale, at::kFloat)}).prod(0);
@@ -82,12 +79,12 @@ std::pair<Factor, Tensor> u_factor(const Device& device, const OutputGradSpec& s
 
 // What parts come to; undefined for what was not requested.
 struct Finished {
-  Tensor u, v, dB, d_out_scale, sums;
+  Tensor u, v, dB, d_out_scale, sums, gain, d_magnitude, d_norm;
 };
 
 // What parts come to; P is undefined if every column is frozen.
 Finished finish(const Device& device, const Parts& parts, const Tensor& dy2,
-                const OutputGradSpec& spec, const Tensor& given_gain, int64_t skipped) {
+                const OutputGradSpec& spec, const Gain& gain, int64_t skipped) {
   const int64_t M = dy2.size(0), N = dy2.size(1), R = spec.B.size(1);
   const auto dtype = low_rank_grad_dtype(dy2.scalar_type());
   const bool has_u = parts.u.defined(), has_sums = parts.sums.defined();
@@ -102,20 +99,28 @@ Finished finish(const Device& device, const Parts& parts, const Tensor& dy2,
   if (spec.want_B) done.dB = empty(dy2, {N, R}, at::kFloat);
   if (spec.want_out_scale) done.d_out_scale = empty(dy2, {N}, at::kFloat);
   const Tensor P = parts.P.defined() ? parts.P : empty(dy2, {0, 0, N}, at::kFloat);
-  const Tensor gain = small(given_gain), out_scale = small(spec.out_scale), B = small(spec.B);
+  const Tensor out_scale = small(spec.out_scale), B = small(spec.B);
+  const auto [m, norm] = gain_operands(gain);
+  if (norm.defined()) {
+    done.gain = empty(norm, norm.sizes(), at::kFloat);
+    if (gain.of_sums && has_sums && done.sums.size(0) == 2) {
+      done.d_magnitude = at::empty_like(done.gain);
+      if (gain.want_norm) done.d_norm = at::empty_like(done.gain);
+    }
+  }
   // The parts may be some rows of wider ones.
   const int64_t width = P.size(0) && N ? P.stride(0) / N : 0;
   const int64_t sums_n = has_sums ? done.sums.numel() : 0;
   const int64_t blocks = ceil_div(N, 32) + ceil_div(sums_n, 256) + (has_u ? ceil_div(M, 128) : 0);
   const auto [core_rows, core_columns] = core_strides(core);
   device.launch(form_of(Stem::grad_output_finish, dtype, has_u ? tiles_of(R) : 2), {blocks, 1, 1},
-                P, gain, out_scale, B, tensor, done.dB, done.d_out_scale, parts.u, done.u, v, core,
-                parts.sums, done.sums, spec.B.stride(0), spec.B.stride(1), M, core_rows,
-                core_columns, sums_n, i32(N), i32(R), i32(width), i32(skipped),
-                i32(spec.frozen_columns), i32(P.size(0)), has_u ? i32(parts.u.size(0)) : 0,
-                has_sums ? i32(parts.sums.size(0)) : 0, number_of(gain), number_of(out_scale),
-                number_of(B), 0, core_dims(core), number_of(core),
-                static_cast<float>(spec.scaling));
+                P, m, norm, out_scale, B, tensor, done.dB, done.d_out_scale, done.gain,
+                done.d_magnitude, done.d_norm, parts.u, done.u, v, core, parts.sums, done.sums,
+                spec.B.stride(0), spec.B.stride(1), M, core_rows, core_columns, sums_n, i32(N),
+                i32(R), i32(width), i32(skipped), i32(spec.frozen_columns), i32(P.size(0)),
+                has_u ? i32(parts.u.size(0)) : 0, has_sums ? i32(parts.sums.size(0)) : 0,
+                i32(gain.of_sums && gain.by_gain), number_of(m), number_of(out_scale), number_of(B),
+                0, core_dims(core), number_of(core), static_cast<float>(spec.scaling));
   done.v = v.defined() ? v : done.u;
   return done;
 }
@@ -123,7 +128,7 @@ Finished finish(const Device& device, const Parts& parts, const Tensor& dy2,
 }  // namespace
 
 OutputGrads grads_of(const Device& device, const Tensor& dy2, const OutputGradSpec& spec,
-                     const Tensor& gain, const Tensor& kept2, bool want_bias) {
+                     const Gain& gain, const Tensor& kept2, bool want_bias) {
   const auto dtype = dy2.scalar_type();
   const int64_t R = spec.B.size(1);
   int requested = kept2.defined() ? 2 : want_bias;
@@ -145,7 +150,13 @@ OutputGrads grads_of(const Device& device, const Tensor& dy2, const OutputGradSp
   }
   Factor factor;
   Tensor inverse;
-  if (needs_u) std::tie(factor, inverse) = u_factor(device, spec, gain, dtype, one_pass);
+  // The pass over dy multiplies and rounds the factor of u.
+  const bool fits = low_rank_grad_dtype(dtype) == dtype && spec.B.scalar_type() == at::kFloat &&
+                    !spec.out_scale.defined();
+  if (needs_u && one_pass && fits)
+    factor = {spec.B, spec.scaling, gain};
+  else if (needs_u)
+    std::tie(factor, inverse) = u_factor(device, spec, gain_tensor(device, gain), dtype, one_pass);
   Parts parts;
   if (one_pass || streams_P || requested)
     parts =
@@ -171,6 +182,9 @@ OutputGrads grads_of(const Device& device, const Tensor& dy2, const OutputGradSp
   if (requested) sums = needs_P ? done.sums : sum_parts(device, parts.sums);
   if (want_bias) grads.d_bias = sums[0];
   if (kept2.defined()) grads.dot = sums[1];
+  grads.gain = done.gain;
+  grads.d_magnitude = done.d_magnitude;
+  grads.d_norm = done.d_norm;
   return grads;
 }
 

@@ -14,7 +14,7 @@ using at::Tensor;
 
 // As lorafast/engine/cuda_kernels.py has them.
 constexpr std::array<int, 5> TILES{1, 2, 4, 8, 16};
-constexpr int64_t BLOCKS = 2, STEPS = 4;
+constexpr int64_t STEPS = 4;
 // low_rank_add's flags for a factor that it reads as it is.
 constexpr int RAW = 32, ACROSS = 64;
 // As lorafast/engine/philox.py has them.
@@ -55,6 +55,9 @@ Tensor vector_of(const Device& device, const Tensor& t, bool aligned) {
   return scale(device, t.unsqueeze(0), at::kFloat, {-1, -1, 1, {}, {}})[0];
 }
 
+// A vector dense and in fp32.
+Tensor dense(const Tensor& t) { return t.defined() ? cast(t, at::kFloat).contiguous() : t; }
+
 // The warps of a block of row_norm: Form.threads of the twin.
 int row_norm_warps(const Form& form) {
   return form.tiles <= 2 && at::elementSize(form.dtype) == 2 ? 12 : 8;
@@ -83,8 +86,8 @@ Tensor empty(const Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::empty(sizes, like.options().dtype(dtype));
 }
 
-Split split(const Device& device, int64_t blocks, int64_t steps) {
-  const int64_t wanted = BLOCKS * device.multiprocessors / std::max<int64_t>(1, blocks);
+Split split(const Device& device, int64_t blocks, int64_t steps, int64_t busy) {
+  const int64_t wanted = busy * device.multiprocessors / std::max<int64_t>(1, blocks);
   const int64_t each = ceil_div(steps, std::max<int64_t>(1, std::min(wanted, steps / STEPS)));
   return {std::max<int64_t>(1, ceil_div(steps, std::max<int64_t>(1, each))), each};
 }
@@ -184,12 +187,19 @@ std::pair<Tensor, Tensor> quotient(const Device& device, const Tensor& given, co
   const int64_t n = given.size(0);
   const Tensor out = empty(second, {n}, at::kFloat), none;
   const Tensor product = factor.defined() ? at::empty_like(out) : none, a = small(given);
-  const auto dense = [](const Tensor& one) {
-    return one.defined() ? cast(one, at::kFloat).contiguous() : one;
-  };
   device.launch({Stem::quotient, at::kFloat}, {ceil_div(n, 256), 1, 1}, a, dense(first),
                 dense(second), dense(factor), out, product, i32(n), number_of(a));
   return {out, product};
+}
+
+std::pair<Tensor, Tensor> gain_operands(const Gain& gain) {
+  return {small(gain.magnitude), dense(gain.norm)};
+}
+
+Tensor gain_tensor(const Device& device, const Gain& gain) {
+  if (!gain.norm.defined()) return gain.magnitude;
+  const Tensor none;
+  return quotient(device, gain.magnitude, none, gain.norm, none).first;
 }
 
 Tensor grad_project(const Device& device, const Tensor& x2, const Tensor& given, const Drop& drop) {
@@ -202,7 +212,8 @@ Tensor grad_project(const Device& device, const Tensor& x2, const Tensor& given,
   v = token_factor(device, v, type, tiles);
   const int64_t ranks = v.size(1), blocks = ceil_div(ranks, 8 * tiles);
   const Masks masks = masks_of(K, drop);
-  const auto [count, steps] = split(device, ceil_div(K, 64) * blocks, ceil_div(M, 16));
+  const int64_t busy = drop.threshold ? BLOCKS : MORE_BLOCKS;
+  const auto [count, steps] = split(device, ceil_div(K, 64) * blocks, ceil_div(M, 16), busy);
   const Tensor none, out = empty(x2, {count, ranks, K}, at::kFloat);
   const int flags = (drop.threshold > 0) * DROPS + aligned * ALIGNED;
   device.launch(form_of(Stem::grad_project, type, tiles, flags), {ceil_div(K, 64), count, blocks},
@@ -246,14 +257,14 @@ void low_rank_add(const Device& device, const Tensor& out, const Addition& addit
     F_down = F.stride(0);
   }
   const Tensor h = token_factor(device, addition.h, type, 4);
-  const Tensor gain = vector_of(device, addition.gain, aligned);
+  const auto [m, norm] = gain_operands(addition.gain);
   const Tensor bias = vector_of(device, addition.bias, aligned);
   const Masks masks = masks_of(N, drop);
   const auto [count, steps] = split(device, ceil_div(M, 128), ceil_div(N, 32));
   device.launch(form_of(Stem::low_rank_add, type, tiles, flags + raw), {ceil_div(M, 128), count, 1},
-                h, F, none, drop.threshold ? drop.seed : none, gain, bias, out, addition.inner, M,
-                h.stride(0), F_down, masks.groups, i32(N), i32(h.size(1)), i32(steps),
-                masks.threshold, 0, raw ? static_cast<float>(addition.scaling) : 1.0f,
+                h, F, none, drop.threshold ? drop.seed : none, m, norm, bias, out, addition.inner,
+                M, h.stride(0), F_down, masks.groups, i32(N), i32(h.size(1)), i32(steps),
+                masks.threshold, 0, number_of(m), raw ? static_cast<float>(addition.scaling) : 1.0f,
                 masks.factor);
 }
 

@@ -25,11 +25,16 @@ at::Tensor flatten_tokens(const at::Tensor& x);
 // An uninitialised tensor beside another.
 at::Tensor empty(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype);
 
+// Blocks of threads that keep a multiprocessor busy, and more of them where each has less on its
+// way.
+constexpr int64_t BLOCKS = 2, MORE_BLOCKS = 3;
+
 // A sum in `parts` parts of `steps` steps each; the last may have fewer.
 struct Split {
   int64_t parts, steps;
 };
-Split split(const Device& device, int64_t blocks, int64_t steps);
+// busy: the blocks that keep a multiprocessor busy.
+Split split(const Device& device, int64_t blocks, int64_t steps, int64_t busy = BLOCKS);
 
 // The Philox calls of a row, the threshold in both halves of a word, and the scale.
 struct Masks {
@@ -88,6 +93,12 @@ std::pair<at::Tensor, at::Tensor> quotient(const Device& device, const at::Tenso
                                            const at::Tensor& first, const at::Tensor& second,
                                            const at::Tensor& factor);
 
+// m and the norm of a gain as kernels read them: small vectors, the norm in fp32.
+std::pair<at::Tensor, at::Tensor> gain_operands(const Gain& gain);
+
+// m/norm, by a launch of its own.
+at::Tensor gain_tensor(const Device& device, const Gain& gain);
+
 // vᵀ drop(x) in fp32.  v [M,R] -> [R,K]
 at::Tensor grad_project(const Device& device, const at::Tensor& x2, const at::Tensor& v,
                         const Drop& drop);
@@ -103,7 +114,7 @@ struct Addition {
   bool accumulate = true;
   double scaling = 1;
   const at::Tensor& row_scale;
-  const at::Tensor& gain;
+  const Gain& gain;
   const at::Tensor& bias;
   const at::Tensor& inner;
 };

@@ -28,6 +28,13 @@ Tensor gain_of(const Backend& backend, const Tensors& tensors) {
   return backend.gain_of(tensors.magnitude, tensors.norm);
 }
 
+// The gain as linear and grad_output take it; a tensor beside a bias that it multiplies.
+Gain gain_for(const Backend& backend, const Tensors& tensors) {
+  if (backend.divides() && !tensors.lora_bias.defined() && tensors.magnitude.defined())
+    return {tensors.magnitude, tensors.norm};
+  return {gain_of(backend, tensors), {}};
+}
+
 // The inputs of the adapter and of the base product: _inputs of the twin.
 std::pair<Tensor, Tensor> inputs(const Backend& backend, const Tensor& x, const Tensors& tensors,
                                  const Options& options) {
@@ -129,12 +136,13 @@ Outputs forward(const Backend& backend, const Tensor& x, const Tensors& tensors,
                 const Options& options) {
   const bool has_gain = tensors.magnitude.defined();
   const bool drops_base = has_gain && options.drops_base();
-  Tensor base_x = x, adapter_x = x, gain;
+  Tensor base_x = x, adapter_x = x;
+  Gain gain;
   if (drops_base || (has_gain && options.in_axis))
     std::tie(adapter_x, base_x) = inputs(backend, x, tensors, options);
-  if (!options.in_axis) gain = gain_of(backend, tensors);
+  if (!options.in_axis) gain = gain_for(backend, tensors);
   const Tensor bias =
-      tensors.lora_bias.defined() ? total_bias(tensors, options, gain) : tensors.bias;
+      tensors.lora_bias.defined() ? total_bias(tensors, options, gain.magnitude) : tensors.bias;
   const auto [h, h_core] =
       backend.project(adapter_x, tensors.A, tensors.core, drop_of(tensors, options));
   const Up up{h_core, tensors.B, options.scaling, tensors.out_scale};
@@ -152,7 +160,8 @@ Grads backward(const Backend& backend, const Tensor& dy, const Tensor& x, const 
   const bool by_row = has_gain && !options.in_axis;
   const bool needs_dot = by_row && needs_gain(needs);
   const bool needs_columns = has_gain && !by_row && needs_gain(needs);
-  const Tensor gain = gain_of(backend, tensors), row_gain = by_row ? gain : Tensor();
+  Gain row_gain;
+  if (by_row) row_gain = gain_for(backend, tensors);
   Tensor kept;
   if (needs_dot)
     kept = options.keep == Keep::recompute ? inner(backend, x, h, tensors, options) : given_kept;
@@ -169,7 +178,14 @@ Grads backward(const Backend& backend, const Tensor& dy, const Tensor& x, const 
                             needs[CORE],
                             needs[OUT_SCALE]};
   const bool want_bias = needs[BIAS] || needs[LORA_BIAS] || (needs_dot && correction.defined());
+  row_gain.of_sums = row_gain.norm.defined() && needs_dot && !correction.defined();
+  row_gain.by_gain = options.keep == Keep::output;
+  row_gain.want_norm = needs[NORM];
   const OutputGrads sums = backend.grad_output(dy, spec, row_gain, kept, want_bias);
+  Tensor gain = sums.gain;
+  if (has_gain && !gain.defined())
+    gain = row_gain.defined() && !row_gain.norm.defined() ? row_gain.magnitude
+                                                          : gain_of(backend, tensors);
   Grads grads;
   grads[LORA_B] = sums.dB;
   grads[CORE] = sums.d_core;
@@ -188,7 +204,10 @@ Grads backward(const Backend& backend, const Tensor& dy, const Tensor& x, const 
   if (!has_gain) {
     if (needs[X]) grads[X] = backend.grad_input(dy, tensors.weight, {}, sums.v, tensors.A, mask);
   } else if (by_row) {
-    if (needs_dot)
+    if (needs_dot && sums.d_magnitude.defined()) {
+      grads[MAGNITUDE] = sums.d_magnitude;
+      grads[NORM] = sums.d_norm;
+    } else if (needs_dot)
       add_gain_grads(backend, d_gain_of(sums, tensors, options), gain, options.keep == Keep::output,
                      tensors, needs, grads);
     if (needs[X]) grads[X] = d_x_by_row(backend, dy, sums.v, gain, tensors, options);

@@ -114,11 +114,12 @@ std::pair<Tensor, Tensor> RecipeBackend::project(const Tensor& x, const Tensor& 
 }
 
 std::pair<Tensor, Tensor> RecipeBackend::linear(const Tensor& x, const Tensor& weight, const Up& up,
-                                                const Tensor& gain, const Tensor& bias,
+                                                const Gain& gain, const Tensor& bias,
                                                 bool keep_inner) const {
   if (by_cuda(Primitive::linear)) return cuda->linear(x, weight, up, gain, bias, keep_inner);
-  const auto made = compute(Primitive::linear, {&x, &weight, &up.h, &up.B, &up.scale, &gain, &bias},
-                            {up.scaling, static_cast<double>(keep_inner)});
+  const auto made =
+      compute(Primitive::linear, {&x, &weight, &up.h, &up.B, &up.scale, &gain.magnitude, &bias},
+              {up.scaling, static_cast<double>(keep_inner)});
   return {made[0], made[1]};
 }
 
@@ -128,15 +129,15 @@ Tensor RecipeBackend::base_product(const Tensor& x, const Tensor& weight) const 
 }
 
 OutputGrads RecipeBackend::grad_output(const Tensor& dy, const OutputGradSpec& spec,
-                                       const Tensor& gain, const Tensor& kept,
-                                       bool want_bias) const {
+                                       const Gain& gain, const Tensor& kept, bool want_bias) const {
   if (by_cuda(Primitive::grad_output)) return cuda->grad_output(dy, spec, gain, kept, want_bias);
   const auto number = [](auto value) { return static_cast<double>(value); };
-  const auto made = compute(
-      Primitive::grad_output, {&dy, &spec.B, &spec.out_scale, &spec.core, &spec.h, &gain, &kept},
-      {spec.scaling, number(spec.frozen_columns), number(spec.want_v), number(spec.want_B),
-       number(spec.want_core), number(spec.want_out_scale), number(want_bias)});
-  return {made[0], made[1], made[2], made[3], made[4], made[5]};
+  const auto made =
+      compute(Primitive::grad_output,
+              {&dy, &spec.B, &spec.out_scale, &spec.core, &spec.h, &gain.magnitude, &kept},
+              {spec.scaling, number(spec.frozen_columns), number(spec.want_v), number(spec.want_B),
+               number(spec.want_core), number(spec.want_out_scale), number(want_bias)});
+  return {made[0], made[1], made[2], made[3], made[4], made[5], {}, {}, {}};
 }
 
 Tensor RecipeBackend::grad_input(const Tensor& dy, const Tensor& weight, const Tensor& gain,

@@ -39,13 +39,15 @@ class RecipeBackend final : public Backend {
   RecipeBackend(at::Device own, long number, const Backend* by_cuda)
       : device(own), plan(number), cuda(by_cuda) {}
 
+  // As gain_of.
+  bool divides() const override { return by_cuda(Primitive::linear); }
   std::pair<at::Tensor, at::Tensor> project(const at::Tensor& x, const at::Tensor& A,
                                             const at::Tensor& core, Drop drop) const override;
   std::pair<at::Tensor, at::Tensor> linear(const at::Tensor& x, const at::Tensor& weight,
-                                           const Up& up, const at::Tensor& gain,
-                                           const at::Tensor& bias, bool keep_inner) const override;
+                                           const Up& up, const Gain& gain, const at::Tensor& bias,
+                                           bool keep_inner) const override;
   at::Tensor base_product(const at::Tensor& x, const at::Tensor& weight) const override;
-  OutputGrads grad_output(const at::Tensor& dy, const OutputGradSpec& spec, const at::Tensor& gain,
+  OutputGrads grad_output(const at::Tensor& dy, const OutputGradSpec& spec, const Gain& gain,
                           const at::Tensor& kept, bool want_bias) const override;
   at::Tensor grad_input(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& gain,
                         const at::Tensor& v, const at::Tensor& A, Drop drop) const override;

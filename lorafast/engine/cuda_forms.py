@@ -43,15 +43,15 @@ class Kernel(NamedTuple):
 KERNELS = {
     "project": Kernel(128, "pppppp" + "qqqqqqq" + "iii" + "if" + "ii"),
     "project_finish": Kernel(32, "pppp" + "qqq" + "ii" + "f" + "ii"),
-    "decode": Kernel(512, "pppppppppp" + "qqqqqqqq" + "iii" + "iiiii" + "f"),
-    "decode_finish": Kernel(256, "ppppp" + "qq" + "iii"),
-    "grad_output": Kernel(128, "ppppppppp" + "qqqqqqqqq" + "iii" + "if"),
+    "decode": Kernel(512, "ppppppppppp" + "qqqqqqqq" + "iii" + "iiiii" + "f"),
+    "decode_finish": Kernel(256, "pppppp" + "qq" + "iii"),
+    "grad_output": Kernel(128, "pppppppppp" + "qqqqqqqqq" + "iii" + "ii" + "f"),
     "grad_output_finish": Kernel(
-        256, "ppppp" + "pppppppp" + "qqqqqq" + "iiiiiiii" + "iiii" + "ii" + "f"
+        256, "pppppp" + "ppppppppppp" + "qqqqqq" + "iiiiiiiii" + "iiii" + "ii" + "f"
     ),
     "grad_project": Kernel(128, "pppp" + "qqqqqq" + "ii" + "if"),
     "sum_parts": Kernel(256, "pp" + "qif"),
-    "low_rank_add": Kernel(128, "pppppppp" + "qqqq" + "iii" + "iiff"),
+    "low_rank_add": Kernel(128, "ppppppppp" + "qqqq" + "iii" + "iiiff"),
     "row_norm": Kernel(256, "ppppp" + "qqqqq" + "iiiiii" + "f"),
     "quotient": Kernel(256, "pppppp" + "ii"),
     "scale": Kernel(256, "ppppp" + "qqqqq" + "iiiiii" + "f"),

@@ -14,13 +14,14 @@ import torch
 from lorafast.engine import cuda_forms, philox
 from lorafast.engine.cuda_forms import ALIGNED, DROPS, DTYPES, Form, launch
 from lorafast.engine.precision import apply_core, scaled_to_fp16
-from lorafast.engine.problem import DownProj, Scaling
+from lorafast.engine.problem import DownProj, Gain, Scaling
 from lorafast.runtime import devices
 
 # The forms of a kernel, by how many times eight ranks they hold.
 _TILES = (1, 2, 4, 8, 16)
-# Blocks of threads that keep a multiprocessor busy, and the fewest steps of a sum worth a block.
-_BLOCKS, _STEPS = 2, 4
+# Blocks of threads that keep a multiprocessor busy, more of them where each has less on its way;
+# and the fewest steps of a sum worth a block.
+_BLOCKS, _MORE_BLOCKS, _STEPS = 2, 3, 4
 # Where they are not known.
 _MULTIPROCESSORS = 108
 _F32 = torch.float32
@@ -61,9 +62,12 @@ class Split(NamedTuple):
     steps: int
 
 
-def split(blocks: int, steps: int, device: torch.device) -> Split:
-    """Return the parts of a sum of some steps, of which each takes `blocks` blocks of threads."""
-    return _split(blocks, steps, multiprocessors(device))
+def split(blocks: int, steps: int, device: torch.device, busy: int = _BLOCKS) -> Split:
+    """Return the parts of a sum of some steps, of which each takes `blocks` blocks of threads.
+
+    busy: the blocks that keep a multiprocessor busy.
+    """
+    return _split(blocks, steps, busy * multiprocessors(device))
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -72,9 +76,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _split(blocks: int, steps: int, multiprocessors: int) -> Split:
-    wanted = _BLOCKS * multiprocessors // max(1, blocks)
-    each = ceil_div(steps, max(1, min(wanted, steps // _STEPS)))
+def _split(blocks: int, steps: int, wanted: int) -> Split:
+    each = ceil_div(steps, max(1, min(wanted // max(1, blocks), steps // _STEPS)))
     return Split(max(1, ceil_div(steps, max(1, each))), each)
 
 
@@ -216,13 +219,33 @@ def quotient(
     (n,) = a.shape
     out = second.new_empty(n, dtype=_F32)
     product = None if factor is None else torch.empty_like(out)
-    a = small(a)
-    others = (one if one is None else one.float().contiguous() for one in (first, second, factor))
+    a, others = small(a), map(_dense, (first, second, factor))
     launch(
         Form("quotient", _F32), a.device, (ceil_div(n, 256),),
         a, *others, out, product, n, dtype_number(a),
     )  # fmt: skip
     return out, product
+
+
+def gain_operands(
+    gain: torch.Tensor | Gain | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return m and the norm of a gain as kernels read them; a tensor is m without a norm."""
+    if isinstance(gain, Gain):
+        return small(gain.magnitude), _dense(gain.norm)
+    return small(gain), None
+
+
+def gain_tensor(gain: Gain | None) -> torch.Tensor | None:
+    """Return m/norm, by a launch of its own."""
+    if gain is None or gain.norm is None:
+        return None if gain is None else gain.magnitude
+    return quotient(gain.magnitude, None, gain.norm)[0]
+
+
+def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a vector dense and in fp32."""
+    return None if t is None else t.float().contiguous()
 
 
 def grad_project(
@@ -238,7 +261,8 @@ def grad_project(
     ranks = v.shape[1]
     groups, threshold, factor = dropout(K, p)
     blocks = ceil_div(ranks, 8 * tiles)
-    count, steps = split(ceil_div(K, 64) * blocks, ceil_div(M, 16), x2.device)
+    busy = _BLOCKS if p else _MORE_BLOCKS
+    count, steps = split(ceil_div(K, 64) * blocks, ceil_div(M, 16), x2.device, busy)
     out = x2.new_empty(count, ranks, K, dtype=_F32)
     flags = (p > 0) * DROPS + aligned * ALIGNED
     launch(
@@ -272,7 +296,7 @@ def low_rank_add(
     accumulate: bool = True,
     scaling: Scaling = 1.0,
     row_scale: torch.Tensor | None = None,
-    gain: torch.Tensor | None = None,
+    gain: torch.Tensor | Gain | None = None,
     bias: torch.Tensor | None = None,
     inner: torch.Tensor | None = None,
 ) -> None:
@@ -294,14 +318,15 @@ def low_rank_add(
     else:
         number = float(scaling)
     h = token_factor(h, out.dtype, 4)
-    gain, bias = (None if one is None else _vector(one, aligned) for one in (gain, bias))
+    bias, (m, norm) = None if bias is None else _vector(bias, aligned), gain_operands(gain)
     groups, threshold, times = dropout(N, p)
     count, steps = split(ceil_div(M, 128), ceil_div(N, 32), out.device)
     launch(
         cuda_forms.of("low_rank_add", out.dtype, tiles, flags + raw), out.device,
         (ceil_div(M, 128), count),
-        h, F, tensor, seed if p else None, gain, bias, out, inner, M, h.stride(0), F_down, groups,
-        N, h.shape[1], steps, threshold, dtype_number(tensor), number, times,
+        h, F, tensor, seed if p else None, m, norm, bias, out, inner, M, h.stride(0), F_down,
+        groups, N, h.shape[1], steps, threshold, dtype_number(tensor), dtype_number(m), number,
+        times,
     )  # fmt: skip
 
 

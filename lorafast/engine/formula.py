@@ -5,15 +5,19 @@ z = (in_gain⊙x) Wᵀ + s·out_scale⊙(core(drop(in_gain⊙x) Aᵀ) Bᵀ)     
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lorafast.engine import dispatch, masks
+from lorafast.engine.backends import Backend
 from lorafast.engine.dispatch import Routes
 from lorafast.engine.precision import accumulator, apply_core, divide_or_zero
 from lorafast.engine.problem import (
     BaseTerm,
     CallOptions,
     DownProj,
+    Gain,
     GradMask,
     LayerTensors,
     LowRankTerm,
@@ -39,9 +43,7 @@ def forward(
         if drops_base or options.axis == "in":
             adapter_x, base_x = _inputs(x, tensors, options, routes)
         if options.axis == "out":
-            # A backend may have a kernel of its own.
-            own_gain_of = getattr(routes["linear"], "gain_of", gain_of)
-            gain = own_gain_of(tensors.magnitude, tensors.norm)
+            gain = _gain_for("linear", tensors, routes)
     if tensors.lora_bias is not None:
         bias = _total_bias(tensors, options, gain)
     scaling = options.scaling if tensors.scale is None else tensors.scale
@@ -73,14 +75,15 @@ def backward(
     routes = dispatch.routes(dy, tensors, options)
     has_gain = tensors.magnitude is not None
     by_row = has_gain and options.axis == "out"
-    gain = None
-    if has_gain:
-        own_gain_of = getattr(routes["grad_output"], "gain_of", gain_of)
-        gain = own_gain_of(tensors.magnitude, tensors.norm)
+    row_gain = _gain_for("grad_output", tensors, routes) if by_row else None
     if by_row and needs.gain and options.keep == "recompute":
         kept = _inner(x, h, tensors, options, routes)
-    sums = _output_grads(dy, h, kept, tensors, options, needs, gain if by_row else None, routes)
+    sums = _output_grads(dy, h, kept, tensors, options, needs, row_gain, routes)
     (own,) = sums.adapters
+    gain = sums.gain
+    if has_gain and gain is None:
+        is_made = isinstance(row_gain, torch.Tensor)
+        gain = row_gain if is_made else _own_gain_of(routes["grad_output"], tensors)
     grads: dict[str, torch.Tensor | None] = {
         "lora_B": own.dB,
         "core": own.d_core,
@@ -103,8 +106,7 @@ def backward(
         grads["x"] = routes["grad_input"].grad_input([base], [low_rank])
     elif by_row:
         if needs.gain:
-            d_gain, by_gain = _d_gain(sums, tensors, options), options.keep == "output"
-            grads |= _gain_grads(d_gain, gain, by_gain, tensors, needs, routes)
+            grads |= _gain_grads_by_row(sums, gain, tensors, options, needs, routes)
         if needs.x:
             grads["x"] = _d_x_by_row(dy, low_rank, gain, tensors, options, routes)
     elif has_gain and (needs.x or needs.gain):
@@ -160,6 +162,20 @@ def gain_of(magnitude: torch.Tensor | None, norm: torch.Tensor | None) -> torch.
         magnitude = magnitude.to(norm.dtype)
     # divide_or_zero, without its call: a DoRA layer comes here twice a step.
     return (magnitude / norm).masked_fill(norm == 0, 0)
+
+
+def _gain_for(primitive: str, tensors: LayerTensors, routes: Routes) -> Any:
+    """The gain for a primitive: a Gain if its backend divides, unless a bias is multiplied too."""
+    backend = routes[primitive]
+    divides = getattr(backend, f"{primitive.upper()}_DIVIDES", False)
+    if divides and tensors.lora_bias is None:
+        return Gain(tensors.magnitude, tensors.norm)
+    return _own_gain_of(backend, tensors)
+
+
+def _own_gain_of(backend: Backend, tensors: LayerTensors) -> torch.Tensor:
+    """gain_of, by the backend's own kernel if it has one."""
+    return getattr(backend, "gain_of", gain_of)(tensors.magnitude, tensors.norm)
 
 
 def gain_grads(
@@ -259,8 +275,7 @@ def _inputs(
         base_x = routes["drop"].drop(x, tensors.seed, options.dropout)
     if options.axis == "out":
         return x, base_x
-    own_gain_of = getattr(routes["project"], "gain_of", gain_of)
-    gain = own_gain_of(tensors.magnitude, tensors.norm)
+    gain = _own_gain_of(routes["project"], tensors)
     adapter_x = torch.mul(x, gain, out=x.new_empty(x.shape))
     if not options.drops_base:
         return adapter_x, adapter_x
@@ -284,10 +299,10 @@ def _output_grads(
     tensors: LayerTensors,
     options: CallOptions,
     needs: GradMask,
-    gain: torch.Tensor | None,
+    gain: Any,
     routes: Routes,
 ) -> OutputGrads:
-    """The sums over dy; gain is None unless it multiplies rows of y."""
+    """The sums over dy; gain is that of _gain_for, None unless it multiplies rows of y."""
     needs_dot = gain is not None and needs.gain
     in_axis_gain = needs.gain and gain is None
     spec = UpProjGradSpec(
@@ -306,6 +321,8 @@ def _output_grads(
     correction = tensors.bias if options.keep == "output" else tensors.lora_bias
     want_bias = needs.bias or needs.lora_bias or (needs_dot and correction is not None)
     kept = kept if needs_dot else None
+    if isinstance(gain, Gain) and needs_dot and correction is None:
+        gain = gain._replace(by_gain=options.keep == "output", want_norm=needs.norm)
     return routes["grad_output"].grad_output(dy, [spec], gain, kept, want_bias)
 
 
@@ -330,6 +347,21 @@ def _d_gain(sums: OutputGrads, tensors: LayerTensors, options: CallOptions) -> t
     if tensors.lora_bias is None:
         return sums.dot
     return sums.dot + tensors.lora_bias * scaling_of(tensors, options) * sums.d_bias
+
+
+def _gain_grads_by_row(
+    sums: OutputGrads,
+    gain: torch.Tensor,
+    tensors: LayerTensors,
+    options: CallOptions,
+    needs: GradMask,
+    routes: Routes,
+) -> dict[str, torch.Tensor | None]:
+    """The gradients of a gain of rows, unless they were made with the sums."""
+    if sums.of_gain is not None:
+        return dict(zip(("magnitude", "norm"), sums.of_gain, strict=True))
+    d_gain, by_gain = _d_gain(sums, tensors, options), options.keep == "output"
+    return _gain_grads(d_gain, gain, by_gain, tensors, needs, routes)
 
 
 def _gain_grads(

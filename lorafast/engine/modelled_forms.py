@@ -20,8 +20,8 @@ from lorafast.engine.kernels.modelled import Work
 # The kernels that pass over a large operand: its place among the arguments, that of the first
 # tensor that is written, and the flag by which that is read, too.
 _LARGE = {
-    "project": (0, 3, 0), "grad_project": (0, 3, 0), "grad_output": (0, 6, 0),
-    "low_rank_add": (6, 6, 4), "row_norm": (0, 4, 0), "decode": (0, 8, 0),
+    "project": (0, 3, 0), "grad_project": (0, 3, 0), "grad_output": (0, 7, 0),
+    "low_rank_add": (7, 7, 4), "row_norm": (0, 4, 0), "decode": (0, 9, 0),
 }  # fmt: skip
 _SMALL = ("project_finish", "grad_output_finish", "sum_parts", "scale", "quotient", "decode_finish")
 # project's form that leaves its sums to project_finish; the other has the same loop.

@@ -149,12 +149,32 @@ class UpProjGrads(NamedTuple):
     d_out_scale: torch.Tensor | None
 
 
+class Gain(NamedTuple):
+    """A gain m/norm for a backend that divides in its kernels, 0 where the norm is 0.
+
+    magnitude, norm [N]; without a norm the magnitude is the gain. by_gain: the gradients of both
+    are those of Σ dy⊙kept alone, with kept = gain⊙z (True) or z (False); None: they are not needed,
+    or contain more than this sum. want_norm: that of the norm is needed, too.
+    """
+
+    magnitude: torch.Tensor
+    norm: torch.Tensor | None = None
+    by_gain: bool | None = None
+    want_norm: bool = False
+
+
 class OutputGrads(NamedTuple):
-    """adapters: one UpProjGrads each; d_bias = Σ dy [N]; dot = Σ dy⊙kept [N]."""
+    """adapters: one UpProjGrads each; d_bias = Σ dy [N]; dot = Σ dy⊙kept [N].
+
+    What a backend that divides may have made of a Gain, else None: gain, the tensor; of_gain, the
+    gradients of magnitude and norm.
+    """
 
     adapters: list[UpProjGrads]
     d_bias: torch.Tensor | None
     dot: torch.Tensor | None
+    gain: torch.Tensor | None = None
+    of_gain: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
 
 class BaseTerm(NamedTuple):

@@ -98,7 +98,7 @@ def _grad_output(backend: Any, tensors: _Tensors, numbers: tuple[float, ...]) ->
     spec = UpProjGradSpec(
         B, scaling, out_scale, core, h, int(frozen_columns), *map(bool, wanted)
     )  # fmt: skip
-    (own,), d_bias, dot = backend.grad_output(dy, [spec], gain, kept, bool(want_bias))
+    (own,), d_bias, dot, *_ = backend.grad_output(dy, [spec], gain, kept, bool(want_bias))
     return *own, d_bias, dot
 
 

@@ -46,7 +46,10 @@ _VIEWS = frozenset(
 )  # fmt: skip
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
 # What the cuda backend has beside primitives, and the one that it is priced with.
-_WITH = {"gain_of": "grad_output", "gain_grads": "grad_output"}
+_WITH = {
+    "gain_of": "grad_output", "gain_grads": "grad_output", "LINEAR_DIVIDES": "linear",
+    "GRAD_OUTPUT_DIVIDES": "grad_output",
+}  # fmt: skip
 _OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")
 
 

@@ -11,7 +11,9 @@ from lorafast.engine.problem import (
     DownProj,
     LayerTensors,
     LowRankTerm,
+    OutputGrads,
     UpProj,
+    UpProjGrads,
     UpProjGradSpec,
 )
 from lorafast.nn import merge_math
@@ -123,7 +125,7 @@ def test_grad_output_serves_several_adapters_in_one_call():
         torch.cat((torch.zeros(N, 3, dtype=torch.float64), (P_ * scale[:, None])[:, 3:]), 1),
     )
     nothing = eager.grad_output(dy, [UpProjGradSpec(B[0], want_v=False)])
-    assert nothing == ([(None, None, None, None)], None, None)
+    assert nothing == OutputGrads([UpProjGrads(None, None, None, None)], None, None)
 
 
 def test_grad_input_sums_segments_and_masked_adapters():

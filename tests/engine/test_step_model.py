@@ -309,6 +309,14 @@ def test_a_pass_of_the_cuda_backend_takes_its_bytes_or_what_is_on_its_way():
     assert project.seconds > project.bytes / 4.3e12
 
 
+@pytest.mark.parametrize("p", [0.0, 0.05])
+def test_the_cuda_backends_steps_stay_below_their_goals(p):
+    for method, goal in (("LoRA", 1.15), ("DoRA", 1.22)):
+        of = layer(8192, 4096, 4096, 16, method, p=p, options={"keep": "output"})
+        ratio = step_model.cuda_step(of, H200) / step_model.frozen(of.M, of.weight, False, H200)
+        assert ratio <= goal, (method, ratio)
+
+
 def test_a_form_whose_loop_is_not_counted_is_refused():
     for of in (layer(R=24), layer(K=1019)):
         with pytest.raises(ValueError, match="no counted loop in kernels/loop_counts"):

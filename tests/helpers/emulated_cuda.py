@@ -32,9 +32,9 @@ def emulating(capability: int, parts: int | None = None, tf32: bool = False) -> 
     """
     split = cuda_kernels.split
 
-    def split_so(blocks: int, steps: int, device: torch.device) -> cuda_kernels.Split:
+    def split_so(blocks: int, steps: int, device: torch.device, *busy: int) -> cuda_kernels.Split:
         if parts is None:
-            return split(blocks, steps, device)
+            return split(blocks, steps, device, *busy)
         return cuda_kernels.Split(parts, -(-steps // parts))
 
     with contextlib.ExitStack() as stubs:

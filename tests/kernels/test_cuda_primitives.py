@@ -22,7 +22,7 @@ from helpers.triton_interpreter import SEED, within_twice
 
 from lorafast.engine import cuda_kernels, formula, philox
 from lorafast.engine.backends import cuda as backend
-from lorafast.engine.problem import DownProj, LowRankTerm, UpProj, UpProjGradSpec
+from lorafast.engine.problem import DownProj, Gain, LowRankTerm, UpProj, UpProjGradSpec
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HALVES = [(90, BF16), (80, BF16), (90, FP16), (80, FP16)]
@@ -313,6 +313,43 @@ def test_gains_and_their_gradients_are_torchs(n):
             assert (one is None) == (other is None)
             if one is not None:
                 torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), slow_but(*HALVES))
+def test_a_gain_that_kernels_divide(capability, dtype):
+    """What they make of m and a norm, some of it 0, is what gain_of and gain_grads make."""
+    M, N, R = 24, 520, 8
+    dy, kept, h = (whole_numbers(M, width, dtype, most=3) for width in (N, N, R))
+    spec = UpProjGradSpec(whole_numbers(N, R, FP32, most=3), 2.0, None, None, h, want_B=True)
+    m, norm = torch.randn(N, dtype=torch.bfloat16), torch.randn(N) * (torch.arange(N) % 7 > 0)
+    gain = formula.gain_of(m, norm)
+    for by_gain, want_norm in ((True, True), (False, False), (None, False)):
+        with emulating(capability, 2):
+            plain = backend.grad_output(dy, [spec], gain, kept)
+            found = backend.grad_output(dy, [spec], Gain(m, norm, by_gain, want_norm), kept)
+        for one, other in zip(plain.adapters[0], found.adapters[0], strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+        assert torch.equal(found.gain, gain)
+        assert torch.equal(found.dot, plain.dot)
+        assert plain.gain is plain.of_gain is None
+        assert (found.of_gain is None) == (by_gain is None)
+        if by_gain is not None:
+            exact = formula.gain_grads(found.dot, gain, norm, by_gain, want_norm)
+            torch.testing.assert_close(found.of_gain, exact, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), slow_but(*TARGETS))
+def test_gains_of_more_columns_than_a_block_holds(capability, dtype):
+    """They lie in shared memory, of 64 steps at once."""
+    M, N, R = 3, 2 * 2048 + 40, 4
+    h, before, F = (whole_numbers(*s, dtype, most=3) for s in ((M, R), (M, N), (N, R)))
+    m, norm = torch.randint(-3, 4, (N,)).bfloat16(), torch.arange(N) % 3 - 1.0
+    bias, out, inner = whole_numbers(1, N, FP32)[0], before.clone(), torch.empty_like(before)
+    with emulating(capability, 1):
+        cuda_kernels.low_rank_add(out, h, F, gain=Gain(m, norm), bias=bias, inner=inner)
+    z = before.double() + h.double() @ F.double().t()
+    assert_rounded_once(inner, z)
+    assert_rounded_once(out, formula.gain_of(m, norm).double() * z + bias.double())
 
 
 def normal(*shape, dtype=torch.float32):

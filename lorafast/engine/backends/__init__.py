@@ -26,7 +26,8 @@ class Backend(Protocol):
     tokens stay in the accumulator's dtype (fp32; fp64 for fp64). Outputs are fresh tensors.
     Operands may have any strides and no rows. A backend may lack a primitive; another one then
     computes it. It may have a kernel of its own for formula's gain_of and gain_grads, as functions
-    of these names.
+    of these names. Where LINEAR_DIVIDES or GRAD_OUTPUT_DIVIDES is true, linear or grad_output may
+    get a problem.Gain for a gain.
     """
 
     def why_not(self, primitive: str, problem: Problem) -> tuple[str, ...]:

@@ -16,12 +16,12 @@ from lorafast.engine.backends import eager
 from lorafast.engine.problem import (
     BaseTerm,
     DownProj,
+    Gain,
     LowRankTerm,
     OutputGrads,
     Problem,
     Scaling,
     UpProj,
-    UpProjGrads,
     UpProjGradSpec,
     as_one,
 )
@@ -29,6 +29,8 @@ from lorafast.engine.row_blocks import flatten_tokens
 from lorafast.runtime import env
 
 _MAX_RANK = 256
+# The kernels divide m by the norm.
+LINEAR_DIVIDES = GRAD_OUTPUT_DIVIDES = True
 # Whether `auto` may take it at all on a device, for the host path.
 is_admitted = cuda_choice.is_admitted
 
@@ -63,7 +65,7 @@ def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     ups: list[UpProj],
-    gain: torch.Tensor | None = None,
+    gain: torch.Tensor | Gain | None = None,
     bias: torch.Tensor | None = None,
     keep_inner: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -90,22 +92,27 @@ def linear(
 def grad_output(
     dy: torch.Tensor,
     specs: list[UpProjGradSpec],
-    gain: torch.Tensor | None = None,
+    gain: torch.Tensor | Gain | None = None,
     kept: torch.Tensor | None = None,
     want_bias: bool = False,
 ) -> OutputGrads:
     dy2, kept2 = flatten_tokens(dy), None if kept is None else flatten_tokens(kept)
-    requested, sums = 2 if kept2 is not None else int(want_bias), None
-    adapters: list[UpProjGrads] = []
+    requested = 2 if kept2 is not None else int(want_bias)
+    gain = Gain(gain) if isinstance(gain, torch.Tensor) else gain
     # The sums that belong to no adapter are made with the first.
-    for spec in specs:
-        own = 0 if adapters else requested
-        grads, made = cuda_grad_output.grads_of(dy2, spec, gain, kept2, own)
-        adapters.append(grads)
-        sums = made if own else sums
-    if requested and not specs:
+    made = [
+        cuda_grad_output.grads_of(dy2, spec, gain, kept2, 0 if i else requested)
+        for i, spec in enumerate(specs)
+    ]
+    sums = made[0].sums if made else None
+    if requested and not made:
         sums = cuda_grad_output.sums_of(dy2, kept2, requested)
-    return OutputGrads(adapters, sums[0] if want_bias else None, None if kept2 is None else sums[1])
+    return OutputGrads(
+        [one.grads for one in made],
+        sums[0] if want_bias else None,
+        None if kept2 is None else sums[1],
+        *(made[0][2:] if made else ()),
+    )
 
 
 def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Tensor:
