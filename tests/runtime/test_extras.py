@@ -49,7 +49,7 @@ def test_the_extras_are_those_of_the_project():
 
 
 def test_an_unknown_extra_is_refused():
-    with pytest.raises(ValueError, match="extra='pef' is not one of peft, hub, triton, bench"):
+    with pytest.raises(ValueError, match="extra='pef' is not one of peft, hub, quant, triton"):
         extras.how_to_install("pef")
 
 

@@ -1,0 +1,201 @@
+"""bitsandbytes.nn.Linear4bit: NF4 and FP4 in blocks over the flattened weight.
+
+    W[i] = code[q[i]] · absmax[i / blocksize]        absmax = code₂[a] · absmax₂[a / 256] + offset
+
+The second equation is double quantisation. On a CPU with AVX512-BF16, bitsandbytes' inference
+packs a weight anew, in place: groups of 32 rows, absmax [K/blocksize, N] in bf16. Unpacking, it
+leaves absmax as it is where there is no double quantisation. All three are read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafast.quantised.weight import QuantisedWeight, inherits, wrong_shape
+
+# Rows that a group of the weight packed for CPUs holds: 16 in the low bits, then 16 in the high.
+_GROUP = 32
+
+
+class BitsAndBytes4Bit(QuantisedWeight):
+    """The weight of a bitsandbytes Linear4bit.
+
+    `stored` gives what a kernel reads. bitsandbytes itself dequantises by
+    `bitsandbytes.functional.dequantize_4bit`, whose bits these are. Not so on CPUs with AVX512
+    where K is a multiple of 16 and not of the blocksize: there version 0.50.2 multiplies by the
+    absmax of other blocks.
+    """
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Return True for a Linear4bit, quantised already or not."""
+        return inherits(module, "bitsandbytes", "Linear4bit")
+
+    @property
+    def kind(self) -> str:
+        """The code, and whether absmax is quantised too."""
+        state = self._state()
+        name = getattr(state or self.module.weight, "quant_type", "4-bit")
+        double = state is not None and _is_nested(state)
+        return f"bitsandbytes {name}, {'double' if double else 'single'} quantisation"
+
+    def why_not(self) -> str | None:
+        """Return why the weight cannot be read, or None."""
+        weight, state = self.module.weight, self._state()
+        if weight.is_meta:
+            return "its weight is on the meta device: load it first"
+        if state is None:
+            if weight.is_floating_point() and weight.dim() == 2:
+                return "its weight is not quantised yet: move the layer to its device first"
+            return "its quant_state is lost"
+        return (
+            self._why_not_packed(weight, state)
+            or wrong_shape("code", state.code, (16,))
+            or self._why_not_absmax(state)
+        )
+
+    def _why_not_packed(self, weight: torch.Tensor, state: Any) -> str | None:
+        N, K = self.shape
+        if tuple(state.shape) != (N, K):
+            return f"its quant_state is of a weight {list(state.shape)}, the layer's is {[N, K]}"
+        storage = getattr(self.module, "quant_storage", torch.uint8)
+        if weight.dtype != storage and weight.dtype != torch.uint8:
+            return f"its packed weight was cast from {storage} to {weight.dtype}, which destroys it"
+        found, right = weight.numel() * weight.element_size(), (N * K + 1) // 2
+        if found != right:
+            return f"its packed weight has {found} bytes; {[N, K]} takes {right}"
+        if _is_packed_for_cpu(state) and (N % _GROUP or K % 2):
+            return f"its weight is packed for CPUs, which {[N, K]} cannot be"
+        return None
+
+    def _why_not_absmax(self, state: Any) -> str | None:
+        N, K = self.shape
+        transposed = (K // state.blocksize, N)
+        if _is_packed_for_cpu(state) or getattr(state.absmax, "ndim", 1) == 2:
+            return wrong_shape("absmax", state.absmax, transposed)
+        blocks = -(-N * K // state.blocksize)
+        if reason := wrong_shape("absmax", state.absmax, (blocks,)):
+            return reason
+        if (inner := getattr(state, "state2", None)) is None:
+            return None
+        if state.offset is None:
+            return "the offset of its absmax is missing"
+        return wrong_shape("nested code", inner.code, (256,)) or wrong_shape(
+            "nested absmax", inner.absmax, (-(-blocks // inner.blocksize),)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The layer's compute_dtype, or the dtype of the weight before it was quantised."""
+        return self.module.compute_dtype or _dequantised_dtype(self._state())
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return rows start .. stop of W: rounded to the dtype it had before, then to this one."""
+        state = self._state()
+        with torch.no_grad():
+            read = self._rows_for_cpu if _is_packed_for_cpu(state) else self._rows
+            return read(state, start, stop).to(_dequantised_dtype(state)).to(dtype)
+
+    def _rows(self, state: Any, start: int, stop: int) -> torch.Tensor:
+        """Rows in fp32, from the whole blocks that hold them."""
+        (N, K), blocksize = self.shape, state.blocksize
+        first, last = start * K // blocksize, -(-stop * K // blocksize)
+        begin, end = first * blocksize, min(last * blocksize, N * K)
+        packed = _bytes(self.module.weight)[begin // 2 : (end + 1) // 2]
+        # For each byte, the two values in it; the high bits come first.
+        code = state.code.float()
+        pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
+        values = pairs.index_select(0, packed.int()).view(-1)
+        _scale_blocks(values, _absmax(state, first, last), blocksize)
+        return values[start * K - begin : stop * K - begin].view(stop - start, K)
+
+    def _rows_for_cpu(self, state: Any, start: int, stop: int) -> torch.Tensor:
+        """Rows in fp32 of the weight packed for CPUs, from the whole groups that hold them."""
+        K = self.shape[1]
+        first = start // _GROUP * _GROUP
+        last = -(-stop // _GROUP) * _GROUP
+        packed = _bytes(self.module.weight)[first * K // 2 : last * K // 2]
+        packed = packed.view(-1, K // 2, _GROUP // 2, 2)
+        index = torch.stack([packed & 0xF, packed >> 4], dim=1).transpose(2, 3).reshape(-1, K)
+        index = index[start - first : stop - first].reshape(-1)
+        values = state.code.float().index_select(0, index.int())
+        _scale_blocks(values, state.absmax[:, start:stop].T.float().reshape(-1), state.blocksize)
+        return values.view(stop - start, K)
+
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None:
+        """Return the packed bytes [N·K/2], absmax per block and the code, in fp32, and blocksize.
+
+        None for a weight packed for CPUs. Rounded to `quant_state.dtype` they give W.
+        """
+        state = self._state()
+        if _is_packed_for_cpu(state):
+            return None
+        with torch.no_grad():
+            absmax = _absmax(state, 0, -(-state.shape.numel() // state.blocksize))
+            return _bytes(self.module.weight), absmax, state.code.float(), state.blocksize
+
+    def why_not_requantised(self) -> str | None:
+        """Return why the weight cannot be read, whose options it would take; None if it can."""
+        return self.why_not()
+
+    def _put(self, weight: torch.Tensor) -> None:
+        from bitsandbytes.functional import quantize_4bit
+
+        before = self._state()
+        narrow = weight.float() if weight.dtype == torch.float64 else weight
+        packed, state = quantize_4bit(
+            narrow.contiguous(),
+            blocksize=before.blocksize,
+            compress_statistics=_is_nested(before),
+            quant_type=before.quant_type,
+            quant_storage=getattr(self.module, "quant_storage", torch.uint8),
+        )
+        state.dtype = _dequantised_dtype(before)
+        self.module.weight.data = packed
+        self.module.weight.quant_state = self.module.quant_state = state
+
+    def _state(self) -> Any:
+        """The quant_state; FSDP loses the weight's, so the module keeps it too."""
+        return getattr(self.module.weight, "quant_state", None) or self.module.quant_state
+
+
+def _is_packed_for_cpu(state: Any) -> bool:
+    return getattr(state, "packing_format_for_cpu", False)
+
+
+def _is_nested(state: Any) -> bool:
+    """True if the weight was quantised doubly; packed for CPUs, it is no longer."""
+    return getattr(state, "original_nested", state.nested)
+
+
+def _dequantised_dtype(state: Any) -> torch.dtype:
+    return state.original_dtype if _is_packed_for_cpu(state) else state.dtype
+
+
+def _bytes(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().view(-1).view(torch.uint8)
+
+
+def _absmax(state: Any, first: int, last: int) -> torch.Tensor:
+    """Return absmax of blocks first .. last in fp32."""
+    if state.absmax.dim() == 2:
+        return state.absmax.T.reshape(-1)[first:last].float()
+    inner = getattr(state, "state2", None)
+    if inner is None:
+        return state.absmax[first:last].float()
+    begin = first // inner.blocksize
+    packed = state.absmax[begin * inner.blocksize : last]
+    values = inner.code.float().index_select(0, packed.int())
+    _scale_blocks(values, inner.absmax[begin:].float(), inner.blocksize)
+    return values[first - begin * inner.blocksize :].add_(state.offset)
+
+
+def _scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> None:
+    """Multiply each block of the flat values by its absmax, in place; the last may be shorter."""
+    blocks = values.numel() // blocksize
+    values[: blocks * blocksize].view(blocks, blocksize).mul_(absmax[:blocks, None])
+    if rest := values.numel() - blocks * blocksize:
+        values[-rest:].mul_(absmax[blocks])

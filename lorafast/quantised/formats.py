@@ -1,0 +1,24 @@
+"""The formats of quantised weights, and which of them a module's weight is."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lorafast.quantised.bitsandbytes_4bit import BitsAndBytes4Bit
+from lorafast.quantised.bitsandbytes_8bit import BitsAndBytes8Bit
+from lorafast.quantised.weight import QuantisedWeight
+
+# In the order in which they are tried.
+FORMATS: tuple[type[QuantisedWeight], ...] = (BitsAndBytes4Bit, BitsAndBytes8Bit)
+
+
+def of(module: nn.Module) -> QuantisedWeight | None:
+    """Return the module's quantised weight, or None if it has none of a known format.
+
+    It imports no library: a module is known by its class, its weight's class or its dtype. Ask
+    the result `why_not` before anything else.
+    """
+    for weight_format in FORMATS:
+        if weight_format.matches(module):
+            return weight_format(module)
+    return None
