@@ -125,6 +125,7 @@ PyMethodDef methods[] = {
     method<&entries::drop>("drop"),
     method<&entries::drop_mask>("drop_mask"),
     method<&entries::scale>("scale"),
+    method<&entries::dequantise_4bit>("dequantise_4bit"),
     {},
 };
 

@@ -63,6 +63,12 @@ void drop(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride, 
 // out [rows, columns] = 1 byte for every element of an activation: 1 if drop drops it, else 0.
 void drop_mask(int64_t rows, int64_t columns, Address seed, uint32_t threshold, Address out);
 
+// out [count] = code[index]·absmax[block] of the numbers first, first + 1, … of a weight in 4 bits.
+// packed holds two indices in a byte, the high half first; absmax [blocks] and code [16] are fp32,
+// and each product is rounded once, to type.
+void dequantise_4bit(int type, Address packed, Address absmax, Address code, int64_t blocksize,
+                     int64_t first, int64_t count, Address out, int threads);
+
 }  // namespace lorafast::entries
 
 namespace lorafast {

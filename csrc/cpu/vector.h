@@ -36,6 +36,9 @@ constexpr bool paired = false;
 template <>
 inline constexpr bool paired<bf16> = HAS_PAIRS;
 
+// Numbers that a Lookup<T> stores at once: those of 16 bytes, two in a byte, the high half first.
+constexpr int LOOKUP_NUMBERS = 32;
+
 // The numbers in a cell.
 template <class T>
 constexpr int per_cell = paired<T> ? 2 : 1;

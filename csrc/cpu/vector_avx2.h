@@ -82,6 +82,56 @@ inline Vector keep(Vector v, const uint8_t* bits) {
   return _mm256_and_ps(v, _mm256_castsi256_ps(kept));
 }
 
+// Sixteen numbers of 16 bits, among which four bits choose.
+template <class T>
+struct Lookup {
+  __m128i low, high;  // their low and their high bytes
+
+  explicit Lookup(const T* sixteen) {
+    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen)),
+                  b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen + 8)),
+                  byte = _mm_set1_epi16(255);
+    low = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte));
+    high = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+  }
+  // to[0..31] = those of the halves of 16 bytes, the high half first.
+  void store(T* to, const uint8_t* packed) const {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)),
+                  four = _mm_set1_epi8(15), first = _mm_and_si128(_mm_srli_epi16(bytes, 4), four),
+                  second = _mm_and_si128(bytes, four);
+    store_eight_pairs(to, _mm_unpacklo_epi8(first, second));
+    store_eight_pairs(to + 16, _mm_unpackhi_epi8(first, second));
+  }
+
+ private:
+  void store_eight_pairs(T* to, __m128i index) const {
+    const __m128i l = _mm_shuffle_epi8(low, index), h = _mm_shuffle_epi8(high, index);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi8(l, h));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8), _mm_unpackhi_epi8(l, h));
+  }
+};
+// The same of fp32.
+template <>
+struct Lookup<float> {
+  Vector low, high;  // the first eight, and the others
+
+  explicit Lookup(const float* sixteen) : low(load(sixteen)), high(load(sixteen + W)) {}
+  void store(float* to, const uint8_t* packed) const {
+    for (int i = 0; i < 4; ++i) {
+      int32_t four;
+      std::memcpy(&four, packed + 4 * i, sizeof four);
+      const __m256i byte = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+      const __m256i index =
+          _mm256_or_si256(_mm256_srli_epi64(byte, 4), _mm256_slli_epi64(byte, 32));
+      // A permutation takes three bits of an index; the fourth, moved to the sign, chooses.
+      _mm256_storeu_ps(to + W * i,
+                       _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
+                                        _mm256_permutevar8x32_ps(high, index),
+                                        _mm256_castsi256_ps(_mm256_slli_epi32(index, 28))));
+    }
+  }
+};
+
 constexpr const char* ISA = "avx2";
 
 }  // namespace lorafast

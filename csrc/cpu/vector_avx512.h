@@ -86,6 +86,41 @@ inline Vector keep(Vector v, const uint8_t* bits) {
   return _mm512_maskz_mov_ps(*reinterpret_cast<const uint16_t*>(bits), v);
 }
 
+// Sixteen numbers of 16 bits, among which four bits choose.
+template <class T>
+struct Lookup {
+  __m512i values;  // twice: an index has five bits, of which the upper one is of another number
+
+  explicit Lookup(const T* sixteen)
+      : values(
+            _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(sixteen)))) {
+  }
+  // to[0..31] = those of the halves of 16 bytes, the high half first.
+  void store(T* to, const uint8_t* packed) const {
+    const __m512i byte =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    const __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(index, values));
+  }
+};
+// The same of fp32.
+template <>
+struct Lookup<float> {
+  __m512 values;
+
+  explicit Lookup(const float* sixteen) : values(_mm512_loadu_ps(sixteen)) {}
+  void store(float* to, const uint8_t* packed) const {
+    for (int half = 0; half < 2; ++half) {
+      const __m512i byte = _mm512_cvtepu8_epi64(
+          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + 8 * half)));
+      // An index is the low four bits; those above them do not count.
+      const __m512i index =
+          _mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32));
+      _mm512_storeu_ps(to + W * half, _mm512_permutexvar_ps(index, values));
+    }
+  }
+};
+
 #ifdef __AVX512BF16__
 #define LORAFAST_PAIRS
 constexpr const char* ISA = "avx512bf16";

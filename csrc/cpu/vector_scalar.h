@@ -110,6 +110,21 @@ inline Vector keep(Vector v, const uint8_t* bits) {
   return v;
 }
 
+// Sixteen numbers, among which four bits choose.
+template <class T>
+struct Lookup {
+  T values[16];
+
+  explicit Lookup(const T* sixteen) { std::memcpy(values, sixteen, sizeof values); }
+  // to[0..31] = those of the halves of 16 bytes, the high half first.
+  void store(T* to, const uint8_t* packed) const {
+    for (int i = 0; i < 16; ++i) {
+      to[2 * i] = values[packed[i] >> 4];
+      to[2 * i + 1] = values[packed[i] & 15];
+    }
+  }
+};
+
 constexpr const char* ISA = "scalar";
 
 }  // namespace lorafast

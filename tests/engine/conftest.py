@@ -1,10 +1,16 @@
-"""Fixtures: which calls the host path served, and how to keep it out; a GPU that is not there."""
+"""Fixtures: which calls the host path served, and how to keep it out; the C++ kernels of every
+instruction set; a GPU that is not there.
+"""
 
 import pytest
 from helpers import host_path
+from helpers.cpp_compiler import ISAS
 from helpers.pretended_gpu import Pretended
 
 from lorafast.engine import host, trial
+from lorafast.engine.backends import cpu
+from lorafast.runtime import env, extension, instruction_sets
+from lorafast.runtime.toolchain import Toolchain, UnknownFlags
 
 
 @pytest.fixture
@@ -40,3 +46,15 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(trial, "_assumed", [])
     monkeypatch.delenv("LORAFAST_TRIAL", raising=False)
     return Pretended(monkeypatch, tmp_path)
+
+
+@pytest.fixture(params=ISAS)
+def compiled(request, monkeypatch):
+    """The backend on this instruction set's kernels."""
+    try:
+        Toolchain.find(env.cxx()).check(instruction_sets.compiler_flags(request.param))
+    except UnknownFlags as unknown:
+        pytest.skip(str(unknown))
+    module = extension.cpu(request.param)
+    assert getattr(module, "ISA", module) == request.param
+    monkeypatch.setattr(cpu, "library", lambda: module)

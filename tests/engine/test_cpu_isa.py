@@ -6,37 +6,19 @@ import sys
 
 import pytest
 import torch
-from helpers.cpp_compiler import needs_compiler
+from helpers.cpp_compiler import ISAS, needs_compiler
 from helpers.dropout_masks import ROWS, SEEDS, assert_dropped, assert_masks
 from helpers.integer_problems import CHECKS, DTYPES, LAYOUTS
 from helpers.nan_spread import assert_spreads
 
 from lorafast.engine.backends import cpu
 from lorafast.engine.guarded_allocations import GuardedAllocations
-from lorafast.runtime import env, extension, instruction_sets
-from lorafast.runtime.toolchain import Toolchain, UnknownFlags
+from lorafast.runtime import env
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("few_tokens_by_op")]
 
 # M, N, K, R: ends of 16 lanes, of 8 and of pairs; rows for every tile and one that is left.
 SHAPES = [(1, 1, 1, 1), (7, 130, 257, 12), (25, 1049, 35, 9), (131, 19, 531, 5), (3, 33, 40, 101)]
-
-
-# The best one, which every other test of the C++ kernels runs on, and each of the others.
-BEST, *OTHERS = instruction_sets.available()
-ISAS = [BEST, *(pytest.param(isa, marks=pytest.mark.slow) for isa in OTHERS)]
-
-
-@pytest.fixture(params=ISAS)
-def compiled(request, monkeypatch):
-    """The backend on this instruction set's kernels."""
-    try:
-        Toolchain.find(env.cxx()).check(instruction_sets.compiler_flags(request.param))
-    except UnknownFlags as unknown:
-        pytest.skip(str(unknown))
-    module = extension.cpu(request.param)
-    assert getattr(module, "ISA", module) == request.param
-    monkeypatch.setattr(cpu, "library", lambda: module)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

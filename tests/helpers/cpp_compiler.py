@@ -1,4 +1,4 @@
-"""A mark for tests that need a C++ compiler."""
+"""A mark for tests that need a C++ compiler, and the instruction sets that they run on."""
 
 import shutil
 import sys
@@ -6,6 +6,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+
+from lorafast.runtime import instruction_sets
 
 ABLE = (
     sys.platform == "linux"
@@ -15,3 +17,6 @@ ABLE = (
 needs_compiler = pytest.mark.skipif(
     not ABLE, reason="needs Linux, a C++ compiler and Python's headers"
 )
+# The best one of this machine, which every other test of the C++ kernels runs on, and the others.
+BEST, *OTHERS = instruction_sets.available()
+ISAS = [BEST, *(pytest.param(isa, marks=pytest.mark.slow) for isa in OTHERS)]
