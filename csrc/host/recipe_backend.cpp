@@ -5,6 +5,7 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/neg.h>
 
+#include <bit>
 #include <cstring>
 #include <exception>
 
@@ -58,8 +59,7 @@ std::vector<Tensor> RecipeBackend::compute(Primitive primitive,
     std::memcpy(&word, &number, sizeof word);
     key.add(word);
   }
-  // The first time may be the only one, and compiles kernels.
-  Entry entry{MOST_ATTEMPTS, nullptr};
+  Entry entry;
   if (key.fits()) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (const auto found = entries.find(key.view()); found != entries.end()) entry = found->second;
@@ -73,7 +73,9 @@ std::vector<Tensor> RecipeBackend::compute(Primitive primitive,
     std::vector<Tensor> results;
     if (holds && entry.recipe->run(operands, results)) return results;
   }
-  const bool asked = !entry.recipe && entry.attempts < MOST_ATTEMPTS;
+  // The first time may be the only one, and compiles kernels. What has had no recipe may have one
+  // later, without a hook or the same tensor twice, and is asked ever more rarely.
+  const bool asked = !entry.recipe && std::has_single_bit(entry.computed);
   return by_python(primitive, key, asked, operands, numbers);
 }
 
@@ -98,10 +100,8 @@ std::vector<Tensor> RecipeBackend::by_python(Primitive primitive, const launches
   if (entries.size() >= MOST_RECIPES) entries.clear();
   const auto words = key.view();
   Entry& entry = entries[{words.begin(), words.end()}];
-  if (recipe)
-    entry.recipe = std::move(recipe);
-  else if (asked)
-    ++entry.attempts;
+  ++entry.computed;
+  if (recipe) entry.recipe = std::move(recipe);
   return results;
 }
 

@@ -16,8 +16,6 @@ namespace lorafast::host {
 
 // The most recipes that are kept. Text of every length has its own.
 constexpr size_t MOST_RECIPES = 8192;
-// How often a recipe is asked for of a problem that has none: two operands may be the same tensor.
-constexpr int MOST_ATTEMPTS = 3;
 
 // The primitives, in the order of a plan's routes and by their names in recipes.py.
 enum class Primitive : uint8_t {
@@ -61,9 +59,9 @@ class RecipeBackend final : public Backend {
                                                bool want_norm) const override;
 
  private:
-  // A problem that has been met. attempts: how often a recipe has been asked for in vain.
+  // A problem. computed: how often Python has computed it.
   struct Entry {
-    int attempts = 0;
+    uint64_t computed = 0;
     std::shared_ptr<const Recipe> recipe;
   };
 

@@ -1,10 +1,10 @@
 """The host path in C++: one call from a layer's tensors to its output, and its autograd node.
 
 csrc/host executes the formula where the `cpu` or the `cuda` backend serves all primitives of a
-call, or where on an NVIDIA GPU the `triton` backend serves some: what those launch is noted once
-(recipes) and repeated. Everything else is left to the Python path, which gives the same bits. This
-module loads it, and holds what it asks of Python: the plan of a problem, made once by the rules of
-engine.dispatch, the kernels, and the slow ways.
+call. On an NVIDIA GPU with kernels of ours the `triton` backend, `eager` and `cuda` may share them:
+what the first two compute is noted once (recipes) and repeated. Everything else is left to the
+Python path, which gives the same bits. This module loads it, and holds what it asks of Python: the
+plan of a problem, made once by the rules of engine.dispatch, the kernels, and the slow ways.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def _plan(
         return CUDA | cuda_kernels.multiprocessors(x.device) << MULTIPROCESSORS
     if backends == {"cpu"}:
         return _cpu_plan(x, weight)
-    return _recipe_plan(x, chosen, p, magnitude is not None) if "triton" in backends else PYTHON
+    return _recipe_plan(x, chosen, p, magnitude is not None)
 
 
 def _name_of(backend: Any) -> str:
@@ -225,7 +225,7 @@ def _name_of(backend: Any) -> str:
 
 
 def _recipe_plan(x: torch.Tensor, chosen: dict[str, str], p: float, has_gain: bool) -> int:
-    """The plan of a problem of which the `triton` backend serves some primitives."""
+    """The plan of a problem of which no backend of C++ serves all primitives."""
     if not {*chosen.values()} <= {*recipes.BACKENDS} or not x.numel() or not _may_repeat(x.device):
         return PYTHON
     # One backend computes the gain for all: the cuda backend has a kernel of its own.

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lorafast.engine import dispatch
 from lorafast.engine.problem import BaseTerm, DownProj, LowRankTerm, UpProj, UpProjGradSpec
 from lorafast.runtime import cuda_driver, devices, env, torch_internals
+from lorafast.runtime.toolchain import Failure
 
 # The primitives in the order of a plan's routes, and the backends by the numbers they have there.
 PRIMITIVES = (
@@ -187,7 +188,11 @@ class _Notes(torch_internals.DispatchMode):
             (vars(gemm_routing), "_forced", None),
             *((kernel, "pre_run_hooks", None) for kernel in self.kernels.values()),
         ]
-        address = cuda_driver.launch_address() if self.kernels else 0
+        try:
+            address = cuda_driver.launch_address() if self.kernels else 0
+        except Failure as failure:
+            self._refuse(str(failure))
+            return None
         return (
             address, self.operands, self.slots, tuple(self.steps), given, tuple(watched),
             self.keepalive,

@@ -20,7 +20,8 @@ import lorafast
 from lorafast import functional, testing
 from lorafast.engine import dispatch, host, masks, plain_products, recipes
 from lorafast.engine.kernels import gemm_routing, triton_internals
-from lorafast.runtime import devices, extension
+from lorafast.runtime import cuda_driver, devices, extension
+from lorafast.runtime.toolchain import Failure
 from lorafast.testing import Case
 
 pytestmark = needs_compiler
@@ -162,7 +163,7 @@ def chosen(backends):
         yield
 
 
-@pytest.mark.parametrize("by_triton", [("project", "grad_project"), ("linear", "grad_input")])
+@pytest.mark.parametrize("by_triton", [("project", "grad_project"), ("linear", "grad_input"), ()])
 @pytest.mark.parametrize("masked_by", ["kernel", "torch"])
 @in_emulator
 def test_a_plan_with_eager_has_the_bits_of_python(by_triton, masked_by):
@@ -180,6 +181,10 @@ def test_a_plan_with_eager_has_the_bits_of_python(by_triton, masked_by):
                 for _ in range(4):
                     calls.computed.clear()
                     assert_same_bits(testing.run(testing.ours, case, tensors), theirs)
+        if not by_triton and masked_by == "torch":
+            # Python makes the mask of two primitives once.
+            assert calls.calls == [False] * 4
+            continue
         assert calls.calls == [True] * 4
         # A mask by torch's operations reads a tensor that is kept between calls.
         drops = {"project", "grad_input", "grad_project"} if masked_by == "torch" else set()
@@ -216,6 +221,7 @@ def test_plans():
         assert plan(shared) == host.PYTHON
         assert plan(shared, p=0.0) & host.RECIPES
         assert plan({}) == host.PYTHON
+        assert plan({}, p=0.0) == host.RECIPES
         assert plan(every, x=given[0][:0]) == host.PYTHON
         amd = devices.Arch("amd", "gfx942")
         with mock.patch.object(devices, "of", return_value=amd):
@@ -301,6 +307,34 @@ def test_threads_repeat_the_same_recipes():
             calls.computed.clear()
             steps(0)
     assert calls.computed == []
+
+
+@in_emulator
+def test_a_recipe_is_asked_for_again():
+    tensors, hook = testing.make(LORA), followed_or_changed(None)[1]
+    with served() as (cuda, calls):
+        wanted = step(LORA, tensors, cuda)
+        with hook:
+            for _ in range(3):
+                step(LORA, tensors, cuda)
+        assert not any(noted for _, noted in calls.computed)
+        assert step(LORA, tensors, cuda) == wanted
+        calls.computed.clear()
+        assert step(LORA, tensors, cuda) == wanted
+        assert calls.computed == []
+
+
+@in_emulator
+def test_without_a_function_of_the_driver_calls_stay_in_python():
+    def missing():
+        raise Failure("CUDA's driver has no cuLaunchKernelEx")
+
+    tensors = testing.make(LORA)
+    with served() as (cuda, calls), mock.patch.object(cuda_driver, "launch_address", missing):
+        wanted = step(LORA, tensors, cuda)
+        assert step(LORA, tensors, cuda) == wanted
+    assert calls.calls == [True] * 2
+    assert not any(noted for _, noted in calls.computed)
 
 
 @in_emulator
