@@ -6,10 +6,19 @@ from torch import nn
 
 from lorafast.quantised.bitsandbytes_4bit import BitsAndBytes4Bit
 from lorafast.quantised.bitsandbytes_8bit import BitsAndBytes8Bit
+from lorafast.quantised.dequantising_layer import DequantisingLayer
+from lorafast.quantised.fp8 import FP8
+from lorafast.quantised.torchao_tensor import TorchaoTensor
 from lorafast.quantised.weight import QuantisedWeight
 
-# In the order in which they are tried.
-FORMATS: tuple[type[QuantisedWeight], ...] = (BitsAndBytes4Bit, BitsAndBytes8Bit)
+# In the order in which they are tried: an FP8 weight of compressed-tensors needs no function.
+FORMATS: tuple[type[QuantisedWeight], ...] = (
+    BitsAndBytes4Bit,
+    BitsAndBytes8Bit,
+    TorchaoTensor,
+    FP8,
+    DequantisingLayer,
+)
 
 
 def of(module: nn.Module) -> QuantisedWeight | None:
