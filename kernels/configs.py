@@ -140,6 +140,11 @@ def low_rank_add(dtype: torch.dtype) -> Tile:
     return Tile(64, 0, 64 if dtype == torch.float32 else 128, 16, 4, 1)
 
 
+def dequantise(dtype: torch.dtype) -> Tile:
+    """Return dequantise's tile: a thread makes 16 bytes of adjacent numbers, and stores them."""
+    return Tile(0, 0, 256 if dtype == torch.float32 else 512, 0, 4, 1)
+
+
 # drop's tile: each thread has four groups of 8 neighbours, whose bits one Philox call gives.
 DROP = Tile(32, 0, 128, 0, 4, 1)
 # scale_cast's tile: a square of a factor.
@@ -263,6 +268,7 @@ def tiles(kernel: str, dtype: torch.dtype, arch: str = "") -> tuple[Tile, ...]:
         ],
         "grad_output_finish": [grad_output_finish(R) for R in BLOCKS_R],
         "drop": [DROP],
+        "dequantise": [dequantise(dtype)],
         "scale_cast": [SCALE_CAST],
         "low_rank_add": [low_rank_add(dtype)],
         "row_norm": _ROW_NORM[full].values(),

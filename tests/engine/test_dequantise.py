@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers.cpp_compiler import needs_compiler
+from helpers.four_bit_weights import DTYPES, assert_parts, bits, expected, packed_weight
 from helpers.rotations import rotating, thinned
 from torch._subclasses import FakeTensorMode
 
@@ -15,7 +16,6 @@ from lorafast.engine.dequantise import dequantise_4bit
 from lorafast.engine.guarded_allocations import GuardedAllocations
 
 KINDS = ("nf4", "fp4")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Shapes and blocksizes: whole blocks, ends inside a block, odd sizes and rows, long blocks.
 CASES = [
     ((12, 64), 64),
@@ -26,12 +26,6 @@ CASES = [
     ((1, 1), 64),
     ((8191,), 32),
 ]
-# The first number and how many: at the start, at an odd one, inside a block, to the end, across
-# the tasks of a thread, and none.
-PARTS = [
-    (0, 64), (1, 1), (1, 30), (33, 64), (62, 5), (64, 129), (127, 2), (1000, 3001), (32767, 37000),
-    (65535, 2), (70000, 0), (69999, 2),
-]  # fmt: skip
 
 
 @pytest.fixture(params=["C++", "torch"])
@@ -42,27 +36,6 @@ def way(request, monkeypatch):
         monkeypatch.setattr(dequantise, "CPU_ELEMENTS", 4096)
     elif isinstance(cpu.library(), str):
         pytest.skip(cpu.library())
-
-
-def bits(numbers):
-    """The bits of numbers. bitsandbytes' kernels differ in the sign of the zero that fp4 has twice,
-    and its code has +0 for both.
-    """
-    return (numbers + 0.0).view(torch.int32 if numbers.itemsize == 4 else torch.int16)
-
-
-def packed_weight(count, blocksize):
-    """Return packed, absmax and code of random halves of bytes."""
-    packed = torch.randint(0, 256, (-(-count // 2),), dtype=torch.uint8)
-    absmax = torch.randn(-(-count // blocksize)).exp()
-    return packed, absmax, torch.randn(16)
-
-
-def expected(packed, absmax, code, blocksize, first, count, dtype):
-    """Return the numbers by torch's operations, all at once."""
-    halves = torch.stack((packed >> 4, packed & 15), 1).view(-1)[first : first + count].long()
-    blocks = torch.arange(first, first + count) // blocksize
-    return (code[halves] * absmax[blocks]).to(dtype)
 
 
 @pytest.fixture
@@ -113,25 +86,17 @@ def test_rows_that_end_inside_a_block(bitsandbytes, way):
     assert (out - W).abs().max() < 0.16 * state.absmax.max()
 
 
-def assert_parts(dtype, blocksize):
-    weight = packed_weight(70001, blocksize)
-    for first, count in PARTS:
-        out = torch.empty(count, dtype=dtype)
-        dequantise_4bit(*weight, blocksize, first, out)
-        assert torch.equal(bits(out), bits(expected(*weight, blocksize, first, count, dtype)))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", [32, 4096, 18])
 def test_parts_are_those_of_the_whole(way, dtype, blocksize):
-    assert_parts(dtype, blocksize)
+    assert_parts(dequantise_4bit, dtype, blocksize)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_written_or_read_beside(compiled, dtype):
     with GuardedAllocations() as guarded:
-        assert_parts(dtype, 64)
+        assert_parts(dequantise_4bit, dtype, 64)
     assert guarded.whole
     # Another absmax or code than these would be seen.
     packed, absmax, code = packed_weight(900, 64)
@@ -213,3 +178,17 @@ def test_the_kernel_serves_what_is_in_memory(monkeypatch):
         fakes = [mode.from_tensor(one) for one in weight]
         assert dequantise_4bit(*fakes, 64, 0, torch.empty(8, 80)).shape == (8, 80)
     assert kernels.dequantise_4bit.call_count == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tritons_kernel_serves_where_it_is_asked_for(monkeypatch, dtype):
+    """In the interpreter, but for bf16, which that computes wrongly."""
+    kernel = mock.Mock(wraps=dequantise._load())
+    monkeypatch.setattr(dequantise, "_load", lambda: kernel)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    weight = packed_weight(301, 64)
+    want = expected(*weight, 64, 1, 300, dtype)
+    for backend, calls in (("auto", 0), ("triton", dtype is not torch.bfloat16)):
+        monkeypatch.setenv("LORAFAST_BACKEND", backend)
+        assert torch.equal(dequantise_4bit(*weight, 64, 1, torch.empty(300, dtype=dtype)), want)
+        assert kernel.call_count == calls

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from lorafast.engine.kernels import (
     configs,
+    dequantise,
     drop,
     gemm,
     grad_output,
@@ -45,13 +46,19 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDE = {
     "A_ptr", "core_ptr", "factor_ptr", "gain_ptr", "bias_ptr", "scale_ptr", "row_scale_ptr",
     "out_scale_ptr", "parts_ptr", "sums_ptr", "u_ptr", "P_ptr", "dB_ptr", "d_out_scale_ptr",
+    "absmax_ptr", "code_ptr",
 }  # fmt: skip
+# The arguments that are no floating-point numbers.
+INTEGERS = {"seed_ptr": "i64", "packed_ptr": "u8"}
 # The strides that are 1 for contiguous tensors.
 UNIT = {
     "stride_xk", "stride_ak", "stride_vr", "stride_br", "stride_cj", "stride_wk", "stride_dn",
     "stride_kn", "stride_hr", "stride_fj", "stride_oj",
 }  # fmt: skip
-SIZES = {"M", "N", "K", "R", "K0", "K1", "K2", "K3", "rows", "cols", "width", "live", "groups"}
+SIZES = {
+    "M", "N", "K", "R", "K0", "K1", "K2", "K3", "rows", "cols", "width", "live", "groups",
+    "skipped", "stop", "stop_byte",
+}  # fmt: skip
 
 
 def forms(kernel, dtype, capability):
@@ -84,6 +91,9 @@ def forms(kernel, dtype, capability):
         elif kernel == "drop":
             for accumulates in both:
                 yield drop.drop_kernel, tile, {"ACCUMULATES": accumulates}
+        elif kernel == "dequantise":
+            for blocksize in (32, 64, 4096):
+                yield dequantise.dequantise_kernel, tile, {"GROUP": blocksize}
         elif kernel == "scale_cast":
             yield scale_cast.scale_cast_kernel, tile, {"TF32": dtype == "tf32"}
         elif kernel == "row_norm":
@@ -160,11 +170,8 @@ def compiled(function, tile, flags, dtype, target, ones=False):
         elif name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = (
-                "*i64"
-                if name == "seed_ptr"
-                else f"*{'fp32' if _wide(function, name, flags) else dtype}"
-            )
+            wide = "fp32" if _wide(function, name, flags) else dtype
+            signature[name] = f"*{INTEGERS.get(name, wide)}"
         elif name in UNIT:
             signature[name], constants[name] = "constexpr", 1
         else:

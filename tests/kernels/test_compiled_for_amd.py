@@ -22,12 +22,12 @@ from lorafast.runtime.devices import Arch
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = (
     "project", "project_finish", "grad_project", "grad_output", "grad_output_finish",
-    "low_rank_add", "drop", "scale_cast", "gemm_pointers", "gemm_finish", "row_norm",
+    "low_rank_add", "drop", "dequantise", "scale_cast", "gemm_pointers", "gemm_finish", "row_norm",
 )  # fmt: skip
 # One architecture of each name that the backend admits, and the shared memory of a block.
 SHARED = {"gfx90a": 65536, "gfx942": 65536, "gfx950": 163840, "gfx1100": 65536, "gfx1201": 65536}
 # The kernels without a matrix product.
-NO_PRODUCT = ("grad_output_finish", "drop", "scale_cast", "gemm_finish")
+NO_PRODUCT = ("grad_output_finish", "drop", "dequantise", "scale_cast", "gemm_finish")
 
 
 def compile_forms(arch, folder, *options, dtype="bf16"):
