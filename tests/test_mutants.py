@@ -15,6 +15,7 @@ ROOT = Path(lorafast.__file__).resolve().parent.parent
 FOLDERS = (
     "lorafast/engine/",
     "lorafast/nn/",
+    "lorafast/quantised/",
     "lorafast/functional.py",
     "kernels/",
     "csrc/cpu/",

@@ -59,6 +59,9 @@ class BitsAndBytes4Bit(QuantisedWeight):
 
     def _why_not_packed(self, weight: torch.Tensor, state: Any) -> str | None:
         N, K = self.shape
+        for name in ("shape", "dtype", "blocksize"):
+            if not getattr(state, name, None):
+                return f"its quant_state has no {name}"
         if tuple(state.shape) != (N, K):
             return f"its quant_state is of a weight {list(state.shape)}, the layer's is {[N, K]}"
         storage = getattr(self.module, "quant_storage", torch.uint8)
@@ -134,7 +137,8 @@ class BitsAndBytes4Bit(QuantisedWeight):
         if _is_packed_for_cpu(state):
             return None
         with torch.no_grad():
-            absmax = _absmax(state, 0, -(-state.shape.numel() // state.blocksize))
+            N, K = self.shape
+            absmax = _absmax(state, 0, -(-N * K // state.blocksize))
             return _bytes(self.module.weight), absmax, state.code.float(), state.blocksize
 
     def why_not_requantised(self) -> str | None:

@@ -243,6 +243,7 @@ def test_words_of_its_kind():
     weight = formats.of(linear4bit(8, 64))
     assert weight.kind == "bitsandbytes nf4, double quantisation"
     assert (weight.shape, weight.device) == ((8, 64), torch.device("cpu"))
+    assert formats.of(bnb.nn.LinearNF4(8, 8)).kind == "bitsandbytes nf4, single quantisation"
 
 
 def _set(path, value):
@@ -279,6 +280,9 @@ FAULTS = {
     "code": (_set(f"{STATE}.code", lambda t: t[:8]), "code is [8] and should be [16]"),
     "bytes": (_set("weight.data", lambda t: t[:-1]), "has 2404 bytes; [37, 130] takes 2405"),
     "N and K": (_set("in_features", 65), "a weight [37, 130], the layer's is [37, 65]"),
+    "no shape": (_set(f"{STATE}.shape", None), "quant_state has no shape"),
+    "no dtype": (_set(f"{STATE}.dtype", None), "quant_state has no dtype"),
+    "no blocksize": (_set(f"{STATE}.blocksize", None), "quant_state has no blocksize"),
     "cpu": (
         _set(f"{STATE}.packing_format_for_cpu", True),
         "packed for CPUs, which [37, 130] cannot be",
