@@ -208,6 +208,16 @@ def test_inference_packs_the_weight_and_it_is_read():
     assert (whole(module) - before).abs().max() <= 2**-8 * before.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(37, 128), (64, 96)])
+def test_packing_that_fails_leaves_the_weight(packing, shape):
+    module = linear4bit(*shape)
+    before = whole(module)
+    # N is no multiple of 32, or K none of the blocksize; it changes the state before it notices.
+    with pytest.raises((AssertionError, RuntimeError)):
+        packing(module)
+    assert torch.equal(whole(module), before)
+
+
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("packed", [False, True])
