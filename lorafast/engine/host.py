@@ -21,7 +21,6 @@ from lorafast.engine import (
     cuda_kernels,
     dispatch,
     half_products,
-    kernel_choice,
     masks,
     ops,
     recipes,
@@ -115,6 +114,8 @@ def _may_repeat(device: torch.device, dtype: torch.dtype | None = None) -> bool:
     """
     if devices.of(device).vendor != "nvidia" or not _loaded("triton"):
         return False
+    from lorafast.engine import kernel_choice
+
     admitted = dtype is None or not kernel_choice.refusals(("project",), dtype, 1, device)
     return admitted and _follows_triton()
 

@@ -291,6 +291,27 @@ def test_operands_that_begin_elsewhere():
 
 
 @in_emulator
+def test_rows_of_an_activation():
+    """What eager drops goes in blocks of rows, by the kernel."""
+    case = Case(testing.FORMS[0], 5000, 72, 136, 8, torch.float32, 0.3)
+    tensors = testing.make(case, sliced=False)
+    with (
+        host_on_triton.on_gpu(90) as cuda,
+        chosen({"linear": "triton"}),
+        mock.patch.object(masks, "why_not_kernel", return_value=""),
+    ):
+        by_python = step(case, tensors, cuda)
+        address = host_on_triton.address_of(cuda.library.cuLaunchKernelEx)
+        with host_on_triton.served_by_host(address) as calls:
+            for _ in range(3):
+                calls.computed.clear()
+                assert step(case, tensors, cuda) == by_python
+    assert calls.computed == []
+    inside = [word[0] for _, _, words in by_python for word in words if type(word) is tuple]
+    assert any(name == "x" and offset for name, offset in inside)
+
+
+@in_emulator
 def test_threads_repeat_the_same_recipes():
     tensors = testing.make(LORA)
     with host_on_triton.on_gpu(90) as cuda:
