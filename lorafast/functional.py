@@ -24,6 +24,7 @@ from lorafast.engine.problem import (
     Scaling,
     split_scaling,
 )
+from lorafast.engine.weight_buffers import WeightSource
 from lorafast.engine.weight_norm import NormPolicy
 
 _COMPUTE = NormPolicy()
@@ -134,8 +135,12 @@ def _linear_checked(
     options: CallOptions,
     training: bool = True,
     norm_policy: NormPolicy = _COMPUTE,
+    source: WeightSource | None = None,
 ) -> torch.Tensor:
-    """linear of tensors and options as objects. options.scaling may be a tensor, keep "auto"."""
+    """linear of tensors and options as objects. options.scaling may be a tensor, keep "auto".
+
+    source: what tensors.weight was borrowed from, so that backward borrows it again.
+    """
     dtype = checks.call(x, tensors, options)
     scaling, p, axis, dropout_on, keep, frozen_columns = options
     seed, scale, grad = tensors.seed, None, torch.is_grad_enabled()
@@ -173,7 +178,8 @@ def _linear_checked(
             kept = formula.resolve_keep(keep, options, True, has_bias, dtype)
     if x.dtype != dtype:
         x = x.to(dtype)
-    return ops.linear(x, tensors, CallOptions(scaling, p, axis, dropout_on, kept, frozen_columns))
+    options = CallOptions(scaling, p, axis, dropout_on, kept, frozen_columns)
+    return ops.linear(x, tensors, options, source)
 
 
 def _by_host(

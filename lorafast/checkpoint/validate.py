@@ -15,6 +15,7 @@ from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.adapter import Adapter
 from lorafast.methods.vera import projections
 from lorafast.models import adalora_format, extra_trainables
+from lorafast.models.adapt import weight_shape
 from lorafast.models.adapt_spec import AdaptSpec
 from lorafast.models.module_names import (
     adapter_layers,
@@ -24,6 +25,8 @@ from lorafast.models.module_names import (
 )
 from lorafast.models.target_modules import Targets, parameter_owners
 from lorafast.nn.adapter_layer import AdapterLayer, factor_dtype
+from lorafast.nn.quantised_linear import QuantisedLinear
+from lorafast.quantised import formats
 from lorafast.runtime.torch_internals import storage_key
 
 Tensors = dict[str, torch.Tensor]
@@ -160,16 +163,16 @@ def _layer_adapters(
 
 def _weight_shape(module: nn.Module) -> tuple[int, int]:
     """Return (N, K). Conv1D and nn.Embedding hold their weight transposed."""
-    if isinstance(module, AdapterLayer):
-        return tuple(module._W().shape)
-    shape = tuple(module.weight.shape)
-    return shape if isinstance(module, nn.Linear) else shape[::-1]
+    if isinstance(module, QuantisedLinear):
+        return module.quantised.shape
+    return tuple(module._W().shape) if isinstance(module, AdapterLayer) else weight_shape(module)
 
 
 def _layer_dtype(module: nn.Module, adapter_dtype: torch.dtype | None) -> torch.dtype:
     if isinstance(module, AdapterLayer):
         return module.lora_A.dtype
-    return factor_dtype(module.weight, adapter_dtype)
+    quantised = formats.of(module)
+    return factor_dtype(quantised.dtype if quantised else module.weight.dtype, adapter_dtype)
 
 
 def _refuse_names(kind: str, given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -43,7 +43,14 @@ def forward(
         if drops_base or options.axis == "in":
             adapter_x, base_x = _inputs(x, tensors, options, routes)
         if options.axis == "out":
-            gain = _gain_for("linear", tensors, routes)
+            # Written out: a call more would be a part of a small layer's time.
+            own_gain_of = getattr(routes["linear"], "gain_of", gain_of)
+            divides = hasattr(routes["linear"], "LINEAR_DIVIDES")
+            gain = (
+                _gain_for("linear", tensors, routes)
+                if divides
+                else own_gain_of(tensors.magnitude, tensors.norm)
+            )
     if tensors.lora_bias is not None:
         bias = _total_bias(tensors, options, gain)
     scaling = options.scaling if tensors.scale is None else tensors.scale

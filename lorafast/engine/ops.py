@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from lorafast.engine import checks, formula, reference, weight_norm
+from lorafast.engine import checks, formula, reference, weight_buffers, weight_norm
 from lorafast.engine.precision import accumulator
 from lorafast.engine.problem import (
     CallOptions,
@@ -24,6 +24,7 @@ from lorafast.engine.problem import (
     scaling_of,
     tokens,
 )
+from lorafast.engine.weight_buffers import WeightSource
 from lorafast.engine.weight_norm import NormPolicy
 from lorafast.runtime import torch_internals
 from lorafast.runtime.torch_internals import below_autocast, below_autograd
@@ -59,18 +60,29 @@ _TRAINED = (
 _NO_DOUBLE = "double backward unsupported, use lorafast.reference.linear, which is plain torch"
 
 
-def linear(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    tensors: LayerTensors,
+    options: CallOptions,
+    source: WeightSource | None = None,
+) -> torch.Tensor:
     """Return y [...,N] by lorafast::linear; as a plain function where no observer is active.
 
-    Where the op would be foreign, the formula runs in torch's ops. Checks nothing:
+    Where the op would be foreign, the formula runs in torch's ops. source: what the weight was
+    borrowed from, which backward does again; else the weight is saved. Checks nothing:
     lorafast.functional does.
     """
     if not torch_internals.bypasses_dispatcher(x, tensors):
         if torch_internals.needs_plain_ops((x, *tensors)):
+            if source is not None:
+                # Plain autograd saves it.
+                tensors = tensors._replace(weight=tensors.weight.clone())
             return _plain_linear(x, tensors, options)
+        if source is not None:
+            return _Linear.apply(None, source, options, x, *tensors)[0]
         return torch.ops.lorafast.linear(x, *tensors, *options)[0]
     if torch.is_grad_enabled() and torch_internals.any_requires_grad(x, *tensors):
-        return _apply_linear(tensors, options, x, *tensors)
+        return _apply_linear(tensors, source, options, x, *tensors)
     return _call_directly(formula.forward, x, tensors, options)[0]
 
 
@@ -183,8 +195,9 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, given, options, x, *flat):
+    def forward(ctx, given, source, options, x, *flat):
         # given: the tensors as the caller had them, where the call bypasses the dispatcher.
+        # source: what the weight was borrowed from, or None.
         direct, tensors = given is not None, given or LayerTensors._make(flat)
         has_gain, keep = tensors.magnitude is not None, options.keep
         needs, saved = _masks(ctx.needs_input_grad, options.axis, keep, has_gain)
@@ -199,9 +212,10 @@ class _Linear(torch.autograd.Function):
         lora_bias = tensors.lora_bias if saved.z or keep == "recompute" else None
         ctx.save_for_backward(
             x if saved.x else None, h if saved.h else None, kept,
-            tensors.weight, bias, *tensors[2:8], lora_bias, *tensors[9:],
+            None if source else tensors.weight, bias, *tensors[2:8], lora_bias, *tensors[9:],
         )  # fmt: skip
         ctx.options, ctx.needs = options, needs
+        ctx.borrowed = source and (source, tensors.weight.dtype)
         if keep == "output":
             ctx.output = weakref.ref(y), torch_internals.version_of(y)
             ctx.words = modified_words(tensors.weight, tensors.magnitude)
@@ -214,6 +228,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy, *_):
         options, needs = ctx.options, ctx.needs
         saved = ctx.saved_tensors if options.keep != "output" else _with_unmodified_output(ctx)
+        if not ctx.borrowed:
+            return _Linear.gradients(dy, saved, options, needs)
+        with weight_buffers.borrow(*ctx.borrowed) as weight:
+            return _Linear.gradients(dy, (*saved[:3], weight, *saved[4:]), options, needs)
+
+    @staticmethod
+    def gradients(dy, saved, options, needs):
+        """Return what backward does, of saved tensors among which the weight is."""
         if not torch.is_grad_enabled() and torch_internals.bypasses_dispatcher(dy, saved):
             x, h, kept, *flat = saved
             tensors = LayerTensors._make(flat)
@@ -222,7 +244,7 @@ class _Linear(torch.autograd.Function):
             made = iter(torch.ops.lorafast.linear_backward(dy, *saved, *options, list(needs)))
             grads = [next(made) if need else None for need in needs]
         d_x, *d_tensors = grads
-        return None, None, d_x, None, *d_tensors, None, None
+        return None, None, None, d_x, None, *d_tensors, None, None
 
 
 def modified_words(weight: torch.Tensor | None, magnitude: torch.Tensor | None) -> str:
@@ -237,7 +259,7 @@ def _masks(
     needs_input_grad: tuple[bool, ...], axis: str, keep: str, has_gain: bool
 ) -> tuple[GradMask, SavedMask]:
     """The gradients that _Linear's arguments need, and what to save for them."""
-    _, _, x, weight, *others, _, scale = needs_input_grad
+    _, _, _, x, weight, *others, _, scale = needs_input_grad
     if weight or scale:
         raise RuntimeError(_TRAINED)
     needs = GradMask(x, *others)
@@ -350,7 +372,7 @@ def _no_batching(*_):
 
 
 def _linear_autograd(x: torch.Tensor, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _Linear.apply(None, CallOptions(*flat[_T:]), x, *flat[:_T])
+    return _Linear.apply(None, None, CallOptions(*flat[_T:]), x, *flat[:_T])
 
 
 register(_LINEAR, _linear, _fake_linear, differentiable(_linear_autograd, "linear"))

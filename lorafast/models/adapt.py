@@ -35,6 +35,7 @@ from lorafast.models.target_modules import (
     uncalled_linears,
 )
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.quantised import formats
 from lorafast.runtime.torch_internals import share_call_hooks, storage_key
 
 # Gives an adapted layer its values. Called with the layer's name in the model and the layer.
@@ -230,7 +231,7 @@ def _bind_adapters(
     """
     names = [canonical_name(names[0]) for names in targets.values()]
     by_name = spec.adapters(names)
-    shapes: list[Any] = [tuple(weight_matrix(module).shape) for module in targets]
+    shapes: list[Any] = [weight_shape(module) for module in targets]
     adapters = {
         module: by_name[name].bind_model(shapes)
         for module, name in zip(targets, names, strict=True)
@@ -267,9 +268,24 @@ def replace_module(model: nn.Module, names: list[str], module: nn.Module) -> Non
 
 
 def weight_matrix(module: Any) -> torch.Tensor:
-    """Return the weight as [N,K]. nn.Linear stores it so; Conv1D and nn.Embedding transposed."""
+    """Return the weight as [N,K]. nn.Linear stores it so; Conv1D and nn.Embedding transposed.
+
+    A quantised one is dequantised.
+    """
+    if quantised := formats.of(module):
+        empty = torch.empty(quantised.shape, dtype=quantised.dtype, device=quantised.device)
+        return empty if empty.is_meta else quantised.whole(empty)
     weight = module.weight.detach()
     return weight if isinstance(module, nn.Linear) else weight.t()
+
+
+def weight_shape(module: Any) -> tuple[int, int]:
+    """Return N and K of the weight."""
+    quantised = formats.of(module)
+    if quantised is not None:
+        return quantised.shape
+    N, K = weight_matrix(module).shape
+    return N, K
 
 
 def share_tensors(layers: Collection[AdapterLayer]) -> None:

@@ -23,6 +23,7 @@ from lorafast.models.gradient_check import unreached_adapters
 from lorafast.models.module_names import require_module
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.embedding import Embedding
+from lorafast.nn.quantised_linear import QuantisedLinear
 from lorafast.runtime import devices, symlinks
 from lorafast.runtime.torch_internals import is_foreign_subclass
 
@@ -40,6 +41,7 @@ class LayerCall(NamedTuple):
         bypass: why no op of lorafast runs, or None.
         few_tokens: what runs instead of the op where engine.plain_products expects it to be
             quicker.
+        quantised: the format of a quantised weight in words, or None.
     """
 
     method: str
@@ -50,6 +52,7 @@ class LayerCall(NamedTuple):
     merged: bool = False
     bypass: str | None = None
     few_tokens: str = "plain torch products"
+    quantised: str | None = None
 
     @property
     def runs_op(self) -> bool:
@@ -136,7 +139,7 @@ def _adapter_layer_call(layer: AdapterLayer) -> LayerCall:
     bypass = None
     if layer.disabled:
         bypass = "disabled: the layer runs as its base"
-    elif is_foreign_subclass(layer.weight):
+    elif is_foreign_subclass(layer.weight) and not isinstance(layer, QuantisedLinear):
         kind = f"{type(layer.weight).__module__}.{type(layer.weight).__qualname__}"
         bypass = f"torch's own operations, because the weight is a {kind}"
     elif isinstance(layer, Embedding):
@@ -149,6 +152,7 @@ def _adapter_layer_call(layer: AdapterLayer) -> LayerCall:
         adapter.detach_norm,
         layer.merged,
         bypass,
+        quantised=layer.quantised.kind if isinstance(layer, QuantisedLinear) else None,
     )
 
 
@@ -246,6 +250,8 @@ def _notes(call: LayerCall, options: CallOptions) -> tuple[str, ...]:
         notes.append("merged: the layer runs as a plain linear, and its adapter does not train")
     if call.bypass:
         return (*notes, call.bypass)
+    if call.quantised:
+        notes.append(f"the weight, {call.quantised}, is dequantised for every product")
     if call.tensors.weight.requires_grad:
         notes.append(
             "weight.requires_grad: the layer runs on plain autograd, with what torch saves"

@@ -50,7 +50,7 @@ def merge(model: nn.Module, untie: bool = False) -> nn.Module:
         model = lorafast.merge(model)
         assert type(model[0]) is torch.nn.Linear
     """
-    layers = _collect_layers(model)
+    layers = collect_layers(model)
     for layer in layers:
         layer.refuse_computed_weight("merge()")
     tied = _tied_weights(model, layers)
@@ -114,7 +114,7 @@ def unload(model: nn.Module) -> nn.Module:
         model = lorafast.unload(lorafast.adapt(model, lorafast.LoRA(r=2)))
         assert torch.equal(model[0].weight, weight)
     """
-    layers = _collect_layers(model)
+    layers = collect_layers(model)
     for layer in layers:
         layer.refuse_computed_weight("unload()")
         layer.start_factors()  # raises if they are not known
@@ -130,7 +130,7 @@ def unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def _collect_layers(model: nn.Module) -> LayerNames:
+def collect_layers(model: nn.Module) -> LayerNames:
     require_module(model)
     if isinstance(model, AdapterLayer):
         raise TypeError(
@@ -167,7 +167,7 @@ def merged_copies(model: nn.Module) -> Iterator[bool]:
     of the context is True if an adapted weight is tied to another, whose copies then differ.
     Raises what merge raises.
     """
-    layers = _collect_layers(model)
+    layers = collect_layers(model)
     tied = bool(_tied_weights(model, layers))
     copies = {layer: _merged_copy(layer) for layer in layers}
     try:

@@ -21,6 +21,7 @@ from torch import nn
 from lorafast.engine import checks
 from lorafast.methods import svd
 from lorafast.methods.lora import LoRA
+from lorafast.models.adapt import weight_matrix, weight_shape
 from lorafast.models.adapt_spec import AdaptSpec, match_patterns
 from lorafast.models.module_names import canonical_name, require_module
 from lorafast.models.target_modules import find_targets
@@ -81,18 +82,20 @@ def spectral_ranks(
     checks.word("direction", direction, DIRECTIONS)
     svd.check_niter(svd_niter)
     spec = AdaptSpec(LoRA(), target_modules, exclude_modules=exclude_modules)
-    weights = {
-        canonical_name(names[0]): cast(nn.Parameter, module.weight).detach()
-        for module, names in find_targets(model, spec).items()
+    targets = {
+        canonical_name(names[0]): module for module, names in find_targets(model, spec).items()
     }
-    _refuse_meta(weights)
+    _refuse_meta({name: cast(nn.Parameter, module.weight) for name, module in targets.items()})
     score_rank = energy_rank or choices[-1]
-    scores = {name: energy(weight, score_rank, svd_niter) for name, weight in weights.items()}
+    scores = {
+        name: energy(weight_matrix(module), score_rank, svd_niter)
+        for name, module in targets.items()
+    }
     order = sorted(scores, key=scores.get, reverse=direction == "high_energy_more")
     mean_rank = choices[len(choices) // 2] if budget is None else budget
-    caps = [min(weights[name].shape) for name in order]
+    caps = [min(weight_shape(targets[name])) for name in order]
     chosen = dict(zip(order, allocate(choices, caps, mean_rank), strict=True))
-    return _as_patterns({name: chosen[name] for name in weights})
+    return _as_patterns({name: chosen[name] for name in targets})
 
 
 def energy(weight: torch.Tensor, r: int, svd_niter: int | None = None) -> float:

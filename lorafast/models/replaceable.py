@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lorafast.quantised import formats
 from lorafast.runtime.torch_internals import CALL_HOOKS, is_foreign_subclass
 
 # Packages whose layers hold quantised weights.
@@ -45,7 +46,7 @@ def why_not_replaceable(
 
     why_not_plain: why the class of adapted layer does not take the module, or None.
     """
-    if is_quantised(module):
+    if is_quantised(module) and formats.of(module) is None:
         kind = f"is a {type(module).__module__}.{type(module).__qualname__} with a quantised weight"
         if _is_quantised_by_torch(module):
             return (
@@ -110,6 +111,9 @@ def _why_state_is_lost(module: nn.Module) -> str | None:
             "has a patched forward that its replacement would lose: undo the patch, adapt, and "
             f"patch again; {_LEAVE_TO_PEFT}"
         )
+    if is_quantised(module):
+        # It stays whole, in the layer that replaces it.
+        return None
     hooks = [key for key, value in attributes.items() if key.endswith("_hooks") and value]
     if others := [key.strip("_") for key in hooks if key not in CALL_HOOKS]:
         return (

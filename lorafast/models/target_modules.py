@@ -20,6 +20,8 @@ from lorafast.models.replaceable import (
 )
 from lorafast.nn import embedding, linear
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.quantised_linear import QuantisedLinear, why_not_quantised
+from lorafast.quantised import formats
 from lorafast.runtime.torch_internals import storage_key
 
 # Attributes where PEFT finds the head of a sequence classifier, which "all-linear" leaves out.
@@ -121,13 +123,18 @@ def _quantised_names(model: nn.Module, spec: AdaptSpec) -> set[str]:
     names = {
         canonical_name(name): name
         for name, module in model.named_modules(remove_duplicate=False)
-        if name and is_quantised_linear(module) and not isinstance(module, nn.Linear)
+        if name
+        and is_quantised_linear(module)
+        and not isinstance(module, nn.Linear)
+        and formats.of(module) is None
     }
     return {names[name] for name in names.keys() - _excluded_names(set(names), spec)}
 
 
 def layer_class_for(module: nn.Module) -> tuple[type[AdapterLayer] | None, str | None]:
     """Return the class of adapted layer for a module, and why it cannot replace it, or None."""
+    if formats.of(module) is not None:
+        return QuantisedLinear, why_not_quantised(module)
     if isinstance(module, nn.Embedding):
         return embedding.Embedding, embedding.why_not_plain(module)
     if is_conv1d(module):
@@ -164,8 +171,12 @@ def _linear_names(model: nn.Module, task_type: str | None) -> set[str]:
     return {
         name
         for name, module in model.named_modules(remove_duplicate=False)
-        if name and module is not head and (isinstance(module, nn.Linear) or is_conv1d(module))
+        if name and module is not head and _is_linear(module)
     }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module) or formats.of(module) is not None
 
 
 def _match_targets(spec: AdaptSpec, names: list[str]) -> set[str]:

@@ -77,9 +77,11 @@ class AdapterLayer(AdapterState):
             raise TypeError(
                 f"adapter must be a lorafast adapter such as lorafast.LoRA(r=8), not {adapter!r}"
             )
-        checks.pair("weight", self.weight, "[N, K]")
-        adapter = adapter.bind_layer("", self._W()) if start else adapter
-        dtype = factor_dtype(self.weight, adapter_dtype)
+        # A quantised weight is dequantised for it.
+        weight = self._W()
+        checks.pair("weight", weight, "[N, K]")
+        adapter = adapter.bind_layer("", weight) if start else adapter
+        dtype = factor_dtype(weight.dtype, adapter_dtype)
         if dtype not in checks.DTYPES:
             allowed = ", ".join(map(str, checks.DTYPES))
             raise TypeError(f"adapter_dtype {dtype!r} must be one of {allowed}")
@@ -328,10 +330,10 @@ class AdapterLayer(AdapterState):
         return CallOptions(split_scaling(self.scaling)[0], axis=self.adapter.axis)
 
 
-def factor_dtype(weight: torch.Tensor, adapter_dtype: torch.dtype | None) -> torch.dtype:
+def factor_dtype(weight: torch.dtype, adapter_dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype of a layer's factors.
 
-    The one that is given, else fp32 on a half-precision weight, else the weight's.
+    The one that is given, else fp32 beside a half-precision weight, else the weight's.
     """
-    half = weight.dtype in (torch.bfloat16, torch.float16)
-    return adapter_dtype or (torch.float32 if half else weight.dtype)
+    half = weight in (torch.bfloat16, torch.float16)
+    return adapter_dtype or (torch.float32 if half else weight)

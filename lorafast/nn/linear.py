@@ -52,7 +52,7 @@ class AdapterLinearBase(AdapterLayer):
             _, bias, A, B, core, magnitude, _, out_scale, lora_bias, *_ = self._tensors()
         dropout, p, frozen_columns = self._modules["lora_dropout"], 0.0, 0
         if type(dropout) is not nn.Identity:
-            p = _probability(dropout)
+            p = probability(dropout)
         adapter, scaling, policy = self.adapter, self.scaling, None
         if self.freezing:
             B, frozen_columns = self._call_columns(B)
@@ -232,7 +232,7 @@ def _dropout_module(adapter: Adapter) -> nn.Module:
     return nn.Dropout(adapter.dropout) if adapter.dropout else nn.Identity()
 
 
-def _probability(dropout: nn.Module) -> float:
+def probability(dropout: nn.Module) -> float:
     """The probability that a layer's lora_dropout drops with now."""
     if not isinstance(dropout, nn.Dropout):
         kind = f"{type(dropout).__module__}.{type(dropout).__qualname__}"

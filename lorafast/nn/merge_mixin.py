@@ -118,11 +118,15 @@ class MergeMixin(nn.Module):
         if self.weight.is_meta:
             shape = tuple(self.weight.shape)
             raise RuntimeError(f"weight {shape} is on the meta device: load it before merge()")
+        self._refuse_if_sharded("merge()")
+        return self._merged_parts(self._tensors(), keep)
+
+    def _merged_parts(self, tensors: LayerTensors, keep: bool) -> MergeResult:
+        """Return the merged weight and bias of these tensors. ValueError as merge_result."""
+        options = self._options()
         if self.lora_bias is not None and self.bias is None:
             shape = tuple(self.lora_bias.shape)
             raise ValueError(f"lora_bias {shape} cannot be merged into a layer without a bias")
-        self._refuse_if_sharded("merge()")
-        tensors, options = self._tensors(), self._options()
         tensors = tensors._replace(weight=tensors.weight.detach())
         if tensors.magnitude is not None:
             weight, _, A, B, core, *_ = tensors

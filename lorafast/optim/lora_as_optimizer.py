@@ -304,7 +304,7 @@ class _FactoredWeight:
     def __init__(self, target: weights.TargetWeight, adapter: LoRA, compensate: bool) -> None:
         self.target, self.weight = target, target.weight
         W = target.as_matrix(target.weight.detach())
-        dtype = factor_dtype(W, None)
+        dtype = factor_dtype(W.dtype, None)
         factors = {name: tensor.to(dtype) for name, tensor in adapter.init_tensors(W).items()}
         self.A = nn.Parameter(factors["lora_A"].clone(), requires_grad=not adapter.freeze_A)
         self.B = nn.Parameter(factors["lora_B"].clone())

@@ -60,6 +60,16 @@ class QuantisedWeight(ABC):
     def dtype(self) -> torch.dtype:
         """The dtype in which the layer computes where it says so, else that of its own W."""
 
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype that the layer is told to compute in, whatever x's is; None: in x's."""
+        return getattr(self.module, "compute_dtype", None)
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """The module's tensor of numbers in few bits."""
+        return self.module.weight
+
     def whole(self, out: torch.Tensor) -> torch.Tensor:
         """Write W into out and return it.  out [N,K], dense, fp32, bf16 or fp16"""
         with torch.no_grad():

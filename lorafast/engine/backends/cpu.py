@@ -302,7 +302,8 @@ def _one_kernel(
 
     None if the adapter adds nothing: it then changes no bit of the frozen layer's y.
     """
-    x2, (N, K), dtype = _dense_rows(x), weight.shape, x.dtype
+    x2 = x if x.dim() == 2 and x.stride(1) == 1 else _dense_rows(x)
+    (N, K), dtype = weight.shape, x.dtype
     M, y = x2.shape[0], torch.empty(*x.shape[:-1], N, dtype=dtype)
     work = M * N * K
     if gain is not None:

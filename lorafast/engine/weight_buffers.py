@@ -1,0 +1,72 @@
+"""Weights that are made when they are needed, each in a buffer that is used again for the next one.
+
+A quantised weight is a matrix [N,K] for the time of one product. Buffers are kept, one for each
+device and dtype where calls do not overlap, and no autograd graph holds one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+# Buffers that nobody uses now, by device, stream and dtype.
+_free: dict[tuple[torch.device, int, torch.dtype], list[torch.Tensor]] = {}
+
+
+class WeightSource(Protocol):
+    """What gives a weight [N,K] on request, such as a quantised one."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+
+    def whole(self, out: torch.Tensor) -> torch.Tensor:
+        """Write W into out [N,K], which is dense, and return it."""
+
+
+@contextlib.contextmanager
+def borrow(source: WeightSource, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yield the weight [N,K] in the dtype, in a buffer that the next borrower overwrites.
+
+    On a GPU the next one on the same stream, after the kernels of this one. Under the capture of a
+    CUDA graph the memory is the graph's own.
+    """
+    (N, K), device = source.shape, source.device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        yield _filled(source, _empty(N * K, dtype, device).view(N, K))
+        return
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    free = _free.setdefault((device, stream, dtype), [])
+    try:
+        buffer = free.pop()
+    except IndexError:
+        buffer = None
+    if buffer is None or buffer.numel() < N * K:
+        buffer = _empty(N * K, dtype, device)
+    try:
+        yield _filled(source, buffer[: N * K].view(N, K))
+    finally:
+        free.append(buffer)
+
+
+def release() -> None:
+    """Free the buffers that nobody uses."""
+    _free.clear()
+
+
+def _empty(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # One made in inference mode could not be written outside of it.
+    with torch.inference_mode(False):
+        return torch.empty(elements, dtype=dtype, device=device)
+
+
+def _filled(source: WeightSource, out: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return source.whole(out)

@@ -1,0 +1,175 @@
+"""QuantisedLinear: an adapter beside a quantised layer of another library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafast import functional
+from lorafast.engine import weight_buffers
+from lorafast.engine.precision import activation_dtype
+from lorafast.engine.problem import CallOptions, LayerTensors
+from lorafast.methods.adapter import Adapter
+from lorafast.nn.linear import AdapterLinearBase, probability
+from lorafast.nn.merge_mixin import MergeResult
+from lorafast.quantised import formats
+from lorafast.quantised.weight import QuantisedWeight
+
+_MERGE = (
+    "lorafast.merge_quantised(model, 'dequantise') puts dense layers in their place, and "
+    "'requantise' quantises the merged weights again"
+)
+
+
+class QuantisedLinear(AdapterLinearBase):
+    """A quantised linear with an adapter: y = gain⊙(x Wᵀ + s·h' Bᵀ) + bias, made by adapt.
+
+    The quantised module is the child base_layer, and stays as it is. In every call W [N,K] is
+    dequantised into a buffer that the next layer uses again, in backward once more: autograd keeps
+    what it keeps beside a dense weight. DoRA's norm is computed from that buffer in every call. A
+    disabled layer runs base_layer.
+
+    Attributes:
+        base_layer: the quantised module.
+        quantised: its weight as a lorafast.quantised.weight.QuantisedWeight.
+    """
+
+    # What W is dequantised into.
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+    base_layer: nn.Module
+    quantised: QuantisedWeight
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return y [...,N] for input x [...,K], in x's dtype or autocast's."""
+        if self.disabled:
+            return self.base_layer(input)
+        if torch.compiler.is_compiling():
+            return _call_uncompiled(self, input)
+        return self._call(input)
+
+    def _call(self, input: torch.Tensor) -> torch.Tensor:
+        dtype, called_in = self._dtype_of_call(input), activation_dtype(input)
+        x = input if input.dtype == dtype or called_in != input.dtype else input.to(dtype)
+        with weight_buffers.borrow(self.quantised, dtype) as weight:
+            y = self._by_weight(x, weight)
+        return y if y.dtype == called_in else y.to(called_in)
+
+    def _dtype_of_call(self, x: torch.Tensor) -> torch.dtype:
+        """Return autocast's dtype, else the one that the module is told to compute in, else x's."""
+        dtype = activation_dtype(x)
+        if dtype == x.dtype:
+            dtype = self.quantised.compute_dtype or dtype
+        if dtype not in self.DTYPES:
+            allowed = ", ".join(map(str, self.DTYPES))
+            raise TypeError(f"x is {x.dtype}; beside a quantised weight it must be of {allowed}")
+        return dtype
+
+    def _by_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        adapter, tensors, options = self.adapter, self._tensors_with(weight), self._call_options()
+        if torch.is_grad_enabled():
+            return functional._linear_checked(x, tensors, options, source=self.quantised)
+        _, bias, A, B, core, magnitude, norm, out_scale, lora_bias, *_ = tensors
+        return functional.linear(
+            x, weight, bias, A, B, core, magnitude, norm, adapter.axis, out_scale, lora_bias,
+            self.scaling, options.dropout, adapter.dropout_on, adapter.keep,
+            options.frozen_columns,
+        )  # fmt: skip
+
+    def _tensors_with(self, weight: torch.Tensor) -> LayerTensors:
+        return LayerTensors(
+            weight, self.bias, self.lora_A, self.lora_B, self.lora_core, self.lora_magnitude,
+            None, self.lora_out_scale, self.lora_bias,
+        )  # fmt: skip
+
+    def _call_options(self) -> CallOptions:
+        """Return the options of a call now, as lorafast.functional takes them."""
+        dropout, p, adapter = self.lora_dropout, 0.0, self.adapter
+        if type(dropout) is not nn.Identity:
+            p = probability(dropout)
+        frozen = self.frozen_columns if self.freezing else 0
+        return CallOptions(self.scaling, p, adapter.axis, adapter.dropout_on, adapter.keep, frozen)
+
+    def _attach(
+        self, adapter: Adapter | None, adapter_dtype: torch.dtype | None, start: bool = True
+    ) -> None:
+        if why := _why_not_adapter(adapter):
+            raise ValueError(f"{adapter} beside a weight in {self.quantised.kind}: {why}")
+        super()._attach(adapter, adapter_dtype, start)
+
+    def _adopt(self, base: Any) -> None:
+        self.quantised = formats.of(base)
+        self.out_features, self.in_features = self.quantised.shape
+        self.base_layer = base
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]  # nobody sets it
+        """The packed weight, as base_layer holds it."""
+        return self.quantised.packed
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]  # nobody sets it
+        """The bias [N] of base_layer, or None."""
+        return getattr(self.base_layer, "bias", None)
+
+    def _W(self) -> torch.Tensor:
+        return self.dequantised()
+
+    @torch.no_grad()
+    def dequantised(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return W [N,K], a new tensor; dtype: None for the one that the layer computes in."""
+        quantised = self.quantised
+        dtype = dtype or quantised.dtype
+        out = torch.empty(quantised.shape, dtype=dtype, device=quantised.device)
+        return out if out.is_meta else quantised.whole(out)
+
+    def extra_repr(self) -> str:
+        """Return the line of repr()."""
+        return f"{self.quantised.kind}{super().extra_repr()}"
+
+    def plain(self) -> nn.Module:
+        """Return the quantised module."""
+        return self.base_layer
+
+    def merge(self, keep: bool = False) -> None:
+        """Refuse: a quantised weight holds no delta. lorafast.merge_quantised says what to do."""
+        self.merge_result(keep)
+
+    def merge_result(self, keep: bool = False) -> MergeResult:
+        """Refuse, as merge does."""
+        raise RuntimeError(f"the weight is {self.quantised.kind}, and merging rounds it: {_MERGE}")
+
+    def merge_parts(self) -> MergeResult:
+        """Return W' = gain⊙(W + sBA) [N,K] in fp32, and the bias if a lora_bias changes it."""
+        weight = self.dequantised(torch.float32)
+        return self._merged_parts(self._tensors()._replace(weight=weight), keep=True)
+
+    def refuse_computed_weight(self, action: str) -> None:
+        """Accept: nothing is written into the weight."""
+
+
+@torch.compiler.disable
+def _call_uncompiled(layer: QuantisedLinear, x: torch.Tensor) -> torch.Tensor:
+    """Return the layer's output outside of the graph, which would keep the dequantised weight."""
+    return layer._call(x)
+
+
+def why_not_quantised(module: nn.Module) -> str | None:
+    """Return why a QuantisedLinear cannot replace this module of a known format, or None."""
+    weight = formats.of(module)
+    return None if weight is None else weight.why_not()
+
+
+def _why_not_adapter(adapter: Adapter | None) -> str | None:
+    if adapter is None:
+        return None
+    if adapter.residual:
+        return (
+            "its start takes a delta out of the weight, which would have to be quantised again; "
+            "take a start that leaves the weight alone, such as LoRA's or LaMDA(init='zero')"
+        )
+    if not adapter.detach_norm or adapter.cache_norm:
+        return "its norm is computed in every call and has no gradient: detach_norm, no cache_norm"
+    return None

@@ -1,0 +1,238 @@
+"""An adapter beside a quantised weight: what a dense layer on the dequantised weight gives."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lorafast
+from lorafast.engine import weight_buffers
+from lorafast.nn.quantised_linear import QuantisedLinear
+
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+K, N = 128, 96
+ADAPTERS = [
+    lorafast.LoRA(r=4),
+    lorafast.LoRA(r=4, dropout=0.3),
+    lorafast.LoRA(r=4, rslora=True),
+    lorafast.DoRA(r=4),
+    lorafast.DoRA(r=4, axis="in", dropout=0.3),
+    lorafast.DoRA(r=4, keep="recompute"),
+    lorafast.DoRA(r=4, keep="output"),
+    lorafast.LaMDA(r=4, init="zero"),
+    lorafast.VeRA(r=4),
+    lorafast.AdaLoRA(init_r=12, target_r=8),
+    lorafast.AFLoRA(r=4),
+]
+
+
+def quantised(linear, compute_dtype=None, quant_type="nf4", double=True):
+    """Return bitsandbytes' layer on the linear's weight in 4 bits."""
+    module = bnb.nn.Linear4bit(
+        linear.in_features, linear.out_features, linear.bias is not None,
+        compute_dtype=compute_dtype, compress_statistics=double, quant_type=quant_type,
+    )  # fmt: skip
+    module.to(linear.weight.dtype).load_state_dict(linear.state_dict())
+    return module.to("cpu")
+
+
+def int8(linear):
+    """Return bitsandbytes' layer on the linear's weight in 8 bits."""
+    module = bnb.nn.Linear8bitLt(
+        linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False
+    )
+    module.load_state_dict(linear.state_dict())
+    return module.to("cpu")
+
+
+def pair(adapter, dtype=torch.float32, make=quantised, bias=True):
+    """Return a dense and a quantised model of one layer, with the same weight and adapter."""
+    torch.manual_seed(0)
+    linear = nn.Linear(K, N, bias, dtype=dtype)
+    packed = nn.Sequential(make(linear))
+    lorafast.adapt(packed, adapter, target_modules=["0"], seed=1)
+    linear.weight.data.copy_(packed[0].dequantised(dtype))
+    dense = lorafast.adapt(nn.Sequential(linear), adapter, target_modules=["0"], seed=1)
+    if packed[0].lora_magnitude is not None:
+        dense[0].lora_magnitude.data.copy_(packed[0].lora_magnitude)
+    for part in ("lora_A", "lora_B", "lora_core", "lora_out_scale"):
+        if getattr(packed[0], part) is not None:
+            values = torch.randn_like(getattr(packed[0], part)) / 8
+            for model in (dense, packed):
+                getattr(model[0], part).data.copy_(values)
+    return dense, packed
+
+
+def step(model, x):
+    """Return what a step and a call without gradients give, and the bytes that autograd keeps."""
+    weight, kept = model[0]._parameters.get("weight"), {}
+
+    def note(tensor):
+        if weight is None or tensor.data_ptr() != weight.data_ptr():
+            kept[tensor.data_ptr(), tensor.shape] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    x = x.clone().requires_grad_()
+    torch.manual_seed(2)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = model(x)
+    y.square().sum().backward()
+    with torch.no_grad():
+        alone = model.eval()(x)
+    model.train()
+    grads = {
+        name.rpartition(".")[2]: one.grad
+        for name, one in model.named_parameters()
+        if one.grad is not None
+    }
+    return {"y": y, "alone": alone, "x": x.grad} | grads, sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+@pytest.mark.filterwarnings("ignore:.*train without a schedule")
+def test_it_is_the_dense_layer_on_the_dequantised_weight(adapter, dtype):
+    dense, packed = pair(adapter, dtype)
+    x = torch.randn(2, 20, K, dtype=dtype)
+    (expected, bytes_dense), (found, bytes_packed) = step(dense, x), step(packed, x)
+    assert expected.keys() == found.keys()
+    for name, one in expected.items():
+        assert torch.equal(found[name], one), name
+    # The host path saves out of its one node what the Python path saves.
+    assert bytes_packed == bytes_dense > 0
+
+
+@pytest.mark.parametrize("make", [int8, lambda linear: quantised(linear, quant_type="fp4")])
+def test_every_format_of_bitsandbytes(make):
+    dense, packed = pair(lorafast.DoRA(r=4), make=make, bias=False)
+    x = torch.randn(20, K)
+    (expected, _), (found, _) = step(dense, x), step(packed, x)
+    for name, one in expected.items():
+        assert torch.equal(found[name], one), name
+
+
+def test_few_tokens_none_and_leading_dims():
+    dense, packed = pair(lorafast.LoRA(r=4))
+    for shape in ((0, K), (1, K), (K,), (2, 0, K), (2, 3, 4, K)):
+        x = torch.randn(shape)
+        (expected, _), (found, _) = step(dense, x), step(packed, x)
+        assert torch.equal(found["y"], expected["y"])
+        assert torch.equal(found["lora_A"], expected["lora_A"])
+
+
+def test_layers_share_one_buffer_and_no_graph_holds_it():
+    weight_buffers.release()
+    model = nn.Sequential(*(quantised(nn.Linear(64, 64)) for _ in range(3)))
+    lorafast.adapt(model, lorafast.LoRA(r=2))
+    model(torch.randn(4, 64)).sum().backward()
+    ((buffer,),) = weight_buffers._free.values()
+    assert buffer.numel() == 64 * 64
+    with torch.inference_mode():
+        model(torch.randn(4, 64))
+    model(torch.randn(4, 64)).sum().backward()
+
+
+def test_what_is_overwritten_between_forward_and_backward_is_dequantised_again():
+    model = nn.Sequential(*(quantised(nn.Linear(64, 64)) for _ in range(2)))
+    lorafast.adapt(model, lorafast.LoRA(r=2))
+    x = torch.randn(4, 64, requires_grad=True)
+    expected = model[1].dequantised().t() @ torch.ones(64) @ model[0].dequantised()
+    model(x).sum().backward()
+    torch.testing.assert_close(x.grad, expected.expand(4, 64))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing(use_reentrant):
+    _, packed = pair(lorafast.DoRA(r=4, dropout=0.2))
+    x = torch.randn(6, K, requires_grad=True)
+    grads = []
+    for run in (packed, lambda x: checkpoint(packed, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(3)
+        run(x).square().sum().backward()
+        grads.append([x.grad, packed[0].lora_A.grad, packed[0].lora_magnitude.grad])
+        x.grad = None
+        packed.zero_grad()
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_it_computes_in_the_dtype_that_the_module_is_told():
+    linear = nn.Linear(K, N)
+    model = nn.Sequential(quantised(linear, torch.bfloat16))
+    lorafast.adapt(model, lorafast.LoRA(r=4))
+    x = torch.randn(20, K)
+    y = model(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, model[0].base_layer(x), rtol=2**-6, atol=2**-6)
+    assert not torch.equal(
+        y, nn.functional.linear(x, model[0].dequantised(torch.float32), linear.bias)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+
+
+def test_a_copy_a_pickle_a_disabled_layer_and_the_base():
+    _, packed = pair(lorafast.DoRA(r=4))
+    x = torch.randn(20, K)
+    y, base = packed(x), packed[0].base_layer(x)
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(other(x), y)
+        assert other[0].base_layer is not packed[0].base_layer
+    with lorafast.disable_adapter(packed):
+        assert torch.equal(packed(x), base)
+    assert torch.equal(packed(x), y)
+    assert type(lorafast.unload(packed)[0]) is bnb.nn.Linear4bit
+    assert torch.equal(packed(x), base)
+
+
+def test_an_adapter_is_saved_and_loaded_and_read_by_the_dense_model(tmp_path):
+    dense, packed = pair(lorafast.DoRA(r=4))
+    x = torch.randn(20, K)
+    lorafast.save_adapter(packed, tmp_path)
+    for model in (dense, packed):
+        base = lorafast.unload(copy.deepcopy(model))
+        lorafast.load_adapter(base, tmp_path)
+        assert torch.equal(base(x), packed(x))
+
+
+def test_compiled_it_runs_outside_of_the_graph():
+    _, packed = pair(lorafast.LoRA(r=4))
+    x = torch.randn(20, K)
+    expected = packed(x)
+    assert torch.equal(torch.compile(packed, backend="eager")(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "why"),
+    [
+        (lorafast.LoRA(r=2, init=lorafast.PiSSA()), "takes a delta out of the weight"),
+        (lorafast.LaMDA(r=2), r"LaMDA\(init='zero'\)"),
+        (lorafast.DoRA(r=2, detach_norm=False), "has no gradient"),
+        (lorafast.DoRA(r=2, cache_norm=True), "computed in every call"),
+    ],
+    ids=str,
+)
+def test_what_a_quantised_weight_cannot_have_is_refused(adapter, why):
+    model = nn.Sequential(quantised(nn.Linear(K, N)))
+    before = model[0]
+    with pytest.raises(ValueError, match=why):
+        lorafast.adapt(model, adapter)
+    assert model[0] is before
+
+
+def test_fp64_is_refused():
+    _, packed = pair(lorafast.LoRA(r=4))
+    with pytest.raises(TypeError, match=r"x is torch\.float64"):
+        packed(torch.randn(2, K, dtype=torch.float64))
+
+
+def test_explain_names_the_format():
+    _, packed = pair(lorafast.LoRA(r=4))
+    assert isinstance(packed[0], QuantisedLinear)
+    assert "nf4" in repr(packed[0])
+    said = str(lorafast.explain(packed))
+    assert f"the weight, {packed[0].quantised.kind}, is dequantised for every product" in said
