@@ -131,6 +131,7 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 def collect_layers(model: nn.Module) -> LayerNames:
+    """Return the adapted layers with their names. TypeError, ValueError and RuntimeError as merge."""
     require_module(model)
     if isinstance(model, AdapterLayer):
         raise TypeError(

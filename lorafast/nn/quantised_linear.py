@@ -47,7 +47,8 @@ class QuantisedLinear(AdapterLinearBase):
         if self.disabled:
             return self.base_layer(input)
         if torch.compiler.is_compiling():
-            return _call_uncompiled(self, input)
+            # Outside of the graph, which would keep the dequantised weight.
+            return torch.compiler.disable(self._call)(input)
         return self._call(input)
 
     def _call(self, input: torch.Tensor) -> torch.Tensor:
@@ -148,12 +149,6 @@ class QuantisedLinear(AdapterLinearBase):
 
     def refuse_computed_weight(self, action: str) -> None:
         """Accept: nothing is written into the weight."""
-
-
-@torch.compiler.disable
-def _call_uncompiled(layer: QuantisedLinear, x: torch.Tensor) -> torch.Tensor:
-    """Return the layer's output outside of the graph, which would keep the dequantised weight."""
-    return layer._call(x)
 
 
 def why_not_quantised(module: nn.Module) -> str | None:
