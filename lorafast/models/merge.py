@@ -131,7 +131,7 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 def collect_layers(model: nn.Module) -> LayerNames:
-    """Return the adapted layers with their names. TypeError, ValueError and RuntimeError as merge."""
+    """Return the adapted layers with their names. Raises what merge raises of a model."""
     require_module(model)
     if isinstance(model, AdapterLayer):
         raise TypeError(
