@@ -47,9 +47,11 @@ def merge_quantised(
         TypeError: model is no module, or dtype is another.
 
     Example:
-        # model: one that was loaded in 4 bits, adapted and trained
-        errors = lorafast.merge_quantised(model, "dequantise", torch.bfloat16)
-        model.save_pretrained("merged")
+        import bitsandbytes, torch, lorafast
+
+        layer = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu")
+        model = lorafast.adapt(torch.nn.Sequential(layer), lorafast.LoRA(r=2))
+        print(lorafast.merge_quantised(model, "dequantise", torch.bfloat16))  # {'0': 0.0016…}
     """
     if into not in WAYS:
         raise ValueError(f"into={into!r} must be one of {', '.join(map(repr, WAYS))}")
