@@ -199,6 +199,7 @@ def test_an_adapter_is_saved_and_loaded_and_read_by_the_dense_model(tmp_path):
         assert torch.equal(base(x), packed(x))
 
 
+@pytest.mark.compile
 def test_compiled_it_runs_outside_of_the_graph():
     _, packed = pair(lorafast.LoRA(r=4))
     x = torch.randn(20, K)
