@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorafast.engine.dequantise import dequantise_4bit
 from lorafast.quantised.weight import QuantisedWeight, inherits, wrong_shape
+from lorafast.runtime import env
 
 # Rows that a group of the weight packed for CPUs holds: 16 in the low bits, then 16 in the high.
 _GROUP = 32
@@ -23,8 +25,7 @@ _GROUP = 32
 class BitsAndBytes4Bit(QuantisedWeight):
     """The weight of a bitsandbytes Linear4bit.
 
-    `stored` gives what a kernel reads. bitsandbytes itself dequantises by
-    `bitsandbytes.functional.dequantize_4bit`, whose bits these are. Not so on CPUs with AVX512
+    The bits are those of `bitsandbytes.functional.dequantize_4bit`. Not so on CPUs with AVX512
     where K is a multiple of 16 and not of the blocksize: there version 0.50.2 multiplies by the
     absmax of other blocks.
     """
@@ -95,25 +96,36 @@ class BitsAndBytes4Bit(QuantisedWeight):
         """The layer's compute_dtype, or the dtype of the weight before it was quantised."""
         return self.module.compute_dtype or _dequantised_dtype(self._state())
 
+    def whole(self, out: torch.Tensor) -> torch.Tensor:
+        """Write W into out and return it: on a GPU by bitsandbytes' kernel, in W's own dtype."""
+        state = self._state()
+        served = out.device.type != "cpu" and out.dtype == state.dtype and state.absmax.dim() == 1
+        if not served or env.is_forced("triton"):
+            return super().whole(out)
+        from bitsandbytes.functional import dequantize_4bit
+
+        dequantize_4bit(self.module.weight.data, state, out=out)
+        return out
+
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Return rows start .. stop of W: rounded to the dtype it had before, then to this one."""
         state = self._state()
+        own = _dequantised_dtype(state)
         with torch.no_grad():
-            read = self._rows_for_cpu if _is_packed_for_cpu(state) else self._rows
-            return read(state, start, stop).to(_dequantised_dtype(state)).to(dtype)
+            if _is_packed_for_cpu(state):
+                return self._rows_for_cpu(state, start, stop).to(own).to(dtype)
+            # One rounding does where W's own dtype rounds nothing.
+            return self._rows(state, start, stop, dtype if own == torch.float32 else own).to(dtype)
 
-    def _rows(self, state: Any, start: int, stop: int) -> torch.Tensor:
-        """Rows in fp32, from the whole blocks that hold them."""
-        (N, K), blocksize = self.shape, state.blocksize
+    def _rows(self, state: Any, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows rounded once from fp32, from the blocks that hold them."""
+        K, blocksize = self.shape[1], state.blocksize
         first, last = start * K // blocksize, -(-stop * K // blocksize)
-        begin, end = first * blocksize, min(last * blocksize, N * K)
-        packed = _bytes(self.module.weight)[begin // 2 : (end + 1) // 2]
-        # For each byte, the two values in it; the high bits come first.
-        code = state.code.float()
-        pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
-        values = pairs.index_select(0, packed.int()).view(-1)
-        _scale_blocks(values, _absmax(state, first, last), blocksize)
-        return values[start * K - begin : stop * K - begin].view(stop - start, K)
+        begin = first * blocksize
+        packed = _bytes(self.module.weight)[begin // 2 : (stop * K + 1) // 2]
+        out = packed.new_empty((stop - start, K), dtype=dtype)
+        absmax, code = _absmax(state, first, last), state.code.float()
+        return dequantise_4bit(packed, absmax, code, blocksize, start * K - begin, out)
 
     def _rows_for_cpu(self, state: Any, start: int, stop: int) -> torch.Tensor:
         """Rows in fp32 of the weight packed for CPUs, from the whole groups that hold them."""
@@ -127,19 +139,6 @@ class BitsAndBytes4Bit(QuantisedWeight):
         values = state.code.float().index_select(0, index.int())
         _scale_blocks(values, state.absmax[:, start:stop].T.float().reshape(-1), state.blocksize)
         return values.view(stop - start, K)
-
-    def stored(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None:
-        """Return the packed bytes [N·K/2], absmax per block and the code, in fp32, and blocksize.
-
-        None for a weight packed for CPUs. Rounded to `quant_state.dtype` they give W.
-        """
-        state = self._state()
-        if _is_packed_for_cpu(state):
-            return None
-        with torch.no_grad():
-            N, K = self.shape
-            absmax = _absmax(state, 0, -(-N * K // state.blocksize))
-            return _bytes(self.module.weight), absmax, state.code.float(), state.blocksize
 
     def why_not_requantised(self) -> str | None:
         """Return why the weight cannot be read, whose options it would take; None if it can."""

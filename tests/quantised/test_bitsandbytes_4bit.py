@@ -2,6 +2,7 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,15 +35,19 @@ def dequantised(module):
     Its kernel for AVX512 differs where K is a multiple of 16 and not of the blocksize.
     """
     from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
-    from bitsandbytes.functional import dequantize_blockwise
 
     state = module.weight.quant_state
-    absmax = state.absmax
-    if state.nested:
-        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    absmax = dequantised_absmax(state)
     packed = module.weight.data.reshape(-1).view(torch.uint8)
     compute = _dequantize_4bit_compute.__wrapped__
     return compute(packed, absmax, state.code, state.blocksize, state.shape, state.dtype)
+
+
+def dequantised_absmax(state):
+    """absmax in fp32."""
+    if not state.nested:
+        return state.absmax
+    return bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
 
 
 def whole(module, dtype=torch.float32):
@@ -90,13 +95,27 @@ def test_many_row_blocks_are_one_weight(monkeypatch):
     assert torch.equal(whole(module), right)
 
 
-@pytest.mark.parametrize("nested", [True, False])
-def test_what_a_kernel_reads_gives_the_weight(nested):
-    module = linear4bit(37, 130, nested=nested)
-    packed, absmax, code, blocksize = formats.of(module).stored()
-    index = torch.stack([packed >> 4, packed & 0xF], dim=1).view(-1).long()
-    values = code[index] * absmax.repeat_interleave(blocksize)[: index.numel()]
-    assert torch.equal(values.view(37, 130), whole(module))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_gpu_its_kernel_writes_the_whole(monkeypatch, dtype):
+    module = linear4bit(48, 256, dtype=torch.bfloat16)
+    weight, calls = formats.of(module), []
+
+    def dequantize_4bit(packed, state, out):
+        calls.append((packed.data_ptr(), state, out))
+
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", dequantize_4bit)
+    monkeypatch.setattr(formats.BitsAndBytes4Bit.__mro__[1], "whole", lambda self, out: "by rows")
+    # Of a GPU's tensor it reads the device and the dtype alone.
+    out = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+    right = (module.weight.data_ptr(), module.weight.quant_state, out)
+    assert weight.whole(out) is (out if dtype == torch.bfloat16 else "by rows")
+    assert calls == [right] * (dtype == torch.bfloat16)
+    monkeypatch.setenv("LORAFAST_BACKEND", "triton")
+    assert weight.whole(out) == "by rows"
+    monkeypatch.delenv("LORAFAST_BACKEND")
+    # As unpacking leaves it, bitsandbytes reads the wrong numbers.
+    module.weight.quant_state.absmax = torch.ones(4, 48)
+    assert weight.whole(out) == "by rows"
 
 
 def _pickled(module):
@@ -173,14 +192,13 @@ def packing():
 def test_a_weight_packed_for_cpus_is_read(packing, nested, dtype):
     module = linear4bit(96, 128, nested=nested, dtype=dtype)
     weight = formats.of(module)
-    packed, absmax, code, blocksize = weight.stored()
+    state, packed = module.weight.quant_state, module.weight.data.view(-1)
     index = torch.stack([packed >> 4, packed & 0xF], dim=1).view(-1).long()
     # Packing rounds absmax to bf16, and nothing else.
-    rounded = absmax.bfloat16().float().repeat_interleave(blocksize)
-    right = (code[index] * rounded).view(96, 128).to(dtype)
+    rounded = dequantised_absmax(state).bfloat16().float().repeat_interleave(64)
+    right = (state.code[index] * rounded).view(96, 128).to(dtype)
     packing(module)
     assert weight.dtype == dtype
-    assert weight.stored() is None
     assert torch.equal(whole(module, dtype), right)
     for start, stop in ((0, 1), (31, 33), (15, 17), (5, 96), (64, 96)):
         assert torch.equal(weight.rows(start, stop, dtype), right[start:stop])
@@ -204,7 +222,7 @@ def test_inference_packs_the_weight_and_it_is_read():
     before = whole(module)
     with torch.no_grad():
         module(torch.randn(2, 128))
-    assert formats.of(module).stored() is None
+    assert module.weight.quant_state.packing_format_for_cpu
     assert (whole(module) - before).abs().max() <= 2**-8 * before.abs().max()
 
 
