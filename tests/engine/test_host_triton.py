@@ -24,7 +24,10 @@ from lorafast.runtime import cuda_driver, devices, extension
 from lorafast.runtime.toolchain import Failure
 from lorafast.testing import Case
 
-pytestmark = needs_compiler
+pytestmark = [
+    needs_compiler,
+    pytest.mark.skipif(not triton_internals.enabled, reason="this Triton is not followed"),
+]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Sums in parts, rows that are not aligned, several blocks of ranks, and one token.
 SIZES = (
