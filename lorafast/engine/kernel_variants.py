@@ -12,10 +12,10 @@ import torch.nn.functional as F
 
 from lorafast.engine import philox
 from lorafast.engine.backends import Backend
-from lorafast.engine.problem import BaseTerm, DownProj, LowRankTerm, UpProj, UpProjGradSpec
+from lorafast.engine.problem import BaseTerm, DownProj, Gain, LowRankTerm, UpProj, UpProjGradSpec
 
 KEPT = "gain, core and dot"
-GAINED, INNER = "gain and bias", "gain, bias and z"
+GAINED, INNER, DIVIDED = "gain and bias", "gain, bias and z", "m and norm"
 # What the problem of a variant differs in.
 FLAGS: dict[str, dict[str, Any]] = {
     "core": {"core": "full"},
@@ -24,6 +24,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "by column": {"gain": "in"},
     "transposed": {"transposed": True},
     GAINED: {"gain": "out"},
+    DIVIDED: {"gain": "out"},
 }
 
 
@@ -275,19 +276,51 @@ def _more_streams(o: Operands) -> list[Variant]:
 def _gains(o: Operands) -> list[Variant]:
     """Return what the cuda backend has beside primitives, with each that may ask for it."""
 
+    # About 1 and more, so that no gain is near 0 and no single quotient decides what errs most.
+    m, norm = o.gain, o.bias.float().abs() + 1
+
     def by_backend(backend: Any) -> list[torch.Tensor]:
         # Functions that this backend has beside the protocol's.
-        gain, norm = backend.gain_of(o.bias, o.gain), o.gain.float()
+        gain = backend.gain_of(m, norm)
         return [gain, *backend.gain_grads(o.bias.float(), gain, norm, True, True)]
 
-    def chain(dtype: torch.dtype) -> list[torch.Tensor]:
+    def of(dtype: torch.dtype, d_gain: torch.Tensor) -> list[torch.Tensor]:
         # In fp32 where a dtype is smaller, as in a layer.
         wide = torch.promote_types(dtype, torch.float32)
-        bias, norm = o.bias.to(wide), o.gain.to(wide)
-        gain = bias / norm
-        d_magnitude = bias / gain / norm
+        gain = m.to(wide) / norm.to(wide)
+        d_magnitude = d_gain.to(wide) / gain / norm.to(wide)
         return [gain, d_magnitude, -d_magnitude * gain]
 
+    # Kernels that divide m by the norm themselves.
+    spec = UpProjGradSpec(o.B, h=o.h, want_B=True)
+
+    def linear(backend: Backend) -> list[torch.Tensor]:
+        gain: Any = Gain(m, norm)
+        return [backend.linear(o.x, o.W, [UpProj(o.h, o.B)], gain)[0]]
+
+    def linear_chain(dtype: torch.dtype) -> list[torch.Tensor]:
+        gain = of(dtype, o.bias)[0]
+        return [(gain * o.inner(dtype, o.W)).to(dtype)]
+
+    def grad_output(backend: Any) -> list[torch.Tensor]:
+        gain = Gain(m, norm, by_gain=True, want_norm=True)
+        found = backend.grad_output(o.dy, [spec], gain, o.y)
+        grads = found.of_gain
+        if grads is None:
+            grads = backend.gain_grads(found.dot, found.gain, norm, True, True)
+        return [*found.adapters[0][:2], found.gain, *grads]
+
+    def grad_output_chain(dtype: torch.dtype) -> list[torch.Tensor]:
+        dy = o.dy.to(dtype)
+        gain, *grads = of(dtype, (dy * o.y.to(dtype)).sum(0))
+        dz = (gain * dy).to(dtype)
+        return [dz @ o.B.to(dtype), dz.t() @ o.h.to(dtype), gain, *grads]
+
     return [
-        Variant(name, "gain", by_backend, chain) for name in ("project", "linear", "grad_output")
+        *(
+            Variant(name, "gain", by_backend, lambda dtype: of(dtype, o.bias))
+            for name in ("project", "linear", "grad_output")
+        ),
+        Variant("linear", DIVIDED, linear, linear_chain),
+        Variant("grad_output", DIVIDED, grad_output, grad_output_chain),
     ]
