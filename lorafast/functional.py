@@ -15,6 +15,7 @@ from lorafast.engine import (
     philox,
     plain_products,
     reference,
+    weight_buffers,
 )
 from lorafast.engine.multi_adapter import Factors
 from lorafast.engine.precision import activation_dtype
@@ -26,6 +27,7 @@ from lorafast.engine.problem import (
 )
 from lorafast.engine.weight_buffers import WeightSource
 from lorafast.engine.weight_norm import NormPolicy
+from lorafast.quantised.weight import QuantisedWeight
 
 _COMPUTE = NormPolicy()
 # axis, dropout_on and keep as linear has them where nothing is asked of DoRA.
@@ -180,6 +182,53 @@ def _linear_checked(
         x = x.to(dtype)
     options = CallOptions(scaling, p, axis, dropout_on, kept, frozen_columns)
     return ops.linear(x, tensors, options, source)
+
+
+def by_quantised(
+    x: torch.Tensor, quantised: QuantisedWeight, tensors: LayerTensors, options: CallOptions
+) -> torch.Tensor:
+    """Return y [...,N] beside a quantised weight, which is dequantised here and in backward.
+
+    Args:
+        x: activation [...,K]; fp32, bf16 or fp16.
+        quantised: what gives W. Autograd keeps what it keeps beside a dense weight.
+        tensors: the other tensors of the call; their weight is ignored.
+        options: the options; dropout is that of this call.
+
+    Returns:
+        y in x's dtype, or autocast's.
+
+    Raises:
+        ValueError, TypeError: as linear; and where x is fp64.
+
+    Example:
+        import bitsandbytes
+        from lorafast.engine.problem import CallOptions, LayerTensors
+        from lorafast.quantised import formats
+        layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False).to("cpu")
+        tensors = LayerTensors(None, lora_A=torch.randn(4, 64), lora_B=torch.randn(32, 4))
+        x, weight = torch.randn(2, 64), formats.of(layer)
+        y = lorafast.functional.by_quantised(x, weight, tensors, CallOptions(keep="auto"))
+    """
+    called_in = activation_dtype(x)
+    # Autocast's, else the one that the module is told to compute in, else x's.
+    dtype = called_in if called_in != x.dtype else quantised.compute_dtype or called_in
+    if dtype not in QuantisedWeight.DTYPES:
+        allowed = ", ".join(map(str, QuantisedWeight.DTYPES))
+        raise TypeError(f"x is {x.dtype}; beside a quantised weight it must be of {allowed}")
+    if called_in == x.dtype != dtype:
+        x = x.to(dtype)
+    with weight_buffers.borrow(quantised, dtype) as weight:
+        if torch.is_grad_enabled():
+            y = _linear_checked(x, tensors._replace(weight=weight), options, source=quantised)
+        else:
+            _, bias, A, B, core, magnitude, norm, out_scale, lora_bias, seed, _ = tensors
+            scaling, p, axis, dropout_on, keep, frozen_columns = options
+            y = linear(
+                x, weight, bias, A, B, core, magnitude, norm, axis, out_scale, lora_bias,
+                scaling, p, dropout_on, keep, frozen_columns, seed,
+            )  # fmt: skip
+    return y if y.dtype == called_in else y.to(called_in)
 
 
 def _by_host(

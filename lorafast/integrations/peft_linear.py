@@ -15,7 +15,13 @@ from lorafast import functional
 from lorafast.engine import host, plain_products
 from lorafast.engine.multi_adapter import Factors
 from lorafast.engine.problem import tokens
-from lorafast.integrations import peft_calls, peft_cost, peft_lamda_variant, peft_support
+from lorafast.integrations import (
+    peft_calls,
+    peft_cost,
+    peft_lamda_variant,
+    peft_quantised,
+    peft_support,
+)
 from lorafast.models.explain import LayerCall
 from lorafast.runtime import extras
 
@@ -261,6 +267,8 @@ def convert(model: nn.Module, dropout_on: str, keep: str) -> None:
         if type(module) in (PeftLinear, Linear):
             module.__class__ = Linear
             module.lorafast_dropout_on, module.lorafast_keep = dropout_on, keep
+        elif peft_quantised.is_quantised(module):
+            peft_quantised.convert(module, dropout_on, keep)
         elif type(module) in (PeftLoraModel, LoraModel):
             module.__class__ = LoraModel
             module.lorafast_options = options
@@ -273,6 +281,8 @@ def why_not_convert(
 
     tokens: of a call. That PEFT's forward is quicker is asked anew at each call.
     """
+    if peft_quantised.is_quantised(layer):
+        return peft_quantised.why_not_layer(layer, dropout_on, keep)
     if why := peft_support.why_not_layer(layer, (PeftLinear, Linear), dropout_on, keep):
         return why
     names = peft_support.active_adapters(layer)
@@ -305,13 +315,16 @@ def restore(model: nn.Module) -> int:
         for layer in layers.values()
         if not any(peft_support.method_name(layer, name) == "LaMDA" for name in layer.lora_A)
     ]
-    for layer in layers.values():
+    quantised = [module for module in model.modules() if type(module) in peft_quantised.PEFTS]
+    for layer in (*layers.values(), *quantised):
         for name in ("lorafast_dropout_on", "lorafast_keep"):
             vars(layer).pop(name, None)
     for layer in restored:
         layer.__class__ = PeftLinear
+    for layer in quantised:
+        peft_quantised.restore(layer)
     for module in model.modules():
         if type(module) is LoraModel:
             module.__class__ = PeftLoraModel
             vars(module).pop("lorafast_options", None)
-    return len(restored)
+    return len(restored) + len(quantised)

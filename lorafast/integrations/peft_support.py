@@ -82,25 +82,33 @@ def why_not_call(
         dropout_on: DoRA's option, as in lorafast.DoRA.
         keep: DoRA's option, as in lorafast.DoRA.
     """
+    why = why_not_arguments(args, kwargs) or why_not_state(layer, dropout_on, keep)
+    return why or _why_not_input(layer, active_adapters(layer), x)
+
+
+def why_not_arguments(args: tuple, kwargs: dict) -> str | None:
+    """Return why the ops cannot serve a call with these arguments besides x, or None."""
     more = [
         name for name, value in kwargs.items() if value is not None or name not in _UNUSED_IF_NONE
     ]
-    if args or more:
-        return f"is called with {', '.join(more) or 'more than x'}"
-    why = why_not_state(layer, dropout_on, keep)
-    return why or _why_not_input(layer, active_adapters(layer), x)
+    return f"is called with {', '.join(more) or 'more than x'}" if args or more else None
 
 
 def why_not_state(layer: PeftLinear, dropout_on: str, keep: str) -> str | None:
     """Return why the ops cannot serve the layer in its present state, whatever x, or None."""
+    names = active_adapters(layer)
+    return why_not_active(layer) or _why_not_adapters(layer, names, dropout_on, keep)
+
+
+def why_not_active(layer: PeftLinear) -> str | None:
+    """Return why no adapter of the layer works now, or works unusually, or None."""
     if layer.disable_adapters:
         return "the adapters are disabled"
     if layer.merged:
         return "the adapters are merged"
     if not layer.cast_input_dtype_enabled:
         return "casting of its input is disabled"
-    names = active_adapters(layer)
-    return _why_not_adapters(layer, names, dropout_on, keep) if names else "no adapter is active"
+    return None if active_adapters(layer) else "no adapter is active"
 
 
 def why_not_layer(
@@ -133,7 +141,7 @@ def _why_not_adapters(
     if drops_base and keep == "output" and dropout_on == "both":
         return "keep='output' cannot serve dropout_on='both'"
     for name in names:
-        if why := _why_not_adapter(layer, name):
+        if why := why_not_adapter(layer, name):
             return why
     return None
 
@@ -154,7 +162,7 @@ def _why_not_base(layer: PeftLinear) -> str | None:
     return None
 
 
-def _why_not_adapter(layer: PeftLinear, name: str) -> str | None:
+def why_not_adapter(layer: PeftLinear, name: str) -> str | None:
     A, B, dropout = adapter_modules(layer, name)
     if type(A) is not nn.Linear or type(B) not in (nn.Linear, peft_lamda_variant.UpProjection):
         return f"its lora_A and lora_B are a {type_name(A)} and a {type_name(B)}"

@@ -15,6 +15,7 @@ from lorafast.models.module_names import canonical_name
 from lorafast.nn.merge_mixin import MergeResult
 from lorafast.nn.quantised_linear import QuantisedLinear
 from lorafast.quantised import formats
+from lorafast.quantised.weight import QuantisedWeight
 
 WAYS = ("dequantise", "requantise")
 
@@ -57,8 +58,8 @@ def merge_quantised(
         raise ValueError(f"into={into!r} must be one of {', '.join(map(repr, WAYS))}")
     if dtype is not None and into == "requantise":
         raise ValueError(f"dtype={dtype} is of dense weights: leave it out with 'requantise'")
-    if dtype not in (None, *QuantisedLinear.DTYPES):
-        allowed = ", ".join(map(str, QuantisedLinear.DTYPES))
+    if dtype not in (None, *QuantisedWeight.DTYPES):
+        allowed = ", ".join(map(str, QuantisedWeight.DTYPES))
         raise TypeError(f"dtype={dtype} must be one of {allowed}")
     layers = collect_layers(model)
     quantised = {one: names for one, names in layers.items() if isinstance(one, QuantisedLinear)}

@@ -8,8 +8,6 @@ import torch
 from torch import nn
 
 from lorafast import functional
-from lorafast.engine import weight_buffers
-from lorafast.engine.precision import activation_dtype
 from lorafast.engine.problem import CallOptions, LayerTensors
 from lorafast.methods.adapter import Adapter
 from lorafast.nn.linear import AdapterLinearBase, probability
@@ -36,9 +34,6 @@ class QuantisedLinear(AdapterLinearBase):
         quantised: its weight as a lorafast.quantised.weight.QuantisedWeight.
     """
 
-    # What W is dequantised into.
-    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
     base_layer: nn.Module
     quantised: QuantisedWeight
 
@@ -52,46 +47,18 @@ class QuantisedLinear(AdapterLinearBase):
         return self._call(input)
 
     def _call(self, input: torch.Tensor) -> torch.Tensor:
-        dtype, called_in = self._dtype_of_call(input), activation_dtype(input)
-        x = input if input.dtype == dtype or called_in != input.dtype else input.to(dtype)
-        with weight_buffers.borrow(self.quantised, dtype) as weight:
-            y = self._by_weight(x, weight)
-        return y if y.dtype == called_in else y.to(called_in)
-
-    def _dtype_of_call(self, x: torch.Tensor) -> torch.dtype:
-        """Return autocast's dtype, else the one that the module is told to compute in, else x's."""
-        dtype = activation_dtype(x)
-        if dtype == x.dtype:
-            dtype = self.quantised.compute_dtype or dtype
-        if dtype not in self.DTYPES:
-            allowed = ", ".join(map(str, self.DTYPES))
-            raise TypeError(f"x is {x.dtype}; beside a quantised weight it must be of {allowed}")
-        return dtype
-
-    def _by_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        adapter, tensors, options = self.adapter, self._tensors_with(weight), self._call_options()
-        if torch.is_grad_enabled():
-            return functional._linear_checked(x, tensors, options, source=self.quantised)
-        _, bias, A, B, core, magnitude, norm, out_scale, lora_bias, *_ = tensors
-        return functional.linear(
-            x, weight, bias, A, B, core, magnitude, norm, adapter.axis, out_scale, lora_bias,
-            self.scaling, options.dropout, adapter.dropout_on, adapter.keep,
-            options.frozen_columns,
-        )  # fmt: skip
-
-    def _tensors_with(self, weight: torch.Tensor) -> LayerTensors:
-        return LayerTensors(
-            weight, self.bias, self.lora_A, self.lora_B, self.lora_core, self.lora_magnitude,
-            None, self.lora_out_scale, self.lora_bias,
-        )  # fmt: skip
-
-    def _call_options(self) -> CallOptions:
-        """Return the options of a call now, as lorafast.functional takes them."""
-        dropout, p, adapter = self.lora_dropout, 0.0, self.adapter
+        adapter, dropout, p = self.adapter, self.lora_dropout, 0.0
         if type(dropout) is not nn.Identity:
             p = probability(dropout)
+        tensors = LayerTensors(
+            None, self.bias, self.lora_A, self.lora_B, self.lora_core, self.lora_magnitude,
+            None, self.lora_out_scale, self.lora_bias,
+        )  # fmt: skip
         frozen = self.frozen_columns if self.freezing else 0
-        return CallOptions(self.scaling, p, adapter.axis, adapter.dropout_on, adapter.keep, frozen)
+        options = CallOptions(
+            self.scaling, p, adapter.axis, adapter.dropout_on, adapter.keep, frozen
+        )
+        return functional.by_quantised(input, self.quantised, tensors, options)
 
     def _attach(
         self, adapter: Adapter | None, adapter_dtype: torch.dtype | None, start: bool = True

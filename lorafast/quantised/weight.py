@@ -24,6 +24,9 @@ class QuantisedWeight(ABC):
         module: the quantised layer.
     """
 
+    # What W can be dequantised into.
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
 
