@@ -163,6 +163,7 @@ def _why_not_base(layer: PeftLinear) -> str | None:
 
 
 def why_not_adapter(layer: PeftLinear, name: str) -> str | None:
+    """Return why the ops cannot serve one adapter of a layer, or None."""
     A, B, dropout = adapter_modules(layer, name)
     if type(A) is not nn.Linear or type(B) not in (nn.Linear, peft_lamda_variant.UpProjection):
         return f"its lora_A and lora_B are a {type_name(A)} and a {type_name(B)}"
