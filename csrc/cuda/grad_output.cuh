@@ -205,9 +205,11 @@ struct GradOutput {
       const int first = column + 32 * half + 8 * c;
       const float* from = F.B + first * F.B_down + g * F.B_right;
       float value[2][8];
+      // The lanes of the same columns divide one of eight each.
+      const float own_s = first < N ? F.s * F.gain.at(first + g) : 0.0f;
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const float s = first < N ? F.s * F.gain.at(first + n) : 0.0f;
+        const float s = __shfl_sync(0xFFFFFFFFu, own_s, 4 * n + c);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const bool within = first < N && g + 8 * i < u_ranks;
