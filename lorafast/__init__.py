@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lorafast.models.gradients import estimate_gradients
     from lorafast.models.merge import merge, merge_and_unload, unload
     from lorafast.models.merge_quantised import merge_quantised
+    from lorafast.models.quantize_base import quantize_base
     from lorafast.models.ranks import spectral_ranks
     from lorafast.models.reference_model import reference_model
     from lorafast.models.start import start_adapters
@@ -49,8 +50,8 @@ __all__ = [
     "LoRAGA", "PiSSA", "VeRA", "accelerate", "adapt", "adapter_parameters", "adapter_state_dict",
     "adapters_without_gradient", "disable_adapter", "estimate_gradients", "explain", "linear",
     "list_methods", "load_adapter", "merge", "merge_and_unload", "merge_quantised", "patch_peft",
-    "reference_model", "restore", "save_adapter", "spectral_ranks", "start_adapters",
-    "trainable_summary", "unload",
+    "quantize_base", "reference_model", "restore", "save_adapter", "spectral_ranks",
+    "start_adapters", "trainable_summary", "unload",
 ]  # fmt: skip
 
 # The module below lorafast that defines each name. Importing torch takes seconds, which a command
@@ -75,6 +76,7 @@ _DEFINED_IN = {
     "models.gradients": ("estimate_gradients",),
     "models.merge": ("merge", "merge_and_unload", "unload"),
     "models.merge_quantised": ("merge_quantised",),
+    "models.quantize_base": ("quantize_base",),
     "models.ranks": ("spectral_ranks",),
     "models.reference_model": ("reference_model",),
     "models.start": ("start_adapters",),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lorafast.engine.row_blocks import row_blocks
 from lorafast.quantised.weight import QuantisedWeight
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
@@ -58,7 +59,9 @@ class FP8(QuantisedWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the bias where it has one of 16 or more bits, else bf16."""
+        """The module's dense_dtype; else the dtype of a bias of 16 or more bits; else bf16."""
+        if dense := getattr(self.module, "dense_dtype", None):
+            return dense
         bias = getattr(self.module, "bias", None)
         return torch.bfloat16 if bias is None or bias.itemsize < 2 else bias.dtype
 
@@ -82,19 +85,28 @@ class FP8(QuantisedWeight):
         return None
 
     def _put(self, weight: torch.Tensor) -> None:
+        height = self._block(self._scale())[0]
+        # The rows of whole blocks, so that no fp32 copy has the weight's size.
+        step = max(1, next(row_blocks(weight), slice(0, 1)).stop // height) * height
+        for start in range(0, self.shape[0], step):
+            self._put_rows(weight[start : start + step], start)
+
+    def _put_rows(self, rows: torch.Tensor, start: int) -> None:
+        """Quantise rows that begin with row `start`, the first of a block."""
         held, scale = self.module.weight, self._scale()
-        (N, K), (height, width) = self.shape, self._block(scale)
-        rows, columns = _grid(scale).shape
+        (N, K), (height, width) = rows.shape, self._block(scale)
+        first, count, columns = start // height, -(-N // height), _grid(scale).shape[1]
+        grid = _grid(scale)[first : first + count]
         padded = nn.functional.pad(
-            weight.float(), (0, columns * width - K, 0, rows * height - N)
-        ).view(rows, height, columns, width)
+            rows.float(), (0, columns * width - K, 0, count * height - N)
+        ).view(count, height, columns, width)
         # A block of zeros has any scale but 0.
         largest = padded.abs().amax(dim=(1, 3)).clamp_(min=1e-12)
-        scale.copy_((largest / torch.finfo(held.dtype).max).view_as(scale))
+        grid.copy_(largest / torch.finfo(held.dtype).max)
         # The scale as it was stored, perhaps rounded down; beyond the largest value FP8 has none.
-        values = padded / _grid(scale).float()[:, None, :, None]
+        values = padded / grid.float()[:, None, :, None]
         values.clamp_(-torch.finfo(held.dtype).max, torch.finfo(held.dtype).max)
-        held.copy_(values.view(rows * height, columns * width)[:N, :K])
+        held[start : start + N].copy_(values.view(count * height, columns * width)[:N, :K])
 
     def _scale(self) -> torch.Tensor | None:
         for name in _SCALES:

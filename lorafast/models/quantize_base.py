@@ -1,0 +1,254 @@
+"""lorafast.quantize_base: the linears of a loaded dense model, quantised in place."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from lorafast.engine import checks
+from lorafast.engine.row_blocks import row_blocks
+from lorafast.methods.lora import LoRA
+from lorafast.models.adapt import refuse_parallel, replace_module, weight_matrix
+from lorafast.models.adapt_spec import AdaptSpec
+from lorafast.models.module_names import canonical_name, require_module
+from lorafast.models.tables import text_table
+from lorafast.models.target_modules import find_targets, is_conv1d, parameter_owners
+from lorafast.quantised import formats
+from lorafast.quantised.fp8_linear import FP8Linear
+from lorafast.quantised.weight import QuantisedWeight
+from lorafast.runtime import extras
+from lorafast.runtime.torch_internals import share_call_hooks, storage_key
+
+BITS = ("fp8", "nf4", "int8")
+# bitsandbytes quantises to int8 from fp16, which has nothing larger.
+_LARGEST = {"fp8": float("inf"), "nf4": float("inf"), "int8": torch.finfo(torch.float16).max}
+# How many layers a report prints.
+_SHOWN = 10
+
+
+class QuantisedLayer(NamedTuple):
+    """What quantising one layer did.
+
+    Attributes:
+        error: ‖Q(W) - W‖ / ‖W‖, where Q(W) is the quantised weight.
+        bytes_before: bytes of the dense weight.
+        bytes_after: bytes of the quantised one, with its scales and tables, in a state dict.
+    """
+
+    error: float
+    bytes_before: int
+    bytes_after: int
+
+
+class QuantisationReport(NamedTuple):
+    """What quantize_base did. str() gives a table of the layers with the largest errors.
+
+    Attributes:
+        bits: the format.
+        layers: the layers by name, in the order of the model.
+    """
+
+    bits: str
+    layers: dict[str, QuantisedLayer]
+
+    def __str__(self) -> str:
+        before = sum(layer.bytes_before for layer in self.layers.values())
+        after = sum(layer.bytes_after for layer in self.layers.values())
+        first = (
+            f"{len(self.layers)} layers in {self.bits}: {_size(before)} of weights became "
+            f"{_size(after)}"
+        )
+        worst = sorted(self.layers.items(), key=lambda item: -item[1].error)
+        lines = [
+            (name, f"{layer.error:.2e}", _size(layer.bytes_before), _size(layer.bytes_after))
+            for name, layer in worst[:_SHOWN]
+        ]
+        header = ("layer", "error", "before", "after")
+        table = text_table(header, lines, right=header[1:])
+        if rest := len(worst) - len(lines):
+            table.append(f"{rest} more, of errors up to {worst[_SHOWN][1].error:.2e}")
+        return "\n".join([first, *table])
+
+
+@torch.no_grad()
+def quantize_base(
+    model: nn.Module,
+    bits: str,
+    target_modules: str | Collection[str] = "all-linear",
+    *,
+    exclude_modules: str | Collection[str] | None = None,
+) -> QuantisationReport:
+    """Quantise the linears of a dense model in place, before lorafast.adapt, and return the errors.
+
+    All checks come before the first change. Then each layer's dense weight is freed before the next
+    layer is quantised, on the device where it is, unless somebody else holds it (an optimizer, a
+    state dict). What fails midway, such as an allocation, leaves the layers before it quantised.
+    Biases stay the same Parameters; hooks of a layer's call move to the quantised one.
+
+    Args:
+        model: any module that is not adapted yet, with weights in fp32, bf16 or fp16.
+        bits: "fp8" is e4m3 with one scale a row, in torch alone; "nf4" is bitsandbytes' Linear4bit
+            with double quantisation, in blocks of 64; "int8" is its Linear8bitLt, which keeps no
+            fp16 weights, with the threshold 6.
+        target_modules: the linears, as in lorafast.adapt; "all-linear" leaves out the output head.
+        exclude_modules: those to leave out, as in lorafast.adapt.
+
+    Returns:
+        A QuantisationReport: bits, and for each layer its relative error and its bytes before and
+        after. print it for a table.
+
+    Raises:
+        ValueError: bits is no such word; a name matches nothing; the model is adapted already; a
+            weight is tied to another, on the meta device, empty, not finite, or too large for int8.
+        TypeError: a match is no plain nn.Linear or Conv1D, is quantised already, is fp64, has a
+            patched forward (offloading), or model is no module or a linear itself.
+        ModuleNotFoundError: bitsandbytes is not installed: it comes with the extra `quant`.
+
+    Example:
+        import torch, lorafast
+
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        print(lorafast.quantize_base(model, "fp8"))
+        lorafast.adapt(model, lorafast.LoRA(r=4))
+
+    Source:
+        QLoRA's NF4 and double quantisation: arXiv:2305.14314; LLM.int8(): arXiv:2208.07339
+    """
+    checks.word("bits", bits, BITS)
+    require_module(model)
+    if isinstance(model, nn.Linear):
+        raise TypeError(f"model is itself a {type(model).__name__} and cannot be replaced in place")
+    refuse_parallel(model)
+    if bits != "fp8":
+        with extras.required("quant"):
+            importlib.import_module("bitsandbytes")
+    # The list holds names alone: a module in it would keep its dense weight.
+    names = _checked_names(model, bits, target_modules, exclude_modules)
+    return QuantisationReport(
+        bits, {canonical_name(one[0]): _quantise_layer(model, one, bits) for one in names}
+    )
+
+
+def _checked_names(
+    model: nn.Module,
+    bits: str,
+    target_modules: str | Collection[str],
+    exclude_modules: str | Collection[str] | None,
+) -> list[list[str]]:
+    """Return all names of each linear to quantise. Raises what quantize_base raises of a layer."""
+    # adapt's own choice of modules, and its refusals; which adapter it is for has no part in them.
+    spec = AdaptSpec(LoRA(r=1), target_modules, exclude_modules)
+    targets = find_targets(model, spec)
+    owners = parameter_owners(model)
+    for module, names in targets.items():
+        if why := _why_not_linear(module):
+            raise TypeError(f"target_modules={target_modules!r} matches {names[0]}, which {why}")
+    for module, names in targets.items():
+        weight: Any = module.weight
+        holders = {} if weight.is_meta else owners[storage_key(weight)]
+        if len(holders) > 1:
+            raise ValueError(
+                f"{' and '.join(holders.values())} are one tensor: leave {names[0]} out by "
+                "exclude_modules"
+            )
+    for module, names in targets.items():
+        if why := _why_not_values(cast(torch.Tensor, module.weight), bits):
+            raise ValueError(f"{names[0]}: {why}")
+    return list(targets.values())
+
+
+def _why_not_linear(module: nn.Module) -> str | None:
+    if (quantised := formats.of(module)) is not None:
+        return f"is quantised already: {quantised.kind}"
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        return f"is a {type(module).__name__}, and no linear layer"
+    weight = cast(torch.Tensor, module.weight)
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
+        return f"has a {type(weight).__name__} for a weight: quantise it before it is sharded"
+    if weight.dtype not in QuantisedWeight.DTYPES:
+        return f"has a weight in {weight.dtype}: cast it to fp32, bf16 or fp16 first"
+    return None
+
+
+def _why_not_values(weight: torch.Tensor, bits: str) -> str | None:
+    if weight.is_meta:
+        return "its weight is on the meta device: load it first"
+    if not weight.numel():
+        return f"its weight {tuple(weight.shape)} has no elements"
+    # A NaN is the largest of any block, and no comparison with it is True.
+    largest = [weight[block].abs().amax() for block in row_blocks(weight)]
+    found = torch.stack(largest).amax().item()
+    if not found < float("inf"):
+        return f"its weight {tuple(weight.shape)} is not finite"
+    if found > _LARGEST[bits]:
+        return f"its weight has {found:.4g}, beyond what bitsandbytes quantises to {bits}"
+    return None
+
+
+def _quantise_layer(model: nn.Module, names: list[str], bits: str) -> QuantisedLayer:
+    """Quantise one layer of the model."""
+    dense = model.get_submodule(names[0])
+    weight = weight_matrix(dense)
+    module = {"fp8": _fp8, "nf4": _nf4, "int8": _int8}[bits](weight, cast(Any, dense.bias))
+    share_call_hooks(dense, module)
+    replace_module(model, names, module.train(dense.training))
+    held = module.state_dict()
+    after = sum(one.nbytes for name, one in held.items() if name != "bias")
+    return QuantisedLayer(_error(formats.of(module), weight), weight.nbytes, after)
+
+
+def _fp8(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Module:
+    N, K = weight.shape
+    module = FP8Linear(K, N, bias, weight.dtype, weight.device)
+    formats.of(module).requantise(weight)
+    return module
+
+
+def _nf4(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Module:
+    import bitsandbytes as bnb
+
+    N, K = weight.shape
+    module = bnb.nn.Linear4bit(K, N, bias is not None, quant_type="nf4", device="meta")
+    packed: Any = bnb.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=module
+    )
+    # The move quantises it, from whatever device.
+    module.weight = packed.to(weight.device)
+    module.bias = bias
+    return module
+
+
+def _int8(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Module:
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    N, K = weight.shape
+    module = bnb.nn.Linear8bitLt(
+        K, N, bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"
+    )
+    # Int8Params quantises what comes from a CPU alone.
+    packed, row_max, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+    module.weight = bnb.nn.Int8Params(
+        packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=row_max
+    )
+    module.bias = bias
+    return module
+
+
+def _error(quantised: QuantisedWeight, weight: torch.Tensor) -> float:
+    """Return ‖Q(W) - W‖ / ‖W‖ from blocks of rows; 0 for a weight of zeros."""
+    sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    for block in row_blocks(weight):
+        rows = weight[block].float()
+        difference = quantised.rows(block.start, block.stop, torch.float32) - rows
+        sums += torch.stack([difference.double().square().sum(), rows.double().square().sum()])
+    error, size = sums.tolist()
+    return (error / size) ** 0.5 if size else 0.0
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
