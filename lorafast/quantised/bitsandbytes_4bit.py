@@ -99,6 +99,9 @@ class BitsAndBytes4Bit(QuantisedWeight):
     def whole(self, out: torch.Tensor) -> torch.Tensor:
         """Write W into out and return it: on a GPU by bitsandbytes' kernel, in W's own dtype."""
         state = self._state()
+        rounds_once = _dequantised_dtype(state) in (torch.float32, out.dtype)
+        if out.device.type == "cpu" and rounds_once and not _is_packed_for_cpu(state):
+            return self._rows(state, 0, self.shape[0], out)
         served = out.device.type != "cpu" and out.dtype == state.dtype and state.absmax.dim() == 1
         if not served or env.is_forced("triton"):
             return super().whole(out)
@@ -115,15 +118,19 @@ class BitsAndBytes4Bit(QuantisedWeight):
             if _is_packed_for_cpu(state):
                 return self._rows_for_cpu(state, start, stop).to(own).to(dtype)
             # One rounding does where W's own dtype rounds nothing.
-            return self._rows(state, start, stop, dtype if own == torch.float32 else own).to(dtype)
+            out = torch.empty(
+                (stop - start, self.shape[1]),
+                dtype=dtype if own == torch.float32 else own,
+                device=self.device,
+            )
+            return self._rows(state, start, stop, out).to(dtype)
 
-    def _rows(self, state: Any, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows rounded once from fp32, from the blocks that hold them."""
+    def _rows(self, state: Any, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
+        """Write rows into out, rounded once from fp32, from the blocks that hold them."""
         K, blocksize = self.shape[1], state.blocksize
         first, last = start * K // blocksize, -(-stop * K // blocksize)
         begin = first * blocksize
         packed = _bytes(self.module.weight)[begin // 2 : (stop * K + 1) // 2]
-        out = packed.new_empty((stop - start, K), dtype=dtype)
         absmax, code = _absmax(state, first, last), state.code.float()
         return dequantise_4bit(packed, absmax, code, blocksize, start * K - begin, out)
 
