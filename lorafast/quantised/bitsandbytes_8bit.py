@@ -49,11 +49,20 @@ class BitsAndBytes8Bit(QuantisedWeight):
         """The dtype of the bias, or fp16, from which bitsandbytes quantises."""
         return torch.float16 if self.module.bias is None else self.module.bias.dtype
 
+    def whole(self, out: torch.Tensor) -> torch.Tensor:
+        """Write W into out, in fp32 without a temporary, and return it."""
+        if out.dtype != torch.float32:
+            return super().whole(out)
+        with torch.no_grad():
+            # torch multiplies mixed dtypes slowly.
+            return out.copy_(self.module.weight).mul_(self._row_max()[:, None]).mul_(_STEP)
+
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Return rows start .. stop of W, rounded once from fp32."""
         with torch.no_grad():
             row_max = self._row_max()[start:stop, None]
-            return (self.module.weight.detach()[start:stop] * row_max).mul_(_STEP).to(dtype)
+            block = self.module.weight.detach()[start:stop].float()
+            return block.mul_(row_max).mul_(_STEP).to(dtype)
 
     def why_not_requantised(self) -> str | None:
         """Return why the weight cannot be read; None if it can."""
