@@ -12,6 +12,7 @@ from torch import nn
 from lorafast.engine import checks
 from lorafast.engine.row_blocks import row_blocks
 from lorafast.methods.lora import LoRA
+from lorafast.models import task_heads
 from lorafast.models.adapt import refuse_parallel, replace_module, weight_matrix
 from lorafast.models.adapt_spec import AdaptSpec
 from lorafast.models.module_names import canonical_name, require_module
@@ -195,6 +196,7 @@ def _quantise_layer(model: nn.Module, names: list[str], bits: str) -> QuantisedL
     weight = weight_matrix(dense)
     module = {"fp8": _fp8, "nf4": _nf4, "int8": _int8}[bits](weight, cast(Any, dense.bias))
     share_call_hooks(dense, module)
+    task_heads.keep_loaded_mark(cast(Any, dense.weight), cast(Any, module.weight))
     replace_module(model, names, module.train(dense.training))
     held = module.state_dict()
     after = sum(one.nbytes for name, one in held.items() if name != "bias")

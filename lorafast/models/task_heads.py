@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorafast.engine import checks
@@ -101,6 +102,12 @@ def warn_about_unsaved(model: nn.Module) -> None:
         "saves them",
         stacklevel=3,
     )
+
+
+def keep_loaded_mark(before: torch.Tensor, after: torch.Tensor) -> None:
+    """Mark a tensor that was made from another as loaded if transformers marked that so."""
+    if hasattr(before, _LOADED):
+        setattr(after, _LOADED, getattr(before, _LOADED))
 
 
 def _outermost_transformers(model: nn.Module) -> list[tuple[str, Any]]:
