@@ -43,6 +43,8 @@ class Report:
 def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inner") -> Report:
     """Run every PEFT lora.Linear of the model on lorafast's ops, in place, by changing its class.
 
+    It does the same with PEFT's layers on weights that bitsandbytes or torchao quantised.
+
     Parameters, names, the state dict, the config, hooks and every method except forward stay
     PEFT's. Each call checks whether the ops can serve it, and otherwise runs PEFT's own forward.
     Adapters that a PeftModel gets later are covered; after add_adapter of a transformers model on
@@ -117,9 +119,10 @@ def patch_peft() -> Iterator[None]:
     """Return a context in which PEFT builds its lora.Linear layers on lorafast's ops.
 
     It reaches get_peft_model, PeftModel.from_pretrained, and trainers that call them with a
-    peft_config. Quantised and other layers stay PEFT's. What was built stays on lorafast's ops
-    afterwards; restore() undoes it, and accelerate() also covers adapters that are added to other
-    modules later. Keep the block short: inside it, models that PEFT built before cannot be pickled.
+    peft_config. Layers on quantised weights stay PEFT's until accelerate(), others always. What was
+    built stays on lorafast's ops afterwards; restore() undoes it, and accelerate() also covers
+    adapters that are added to other modules later. Keep the block short: inside it, models that
+    PEFT built before cannot be pickled.
 
     Returns:
         A context manager that yields None.

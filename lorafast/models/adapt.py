@@ -67,9 +67,9 @@ def adapt(
         model: any module that is not adapted yet; adapt before wrapping it in DDP.
         adapter: an adapter such as lorafast.LoRA(r=8), or a PEFT LoraConfig or VeraConfig, which
             then sets everything except seed and adapter_dtype.
-        target_modules: "all-linear" (every nn.Linear and transformers Conv1D except the output
-            head), a regular expression that matches whole names, or a list of names, each a whole
-            name or its end after a dot. nn.Embedding can be named too.
+        target_modules: "all-linear" (every nn.Linear, quantised linear and transformers Conv1D
+            except the output head), a regular expression that matches whole names, or a list of
+            names, each a whole name or its end after a dot. nn.Embedding can be named too.
         exclude_modules: a regular expression or names, as above, of modules to leave out.
         rank_pattern: {regular expression: r} for layers whose name, or its end after a dot,
             matches.
@@ -91,10 +91,11 @@ def adapt(
 
     Raises:
         ValueError: a name or pattern matches nothing, task_type is unknown or its head not found, a
-            weight that an init would change is tied to another, or the model is adapted already or
-            inside DistributedDataParallel.
-        TypeError: a match is no plain nn.Linear, Conv1D or nn.Embedding, is quantised, or has a
-            patched forward (offloading). Hooks of its call move to the adapted layer.
+            weight that an init would change is quantised or tied to another, or the model is
+            adapted already or inside DistributedDataParallel.
+        TypeError: a match is no plain nn.Linear, Conv1D or nn.Embedding, is quantised in an unknown
+            format or damaged there, or has a patched forward (offloading). Hooks of its call move
+            to the adapted layer.
 
     Example:
         import torch, lorafast

@@ -54,8 +54,8 @@ def why_not_replaceable(
                 "lorafast.merge_and_unload(model)"
             )
         return (
-            f"{kind}: load the model unquantised (lorafast adapts fp64, fp32, bf16 and fp16), "
-            f"{_LEAVE_TO_PEFT}"
+            f"{kind}: load the model unquantised (lorafast adapts fp64, fp32, bf16, fp16 and "
+            f"the formats of docs/quantised.md), {_LEAVE_TO_PEFT}"
         )
     return why_not_plain or _why_state_is_lost(module) or _why_skipped_in_eval(model, name)
 

@@ -121,7 +121,8 @@ class QuantisedLinear(AdapterLinearBase):
 def why_not_quantised(module: nn.Module) -> str | None:
     """Return why a QuantisedLinear cannot replace this module of a known format, or None."""
     weight = formats.of(module)
-    return None if weight is None else weight.why_not()
+    why = None if weight is None else weight.why_not()
+    return None if why is None else f"has a quantised weight that cannot be read: {why}"
 
 
 def _why_not_adapter(adapter: Adapter | None) -> str | None:
