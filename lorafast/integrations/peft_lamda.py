@@ -16,7 +16,7 @@ from lorafast.engine import checks
 from lorafast.integrations import peft_lamda_variant, peft_support
 from lorafast.integrations.peft_linear import Linear
 from lorafast.methods.lamda import INITS, LaMDA
-from lorafast.models.peft_config import LAMDA
+from lorafast.models.peft_config import LAMDA, OLD_LAMDA
 from lorafast.runtime import extras
 
 with extras.required("peft"):
@@ -109,7 +109,7 @@ class LamdaConfig(LoraConfig):
 
         ValueError if the file is of another method.
         """
-        if (peft_type := kwargs.pop("peft_type", LAMDA)) != LAMDA:
+        if (peft_type := kwargs.pop("peft_type", LAMDA)) not in (LAMDA, OLD_LAMDA):
             raise ValueError(
                 f"peft_type={peft_type!r} is no LaMDA: peft.PeftConfig.from_pretrained reads it"
             )

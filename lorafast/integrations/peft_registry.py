@@ -56,7 +56,12 @@ class AfloraEntry(_UnreadableEntry):
 
 
 # By peft_type, as lorafast.models.peft_config writes them.
-ENTRIES = {"LAMDA": LamdaEntry, "LORAFAST_DORA_IN": DoraInEntry, "LORAFAST_AFLORA": AfloraEntry}
+ENTRIES = {
+    "LAMDA_NEEDS_IMPORT_LORAFAST": LamdaEntry,
+    "LAMDA": LamdaEntry,
+    "LORAFAST_DORA_IN": DoraInEntry,
+    "LORAFAST_AFLORA": AfloraEntry,
+}
 
 
 def install() -> None:

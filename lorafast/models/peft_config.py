@@ -24,7 +24,11 @@ from lorafast.models import adalora_format, fused_experts, task_heads
 from lorafast.models.adapt_spec import AdaptSpec
 
 # peft_type of methods that PEFT lacks, so that PEFT refuses them instead of reading another method.
-LAMDA, DORA_IN, AFLORA = "LAMDA", "LORAFAST_DORA_IN", "LORAFAST_AFLORA"
+# A PEFT without lorafast says nothing but KeyError and this word, so the word says what is missing.
+LAMDA = "LAMDA_NEEDS_IMPORT_LORAFAST"
+DORA_IN, AFLORA = "LORAFAST_DORA_IN", "LORAFAST_AFLORA"
+# LaMDA's in files of before.
+OLD_LAMDA = "LAMDA"
 
 # Fields that do not change what a layer computes: who wrote the file and for what, or how weights
 # are laid out.
@@ -120,6 +124,7 @@ def spec_from_config(config: dict[str, Any], loading: bool = False) -> AdaptSpec
         "VERA": _read_vera,
         "ADALORA": _read_adalora,
         LAMDA: _read_lamda,
+        OLD_LAMDA: _read_lamda,
         DORA_IN: _read_dora_in,
         AFLORA: _read_aflora,
     }

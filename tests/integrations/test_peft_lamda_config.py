@@ -53,7 +53,7 @@ def test_it_survives_the_disk(tmp_path, dtype, fields, meta):
     want = model(X.to(dtype))
     model.save_pretrained(tmp_path)
     told = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (told["peft_type"], told["init_lora_weights"]) == ("LAMDA", True)
+    assert (told["peft_type"], told["init_lora_weights"]) == (peft_config.LAMDA, True)
     keys = {
         f"base_model.model.{name}.{part}"
         for name in ALL
@@ -142,7 +142,21 @@ def test_a_peft_without_lorafast_refuses_the_file(tmp_path):
     told = subprocess.run(
         [sys.executable, "-c", lone, tmp_path], capture_output=True, text=True, check=True
     )
-    assert told.stdout.strip() == "'LAMDA'"
+    assert told.stdout.strip() == "'LAMDA_NEEDS_IMPORT_LORAFAST'"
+
+
+def test_the_word_of_older_files_is_read(tmp_path):
+    model = lamda_model(targets=["up"])
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace(peft_config.LAMDA, "LAMDA"))
+    for read in (
+        lambda: peft.PeftModel.from_pretrained(Net(), tmp_path),
+        lambda: lorafast.load_adapter(Net(), tmp_path),
+    ):
+        torch.manual_seed(0)
+        read()
+    assert type(peft.PeftConfig.from_pretrained(tmp_path)) is LamdaConfig
 
 
 def _run(code, *arguments, paths=()):
@@ -209,7 +223,12 @@ def test_peft_says_what_reads_the_files_of_other_methods(adapter, told, tmp_path
 
 
 def test_the_entries_are_those_of_the_files():
-    own = {peft_config.LAMDA, peft_config.DORA_IN, peft_config.AFLORA}
+    own = {
+        peft_config.LAMDA,
+        peft_config.OLD_LAMDA,
+        peft_config.DORA_IN,
+        peft_config.AFLORA,
+    }
     assert set(peft_registry.ENTRIES) == own
     assert own <= set(peft.PEFT_TYPE_TO_CONFIG_MAPPING)
 
@@ -223,7 +242,7 @@ def test_peft_is_found_as_before(small_peft):
         "import peft, inspect\n"
         "assert 'exec_module' not in vars(peft.__spec__.loader)\n"
         "assert peft.__spec__.origin == spec.origin == inspect.getfile(peft)\n"
-        "print('LAMDA' in peft.PEFT_TYPE_TO_CONFIG_MAPPING)"
+        "print('LAMDA_NEEDS_IMPORT_LORAFAST' in peft.PEFT_TYPE_TO_CONFIG_MAPPING)"
     )
     assert _run(code, paths=[small_peft]) == "True"
 
@@ -235,7 +254,7 @@ def test_peft_is_found_past_finders_of_the_old_protocol(small_peft):
         "    def find_module(self, name, path=None): return None\n"
         "sys.meta_path.insert(0, Old())\n"
         "import lorafast, peft\n"
-        "print('LAMDA' in peft.PEFT_TYPE_TO_CONFIG_MAPPING)"
+        "print('LAMDA_NEEDS_IMPORT_LORAFAST' in peft.PEFT_TYPE_TO_CONFIG_MAPPING)"
     )
     assert _run(code, paths=[small_peft]) == "True"
 
