@@ -90,6 +90,7 @@ def _model(asked: argparse.Namespace, arguments: list[str]) -> int:
         seconds=asked.seconds or math.inf,
         warmup=asked.warmup,
         seed=asked.seed,
+        base_formats=asked.base,
     )
     with Progress(model.progress_total(plan)) as progress:
         return _collect(model.run(plan, progress), asked, device, arguments, progress)

@@ -10,6 +10,8 @@ from pathlib import Path
 import lorafast
 from lorafast.bench.cases import implementations, shapes
 from lorafast.bench.cases.choices import (
+    BASE_FORMATS,
+    DENSE,
     DROPOUT_ON,
     DTYPES,
     ENCODERS,
@@ -70,6 +72,9 @@ def _model(command: Command) -> None:
     add = command.add_argument
     help_text = f"{', '.join(ENCODERS)}: its weights come with a package"
     add("--model", type=one_of(ENCODERS), default="minilm", metavar="NAME", help=help_text)
+    help_text = f"some of {', '.join(BASE_FORMATS)}: how its linears hold their weights"
+    words = {"type": _each(one_of(BASE_FORMATS)), "metavar": "FORMAT,…"}
+    add("--base", **words, default=DENSE, help=help_text)
     help_text = "batch sizes to step at"
     add("--batch-sizes", type=_each(_count), default="1,4,16", metavar="B,…", help=help_text)
     add("--seq", type=_count, default=16, metavar="TOKENS", help="tokens per text")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-import lorafast
-from lorafast.bench.cases import peft_baseline
+from lorafast.bench.cases import peft_baseline, quantised_base
 from lorafast.bench.cases.candidate import adapter_parameters, form_of
 from lorafast.bench.cases.expected_grads import EagerLinear
 from lorafast.bench.cases.implementations import Impl
 from lorafast.methods.adapter import Adapter
+from lorafast.nn.linear import AdapterLinearBase
+from lorafast.nn.quantised_linear import QuantisedLinear
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -18,7 +19,7 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, lorafast.Linear) or peft_baseline.is_peft_linear(module)
+        if isinstance(module, AdapterLinearBase) or peft_baseline.is_peft_linear(module)
     }
 
 
@@ -49,8 +50,9 @@ def eager_linear(
     """Return an adapted layer as stock torch ops, on the Parameters that it has."""
     factors = adapter_parameters(layer)
     form = form_of(impl, method, adapter, factors)
-    if isinstance(layer, lorafast.Linear):
-        scaling, base = float(layer.scaling), layer
-    else:
-        scaling, base = adapter.scaling, layer.base_layer
+    is_lorafasts = isinstance(layer, AdapterLinearBase)
+    scaling = float(layer.scaling) if is_lorafasts else adapter.scaling
+    base = layer
+    if not is_lorafasts or isinstance(layer, QuantisedLinear):
+        base = quantised_base.dense_linear(layer.base_layer)
     return EagerLinear(form, scaling, adapter.dropout, base, factors, frozen_columns=frozen_columns)

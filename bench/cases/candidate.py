@@ -20,9 +20,10 @@ from lorafast.bench.cases.implementations import Impl
 from lorafast.bench.errors import Unavailable
 from lorafast.bench.measure import compiled
 from lorafast.methods.adapter import Adapter
+from lorafast.nn.linear import AdapterLinearBase
 from lorafast.testing import SHORT, Case, Form
 
-# The argument of lorafast.linear for each Parameter of a lorafast.Linear.
+# The argument of lorafast.linear for each Parameter of lorafast's linears.
 ARGUMENTS = {
     "lora_A": "lora_A",
     "lora_B": "lora_B",
@@ -262,7 +263,7 @@ def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
 
     The layer is lorafast's, PEFT's or an EagerLinear; a layer without an adapter has none.
     """
-    if isinstance(layer, lorafast.Linear):
+    if isinstance(layer, AdapterLinearBase):
         held = {argument: getattr(layer, name) for name, argument in ARGUMENTS.items()}
         return {argument: value for argument, value in held.items() if value is not None}
     held = dict(layer.named_parameters())

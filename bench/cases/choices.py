@@ -17,6 +17,9 @@ METHODS = (
     *("dora", "dora-exact", "dora-magnitude", "lamda", "lamda++", "vera", "adalora", "aflora"),
     *("galore", "lora-as-optimizer", "lisa"),
 )
+# How `model` holds the base's weights: nf4 with double quantisation, nf4-plain without.
+DENSE = "dense"
+BASE_FORMATS = (DENSE, "nf4", "nf4-plain", "int8")
 # The methods whose layer differs from that of every other method. The rest differ in the initial
 # factors or in the optimizer.
 LAYERS = ("lora", "dora", "lamda", "lora-fa", "vera", "adalora", "aflora")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorafast.bench.cases import quantised_base
 from lorafast.bench.measure.correctness import detach_columns
 from lorafast.engine import philox
 from lorafast.testing import Case, Form, chain
@@ -78,13 +79,14 @@ def with_eager_layers(
 ) -> nn.Module:
     """Return a copy of the model in which these layers, keyed by path, replace its own.
 
-    The head trains, and of each layer the parameters named in `trained`; with trains_base
-    everything does.
+    Quantised layers that are left become dense. The head trains, and of each layer the parameters
+    named in `trained`; with trains_base everything does.
     """
     copied = copy.deepcopy(model)
     for path, layer in layers.items():
         parent, _, child = path.rpartition(".")
         setattr(copied.get_submodule(parent), child, copy.deepcopy(layer))
+    quantised_base.make_dense(copied)
     for name, parameter in copied.named_parameters():
         path, _, leaf = name.rpartition(".")
         trains = trains_base or path == "head" or (path in layers and leaf in trained)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from lorafast import testing
-from lorafast.bench.cases import implementations, recipes
+from lorafast.bench.cases import implementations, quantised_base, recipes
 from lorafast.bench.cases.candidate import adapter_parameters, form_of, route
+from lorafast.bench.cases.choices import DENSE
 from lorafast.bench.cases.corpus import corpus
 from lorafast.bench.cases.encoder import Encoder
 from lorafast.bench.cases.implementations import FROZEN_KEY, Impl
@@ -57,34 +58,43 @@ class Plan(NamedTuple):
     seconds: float
     warmup: int
     seed: int
+    base_formats: tuple[str, ...] = (DENSE,)
 
     @property
     def candidates(self) -> tuple[Key, ...]:
-        """Implementation and method of every row."""
+        """Implementation and method of every row on one base."""
         return implementations.candidates(self.impls, self.methods)
 
 
 def run(plan: Plan, progress: Progress) -> Iterator[list[Record]]:
-    """Yield the rows of training, then those of every batch size."""
+    """Yield, for every base, the rows of training, then those of every batch size."""
     with compiled.strict(any(impl.compile for impl in plan.impls)):
-        model_run = _ModelRun(plan, progress)
-        if plan.steps:
-            yield model_run.train()
-        for batch_size in plan.batch_sizes:
-            yield model_run.step(batch_size)
+        for base_format in plan.base_formats:
+            yield from _run_on(base_format, plan, progress)
+
+
+def _run_on(base_format: str, plan: Plan, progress: Progress) -> Iterator[list[Record]]:
+    """Yield the rows on one base; its models are gone before the next one's are made."""
+    model_run = _ModelRun(plan, progress, base_format)
+    if plan.steps:
+        yield model_run.train()
+    for batch_size in plan.batch_sizes:
+        yield model_run.step(batch_size)
 
 
 def progress_total(plan: Plan) -> int:
     """Return how often a run calls progress.begin."""
     count = len(plan.candidates)
-    return count + math.ceil(plan.steps / 10) + len(plan.batch_sizes) * (count + 1)
+    on_one = count + math.ceil(plan.steps / 10) + len(plan.batch_sizes) * (count + 1)
+    return len(plan.base_formats) * on_one
 
 
 class _ModelRun:
     """The encoder, its text and all training tasks, kept from training to the last batch size."""
 
-    def __init__(self, plan: Plan, progress: Progress) -> None:
-        self.plan, self.progress = plan, progress
+    def __init__(self, plan: Plan, progress: Progress, base_format: str = DENSE) -> None:
+        self.plan, self.progress, self.base_format = plan, progress, base_format
+        self.name = plan.model if base_format == DENSE else f"{plan.model} in {base_format}"
         self.encoder = Encoder(plan.model, plan.dtype, plan.device)
         self.text = corpus()
         self.tasks: dict[Key, TrainTask] = {}
@@ -93,7 +103,7 @@ class _ModelRun:
         self.errors: dict[Key, tuple[float, str]] = {}
         batch = self._batches(CHECKED_TEXTS, 1)[0]
         for key in plan.candidates:
-            progress.begin(f"{plan.model}: {self._record('training', key, 1).label}")
+            progress.begin(f"{self.name}: {self._record('training', key, 1).label}")
             try:
                 task = self.tasks[key] = self._build(*key)
                 self.errors[key] = task.worst_error_ratio(batch, plan.seed)
@@ -134,13 +144,13 @@ class _ModelRun:
         if any(impl.compile for impl in plan.impls):
             compiled.reset()
         for key in plan.candidates:
-            self.progress.begin(f"{plan.model}, batch {batch_size}: {records[key].label}")
+            self.progress.begin(f"{self.name}, batch {batch_size}: {records[key].label}")
             if records[key].ok:
                 try:
                     self._count_bytes(self.tasks[key], records[key], batch)
                 except Exception as error:
                     self._failed(key, error, records)
-        self.progress.begin(f"{plan.model}, batch {batch_size}: rounds")
+        self.progress.begin(f"{self.name}, batch {batch_size}: rounds")
         steps = {key: self.tasks[key].step(batch, plan.seed) for key, r in records.items() if r.ok}
         samples = interleave(
             steps,
@@ -165,7 +175,7 @@ class _ModelRun:
         times: dict[Key, list[tuple[float, ...]]] = {key: [] for key in losses}
         for index, batch in enumerate(self._batches(plan.train_batch, plan.steps)):
             if index % 10 == 0:
-                self.progress.begin(f"{plan.model}: training, step {index} of {plan.steps}")
+                self.progress.begin(f"{self.name}: training, step {index} of {plan.steps}")
             # The seed of the masks differs by step, and by the run's seed.
             seed = plan.seed * plan.steps + index
             for key in tuple(losses):
@@ -186,7 +196,16 @@ class _ModelRun:
                 batches = self._batches(plan.train_batch, INIT_BATCHES, plan.seed + 1)
         lr = self._lr(method)
         return build(
-            impl, method, adapter, self.encoder, plan.seed, lr, plan.steps, plan.R, batches
+            impl,
+            method,
+            adapter,
+            self.encoder,
+            plan.seed,
+            lr,
+            plan.steps,
+            plan.R,
+            batches,
+            self.base_format,
         )
 
     def _lr(self, method: str) -> float:
@@ -234,6 +253,7 @@ class _ModelRun:
             seq=plan.seq,
             optimizer=optimizer,
             route="inductor" if impl.compile else "torch",
+            base_format=self.base_format,
         )
 
     def _records(self, bench: str, batch_size: int) -> dict[Key, Record]:
@@ -281,7 +301,8 @@ class _ModelRun:
     def _set_sizes(self, record: Record, task: TrainTask) -> None:
         """Enter the sizes that do not depend on the batch."""
         record.trainable, record.grad_bytes = task.trainable
-        record.weight_bytes = _bytes([*task.model.parameters(), *task.model.buffers()])
+        held = [*task.model.parameters(), *task.model.buffers()]
+        record.weight_bytes = _bytes(held + quantised_base.statistics(task.model))
         states = [optimizer.state_dict() for optimizer in task.optimizers]
         record.optimizer_bytes = _bytes(list(_tensors(states)))
 

@@ -38,6 +38,12 @@ PARAMETER_NAMES = {
     "lora_B": "lora_B.default.weight",
     "magnitude": "lora_magnitude_vector.default.weight",
 }
+# PEFT's LoRA linear layers: on a dense weight, and on bitsandbytes' weights.
+_LINEARS = (
+    "peft.tuners.lora.layer.Linear",
+    "peft.tuners.lora.bnb.Linear4bit",
+    "peft.tuners.lora.bnb.Linear8bitLt",
+)
 # PEFT applies DoRA's dropout in the correction of the base term too.
 DROPOUT_ON = "both"
 
@@ -62,8 +68,7 @@ def is_peft_linear(module: nn.Module) -> bool:
     """True if the module is one of PEFT's LoRA linear layers."""
     # Compared by name, because importing PEFT takes seconds and it may not be installed.
     return any(
-        f"{kind.__module__}.{kind.__qualname__}" == "peft.tuners.lora.layer.Linear"
-        for kind in type(module).__mro__
+        f"{kind.__module__}.{kind.__qualname__}" in _LINEARS for kind in type(module).__mro__
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import lorafast
 from lorafast import testing
-from lorafast.bench.cases import peft_baseline, recipes
+from lorafast.bench.cases import peft_baseline, quantised_base, recipes
 from lorafast.bench.cases.adapted_model import (
     adapted_layers,
     eager_linear,
@@ -22,6 +22,7 @@ from lorafast.bench.cases.adapted_model import (
     randomize,
 )
 from lorafast.bench.cases.candidate import ARGUMENTS, adapter_parameters
+from lorafast.bench.cases.choices import DENSE
 from lorafast.bench.cases.encoder import Classifier, Encoder
 from lorafast.bench.cases.expected_grads import TRAINED, with_eager_layers
 from lorafast.bench.cases.implementations import Impl
@@ -64,7 +65,7 @@ class TrainTask:
     @property
     def trains_base(self) -> bool:
         """True if the encoder's own weights train."""
-        return self.impl.base == "full" or (self.impl.has_adapter and self.adapter is None)
+        return _trains_base(self.impl, self.adapter)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Return the cross entropy of a batch."""
@@ -214,11 +215,13 @@ def build(
     total_steps: int,
     R: int = 16,
     batches: Sequence[Batch] = (),
+    base_format: str = DENSE,
 ) -> TrainTask:
     """Return a task on a copy of the encoder.
 
     R: the rank for methods without an adapter.
     batches: for a method whose init reads gradients.
+    base_format: how the encoder's linears hold their weights.
     Raises Unavailable.
     """
     if impl.base == "eager":
@@ -227,10 +230,14 @@ def build(
         dtype = next(encoder.model.parameters()).dtype
         peft_baseline.check_available(impl, method, dtype)
     recipe = recipes.RECIPES[method] if impl.has_adapter else recipes.Recipe(lr)
-    model = _classifier(impl, adapter, encoder, seed)
+    trains_base = _trains_base(impl, adapter)
+    quantised_base.check_available(base_format, impl, trains_base, recipe.needs_gradients)
+    model = _classifier(encoder, base_format, trains_base, seed)
     torch.manual_seed(seed)
     if impl.built_by_peft:
         model.encoder = peft_baseline.peft_model(model.encoder, impl, method, adapter, "all-linear")
+        if not impl.uses_lorafast:  # which refuses layers with hooks, and needs none
+            quantised_base.keep_scales(model.encoder)
     with _unsupported():
         if not impl.built_by_peft and impl.has_adapter and adapter is not None:
             _adapt(model, adapter, recipe, batches)
@@ -255,12 +262,17 @@ def build(
     )
 
 
-def _classifier(impl: Impl, adapter: Adapter | None, encoder: Encoder, seed: int) -> Classifier:
+def _trains_base(impl: Impl, adapter: Adapter | None) -> bool:
+    return impl.base == "full" or (impl.has_adapter and adapter is None)
+
+
+def _classifier(encoder: Encoder, base_format: str, trains_base: bool, seed: int) -> Classifier:
     base = copy.deepcopy(encoder.model)
+    quantised_base.quantise(base, base_format)
     # The frozen model's backward passes through every layer only if its input requires a gradient.
     # All other models do the same, so that they are comparable.
     base.enable_input_require_grads()
-    base.requires_grad_(impl.base == "full" or (impl.has_adapter and adapter is None))
+    base.requires_grad_(trains_base)
     return Classifier(base, base.config.hidden_size, seed, next(base.parameters()).device)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from lorafast.engine import weight_buffers
 from lorafast.testing import Allocated, allocated
 
 
@@ -15,6 +16,8 @@ def measure(function: Callable[[], object], device: torch.device) -> Allocated:
 
     On a GPU they come from the allocator's statistics, on the CPU from its events.
     """
+    # A buffer that is there already would count for nothing.
+    weight_buffers.release()
     if device.type != "cuda":
         return allocated(function)
     gc.collect()

@@ -60,7 +60,7 @@ def figures(results: Iterable[Results]) -> dict[str, Figure]:
 def _subject(r: Record) -> str:
     """Return the shape of a layer, or the name of a model."""
     if r.bench != "linear":
-        return r.model
+        return r.model_name
     what = " with bias" if r.bias else ""
     return f"{r.K}→{r.N}{what}{' in inference' if r.inference else ''}"
 

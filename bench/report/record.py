@@ -25,7 +25,7 @@ SPEEDS = (
 # Keys that were added after the first files were written. A file may lack them.
 LATER = (
     *("ratio_low", "ratio_high", "floor", "fused_floor", "bandwidth_bytes_per_s", "run"),
-    *("frozen_spread", "inference"),
+    *("frozen_spread", "inference", "base_format"),
 )
 # A machine is busy if the frozen step's time scatters more than this: its p80 ÷ its p20.
 MAX_FROZEN_SPREAD = 1.5
@@ -50,6 +50,7 @@ class Record:
     error_ratio: max(e, f) / max(e_eager, f), the worst over y and the gradients (error_name). None
         if it is not measured or not finite.
     inference: the row is a forward in eval mode without gradients, and step_ms its time.
+    base_format: how the base's linears hold their weights: "dense", or a format that quantises.
     run: in a compact file, the key of env["runs"] that names the commit and the command.
     """
 
@@ -114,6 +115,7 @@ class Record:
     run: str | None = None
     frozen_spread: float | None = None
     inference: bool = False
+    base_format: str = "dense"
 
     @property
     def busy(self) -> bool:
@@ -127,8 +129,14 @@ class Record:
 
     @property
     def label(self) -> str:
-        """Implementation and method, as tables and plots name the row."""
-        return self.impl if self.method == "none" else f"{self.impl} {self.method}"
+        """Implementation and method, as notes and complaints name the row."""
+        name = self.impl if self.method == "none" else f"{self.impl} {self.method}"
+        return name if self.base_format == "dense" else f"{name} on {self.base_format}"
+
+    @property
+    def model_name(self) -> str | None:
+        """The model with its base's format, as titles name it; None for one layer."""
+        return self.model if self.base_format == "dense" else f"{self.model} in {self.base_format}"
 
     def fail(self, status: str, reason: str) -> Record:
         """Make this row one without a speed, and return it."""

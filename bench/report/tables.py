@@ -145,7 +145,7 @@ def _kind(r: Record) -> tuple:
     if r.bench == "linear":
         return "linear", r.K, r.N, r.R, r.dtype, r.dropout, r.bias, r.inference, r.run
     size = {"training": r.batch_size, "generate": r.M}.get(r.bench)
-    return r.bench, r.model, r.seq, r.R, r.dtype, r.dropout, size, r.run
+    return r.bench, r.model_name, r.seq, r.R, r.dtype, r.dropout, size, r.run
 
 
 def _linear(rows: list[Record]) -> Table:
@@ -159,7 +159,7 @@ def _linear(rows: list[Record]) -> Table:
 
 def _step(rows: list[Record]) -> Table:
     r = rows[0]
-    title = f"{r.model}, one step by batch size, {r.seq} tokens each, R={r.R}, {r.dtype}"
+    title = f"{r.model_name}, one step by batch size, {r.seq} tokens each, R={r.R}, {r.dtype}"
     title += f", dropout {r.dropout:g}"
     return _table(
         title, _STEP, rows, lambda r: {"batch": str(r.batch_size)}, lambda r: r.batch_size
@@ -169,7 +169,7 @@ def _step(rows: list[Record]) -> Table:
 def _training(rows: list[Record]) -> Table:
     r = rows[0]
     steps = max((len(r.losses) for r in rows if r.losses), default=0)
-    title = f"{r.model}, {steps} steps of {r.batch_size} × {r.seq} tokens, R={r.R}, {r.dtype}"
+    title = f"{r.model_name}, {steps} steps of {r.batch_size} × {r.seq} tokens, R={r.R}, {r.dtype}"
     title += f", dropout {r.dropout:g}"
     table = _table(title, _TRAINING, rows, _learned, lambda r: 0)
     return table._replace(notes=(*_loss_gaps(rows), *table.notes))

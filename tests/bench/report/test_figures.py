@@ -49,6 +49,12 @@ def test_inference_has_figures_and_tables_of_its_own():
     assert len(tables.tables([Results({}, rows)])) == 2
 
 
+def test_every_base_has_a_figure_of_its_own():
+    rows = [bench_records.training(base_format=name) for name in ("dense", "nf4")]
+    found = plots.figures([Results({}, rows)])
+    assert list(found) == ["training-minilm-r2-fp32-loss", "training-minilm-in-nf4-r2-fp32-loss"]
+
+
 def test_rows_without_percentiles_are_drawn():
     record = bench_records.linear(ratio_to_frozen_p20=None, ratio_to_frozen_p80=None)
     assert plots._ratio(record) == (2.0, 2.0, 2.0)

@@ -70,6 +70,19 @@ def test_the_same_problem_in_two_files_is_told_apart_by_commit():
     assert "(2, " in two.title
 
 
+def test_every_base_is_a_table_of_its_own_and_named():
+    rows = [
+        bench_records.training(impl, base_format=base_format, losses=[3.0, loss] * 10)
+        for base_format in ("dense", "nf4")
+        for impl, loss in (("lorafast", 2.5), ("peft", 2.75))
+    ]
+    dense, packed = tables.tables([Results({}, rows)])
+    assert dense.title.startswith("minilm, 20 steps")
+    assert packed.title.startswith("minilm in nf4, 20 steps")
+    assert len(dense.rows) == len(packed.rows) == 2
+    assert "lorafast lora on nf4: the loss is at most 0.25" in packed.notes[0]
+
+
 def test_runs_of_a_compact_file_are_tables_of_their_own():
     records = [bench_records.linear(run=run) for run in ("a", "b", "a")]
     one, two = tables.tables([Results({"runs": {"a": {}, "b": {}}}, records)])
