@@ -34,9 +34,10 @@ _INITS = {
     "lora": "say init='kaiming', the default",
     "pissa": "say init=lorafast.PiSSA()",
     "loraga": "say init=lorafast.LoRAGA(lorafast.estimate_gradients(model, batches, loss_fn))",
+    "loftq": "say lorafast.quantize_base(model, 'nf4', loftq=lorafast.LoRA(r=16)) of a dense model",
 }
 # Inits of PEFT's that lorafast lacks. False is PEFT's start with B at random too.
-_ONLY_IN_PEFT = ("corda", "eva", "false", "loftq", "mica", "olora", "orthogonal")
+_ONLY_IN_PEFT = ("corda", "eva", "false", "mica", "olora", "orthogonal")
 
 
 def argument_hint(method: str, name: str, names: Iterable[str]) -> str | None:

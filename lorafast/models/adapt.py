@@ -135,7 +135,7 @@ def _spec_of(
 ) -> tuple[AdaptSpec, bool]:
     """Return the spec of adapt's arguments, and whether a PEFT config asks for inference mode."""
     if not peft_config.is_peft_config(adapter):
-        return _with_heads(model, AdaptSpec(adapter, **arguments)), False
+        return with_heads(model, AdaptSpec(adapter, **arguments)), False
     defaults = {"target_modules": ALL_LINEAR, "bias": "none"}
     conflicts = [
         name
@@ -150,7 +150,7 @@ def _spec_of(
     return peft_config.spec_from_config(config), bool(config.get("inference_mode"))
 
 
-def _with_heads(model: nn.Module, spec: AdaptSpec) -> AdaptSpec:
+def with_heads(model: nn.Module, spec: AdaptSpec) -> AdaptSpec:
     """Return the spec with the heads that its task trains. ValueError if there is none."""
     names = task_heads.add_heads(model, spec.task_type, spec.modules_to_save)
     task_heads.require_heads(model, spec.task_type, names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Collection
 from typing import Any, NamedTuple, cast
@@ -12,10 +13,17 @@ from torch import nn
 from lorafast.engine import checks
 from lorafast.engine.row_blocks import row_blocks
 from lorafast.methods.lora import LoRA
-from lorafast.models import task_heads
-from lorafast.models.adapt import refuse_parallel, replace_module, weight_matrix
+from lorafast.models import extra_trainables, task_heads
+from lorafast.models import loftq as loftq_start
+from lorafast.models.adapt import (
+    adapt,
+    refuse_parallel,
+    replace_module,
+    weight_matrix,
+    with_heads,
+)
 from lorafast.models.adapt_spec import AdaptSpec
-from lorafast.models.module_names import canonical_name, require_module
+from lorafast.models.module_names import adapter_layers, canonical_name, require_module
 from lorafast.models.tables import text_table
 from lorafast.models.target_modules import find_targets, is_conv1d, parameter_owners
 from lorafast.quantised import formats
@@ -35,7 +43,7 @@ class QuantisedLayer(NamedTuple):
     """What quantising one layer did.
 
     Attributes:
-        error: ‖Q(W) - W‖ / ‖W‖, where Q(W) is the quantised weight.
+        error: ‖Q(W) - W‖ / ‖W‖, where Q(W) is the quantised weight; with LoftQ that of Q(W) + s·BA.
         bytes_before: bytes of the dense weight.
         bytes_after: bytes of the quantised one, with its scales and tables, in a state dict.
     """
@@ -82,6 +90,9 @@ def quantize_base(
     target_modules: str | Collection[str] = "all-linear",
     *,
     exclude_modules: str | Collection[str] | None = None,
+    loftq: LoRA | None = None,
+    iterations: int = 1,
+    **options: Any,
 ) -> QuantisationReport:
     """Quantise the linears of a dense model in place, before lorafast.adapt, and return the errors.
 
@@ -90,6 +101,13 @@ def quantize_base(
     state dict). What fails midway, such as an allocation, leaves the layers before it quantised.
     Biases stay the same Parameters; hooks of a layer's call move to the quantised one.
 
+    With `loftq` each layer's A and B start at the error of its quantisation (LoftQ), and the model
+    is adapted afterwards. Q₁ is what it is without LoftQ; those of more iterations are other
+    weights, which belong to the adapter's file and must be saved beside it:
+
+        Q₁ = Q(W)        s·B₁A₁ = the first r singular triplets of W - Q₁
+        Qₜ = Q(W - s·Bₜ₋₁Aₜ₋₁)        s·BₜAₜ = those of W - Qₜ
+
     Args:
         model: any module that is not adapted yet, with weights in fp32, bf16 or fp16.
         bits: "fp8" is e4m3 with one scale a row, in torch alone; "nf4" is bitsandbytes' Linear4bit
@@ -97,6 +115,9 @@ def quantize_base(
             fp16 weights, with the threshold 6.
         target_modules: the linears, as in lorafast.adapt; "all-linear" leaves out the output head.
         exclude_modules: those to leave out, as in lorafast.adapt.
+        loftq: a lorafast.LoRA, which the model is given and which starts so; None: no adapter.
+        iterations: how often LoftQ alternates.
+        options: further arguments of lorafast.adapt (task_type, rank_pattern, …), with loftq.
 
     Returns:
         A QuantisationReport: bits, and for each layer its relative error and its bytes before and
@@ -104,9 +125,10 @@ def quantize_base(
 
     Raises:
         ValueError: bits is no such word; a name matches nothing; the model is adapted already; a
-            weight is tied to another, on the meta device, empty, not finite, or too large for int8.
+            weight is tied to another, on the meta device, empty, not finite, or too large for int8;
+            r exceeds min(N, K) or alpha is not positive with loftq, or adapt's own reasons there.
         TypeError: a match is no plain nn.Linear or Conv1D, is quantised already, is fp64, has a
-            patched forward (offloading), or model is no module or a linear itself.
+            patched forward (offloading), model is no module or a linear itself, or loftq no LoRA.
         ModuleNotFoundError: bitsandbytes is not installed: it comes with the extra `quant`.
 
     Example:
@@ -117,7 +139,8 @@ def quantize_base(
         lorafast.adapt(model, lorafast.LoRA(r=4))
 
     Source:
-        QLoRA's NF4 and double quantisation: arXiv:2305.14314; LLM.int8(): arXiv:2208.07339
+        NF4, double quantisation: arXiv:2305.14314; LLM.int8(): arXiv:2208.07339; LoftQ:
+        arXiv:2310.08659
     """
     checks.word("bits", bits, BITS)
     require_module(model)
@@ -127,27 +150,55 @@ def quantize_base(
     if bits != "fp8":
         with extras.required("quant"):
             importlib.import_module("bitsandbytes")
+    if loftq is None and options:
+        raise TypeError(f"{', '.join(options)}: arguments of lorafast.adapt, without loftq")
+    spec = _spec(model, target_modules, exclude_modules, loftq, options)
     # The list holds names alone: a module in it would keep its dense weight.
-    names = _checked_names(model, bits, target_modules, exclude_modules)
-    return QuantisationReport(
-        bits, {canonical_name(one[0]): _quantise_layer(model, one, bits) for one in names}
-    )
+    names = _checked_names(model, bits, spec)
+    adapters: dict[str, LoRA] = {}
+    if loftq is not None:
+        checks.whole("iterations", iterations)
+        adapters = loftq_start.checked_adapters(model, names, spec)
+    layers, starts = {}, {}
+    for one in names:
+        name = canonical_name(one[0])
+        layers[name], starts[name] = _quantise_layer(
+            model, one, bits, adapters.get(name), iterations
+        )
+    if loftq is not None:
+        adapt(model, loftq, target_modules, exclude_modules=exclude_modules, **options)
+        for name, layer in adapter_layers(model).items():
+            layer.take(starts[name])
+    return QuantisationReport(bits, layers)
 
 
-def _checked_names(
+def _spec(
     model: nn.Module,
-    bits: str,
     target_modules: str | Collection[str],
     exclude_modules: str | Collection[str] | None,
-) -> list[list[str]]:
+    loftq: LoRA | None,
+    options: dict[str, Any],
+) -> AdaptSpec:
+    """Return the spec with which adapt chooses the layers, and refuses some."""
+    if loftq is None:
+        # Which adapter it would be has no part in that.
+        return AdaptSpec(LoRA(r=1), target_modules, exclude_modules)
+    loftq_start.check_adapter(loftq)
+    fields = {key: one for key, one in options.items() if key not in ("seed", "adapter_dtype")}
+    return with_heads(model, AdaptSpec(loftq, target_modules, exclude_modules, **fields))
+
+
+def _checked_names(model: nn.Module, bits: str, spec: AdaptSpec) -> list[list[str]]:
     """Return all names of each linear to quantise. Raises what quantize_base raises of a layer."""
-    # adapt's own choice of modules, and its refusals; which adapter it is for has no part in them.
-    spec = AdaptSpec(LoRA(r=1), target_modules, exclude_modules)
     targets = find_targets(model, spec)
+    # For its refusals.
+    extra_trainables.collect(model, spec, targets)
     owners = parameter_owners(model)
     for module, names in targets.items():
         if why := _why_not_linear(module):
-            raise TypeError(f"target_modules={target_modules!r} matches {names[0]}, which {why}")
+            raise TypeError(
+                f"target_modules={spec.target_modules!r} matches {names[0]}, which {why}"
+            )
     for module, names in targets.items():
         weight: Any = module.weight
         holders = {} if weight.is_meta else owners[storage_key(weight)]
@@ -190,17 +241,32 @@ def _why_not_values(weight: torch.Tensor, bits: str) -> str | None:
     return None
 
 
-def _quantise_layer(model: nn.Module, names: list[str], bits: str) -> QuantisedLayer:
-    """Quantise one layer of the model."""
+def _quantise_layer(
+    model: nn.Module, names: list[str], bits: str, adapter: LoRA | None, iterations: int
+) -> tuple[QuantisedLayer, dict[str, torch.Tensor]]:
+    """Quantise one layer of the model. Returns its adapter's values too, if it has one."""
     dense = model.get_submodule(names[0])
     weight = weight_matrix(dense)
-    module = {"fp8": _fp8, "nf4": _nf4, "int8": _int8}[bits](weight, cast(Any, dense.bias))
+    values: dict[str, torch.Tensor] = {}
+    make = functools.partial(
+        {"fp8": _fp8, "nf4": _nf4, "int8": _int8}[bits], bias=cast(Any, dense.bias)
+    )
+    if adapter is None:
+        module = make(weight)
+        error = _error(formats.of(module), weight)
+    else:
+        module, values, error = loftq_start.start(weight, make, _dequantised, adapter, iterations)
     share_call_hooks(dense, module)
     task_heads.keep_loaded_mark(cast(Any, dense.weight), cast(Any, module.weight))
     replace_module(model, names, module.train(dense.training))
     held = module.state_dict()
     after = sum(one.nbytes for name, one in held.items() if name != "bias")
-    return QuantisedLayer(_error(formats.of(module), weight), weight.nbytes, after)
+    return QuantisedLayer(error, weight.nbytes, after), values
+
+
+def _dequantised(module: nn.Module) -> torch.Tensor:
+    weight = formats.of(module)
+    return weight.whole(torch.empty(weight.shape, dtype=torch.float32, device=weight.device))
 
 
 def _fp8(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Module:

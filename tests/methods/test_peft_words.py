@@ -24,7 +24,7 @@ from lorafast.runtime import name_hints
         (True, "say init='kaiming'"),
         (False, r"lorafast\.accelerate\(model\)"),
         ("olora", r"lorafast\.accelerate\(model\)"),
-        ("loftq", r"lorafast\.accelerate\(model\)"),
+        ("loftq", r"say lorafast\.quantize_base\(model, 'nf4', loftq="),
         ("eva", r"lorafast\.accelerate\(model\)"),
         ("corda", r"lorafast\.accelerate\(model\)"),
         ("orthogonal", r"lorafast\.accelerate\(model\)"),
