@@ -76,8 +76,10 @@ def test_every_base_has_its_rows(tmp_path):
 
 @pytest.mark.usefixtures("one_layer")
 def test_a_weight_that_is_dequantised_wrongly_is_found(monkeypatch, tmp_path, capsys):
-    right = BitsAndBytes4Bit.rows
-    monkeypatch.setattr(BitsAndBytes4Bit, "rows", lambda *where: right(*where) * 1.01)
+    right = BitsAndBytes4Bit.whole
+    monkeypatch.setattr(
+        BitsAndBytes4Bit, "whole", lambda weight, out: right(weight, out).mul_(1.01)
+    )
     options = "--impl lorafast,peft --methods lora --batch-sizes 1 --steps 0 --base nf4"
     status, rows = run(tmp_path, options)
     assert status == 1
