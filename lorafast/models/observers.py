@@ -15,7 +15,11 @@ from torch import nn
 Observer = Callable[[nn.Module], None]
 
 # Imported before the first model is adapted, whichever module of lorafast was imported first.
-_REGISTERING_MODULES = ("lorafast.checkpoint.pretrained", "lorafast.models.resize")
+_REGISTERING_MODULES = (
+    "lorafast.checkpoint.pretrained",
+    "lorafast.models.quantised_flags",
+    "lorafast.models.resize",
+)
 
 on_adapted: list[Observer] = []
 on_plain: list[Observer] = []

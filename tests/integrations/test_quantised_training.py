@@ -156,3 +156,55 @@ def test_quantize_base_of_a_transformers_model(folder, bits):
     lorafast.adapt(model.train(), lorafast.LoRA(r=4))
     losses = train(model)
     assert losses[-1] < losses[0]
+
+
+def trainer(model, folder, steps):
+    ids = torch.arange(12)
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=2, report_to=[],
+            use_cpu=True, save_steps=1, disable_tqdm=True, learning_rate=1e-2,
+        ),
+        train_dataset=[{"input_ids": ids, "labels": ids}] * 8,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", OPTIONS)
+def test_trainer_takes_the_adapted_model_and_resumes(folder, bits, tmp_path):
+    def adapted():
+        return lorafast.adapt(loaded(folder, bits), lorafast.LoRA(r=4), seed=1)
+
+    whole, again = adapted(), adapted()
+    trainer(whole, tmp_path, 3).train()
+    trainer(again, tmp_path, 3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for one, other in zip(
+        lorafast.adapter_parameters(again), lorafast.adapter_parameters(whole), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_a_model_without_adapters_is_what_transformers_says_again(folder):
+    model = loaded(folder, "nf4")
+    lorafast.adapt(model, lorafast.LoRA(r=4))
+    assert not copy.deepcopy(model).is_quantized
+    lorafast.unload(model)
+    assert model.is_quantized
+    assert model.config.quantization_config is not None
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(model, folder, 1)
+
+
+@pytest.mark.parametrize("into", ["dequantise", "requantise"])
+def test_a_merged_model_is_saved_and_loaded_by_transformers(folder, into, tmp_path):
+    model = lorafast.adapt(prepared(folder, "nf4"), lorafast.LoRA(r=4))
+    train(model)
+    lorafast.merge_quantised(model, into)
+    model.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert getattr(again, "is_quantized", False) == (into == "requantise")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        # Saved, double-quantised absmax is what it was; in train, nothing is packed anew.
+        found, expected = again.train()(ids).logits, model.train()(ids).logits
+    torch.testing.assert_close(found.float(), expected)
