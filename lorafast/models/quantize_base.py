@@ -100,10 +100,13 @@ def quantize_base(
     layer is quantised, on the device where it is, unless somebody else holds it (an optimizer, a
     state dict). What fails midway, such as an allocation, leaves the layers before it quantised.
     Biases stay the same Parameters; hooks of a layer's call move to the quantised one.
+    transformers' from_pretrained cannot read what save_pretrained writes of such a base
+    (docs/quantised.md).
 
     With `loftq` each layer's A and B start at the error of its quantisation (LoftQ), and the model
     is adapted afterwards. Q₁ is what it is without LoftQ; those of more iterations are other
-    weights, which belong to the adapter's file and must be saved beside it:
+    weights, which belong to the adapter's file: make them again by the same call, before
+    load_adapter:
 
         Q₁ = Q(W)        s·B₁A₁ = the first r singular triplets of W - Q₁
         Qₜ = Q(W - s·Bₜ₋₁Aₜ₋₁)        s·BₜAₜ = those of W - Qₜ

@@ -208,3 +208,24 @@ def test_a_merged_model_is_saved_and_loaded_by_transformers(folder, into, tmp_pa
         # Saved, double-quantised absmax is what it was; in train, nothing is packed anew.
         found, expected = again.train()(ids).logits, model.train()(ids).logits
     torch.testing.assert_close(found.float(), expected)
+
+
+@pytest.mark.parametrize("bits", ["fp8", "nf4", "int8"])
+def test_what_quantize_base_made_is_saved_when_it_is_dense_again(folder, bits, tmp_path):
+    def quantised():
+        model = transformers.LlamaForCausalLM.from_pretrained(folder)
+        lorafast.quantize_base(model, bits)
+        return model
+
+    model = lorafast.adapt(quantised(), lorafast.LoRA(r=4))
+    train(model)
+    lorafast.save_adapter(model, tmp_path / "adapter")
+    again = lorafast.load_adapter(quantised(), tmp_path / "adapter")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(again.train()(ids).logits, expected)
+        lorafast.merge_quantised(model, "dequantise", torch.float32)
+        model.save_pretrained(tmp_path / "dense")
+        dense = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+        torch.testing.assert_close(dense(ids).logits, expected)

@@ -103,6 +103,19 @@ def test_it_trains_and_its_file_is_that_of_a_lora_on_the_same_weights(tmp_path):
     assert torch.equal(again(x), model(x))
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_the_weights_of_several_iterations_are_made_again_for_the_file(bits, tmp_path):
+    def started():
+        model = dense()
+        lorafast.quantize_base(model, bits, loftq=lorafast.LoRA(r=R), iterations=3)
+        return model
+
+    model, x = started(), torch.randn(8, K)
+    nn.init.normal_(model[0].lora_A)
+    lorafast.save_adapter(model, tmp_path)
+    assert torch.equal(lorafast.load_adapter(started(), tmp_path)(x), model(x))
+
+
 def test_adapts_options_reach_it():
     model = dense().append(nn.LayerNorm(64))
     lorafast.quantize_base(
