@@ -237,3 +237,30 @@ def test_explain_names_the_format():
     assert "nf4" in repr(packed[0])
     said = str(lorafast.explain(packed))
     assert f"the weight, {packed[0].quantised.kind}, is dequantised for every product" in said
+
+
+@pytest.mark.parametrize(
+    ("adapter", "schedule"),
+    [
+        (lorafast.LaMDA(r=4, init="zero"), lorafast.schedule.LaMDAFreeze),
+        (lorafast.AdaLoRA(init_r=12, target_r=8), lorafast.schedule.AdaLoRA),
+        (lorafast.AFLoRA(r=4), lorafast.schedule.AFLoRA),
+    ],
+    ids=str,
+)
+def test_a_schedule_trains_it_as_it_trains_the_dense_layer(adapter, schedule):
+    models = pair(adapter)
+    x, target = torch.randn(20, K), torch.randn(20, N)
+    for model in models:
+        parameters = lorafast.adapter_parameters(model)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        steps = schedule(model, total_steps=12)
+        for _ in range(12):
+            optimizer.zero_grad()
+            (model(x) - target).square().mean().backward()
+            optimizer.step()
+            steps.step()
+    dense, packed = (dict(model[0].named_parameters()) for model in models)
+    for name, one in dense.items():
+        if name.startswith("lora"):
+            assert torch.equal(packed[name], one), name
