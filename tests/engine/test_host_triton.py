@@ -368,6 +368,9 @@ class _Allocated(ctypes.Structure):
     _fields_ = [(f"field{i}", ctypes.c_size_t) for i in range(10)]
 
 
+@pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer's malloc counts elsewhere"
+)
 @in_emulator
 def test_memory_is_free_after_its_last_use():
     """Blocks of rows that eager drops, together twice as large as y, are there one by one."""
