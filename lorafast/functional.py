@@ -155,6 +155,10 @@ def _linear_checked(
         scaling, scale = split_scaling(scaling)
     weight, magnitude, norm = tensors.weight, tensors.magnitude, tensors.norm
     if grad and (weight.requires_grad or (scale is not None and scale.requires_grad)):
+        if source is not None:
+            # Plain autograd saves it.
+            weight = weight.clone()
+            tensors = tensors._replace(weight=weight)
         if magnitude is not None and norm is None:
             tensors = tensors._replace(norm=_trained_norm(tensors, options, scale, norm_policy))
         return reference.linear(
@@ -218,16 +222,18 @@ def by_quantised(
         raise TypeError(f"x is {x.dtype}; beside a quantised weight it must be of {allowed}")
     if called_in == x.dtype != dtype:
         x = x.to(dtype)
+    # Where an observer could keep W, it is a fresh tensor that backward reads.
+    source = None if weight_buffers.is_observed() else quantised
     with weight_buffers.borrow(quantised, dtype) as weight:
-        if torch.is_grad_enabled():
-            y = _linear_checked(x, tensors._replace(weight=weight), options, source=quantised)
-        else:
-            _, bias, A, B, core, magnitude, norm, out_scale, lora_bias, seed, _ = tensors
+        tensors, y = tensors._replace(weight=weight), None
+        if source is not None and not torch.is_grad_enabled():
+            *given, _ = tensors
             scaling, p, axis, dropout_on, keep, frozen_columns = options
-            y = linear(
-                x, weight, bias, A, B, core, magnitude, norm, axis, out_scale, lora_bias,
-                scaling, p, dropout_on, keep, frozen_columns, seed,
+            y = host.linear(
+                x, *given, scaling, p, axis, dropout_on, keep, frozen_columns, True
             )  # fmt: skip
+        if y is None:
+            y = _linear_checked(x, tensors, options, source=source)
     return y if y.dtype == called_in else y.to(called_in)
 
 

@@ -160,12 +160,13 @@ template <class T>
 void linear(const Matrix<const T>& x, const Matrix<const T>& weight, const Matrix<const T>& h,
             const Factor& F, const ColumnScale& column_scale, const GainArguments<T>& gained,
             const Matrix<T>& out, int threads) {
+  // On many threads the tasks are smaller, so that each has one.
+  const int64_t share = round_up(ceil_div(weight.rows, threads), LINEAR_ROWS),
+                step = max(LINEAR_ROWS, min(LINEAR_TASK_ROWS, share));
   parallel(threads, [&] {
     LinearTask<T> task(x, weight, h, F, column_scale, gained, out);
-    parallel_for(ceil_div(weight.rows, LINEAR_TASK_ROWS), [&](int64_t i) {
-      const int64_t n0 = i * LINEAR_TASK_ROWS;
-      task(n0, min(LINEAR_TASK_ROWS, weight.rows - n0));
-    });
+    parallel_for(ceil_div(weight.rows, step),
+                 [&](int64_t i) { task(i * step, min(step, weight.rows - i * step)); });
   });
 }
 

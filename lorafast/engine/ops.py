@@ -53,6 +53,10 @@ _MODIFIED = (
     "{}: its output was modified in place, but keep='output' reads it again in backward for "
     "d_magnitude; use DoRA(keep='inner'), or an out-of-place op after this layer"
 )
+_REPACKED = (
+    "the quantised weight of this call has been modified in place since its forward, and backward "
+    "would dequantise another weight"
+)
 _TRAINED = (
     "this op has no gradient for weight or a tensor scaling; "
     "lorafast.linear runs plain autograd where one is trained"
@@ -216,6 +220,8 @@ class _Linear(torch.autograd.Function):
         )  # fmt: skip
         ctx.options, ctx.needs = options, needs
         ctx.borrowed = source and (source, tensors.weight.dtype)
+        if source is not None:
+            ctx.packed = source.packed, torch_internals.version_of(source.packed)
         if keep == "output":
             ctx.output = weakref.ref(y), torch_internals.version_of(y)
             ctx.words = modified_words(tensors.weight, tensors.magnitude)
@@ -230,12 +236,15 @@ class _Linear(torch.autograd.Function):
         saved = ctx.saved_tensors if options.keep != "output" else _with_unmodified_output(ctx)
         if not ctx.borrowed:
             return _Linear.gradients(dy, saved, options, needs)
+        packed, version = ctx.packed
+        if ctx.borrowed[0].packed is packed and torch_internals.version_of(packed) != version:
+            raise RuntimeError(_REPACKED)
         with weight_buffers.borrow(*ctx.borrowed) as weight:
             return _Linear.gradients(dy, (*saved[:3], weight, *saved[4:]), options, needs)
 
     @staticmethod
     def gradients(dy, saved, options, needs):
-        """Return what backward does, of saved tensors among which the weight is."""
+        """Return the results of backward. saved: the saved tensors, with a weight in its place."""
         if not torch.is_grad_enabled() and torch_internals.bypasses_dispatcher(dy, saved):
             x, h, kept, *flat = saved
             tensors = LayerTensors._make(flat)

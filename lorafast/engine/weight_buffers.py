@@ -12,12 +12,14 @@ from typing import Protocol
 
 import torch
 
+from lorafast.runtime import torch_internals
+
 # Buffers that nobody uses now, by device, stream and dtype.
 _free: dict[tuple[torch.device, int, torch.dtype], list[torch.Tensor]] = {}
 
 
 class WeightSource(Protocol):
-    """What gives a weight [N,K] on request, such as a quantised one."""
+    """A weight [N,K] that can be made when it is needed, such as a quantised one."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -26,6 +28,10 @@ class WeightSource(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """The tensor that the weight is made of."""
 
     def whole(self, out: torch.Tensor) -> torch.Tensor:
         """Write W into out [N,K], which is dense, and return it."""
@@ -36,19 +42,20 @@ def borrow(source: WeightSource, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """Yield the weight [N,K] in the dtype, in a buffer that the next borrower overwrites.
 
     On a GPU the next one on the same stream, after the kernels of this one. Under the capture of a
-    CUDA graph the memory is the graph's own.
+    CUDA graph the memory is the graph's own, and where tensors may be no real ones it is fresh.
     """
     (N, K), device = source.shape, source.device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _needs_fresh(device):
         yield _filled(source, _empty(N * K, dtype, device).view(N, K))
         return
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    free = _free.setdefault((device, stream, dtype), [])
+    free = _free.setdefault((device, _stream(device), dtype), [])
     try:
-        buffer = free.pop()
+        buffer: torch.Tensor | None = free.pop()
     except IndexError:
         buffer = None
     if buffer is None or buffer.numel() < N * K:
+        # The smaller one is freed before the larger one is made.
+        buffer = None
         buffer = _empty(N * K, dtype, device)
     try:
         yield _filled(source, buffer[: N * K].view(N, K))
@@ -59,6 +66,29 @@ def borrow(source: WeightSource, dtype: torch.dtype) -> Iterator[torch.Tensor]:
 def release() -> None:
     """Free the buffers that nobody uses."""
     _free.clear()
+
+
+def _needs_fresh(device: torch.device) -> bool:
+    """True under a mode, a transform or a tracer, whose tensors no later call may meet."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return True
+    return is_observed()
+
+
+def is_observed() -> bool:
+    """Return True if a mode, a transform or a tracer sees the operations of a call now."""
+    return (
+        torch_internals.dispatch_modes_active()
+        or torch_internals.transforms_active()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    )
+
+
+def _stream(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.current_stream(device).cuda_stream
+    return torch.xpu.current_stream(device).stream_id if device.type == "xpu" else 0
 
 
 def _empty(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lorafast import functional
+from lorafast.engine.precision import activation_dtype
 from lorafast.engine.problem import CallOptions, LayerTensors, Scaling
 from lorafast.integrations import peft_calls, peft_support
 from lorafast.models.explain import LayerCall
@@ -114,6 +115,9 @@ def _why_not_input(layer: Any, x: torch.Tensor) -> str | None:
         return f"x is a {peft_support.type_name(x)}, {x.layout}"
     if x.dim() < 2 or x.dtype not in formats.of(layer.base_layer).DTYPES:
         return f"x is {x.dtype} of {x.dim()} dimensions"
+    computes_in = formats.of(layer.base_layer).compute_dtype or x.dtype
+    if computes_in.itemsize < x.dtype.itemsize and activation_dtype(x) == x.dtype:
+        return f"x is {x.dtype} and its base layer computes in {computes_in}, its adapter not"
     if x.device != layer.base_layer.weight.device or x.shape[-1] != layer.in_features:
         return "x does not fit its base layer"
     return (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorafast.engine import weight_buffers
 from lorafast.models import adapt_record, extra_trainables, observers
 from lorafast.models.adapt import replace_module
 from lorafast.models.merge import collect_layers
@@ -82,6 +83,7 @@ def merge_quantised(
         extra_trainables.stop_training(model, restore=False)
         adapt_record.forget(model)
         observers.tell_plain(model)
+    weight_buffers.release()
     return errors
 
 

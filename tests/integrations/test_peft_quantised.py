@@ -97,6 +97,15 @@ def test_half_precision_compute_and_autocast():
     torch.testing.assert_close(found, expected, rtol=2**-5, atol=2**-5)
 
 
+def test_an_adapter_wider_than_the_layers_products_stays_pefts():
+    model = peft_model(options={"compute_dtype": torch.bfloat16})
+    x = torch.randn(20, K)
+    expected = step(model, x)
+    lorafast.accelerate(model)
+    for one, other in zip(step(model, x), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_nothing_of_full_size_is_kept():
     model = peft_model()
     lorafast.accelerate(model)

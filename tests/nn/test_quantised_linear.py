@@ -6,11 +6,14 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import lorafast
 from lorafast.engine import weight_buffers
+from lorafast.engine.problem import CallOptions, LayerTensors
 from lorafast.nn.quantised_linear import QuantisedLinear
+from lorafast.quantised import formats
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -264,3 +267,63 @@ def test_a_schedule_trains_it_as_it_trains_the_dense_layer(adapter, schedule):
     for name, one in dense.items():
         if name.startswith("lora"):
             assert torch.equal(packed[name], one), name
+
+
+def test_no_tensor_of_an_observer_stays_in_a_buffer():
+    dense, packed = pair(lorafast.LoRA(r=4))
+    x = torch.randn(20, K)
+    weight_buffers.release()
+    torch.export.export(packed.eval(), (x,))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        packed(x)
+    assert not weight_buffers._free
+    (expected, _), (found, _) = step(dense, x), step(packed, x)
+    assert type(found["y"]) is torch.Tensor
+    assert torch.equal(found["y"], expected["y"])
+
+
+def test_a_trained_scaling_reads_a_weight_of_its_own():
+    models = [quantised(nn.Linear(64, 64, bias=False)) for _ in range(2)]
+    weights = [formats.of(one).whole(torch.empty(64, 64)) for one in models]
+    x, scaling = torch.randn(3, 64, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    A, B = torch.randn(2, 64), torch.randn(64, 2)
+    tensors, options = LayerTensors(None, lora_A=A, lora_B=B), CallOptions(scaling, keep="auto")
+    y = x
+    for one in models:
+        y = lorafast.functional.by_quantised(y, formats.of(one), tensors, options)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    first, second = (W + 2.0 * B @ A for W in weights)
+    torch.testing.assert_close(dx, (torch.ones(3, 64) @ second) @ first, rtol=1e-4, atol=1e-3)
+
+
+def test_a_weight_changed_since_forward_is_noticed():
+    _, packed = pair(lorafast.LoRA(r=4))
+    y = packed(torch.randn(20, K, requires_grad=True))
+    packed[0].weight.zero_()
+    with pytest.raises(RuntimeError, match="quantised weight of this call has been modified"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M", [1, 8, 40])
+def test_the_bits_are_the_same_without_gradients_and_by_python(M, dtype, calls_by_python):
+    _, packed = pair(lorafast.LoRA(r=4), dtype)
+    x = torch.randn(M, K, dtype=dtype)
+    with torch.no_grad():
+        alone = packed(x)
+    assert torch.equal(packed(x), alone)
+
+
+def test_transforms_are_refused_in_words():
+    _, packed = pair(lorafast.DoRA(r=4))
+    with pytest.raises(NotImplementedError, match=r"no torch\.func transforms"):
+        torch.vmap(packed)(torch.randn(5, 3, K))
+
+
+def test_a_larger_weight_takes_the_place_of_the_buffer():
+    weight_buffers.release()
+    for size in (64, 128):
+        model = nn.Sequential(quantised(nn.Linear(size, size)))
+        lorafast.adapt(model, lorafast.LoRA(r=2))(torch.randn(4, size))
+    ((buffer,),) = weight_buffers._free.values()
+    assert buffer.numel() == 128 * 128
