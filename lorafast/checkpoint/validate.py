@@ -80,7 +80,7 @@ def check_tensors(
     present = adapter_layers(model, required=False)
     modules, extra = _model_parts(model, spec, targets)
     _refuse_names("layer", groups.layers, modules)
-    if meta := [name for name, module in modules.items() if module.weight.is_meta]:
+    if meta := [name for name, module in modules.items() if formats.held_weight(module).is_meta]:
         raise ValueError(
             f"{format_names(meta)}: the weights are on the meta device: load them before the "
             "adapter"

@@ -305,7 +305,8 @@ def _refuse_tied(model: nn.Module, targets: Targets, adapters: dict[nn.Module, A
     changed = {
         module: names
         for module, names in targets.items()
-        if adapters[module].residual and not module.weight.is_meta
+        # Such an adapter refuses a quantised weight, which may have another name.
+        if adapters[module].residual and formats.of(module) is None and not module.weight.is_meta
     }
     owners = parameter_owners(model) if changed else {}
     for module, names in changed.items():

@@ -19,6 +19,7 @@ from lorafast.models.adapt import refuse_parallel
 from lorafast.models.adapt_spec import AdaptSpec, ModuleSelector
 from lorafast.models.module_names import canonical_name, format_names, require_module
 from lorafast.models.target_modules import find_targets, parameter_owners
+from lorafast.quantised import formats
 from lorafast.runtime.torch_internals import has_gradient_hooks, storage_key
 
 # Sums of gradients on the CPU, as the weights are laid out.
@@ -104,7 +105,7 @@ def estimate_gradients(
 def _check_weights(model: nn.Module, layers: dict[nn.Module, str]) -> None:
     owners = parameter_owners(model)
     for module, name in layers.items():
-        weight: Any = module.weight
+        weight: Any = formats.held_weight(module)
         checks.floating(f"{name}.weight", weight)
         shown = f"{name}.weight {tuple(weight.shape)}"
         if weight.is_meta:

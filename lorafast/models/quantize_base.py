@@ -28,7 +28,7 @@ from lorafast.models.tables import text_table
 from lorafast.models.target_modules import find_targets, is_conv1d, parameter_owners
 from lorafast.quantised import formats
 from lorafast.quantised.fp8_linear import FP8Linear
-from lorafast.quantised.weight import QuantisedWeight
+from lorafast.quantised.weight import ON_META, QuantisedWeight
 from lorafast.runtime import extras
 from lorafast.runtime.torch_internals import share_call_hooks, storage_key
 
@@ -231,7 +231,7 @@ def _why_not_linear(module: nn.Module) -> str | None:
 
 def _why_not_values(weight: torch.Tensor, bits: str) -> str | None:
     if weight.is_meta:
-        return "its weight is on the meta device: load it first"
+        return ON_META
     if not weight.numel():
         return f"its weight {tuple(weight.shape)} has no elements"
     # A NaN is the largest of any block, and no comparison with it is True.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Sequence
-from typing import cast
 
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ from lorafast.models.adapt import weight_matrix, weight_shape
 from lorafast.models.adapt_spec import AdaptSpec, match_patterns
 from lorafast.models.module_names import canonical_name, require_module
 from lorafast.models.target_modules import find_targets
+from lorafast.quantised import formats
 
 DIRECTIONS = ("low_energy_more", "high_energy_more")
 
@@ -85,7 +85,7 @@ def spectral_ranks(
     targets = {
         canonical_name(names[0]): module for module, names in find_targets(model, spec).items()
     }
-    _refuse_meta({name: cast(nn.Parameter, module.weight) for name, module in targets.items()})
+    _refuse_meta({name: formats.held_weight(module) for name, module in targets.items()})
     score_rank = energy_rank or choices[-1]
     scores = {
         name: energy(weight_matrix(module), score_rank, svd_niter)

@@ -100,7 +100,7 @@ def _why_state_is_lost(module: nn.Module) -> str | None:
     attributes = vars(module)
     if "_hf_hook" in attributes:
         # PEFT makes its factors on the meta device too where the weight is there.
-        otherwise = "" if module.weight.is_meta else f"; {_LEAVE_TO_PEFT}"
+        otherwise = "" if formats.held_weight(module).is_meta else f"; {_LEAVE_TO_PEFT}"
         return (
             "is placed or offloaded by accelerate (device_map): adapt the model while all weights "
             "are in memory (loaded without device_map, or after accelerate.hooks."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import cast
 
 from torch import nn
 
@@ -263,7 +262,7 @@ def _refuse_tied(model: nn.Module, targets: Targets) -> None:
     """Raise ValueError if a target's weight is another module's too, where ties are to be kept."""
     owners = parameter_owners(model)
     for module in targets:
-        weight = cast(nn.Parameter, module.weight)
+        weight = formats.held_weight(module)
         holders = {} if weight.is_meta else owners[storage_key(weight)]
         if len(holders) > 1:
             raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lorafast.engine.dequantise import dequantise_4bit
-from lorafast.quantised.weight import QuantisedWeight, inherits, wrong_shape
+from lorafast.quantised.weight import ON_META, QuantisedWeight, inherits, wrong_shape
 from lorafast.runtime import env
 
 # Rows that a group of the weight packed for CPUs holds: 16 in the low bits, then 16 in the high.
@@ -47,7 +47,7 @@ class BitsAndBytes4Bit(QuantisedWeight):
         """Return why the weight cannot be read, or None."""
         weight, state = self.module.weight, self._state()
         if weight.is_meta:
-            return "its weight is on the meta device: load it first"
+            return ON_META
         if state is None:
             if weight.is_floating_point() and weight.dim() == 2:
                 return "its weight is not quantised yet: move the layer to its device first"

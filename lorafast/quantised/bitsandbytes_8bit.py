@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lorafast.quantised.weight import QuantisedWeight, inherits, wrong_shape
+from lorafast.quantised.weight import ON_META, QuantisedWeight, inherits, wrong_shape
 
 # The number by which bitsandbytes multiplies instead of dividing by 127.
 _STEP = 7.874015718698502e-3
@@ -35,7 +35,7 @@ class BitsAndBytes8Bit(QuantisedWeight):
         """Return why the weight cannot be read, or None."""
         weight = self.module.weight
         if weight.is_meta:
-            return "its weight is on the meta device: load it first"
+            return ON_META
         if self.module.state.has_fp16_weights:
             return "it has has_fp16_weights=True: its weight is not quantised, and may train"
         if weight.dtype != torch.int8:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lorafast.quantised.weight import QuantisedWeight
+from lorafast.quantised.weight import ON_META, QuantisedWeight
 
 
 def _awq_gemm(layer: Any) -> torch.Tensor:
@@ -81,15 +81,19 @@ class DequantisingLayer(QuantisedWeight):
         """Return why the weight cannot be read, or None."""
         if _function(self.module) is None:
             return f"{self.kind} has no function that dequantises its weight"
-        packed = self._packed()
-        if packed is None:
+        if (packed := self._find_packed()) is None:
             return f"{self.kind} holds no packed weight"
-        return "its weight is on the meta device: load it first" if packed.is_meta else None
+        return ON_META if packed.is_meta else None
 
     @property
-    def device(self) -> torch.device:
-        """The device of the packed weight."""
-        return self._packed().device
+    def packed(self) -> torch.Tensor:
+        """The layer's tensor of numbers in few bits, under whichever name its package has for it.
+
+        RuntimeError if there is none.
+        """
+        if (found := self._find_packed()) is None:
+            raise RuntimeError(f"{self.kind} holds no packed weight")
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,7 +121,7 @@ class DequantisingLayer(QuantisedWeight):
             raise ValueError(f"{self.kind} dequantised to {list(found.shape)}, not {layout}")
         return weight
 
-    def _packed(self) -> torch.Tensor | None:
+    def _find_packed(self) -> torch.Tensor | None:
         for name in _TENSORS:
             if isinstance(found := getattr(self.module, name, None), torch.Tensor):
                 return found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
 from lorafast.quantised.bitsandbytes_4bit import BitsAndBytes4Bit
@@ -31,3 +34,12 @@ def of(module: nn.Module) -> QuantisedWeight | None:
         if weight_format.matches(module):
             return weight_format(module)
     return None
+
+
+def held_weight(module: Any) -> torch.Tensor:
+    """Return the tensor that holds a module's weight; of a quantised one its numbers in few bits.
+
+    Not every quantised module has it under the name `weight`.
+    """
+    quantised = of(module)
+    return module.weight if quantised is None else quantised.packed

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lorafast.engine.row_blocks import row_blocks
-from lorafast.quantised.weight import QuantisedWeight
+from lorafast.quantised.weight import ON_META, QuantisedWeight
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 _SCALES = ("weight_scale_inv", "weight_scale")
@@ -46,7 +46,7 @@ class FP8(QuantisedWeight):
         """Return why the weight cannot be read, or None."""
         weight, scale = self.module.weight, self._scale()
         if weight.is_meta:
-            return "its weight is on the meta device: load it first"
+            return ON_META
         if tuple(weight.shape) != self.shape:
             return f"its weight is {list(weight.shape)} and should be {list(self.shape)}"
         if scale is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafast.quantised.weight import QuantisedWeight, wrong_shape
+from lorafast.quantised.weight import ON_META, QuantisedWeight, wrong_shape
 
 # Classes with qdata [N,K], scale and block_size, whose rows are again a tensor of the class.
 _BLOCKED = ("Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor")
@@ -40,7 +40,7 @@ class TorchaoTensor(QuantisedWeight):
         """Return why the weight cannot be read, or None."""
         weight = self.module.weight
         if weight.is_meta:
-            return "its weight is on the meta device: load it first"
+            return ON_META
         if not _dequantises(weight):
             return f"torchao's {type(weight).__name__} has no function that dequantises it"
         if getattr(weight, "act_pre_scale", None) is not None:

@@ -10,6 +10,9 @@ from torch import nn
 
 from lorafast.engine.row_blocks import row_blocks
 
+# Why a weight that has no memory cannot be read.
+ON_META = "its weight is on the meta device: load it first"
+
 
 class QuantisedWeight(ABC):
     """The weight of another library's module, which holds it in few bits.
@@ -56,7 +59,7 @@ class QuantisedWeight(ABC):
     @property
     def device(self) -> torch.device:
         """The device of the weight."""
-        return self.module.weight.device
+        return self.packed.device
 
     @property
     @abstractmethod

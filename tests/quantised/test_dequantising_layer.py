@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import lorafast
 from lorafast.quantised import formats
 
 N, K = 6, 8
@@ -131,3 +132,41 @@ def test_faults_name_themselves():
 
 def test_a_layer_of_an_unknown_package_is_no_weight():
     assert formats.of(stand_in("someone", "QuantLinear", qweight=torch.zeros(2))) is None
+
+
+MAKERS = (hqq, gptq, awq, compressed)
+
+
+def model_of(make):
+    return nn.Sequential(nn.Linear(K, K), make())
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_layer_without_a_weight_is_adapted_trained_saved_and_loaded(make, tmp_path):
+    torch.manual_seed(0)
+    model = lorafast.adapt(model_of(make), lorafast.LoRA(r=2), target_modules=["1"])
+    layer, x = model[1], torch.randn(3, K)
+    before = model(x)
+    dtype = formats.of(make()).compute_dtype or torch.float32
+    expected = nn.functional.linear(model[0](x).to(dtype), W.half().to(dtype))
+    torch.testing.assert_close(before, expected.float())
+    optimizer = torch.optim.SGD([layer.lora_B], lr=1.0)
+    before.square().sum().backward()
+    optimizer.step()
+    after = model(x)
+    assert not torch.equal(after, before)
+    lorafast.save_adapter(model, tmp_path)
+    fresh = model_of(make)
+    fresh[0].load_state_dict(model[0].state_dict())
+    lorafast.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(x), after)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_ranks_and_refusals_of_a_layer_without_a_weight(make):
+    model = model_of(make)
+    assert lorafast.spectral_ranks(model, ranks=(2, 4), budget=4, target_modules=["1"]) == {"1": 4}
+    with pytest.raises(ValueError, match="take a start that leaves the weight alone"):
+        lorafast.adapt(model, lorafast.LoRA(r=2, init=lorafast.PiSSA()), target_modules=["1"])
+    model[1] = make()
+    assert not formats.of(model[1]).packed.is_floating_point()
