@@ -17,6 +17,7 @@ from lorafast.models.adapt_spec import AdaptSpec
 from lorafast.models.module_names import canonical_name, ends_with, similar_names, unwrap
 from lorafast.models.target_modules import Targets, parameter_owners
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.quantised_linear import QuantisedLinear
 from lorafast.runtime.torch_internals import storage_key
 
 # Attribute of a module: the initial values of those of its own tensors that train, by name. They
@@ -162,9 +163,14 @@ def set_trainable(model: nn.Module, trainable: bool) -> None:
 
 def _set_trainable(module: nn.Module, trainable: bool) -> None:
     for name in vars(module).get(_INITIAL, {}):
-        parameter = module._parameters.get(name)
+        parameter = _owner(module)._parameters.get(name)
         if parameter is not None and parameter.is_floating_point():
             parameter.requires_grad_(trainable)
+
+
+def _owner(module: nn.Module) -> nn.Module:
+    """Return the module that holds the tensors of a module that trains or whose bias does."""
+    return module.base_layer if isinstance(module, QuantisedLinear) else module
 
 
 def has_initial_values(module: nn.Module) -> bool:
@@ -231,6 +237,7 @@ def _refuse_unknown(name: str, tensor: torch.Tensor, initial: torch.Tensor) -> N
 
 
 def _set_tensors(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    module = _owner(module)
     for name, tensor in tensors.items():
         if name not in module._parameters:
             module._buffers[name] = tensor

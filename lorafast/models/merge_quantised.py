@@ -102,7 +102,7 @@ def _packed(layer: QuantisedLinear, merged: MergeResult) -> nn.Module:
     """Return a copy of the quantised module with the merged weight."""
     module: Any = copy.deepcopy(layer.base_layer)
     formats.of(module).requantise(merged.weight)
-    if merged.bias is not None:
+    if layer.bias is not None:
         module.bias = _bias(layer, merged, layer.bias.dtype)
     return module.train(layer.training)
 

@@ -202,6 +202,61 @@ def test_an_adapter_is_saved_and_loaded_and_read_by_the_dense_model(tmp_path):
         assert torch.equal(base(x), packed(x))
 
 
+def train_biases(model, x):
+    """Train what the adapter file of the model holds for two steps."""
+    optimizer = torch.optim.SGD(lorafast.adapter_parameters(model), lr=1e-2)
+    for _ in range(2):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_its_bias_trains_as_the_dense_layers_does(bias, tmp_path):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(K, N), torch.randn(20, K)
+    packed = nn.Sequential(quantised(linear))
+    base, initial = copy.deepcopy(packed), linear.bias.detach().clone()
+    lorafast.adapt(packed, lorafast.LoRA(r=4), bias=bias, seed=1)
+    linear.weight.data.copy_(packed[0].dequantised(torch.float32))
+    dense = lorafast.adapt(nn.Sequential(linear), lorafast.LoRA(r=4), bias=bias, seed=1)
+    keys = set(packed.state_dict())
+    assert packed[0].bias.requires_grad
+    assert lorafast.trainable_summary(packed).parts["bias"] == N
+    for model in (dense, packed):
+        train_biases(model, x)
+    assert torch.equal(packed[0].bias, dense[0].bias)
+    assert not torch.equal(packed[0].bias, initial)
+    with lorafast.disable_adapter(packed):
+        torch.testing.assert_close(packed(x), nn.functional.linear(x, linear.weight, initial))
+        assert torch.equal(packed[0].base_layer.bias, initial)
+    assert set(packed.state_dict()) == keys
+    assert packed[0].bias.requires_grad
+    assert torch.equal(packed[0].bias, dense[0].bias)
+    for source, folder in ((dense, "dense"), (packed, "packed")):
+        lorafast.save_adapter(source, tmp_path / folder)
+        loaded = copy.deepcopy(base)
+        lorafast.load_adapter(loaded, tmp_path / folder, trainable=True)
+        assert loaded[0].bias.requires_grad
+        assert torch.equal(loaded(x), packed(x))
+    lorafast.unload(packed)
+    assert torch.equal(packed[0].bias, initial)
+    assert not packed[0].bias.requires_grad
+    assert set(packed.state_dict()) == set(base.state_dict())
+
+
+@pytest.mark.parametrize("into", ["dequantise", "requantise"])
+def test_a_trained_bias_is_merged_and_frozen(into):
+    x = torch.randn(20, K)
+    model = nn.Sequential(quantised(nn.Linear(K, N)))
+    lorafast.adapt(model, lorafast.LoRA(r=4), bias="all")
+    train_biases(model, x)
+    bias = model[0].bias
+    lorafast.merge_quantised(model, into)
+    assert torch.equal(model[0].bias, bias)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.compile
 def test_compiled_it_runs_outside_of_the_graph():
     _, packed = pair(lorafast.LoRA(r=4))
