@@ -77,6 +77,7 @@ def adapt(
         adapter_pattern: {regular expression: another adapter}, likewise. An adapter file holds one
             method, or DoRA beside DoRA(magnitude_only=True); other mixtures only train.
         modules_to_save: names of modules that train as a whole and are saved with the adapter.
+            None may be quantised.
         task_type: PEFT's word for what the model does. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS"
             add the model's head to modules_to_save; "CAUSAL_LM", "SEQ_2_SEQ_LM" and
             "FEATURE_EXTRACTION" are only written into the adapter's config. Without it, a head that

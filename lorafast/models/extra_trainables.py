@@ -17,7 +17,7 @@ from lorafast.models.adapt_spec import AdaptSpec
 from lorafast.models.module_names import canonical_name, ends_with, similar_names, unwrap
 from lorafast.models.target_modules import Targets, parameter_owners
 from lorafast.nn.adapter_layer import AdapterLayer
-from lorafast.nn.quantised_linear import QuantisedLinear
+from lorafast.nn.quantised_linear import QuantisedLinear, why_not_trained
 from lorafast.runtime.torch_internals import storage_key
 
 # Attribute of a module: the initial values of those of its own tensors that train, by name. They
@@ -62,6 +62,7 @@ def select(
     """Return the modules to train as a whole, and those whose bias trains, by canonical name."""
     saved = _select_saved(model, spec)
     _refuse_adapted(saved, targets)
+    _refuse_quantised(saved)
     if not spec.untie:
         _refuse_tied(model, saved)
     biases = {}
@@ -274,6 +275,16 @@ def _refuse_adapted(saved: dict[str, nn.Module], targets: Targets) -> None:
                 f"modules_to_save means {name}, and target_modules {targets[target][0]} in it: a "
                 "module is one or the other"
             )
+
+
+def _refuse_quantised(saved: dict[str, nn.Module]) -> None:
+    for name, module in saved.items():
+        for inner, part in module.named_modules(prefix=name):
+            if why := why_not_trained(part):
+                raise ValueError(
+                    f"modules_to_save means {name}, but {inner} cannot train as a whole: {why}; "
+                    "dequantise it first, or give it an adapter"
+                )
 
 
 def _tied_parameters(

@@ -13,6 +13,7 @@ from lorafast.methods.adapter import Adapter
 from lorafast.nn.linear import AdapterLinearBase, probability
 from lorafast.nn.merge_mixin import MergeResult
 from lorafast.quantised import formats
+from lorafast.quantised.bitsandbytes_8bit import BitsAndBytes8Bit
 from lorafast.quantised.weight import QuantisedWeight
 
 _MERGE = (
@@ -123,6 +124,16 @@ def why_not_quantised(module: nn.Module) -> str | None:
     weight = formats.of(module)
     why = None if weight is None else weight.why_not()
     return None if why is None else f"has a quantised weight that cannot be read: {why}"
+
+
+def why_not_trained(module: nn.Module) -> str | None:
+    """Return why the module's own weight cannot train, or None if it is not quantised."""
+    weight: Any = formats.of(module)
+    if weight is None:
+        return None
+    if isinstance(weight, BitsAndBytes8Bit) and weight.module.state.has_fp16_weights:
+        return None
+    return f"its weight is {weight.kind}, and has no gradient"
 
 
 def _why_not_adapter(adapter: Adapter | None) -> str | None:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lorafast.engine import checks
 from lorafast.models.module_names import similar_names, unwrap
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.quantised_linear import why_not_trained
 
 
 class LISA:
@@ -45,9 +46,9 @@ class LISA:
     Raises:
         TypeError: model is no module.
         ValueError: an argument is out of range, `layers` names no nn.ModuleList with blocks, a
-            block has an adapter, two blocks or a block and the rest share a parameter that trains,
-            no parameter of the blocks trains, the optimizer lacks some of them, or the model is not
-            prepared for a process group. Nothing has changed then.
+            block has an adapter or a quantised weight, two blocks or a block and the rest share a
+            parameter that trains, no parameter of the blocks trains, the optimizer lacks some of
+            them, or the model is not prepared for a process group. Nothing has changed then.
 
     Example:
         import torch, lorafast
@@ -228,6 +229,8 @@ def _find_blocks(model: nn.Module, layers: str) -> nn.ModuleList:
                 f"{layers}.{name} has {module.adapter}: LISA trains a plain model's own weights, "
                 "and these are frozen"
             )
+        if why := why_not_trained(module):
+            raise ValueError(f"{layers}.{name} cannot train: {why}")
     return lists[layers]
 
 

@@ -257,6 +257,38 @@ def test_a_trained_bias_is_merged_and_frozen(into):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("make", [quantised, int8])
+def test_a_quantised_module_does_not_train_as_a_whole(make):
+    head = nn.Sequential(nn.Linear(N, N), make(nn.Linear(N, N)))
+    model = nn.Sequential(nn.Linear(K, N), head)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    keys = set(model.state_dict())
+    for name in ("1", "1.1"):
+        with pytest.raises(ValueError, match=rf"means {name}, but 1\.1 cannot .*bitsandbytes"):
+            lorafast.adapt(model, lorafast.LoRA(r=2), ["0"], modules_to_save=[name])
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert set(model.state_dict()) == keys
+    lorafast.adapt(model, lorafast.LoRA(r=2), ["0"], modules_to_save=["1.0"])
+
+
+@pytest.mark.parametrize("make", [quantised, int8])
+def test_lisa_refuses_a_block_with_a_quantised_weight(make):
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(K, K), nn.ReLU()) for _ in range(3))
+    model.layers[1].append(make(nn.Linear(K, K)))
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"layers\.1\.2 cannot train: its weight is bitsandbytes"):
+        lorafast.schedule.LISA(model, layers="layers", active=1)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_int8_that_keeps_its_fp16_weight_trains_as_a_whole():
+    head = bnb.nn.Linear8bitLt(N, N, has_fp16_weights=True)
+    model = nn.Sequential(nn.Linear(K, N), head)
+    lorafast.adapt(model, lorafast.LoRA(r=2), ["0"], modules_to_save=["1"])
+    assert head.weight.requires_grad
+
+
 @pytest.mark.compile
 def test_compiled_it_runs_outside_of_the_graph():
     _, packed = pair(lorafast.LoRA(r=4))
