@@ -49,7 +49,7 @@ class BitsAndBytes4Bit(QuantisedWeight):
         if weight.is_meta:
             return ON_META
         if state is None:
-            if weight.is_floating_point() and weight.dim() == 2:
+            if weight.is_floating_point() and tuple(weight.shape) == self.shape:
                 return "its weight is not quantised yet: move the layer to its device first"
             return "its quant_state is lost"
         return (
@@ -94,11 +94,11 @@ class BitsAndBytes4Bit(QuantisedWeight):
     @property
     def dtype(self) -> torch.dtype:
         """The layer's compute_dtype, or the dtype of the weight before it was quantised."""
-        return self.module.compute_dtype or _dequantised_dtype(self._state())
+        return self.module.compute_dtype or _dequantised_dtype(self._readable_state())
 
     def whole(self, out: torch.Tensor) -> torch.Tensor:
         """Write W into out and return it: on a GPU by bitsandbytes' kernel, in W's own dtype."""
-        state = self._state()
+        state = self._readable_state()
         rounds_once = _dequantised_dtype(state) in (torch.float32, out.dtype)
         if out.device.type == "cpu" and rounds_once and not _is_packed_for_cpu(state):
             return self._rows(state, 0, self.shape[0], out)
@@ -112,7 +112,7 @@ class BitsAndBytes4Bit(QuantisedWeight):
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Return rows start .. stop of W: rounded to the dtype it had before, then to this one."""
-        state = self._state()
+        state = self._readable_state()
         own = _dequantised_dtype(state)
         with torch.no_grad():
             if _is_packed_for_cpu(state):
@@ -170,6 +170,16 @@ class BitsAndBytes4Bit(QuantisedWeight):
     def _state(self) -> Any:
         """The quant_state; FSDP loses the weight's, so the module keeps it too."""
         return getattr(self.module.weight, "quant_state", None) or self.module.quant_state
+
+    def _readable_state(self) -> Any:
+        """Return the quant_state. RuntimeError if it is lost, or not of the bytes that are there.
+
+        A cast (`model.half()`) of bytes that are stored as floats leaves the state as it was.
+        """
+        state = self._state()
+        if state is None or self._why_not_packed(self.module.weight, state):
+            self.require_readable()
+        return state
 
 
 def _is_packed_for_cpu(state: Any) -> bool:

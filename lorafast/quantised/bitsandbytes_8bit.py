@@ -53,12 +53,14 @@ class BitsAndBytes8Bit(QuantisedWeight):
         """Write W into out, in fp32 without a temporary, and return it."""
         if out.dtype != torch.float32:
             return super().whole(out)
+        self.require_readable()
         with torch.no_grad():
             # torch multiplies mixed dtypes slowly.
             return out.copy_(self.module.weight).mul_(self._row_max()[:, None]).mul_(_STEP)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Return rows start .. stop of W, rounded once from fp32."""
+        self.require_readable()
         with torch.no_grad():
             row_max = self._row_max()[start:stop, None]
             block = self.module.weight.detach()[start:stop].float()

@@ -111,6 +111,7 @@ class DequantisingLayer(QuantisedWeight):
         return self._dequantised()[start:stop].to(dtype, copy=True).contiguous()
 
     def _dequantised(self) -> torch.Tensor:
+        self.require_readable()
         function = _function(self.module)
         N, K = self.shape
         with torch.no_grad():

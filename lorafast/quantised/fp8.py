@@ -67,6 +67,7 @@ class FP8(QuantisedWeight):
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Return rows start .. stop of W, rounded once from fp32."""
+        self.require_readable()
         with torch.no_grad():
             scale = self._scale()
             height, width = self._block(scale)

@@ -51,6 +51,11 @@ class QuantisedWeight(ABC):
         from a device. Where it is None, `device`, `dtype`, `whole` and `rows` work.
         """
 
+    def require_readable(self) -> None:
+        """Raise RuntimeError, with the words of `why_not`, if the weight cannot be read."""
+        if why := self.why_not():
+            raise RuntimeError(f"the weight in {self.kind} cannot be read: {why}")
+
     @property
     def shape(self) -> tuple[int, int]:
         """N and K."""

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from helpers.rotations import rotating, thinned
 from torch import nn
 
+import lorafast
 from lorafast.quantised import formats
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -340,3 +342,29 @@ def test_a_weight_that_is_not_there_is_one_reason():
     lost = linear4bit(8, 64)
     lost.quant_state = lost.weight.quant_state = None
     assert "quant_state is lost" in formats.of(lost).why_not()
+
+
+def _lost(module):
+    module.quant_state = module.weight.quant_state = None
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.float64), _lost])
+def test_a_weight_that_is_destroyed_after_adapt_is_an_error_of_the_next_call(storage, cast):
+    model = nn.Sequential(linear4bit(16, 64, quant_storage=storage))
+    lorafast.adapt(model, lorafast.LoRA(r=2), target_modules=["0"])
+    x = torch.randn(3, 64, requires_grad=True)
+    y = model(x)
+    cast(model[0].base_layer)
+    weight = model[0].quantised
+    reason = re.escape(weight.why_not())
+    assert "destroys" in reason or "lost" in reason
+    for read in (
+        lambda: model(x),
+        lambda: y.sum().backward(),
+        lambda: weight.rows(0, 3, torch.float32),
+        lambda: weight.dtype,
+        lambda: lorafast.merge_quantised(model, "dequantise"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            read()

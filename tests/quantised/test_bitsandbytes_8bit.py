@@ -5,7 +5,9 @@ import io
 
 import pytest
 import torch
+from torch import nn
 
+import lorafast
 from lorafast.quantised import formats
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -126,3 +128,19 @@ def test_a_weight_that_cannot_be_read_is_one_reason():
     assert reason(module) == "its weight is [8, 32] and should be [8, 31]"
     with pytest.raises(NotImplementedError, match="its weight is"):
         formats.of(module).requantise(torch.zeros(8, 31))
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_lost_scb_is_an_error_of_the_next_call(called):
+    model = nn.Sequential(linear8bit(8, 32))
+    if called:
+        _called(model[0])
+    lorafast.adapt(model, lorafast.LoRA(r=2), target_modules=["0"])
+    base = model[0].base_layer
+    # As a module looks whose Parameter was made anew from its data.
+    base.weight, base.state.SCB = nn.Parameter(base.weight.data, requires_grad=False), None
+    for dtype in DTYPES:
+        with pytest.raises(RuntimeError, match=r"its SCB is missing; it should be \[8\]"):
+            model(torch.randn(3, 32, dtype=dtype))
+    with pytest.raises(RuntimeError, match="its SCB is missing"):
+        model[0].quantised.rows(0, 1, torch.float32)
