@@ -17,6 +17,7 @@ from lorafast.nn.merge_mixin import MergeResult
 from lorafast.nn.quantised_linear import QuantisedLinear
 from lorafast.quantised import formats
 from lorafast.quantised.weight import QuantisedWeight
+from lorafast.runtime.torch_internals import CALL_HOOKS, share_call_hooks
 
 WAYS = ("dequantise", "requantise")
 
@@ -76,6 +77,7 @@ def merge_quantised(
     for layer, names in quantised.items():
         merged = layer.merge_parts()
         module = _dense(layer, dtype, merged) if into == "dequantise" else _packed(layer, merged)
+        share_call_hooks(layer, module)
         made[layer], errors[canonical_name(names[0])] = module, _error(module, merged.weight)
     for layer, names in quantised.items():
         replace_module(model, names, made[layer])
@@ -100,7 +102,10 @@ def _dense(layer: QuantisedLinear, dtype: torch.dtype | None, merged: MergeResul
 
 def _packed(layer: QuantisedLinear, merged: MergeResult) -> nn.Module:
     """Return a copy of the quantised module with the merged weight."""
-    module: Any = copy.deepcopy(layer.base_layer)
+    base = layer.base_layer
+    # Hooks stay the same objects: the copy of a bound method would be of a copy of its owner.
+    hooks = [vars(base)[name] for name in CALL_HOOKS if name in vars(base)]
+    module: Any = copy.deepcopy(base, {id(one): one for one in hooks})
     formats.of(module).requantise(merged.weight)
     if layer.bias is not None:
         module.bias = _bias(layer, merged, layer.bias.dtype)

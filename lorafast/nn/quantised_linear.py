@@ -41,7 +41,8 @@ class QuantisedLinear(AdapterLinearBase):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return y [...,N] for input x [...,K], in x's dtype or autocast's."""
         if self.disabled:
-            return self.base_layer(input)
+            # Not its call, whose hooks are this layer's: adapt shares them.
+            return self.base_layer.forward(input)
         if torch.compiler.is_compiling():
             # Outside of the graph, which would keep the dequantised weight.
             return torch.compiler.disable(self._call)(input)

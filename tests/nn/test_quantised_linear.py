@@ -289,6 +289,38 @@ def test_int8_that_keeps_its_fp16_weight_trains_as_a_whole():
     assert head.weight.requires_grad
 
 
+class Counter:
+    """Counts the calls of a module, of which its bound method is a hook."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def hook(self, module, inputs, output=None):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("into", ["dequantise", "requantise", None])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_of_the_call_fires_once_in_every_call(register, into):
+    module, counter, x = quantised(nn.Linear(K, N)), Counter(), torch.randn(20, K)
+    handle = getattr(module, register)(counter.hook)
+    model = lorafast.adapt(nn.Sequential(module), lorafast.LoRA(r=4))
+    model(x)
+    assert counter.calls == 1
+    with lorafast.disable_adapter(model):
+        model(x)
+    assert counter.calls == 2
+    if into is None:
+        lorafast.unload(model)
+    else:
+        lorafast.merge_quantised(model, into)
+    model(x)
+    assert counter.calls == 3
+    handle.remove()
+    model(x)
+    assert counter.calls == 3
+
+
 @pytest.mark.compile
 def test_compiled_it_runs_outside_of_the_graph():
     _, packed = pair(lorafast.LoRA(r=4))
