@@ -36,7 +36,6 @@ class QuantisedLinear(AdapterLinearBase):
     """
 
     base_layer: nn.Module
-    quantised: QuantisedWeight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return y [...,N] for input x [...,K], in x's dtype or autocast's."""
@@ -70,9 +69,20 @@ class QuantisedLinear(AdapterLinearBase):
         super()._attach(adapter, adapter_dtype, start)
 
     def _adopt(self, base: Any) -> None:
-        self.quantised = formats.of(base)
-        self.out_features, self.in_features = self.quantised.shape
         self.base_layer = base
+        self.out_features, self.in_features = self.quantised.shape
+
+    @property
+    def quantised(self) -> QuantisedWeight:
+        """The weight of base_layer. TypeError if another module without one has its place."""
+        base = self._modules["base_layer"]
+        weight: QuantisedWeight | None = self.__dict__.get("_quantised")
+        if weight is None or weight.module is not base:
+            weight = formats.of(base)
+            if weight is None:
+                raise TypeError(f"base_layer {type(base).__name__} has no weight of a known format")
+            self.__dict__["_quantised"] = weight
+        return weight
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]  # nobody sets it

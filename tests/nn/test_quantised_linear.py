@@ -321,6 +321,22 @@ def test_a_hook_of_the_call_fires_once_in_every_call(register, into):
     assert counter.calls == 3
 
 
+def test_another_base_layer_is_the_one_that_is_computed_with():
+    _, packed = pair(lorafast.LoRA(r=4))
+    layer, x = packed[0], torch.randn(20, K)
+    before, delta = layer.quantised, packed(x) - layer.base_layer(x)
+    assert layer.quantised is before
+    for make in (quantised, int8):
+        layer.base_layer = make(nn.Linear(K, N))
+        expected = nn.functional.linear(x, layer.dequantised(), layer.base_layer.bias)
+        torch.testing.assert_close(packed(x), expected + delta)
+        assert layer.weight is layer.base_layer.weight
+    assert "int8" in repr(layer)
+    layer.base_layer = nn.Linear(K, N)
+    with pytest.raises(TypeError, match="base_layer Linear has no weight of a known format"):
+        packed(x)
+
+
 @pytest.mark.compile
 def test_compiled_it_runs_outside_of_the_graph():
     _, packed = pair(lorafast.LoRA(r=4))
