@@ -9,7 +9,7 @@ from torch import nn
 
 from lorafast import functional
 from lorafast.engine.problem import CallOptions, LayerTensors
-from lorafast.methods.adapter import Adapter
+from lorafast.methods.adapter import Adapter, TensorSpec
 from lorafast.nn.linear import AdapterLinearBase, probability
 from lorafast.nn.merge_mixin import MergeResult
 from lorafast.quantised import formats
@@ -66,7 +66,12 @@ class QuantisedLinear(AdapterLinearBase):
     ) -> None:
         if why := _why_not_adapter(adapter):
             raise ValueError(f"{adapter} beside a weight in {self.quantised.kind}: {why}")
-        super()._attach(adapter, adapter_dtype, start)
+        # Every part of the start reads W, which is dequantised once for all of them.
+        self.__dict__["_start_weight"] = self.dequantised()
+        try:
+            super()._attach(adapter, adapter_dtype, start)
+        finally:
+            del self.__dict__["_start_weight"]
 
     def _adopt(self, base: Any) -> None:
         self.base_layer = base
@@ -95,7 +100,11 @@ class QuantisedLinear(AdapterLinearBase):
         return getattr(self.base_layer, "bias", None)
 
     def _W(self) -> torch.Tensor:
-        return self.dequantised()
+        weight: torch.Tensor | None = self.__dict__.get("_start_weight")
+        return self.dequantised() if weight is None else weight
+
+    def _tensor_specs(self) -> dict[str, TensorSpec]:
+        return self.adapter.tensor_specs(*self.quantised.shape)
 
     @torch.no_grad()
     def dequantised(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -125,6 +134,13 @@ class QuantisedLinear(AdapterLinearBase):
         """Return W' = gain⊙(W + sBA) [N,K] in fp32, and the bias if a lora_bias changes it."""
         weight = self.dequantised(torch.float32)
         return self._merged_parts(self._tensors()._replace(weight=weight), keep=True)
+
+    def reset_parameters(self) -> None:
+        """Refuse: a fresh weight would have to be quantised. reset_adapter() starts the adapter."""
+        raise RuntimeError(
+            f"the weight is {self.quantised.kind}, and a fresh one would have to be quantised: "
+            "reset_adapter() starts the adapter anew on the weight that there is"
+        )
 
     def refuse_computed_weight(self, action: str) -> None:
         """Accept: nothing is written into the weight."""

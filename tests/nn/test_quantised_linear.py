@@ -337,6 +337,32 @@ def test_another_base_layer_is_the_one_that_is_computed_with():
         packed(x)
 
 
+def test_reset_parameters_is_refused():
+    _, packed = pair(lorafast.LoRA(r=4))
+    with pytest.raises(RuntimeError, match=r"would have to be quantised: reset_adapter\(\)"):
+        packed[0].reset_parameters()
+
+
+@pytest.mark.parametrize("adapter", [lorafast.LoRA(r=4), lorafast.DoRA(r=4)], ids=str)
+def test_adapt_dequantises_a_layer_twice_and_loading_once(adapter, monkeypatch, tmp_path):
+    calls, whole = [], formats.BitsAndBytes4Bit.whole
+
+    def counted(self, out):
+        calls.append(self.module)
+        return whole(self, out)
+
+    monkeypatch.setattr(formats.BitsAndBytes4Bit, "whole", counted)
+    base = nn.Sequential(*(quantised(nn.Linear(64, 64)) for _ in range(3)))
+    model = lorafast.adapt(copy.deepcopy(base), adapter)
+    # Once for the adapter's bind_layer, once for its start.
+    assert len(calls) == 6
+    assert {calls.count(layer.base_layer) for layer in model} == {2}
+    lorafast.save_adapter(model, tmp_path)
+    calls.clear()
+    lorafast.load_adapter(base, tmp_path)
+    assert len(calls) == 3
+
+
 @pytest.mark.compile
 def test_compiled_it_runs_outside_of_the_graph():
     _, packed = pair(lorafast.LoRA(r=4))
