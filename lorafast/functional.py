@@ -27,7 +27,7 @@ from lorafast.engine.problem import (
 )
 from lorafast.engine.weight_buffers import WeightSource
 from lorafast.engine.weight_norm import NormPolicy
-from lorafast.quantised.weight import QuantisedWeight
+from lorafast.quantised.weight import QuantisedWeight, require_activation
 
 _COMPUTE = NormPolicy()
 # axis, dropout_on and keep as linear has them where nothing is asked of DoRA.
@@ -217,9 +217,7 @@ def by_quantised(
     called_in = activation_dtype(x)
     # Autocast's, else the one that the module is told to compute in, else x's.
     dtype = called_in if called_in != x.dtype else quantised.compute_dtype or called_in
-    if dtype not in QuantisedWeight.DTYPES:
-        allowed = ", ".join(map(str, QuantisedWeight.DTYPES))
-        raise TypeError(f"x is {x.dtype}; beside a quantised weight it must be of {allowed}")
+    require_activation(x, dtype)
     if called_in == x.dtype != dtype:
         x = x.to(dtype)
     # Where an observer could keep W, it is a fresh tensor that backward reads.

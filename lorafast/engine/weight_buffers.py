@@ -78,9 +78,10 @@ def _needs_fresh(device: torch.device) -> bool:
 def is_observed() -> bool:
     """Return True if a mode, a transform or a tracer sees the operations of a call now."""
     return (
-        torch_internals.dispatch_modes_active()
+        # First, because the compiler cannot trace the others.
+        torch.compiler.is_compiling()
+        or torch_internals.dispatch_modes_active()
         or torch_internals.transforms_active()
-        or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
     )
 

@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 from lorafast.engine import weight_buffers
 from lorafast.engine.precision import activation_dtype
 from lorafast.quantised.fp8 import FP8
+from lorafast.quantised.weight import require_activation
+from lorafast.runtime.torch_internals import below_autocast
 
 _DTYPE = torch.float8_e4m3fn
 
@@ -35,6 +37,7 @@ class FP8Linear(nn.Module):
         weight_scale: buffer [N,1] in fp32.
     """
 
+    bias: nn.Parameter | None
     weight_scale: torch.Tensor
 
     def __init__(
@@ -55,16 +58,21 @@ class FP8Linear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return y [...,N] for input x [...,K], in x's dtype or autocast's."""
-        if torch.compiler.is_compiling():
+        """Return y [...,N] in x's dtype or autocast's, for input x [...,K] in fp32, bf16, fp16."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             # Outside of the graph, which would keep the dequantised weight.
             return torch.compiler.disable(self._product)(input)
         return self._product(input)
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
         dtype = activation_dtype(input)
+        require_activation(input, dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return _Product.apply(input.to(dtype), bias, FP8(self))
+        if not weight_buffers.is_observed():
+            return _Product.apply(input.to(dtype), bias, FP8(self))
+        # torch's own operations on a fresh tensor: what observes them may keep it.
+        with weight_buffers.borrow(FP8(self), dtype) as weight:
+            return nn.functional.linear(input.to(dtype), weight, bias)
 
     def extra_repr(self) -> str:
         """Return the line of repr()."""
@@ -100,9 +108,11 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            with weight_buffers.borrow(ctx.source, ctx.dtype) as weight:
-                grad_x = grad @ weight
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        # In the dtypes of forward, whatever autocast is where backward runs.
+        with below_autocast():
+            if ctx.needs_input_grad[0]:
+                with weight_buffers.borrow(ctx.source, ctx.dtype) as weight:
+                    grad_x = grad @ weight
+            if ctx.needs_input_grad[1]:
+                grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_bias, None

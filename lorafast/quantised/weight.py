@@ -112,6 +112,13 @@ class QuantisedWeight(ABC):
         raise NotImplementedError
 
 
+def require_activation(x: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise TypeError unless a weight can be dequantised for a product with x in this dtype."""
+    if dtype not in QuantisedWeight.DTYPES:
+        allowed = ", ".join(map(str, QuantisedWeight.DTYPES))
+        raise TypeError(f"x is {x.dtype}; beside a quantised weight it must be of {allowed}")
+
+
 def inherits(module: nn.Module, package: str, name: str) -> bool:
     """True if the module's class is, or derives from, the named class of a top-level package."""
     return any(

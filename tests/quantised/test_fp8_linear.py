@@ -6,7 +6,9 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import lorafast
 from lorafast.engine import weight_buffers
 from lorafast.quantised import formats
 from lorafast.quantised.fp8_linear import FP8Linear
@@ -122,3 +124,66 @@ def test_compiled_it_runs_outside_of_the_graph():
     module = layer()
     x = torch.randn(4, K)
     assert torch.equal(torch.compile(module, backend="eager")(x), module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_backward_obeys_the_dtypes_of_forward_inside_autocast(dtype):
+    module = layer(dtype, trains=True)
+    x = torch.randn(4, K, dtype=dtype, requires_grad=True)
+    expected, kept = [], (x, module.bias)
+    for enabled in (False, True):
+        y = module(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = torch.autograd.grad(y, kept, torch.ones_like(y))
+        expected = expected or found
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_an_x_that_the_adapted_layer_refuses_is_refused(dtype):
+    x, words = torch.ones(2, K, dtype=dtype), r"x is torch\.\w+; beside a quantised weight"
+    module = layer()
+    adapted = lorafast.adapt(nn.Sequential(layer()), lorafast.LoRA(r=2), target_modules=["0"])
+    for call in (module, adapted):
+        with pytest.raises(TypeError, match=words):
+            call(x)
+
+
+def test_transforms_of_torch_func():
+    module, x = layer(), torch.randn(4, K)
+    expected, grad = right(module, x)
+    torch.testing.assert_close(torch.func.vmap(module)(x), expected)
+
+    def loss(x):
+        return module(x).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(x), grad)
+    hessian = torch.func.jacrev(torch.func.grad(loss))(x[0])
+    weight = formats.of(module).whole(torch.empty(N, K))
+    torch.testing.assert_close(hessian, 2 * weight.T @ weight)
+    _, tangent = torch.func.jvp(module, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, nn.functional.linear(torch.ones_like(x), weight))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.compile
+def test_an_exported_program_computes_the_same(strict):
+    module, x = layer(), torch.randn(4, K)
+    program = torch.export.export(module, (x,), strict=strict)
+    assert torch.equal(program.module()(x), module(x))
+    assert not any("lorafast" in str(node.target) for node in program.graph.nodes)
+
+
+def test_a_traced_one_computes_the_same():
+    module, x = layer(), torch.randn(4, K)
+    traced = torch.jit.trace(module, (x,))
+    assert torch.equal(traced(2 * x), module(2 * x))
+
+
+def test_modes_see_torchs_operations():
+    module, x = layer(), torch.randn(4, K)
+    with FlopCounterMode(display=False) as counter:
+        y = module(x)
+    assert counter.get_total_flops() == 2 * 4 * K * N
+    assert torch.equal(y, module(x))
