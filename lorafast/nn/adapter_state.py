@@ -28,6 +28,8 @@ class AdapterState(FrozenColumns, ResidualStart):
 
     # True once the adapter has values. False on the meta device, and after to_empty() from there.
     _has_values: bool = True
+    # False where the weight is a child's: no key of this layer then starts the adapter.
+    _holds_weight: bool = True
 
     def reset_adapter(self) -> None:
         """Start the adapter anew from the base weight."""
@@ -50,7 +52,7 @@ class AdapterState(FrozenColumns, ResidualStart):
         # A parametrized factor is no parameter of this module any more, and loads by its own name.
         names = [name for name in NAMES if self._parameters.get(name) is not None]
         given = [name for name in names if prefix + name in state_dict]
-        has_weight = prefix + "weight" in state_dict
+        has_weight = self._holds_weight and prefix + "weight" in state_dict
         arguments = (state_dict, prefix, metadata, strict)
         if self._merged is not None:
             errors.append(f"{prefix}weight: the layer is merged; unmerge() before loading")

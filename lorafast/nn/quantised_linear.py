@@ -28,7 +28,7 @@ class QuantisedLinear(AdapterLinearBase):
     The quantised module is the child base_layer, and stays as it is. In every call W [N,K] is
     dequantised into a buffer that the next layer uses again, in backward once more: autograd keeps
     what it keeps beside a dense weight. DoRA's norm is computed from that buffer in every call. A
-    disabled layer runs base_layer.
+    disabled layer runs base_layer. A state dict has its keys under base_layer, and the adapter's.
 
     Attributes:
         base_layer: the quantised module.
@@ -36,6 +36,7 @@ class QuantisedLinear(AdapterLinearBase):
     """
 
     base_layer: nn.Module
+    _holds_weight = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return y [...,N] for input x [...,K], in x's dtype or autocast's."""
