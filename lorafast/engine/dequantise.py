@@ -65,6 +65,14 @@ def dequantise_4bit(
     return out
 
 
+def scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> None:
+    """Multiply each block of the flat values by its absmax, in place; the last may be shorter."""
+    blocks = values.numel() // blocksize
+    values[: blocks * blocksize].view(blocks, blocksize).mul_(absmax[:blocks, None])
+    if rest := values.numel() - blocks * blocksize:
+        values[-rest:].mul_(absmax[blocks])
+
+
 def _check(
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -136,10 +144,7 @@ def _by_torch(
         begin, end = block * blocksize, min((block + step) * blocksize, stop)
         index = packed[begin // 2 : (end + 1) // 2].int()
         numbers = pairs.index_select(0, index).view(-1)
-        whole = numbers.numel() // blocksize * blocksize
-        scale = absmax[block : block + -(-numbers.numel() // blocksize)]
-        numbers[:whole].view(-1, blocksize).mul_(scale[: whole // blocksize, None])
-        numbers[whole:].mul_(scale[-1])
+        scale_blocks(numbers, absmax[block:], blocksize)
         inside = slice(max(first, begin), end)
         out[inside.start - first : inside.stop - first] = numbers[
             inside.start - begin : inside.stop - begin

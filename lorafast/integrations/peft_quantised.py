@@ -144,10 +144,9 @@ def _explained_call(layer: Any, name: str) -> LayerCall:
     tensors, options = _call_of(layer, name)
     quantised = formats.of(layer.base_layer)
     why = why_not_state(layer)
-    weight = torch.empty(quantised.shape, dtype=quantised.dtype, device=quantised.device)
     return LayerCall(
         f"{peft_support.method_name(layer, name)} of PEFT ({name})",
-        tensors._replace(weight=weight),
+        tensors._replace(weight=quantised.stand_in()),
         options._replace(scaling=2.0),
         layer.lorafast_keep,
         merged=layer.merged,

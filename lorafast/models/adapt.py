@@ -275,8 +275,7 @@ def weight_matrix(module: Any) -> torch.Tensor:
     A quantised one is dequantised.
     """
     if quantised := formats.of(module):
-        empty = torch.empty(quantised.shape, dtype=quantised.dtype, device=quantised.device)
-        return empty if empty.is_meta else quantised.whole(empty)
+        return quantised.dense()
     weight = module.weight.detach()
     return weight if isinstance(module, nn.Linear) else weight.t()
 

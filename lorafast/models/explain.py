@@ -136,23 +136,24 @@ def _adapter_layer_call(layer: AdapterLayer) -> LayerCall:
         dropout_on=adapter.dropout_on,
         frozen_columns=layer.frozen_columns,
     )
+    quantised = layer.quantised if isinstance(layer, QuantisedLinear) else None
     bypass = None
     if layer.disabled:
         bypass = "disabled: the layer runs as its base"
-    elif is_foreign_subclass(layer.weight) and not isinstance(layer, QuantisedLinear):
+    elif quantised is None and is_foreign_subclass(layer.weight):
         kind = f"{type(layer.weight).__module__}.{type(layer.weight).__qualname__}"
         bypass = f"torch's own operations, because the weight is a {kind}"
     elif isinstance(layer, Embedding):
         bypass = "a lookup on plain torch, no product with the table"
     return LayerCall(
         type(adapter).__name__,
-        layer._tensors(),
+        layer._tensors(None if quantised is None else quantised.stand_in()),
         options,
         adapter.keep,
         adapter.detach_norm,
         layer.merged,
         bypass,
-        quantised=layer.quantised.kind if isinstance(layer, QuantisedLinear) else None,
+        quantised=None if quantised is None else quantised.kind,
     )
 
 

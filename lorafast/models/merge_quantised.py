@@ -120,5 +120,5 @@ def _bias(layer: QuantisedLinear, merged: MergeResult, dtype: torch.dtype) -> nn
 def _error(module: Any, weight: torch.Tensor) -> float:
     """Return how far the module's weight is from W', by their norms."""
     quantised = formats.of(module)
-    stored = module.weight.float() if quantised is None else quantised.whole(weight.clone())
+    stored = module.weight.float() if quantised is None else quantised.dense(weight.dtype)
     return ((stored - weight).norm() / weight.norm().clamp_min(1e-30)).item()

@@ -268,8 +268,7 @@ def _quantise_layer(
 
 
 def _dequantised(module: nn.Module) -> torch.Tensor:
-    weight = formats.of(module)
-    return weight.whole(torch.empty(weight.shape, dtype=torch.float32, device=weight.device))
+    return formats.of(module).dense(torch.float32)
 
 
 def _fp8(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Module:

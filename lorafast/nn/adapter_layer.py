@@ -317,11 +317,12 @@ class AdapterLayer(AdapterState):
     def _tensor_specs(self) -> dict[str, TensorSpec]:
         return self.adapter.tensor_specs(*self._W().shape)
 
-    def _tensors(self) -> LayerTensors:
-        """Return the tensors of a call now."""
+    def _tensors(self, weight: torch.Tensor | None = None) -> LayerTensors:
+        """Return the tensors of a call now, with another weight if one is given."""
         scale = split_scaling(self.scaling)[1]
+        weight = self._W() if weight is None else weight
         return LayerTensors(
-            self._W(), self.bias, self.lora_A, self.lora_B, self.lora_core, self.lora_magnitude,
+            weight, self.bias, self.lora_A, self.lora_B, self.lora_core, self.lora_magnitude,
             None, self.lora_out_scale, self.lora_bias, None, scale,
         )  # fmt: skip
 

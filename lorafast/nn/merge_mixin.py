@@ -53,8 +53,8 @@ class MergeMixin(nn.Module):
         """Return the weight as [N,K]: itself, or a view of it."""
         raise NotImplementedError
 
-    def _tensors(self) -> LayerTensors:
-        """Return the tensors of a call now."""
+    def _tensors(self, weight: torch.Tensor | None = None) -> LayerTensors:
+        """Return the tensors of a call now, with another weight if one is given."""
         raise NotImplementedError
 
     def _options(self) -> CallOptions:

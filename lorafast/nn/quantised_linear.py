@@ -110,10 +110,7 @@ class QuantisedLinear(AdapterLinearBase):
     @torch.no_grad()
     def dequantised(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return W [N,K], a new tensor; dtype: None for the one that the layer computes in."""
-        quantised = self.quantised
-        dtype = dtype or quantised.dtype
-        out = torch.empty(quantised.shape, dtype=dtype, device=quantised.device)
-        return out if out.is_meta else quantised.whole(out)
+        return self.quantised.dense(dtype)
 
     def extra_repr(self) -> str:
         """Return the line of repr()."""
@@ -133,8 +130,7 @@ class QuantisedLinear(AdapterLinearBase):
 
     def merge_parts(self) -> MergeResult:
         """Return W' = gain⊙(W + sBA) [N,K] in fp32, and the bias if a lora_bias changes it."""
-        weight = self.dequantised(torch.float32)
-        return self._merged_parts(self._tensors()._replace(weight=weight), keep=True)
+        return self._merged_parts(self._tensors(self.dequantised(torch.float32)), keep=True)
 
     def reset_parameters(self) -> None:
         """Refuse: a fresh weight would have to be quantised. reset_adapter() starts the adapter."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafast.engine.dequantise import dequantise_4bit
+from lorafast.engine.dequantise import dequantise_4bit, scale_blocks
 from lorafast.quantised.weight import ON_META, QuantisedWeight, inherits, wrong_shape
 from lorafast.runtime import env
 
@@ -144,7 +144,7 @@ class BitsAndBytes4Bit(QuantisedWeight):
         index = torch.stack([packed & 0xF, packed >> 4], dim=1).transpose(2, 3).reshape(-1, K)
         index = index[start - first : stop - first].reshape(-1)
         values = state.code.float().index_select(0, index.int())
-        _scale_blocks(values, state.absmax[:, start:stop].T.float().reshape(-1), state.blocksize)
+        scale_blocks(values, state.absmax[:, start:stop].T.float().reshape(-1), state.blocksize)
         return values.view(stop - start, K)
 
     def why_not_requantised(self) -> str | None:
@@ -209,13 +209,5 @@ def _absmax(state: Any, first: int, last: int) -> torch.Tensor:
     begin = first // inner.blocksize
     packed = state.absmax[begin * inner.blocksize : last]
     values = inner.code.float().index_select(0, packed.int())
-    _scale_blocks(values, inner.absmax[begin:].float(), inner.blocksize)
+    scale_blocks(values, inner.absmax[begin:].float(), inner.blocksize)
     return values[first - begin * inner.blocksize :].add_(state.offset)
-
-
-def _scale_blocks(values: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> None:
-    """Multiply each block of the flat values by its absmax, in place; the last may be shorter."""
-    blocks = values.numel() // blocksize
-    values[: blocks * blocksize].view(blocks, blocksize).mul_(absmax[:blocks, None])
-    if rest := values.numel() - blocks * blocksize:
-        values[-rest:].mul_(absmax[blocks])

@@ -88,6 +88,23 @@ class QuantisedWeight(ABC):
                 out[block] = self.rows(block.start, block.stop, out.dtype)
         return out
 
+    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return W [N,K], a new tensor in the dtype, None for this weight's.
+
+        Without values where the weight is on the meta device.
+        """
+        out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
+        return out if out.is_meta else self.whole(out)
+
+    def stand_in(self) -> torch.Tensor:
+        """Return a tensor of W's shape, dtype and device without its values.
+
+        It takes the memory of one row. Its dtype is fp32 where the weight cannot be read.
+        """
+        N, K = self.shape
+        dtype = torch.float32 if self.why_not() else self.dtype
+        return torch.empty(1, K, dtype=dtype, device=self.device).expand(N, K)
+
     @abstractmethod
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Return rows start .. stop of W, no view of the module's tensors.  -> [stop - start, K]"""

@@ -13,6 +13,7 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 from lorafast.integrations import peft_quantised  # noqa: E402
+from lorafast.quantised import formats  # noqa: E402
 
 pytestmark = pytest.mark.peft
 K, N = 128, 96
@@ -175,3 +176,33 @@ def test_explain_names_the_layer():
     assert "is dequantised for every product" in said
     model.merge_adapter()
     assert "the adapters are merged" in str(lorafast.explain(model))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_explain_makes_no_weight_and_says_what_it_says_of_one(monkeypatch, bits, use_dora):
+    def real(self):
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+    adapter = lorafast.DoRA(r=4) if use_dora else lorafast.LoRA(r=4)
+    models = [peft_model(bits, use_dora=use_dora), lorafast.adapt(Net(bits), adapter, ["up"])]
+    lorafast.accelerate(models[0])
+    weight_class = type(formats.of(models[1].up.base_layer))
+    monkeypatch.setattr(weight_class, "whole", None)
+    for model in models:
+        said = [str(lorafast.explain(model, tokens)) for tokens in (1, 512)]
+        rows = lorafast.explain(model).rows
+        with monkeypatch.context() as patch:
+            patch.setattr(weight_class, "stand_in", real)
+            assert said == [str(lorafast.explain(model, tokens)) for tokens in (1, 512)]
+            assert rows == lorafast.explain(model).rows
+        assert "is dequantised for every product" in said[1]
+
+
+def test_explain_of_a_weight_that_is_lost_says_so():
+    model = peft_model(options={"compute_dtype": None})
+    lorafast.accelerate(model)
+    base = model.base_model.model.up.base_layer
+    base.quant_state = base.weight.quant_state = None
+    base.compute_dtype = None
+    assert "its quant_state is lost" in str(lorafast.explain(model))

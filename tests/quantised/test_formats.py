@@ -42,3 +42,29 @@ def test_every_format_says_all_of_it():
     for weight_format in formats.FORMATS:
         assert issubclass(weight_format, QuantisedWeight)
         assert not weight_format.__abstractmethods__
+
+
+def _fp8(device="cpu"):
+    layer = nn.Linear(5, 3, device=device)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_scale = torch.full((3, 1), 0.5, device=device)
+    return formats.of(layer)
+
+
+def test_a_dense_weight_is_a_new_tensor():
+    weight = _fp8()
+    for dtype in (None, *weight.DTYPES):
+        dense = weight.dense(dtype)
+        assert dense.dtype == (dtype or weight.dtype)
+        assert torch.equal(dense, (weight.packed.float() * 0.5).to(dense.dtype))
+    meta = _fp8("meta").dense()
+    assert (meta.shape, meta.dtype, meta.is_meta) == ((3, 5), torch.float32, True)
+
+
+def test_a_stand_in_has_the_memory_of_a_row():
+    weight = _fp8()
+    one = weight.stand_in()
+    assert (one.shape, one.dtype, one.device) == ((3, 5), weight.dtype, weight.device)
+    assert one.untyped_storage().nbytes() == 5 * 4
+    weight.module.weight_scale = None
+    assert weight.stand_in().dtype == torch.float32
