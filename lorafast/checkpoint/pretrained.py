@@ -1,6 +1,7 @@
 """save_pretrained of an adapted transformers model: its adapter, or all of it merged.
 
-transformers' own would write base weights beside keys of adapters that from_pretrained drops.
+transformers' own would write base weights beside keys of adapters that from_pretrained drops; and
+of a base that quantize_base made, numbers in few bits that it takes for weights.
 Imports no transformers.
 """
 
@@ -28,12 +29,20 @@ from lorafast.models.instance_methods import (
     restore_method,
 )
 from lorafast.models.merge import merged_copies
-from lorafast.models.module_names import adapter_layers, format_names
+from lorafast.models.module_names import (
+    adapter_layers,
+    canonical_name,
+    format_names,
+    is_pretrained_model,
+)
+from lorafast.quantised import formats
 from lorafast.runtime.torch_internals import storage_key
 
 # The folders from which Trainer resumes.
 _TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
 _METHOD = "save_pretrained"
+# Attribute of a transformers model that quantize_base was given.
+_QUANTISED = "_lorafast_quantised"
 # Models whose user knows that their checkpoints hold no adapter file.
 _told_mixtures: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -45,14 +54,34 @@ def _attach(model: nn.Module) -> None:
         trainer_files.register_hooks(module)
 
 
-def _detach(model: nn.Module) -> None:
-    """Undo _attach."""
+def _mark_quantised(model: nn.Module) -> None:
+    """Let every transformers model in it refuse to save layers that quantize_base quantises."""
     for module in model.modules():
-        restore_method(module, _METHOD, _save_pretrained)
+        if is_pretrained_model(module):
+            vars(module)[_QUANTISED] = True
+            replace_method(module, _METHOD, _save_pretrained)
+
+
+def _quantised_layer(model: nn.Module) -> str | None:
+    """Return the name of a layer in few bits of a model that quantize_base was given, or None."""
+    if _QUANTISED not in vars(model):
+        return None
+    named = model.named_modules()
+    return next((canonical_name(name) for name, part in named if formats.of(part)), None)
+
+
+def _detach(model: nn.Module) -> None:
+    """Undo _attach, except where a quantised base still refuses to be saved."""
+    for module in model.modules():
         trainer_files.remove_hooks(module)
+        if _quantised_layer(module) is not None:
+            continue
+        vars(module).pop(_QUANTISED, None)
+        restore_method(module, _METHOD, _save_pretrained)
 
 
 observers.on_adapted.append(_attach)
+observers.on_quantised.append(_mark_quantised)
 observers.on_plain.append(_detach)
 
 
@@ -68,7 +97,8 @@ def _save_pretrained(
 ) -> None:
     """Save the adapter as lorafast.save_adapter does, or the whole model with merged weights.
 
-    A model that has no adapter any more is saved as transformers saves it.
+    A model that has no adapter any more is saved as transformers saves it. One that quantize_base
+    quantised is refused as a whole, except in a folder from which Trainer resumes.
 
     Args:
         model: a transformers model.
@@ -83,11 +113,15 @@ def _save_pretrained(
             with merged=True alone: an adapter is one safetensors file.
 
     Raises:
-        ValueError: the state dict lacks a tensor, cannot be merged or distributed, or the folder
-            holds an adapter that would be added to merged weights.
+        ValueError: the state dict lacks a tensor, cannot be merged or distributed, the folder
+            holds an adapter that would be added to merged weights, or quantize_base quantised what
+            is to be saved as a whole.
     """
     own = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
-    if not adapter_layers(model, required=False):
+    adapted = bool(adapter_layers(model, required=False))
+    if merged or not adapted:
+        _refuse_quantised(model, Path(save_directory))
+    if not adapted:
         type(model).save_pretrained(model, save_directory, **own, **kwargs)
     elif merged:
         _save_merged(model, Path(save_directory), own | kwargs)
@@ -100,6 +134,18 @@ def _save_pretrained(
         _save_adapter(model, Path(save_directory), is_main_process, state_dict)
         if push_to_hub and is_main_process:
             _upload(Path(save_directory), **kwargs)
+
+
+def _refuse_quantised(model: nn.Module, folder: Path) -> None:
+    name = _quantised_layer(model)
+    if name is not None and not _TRAINER_FOLDER.fullmatch(folder.name):
+        raise ValueError(
+            f"{name} was quantised by lorafast.quantize_base, of which from_pretrained knows "
+            "nothing: it would take the numbers in few bits for weights. Save the adapter, keep "
+            "the dense checkpoint and quantise it again; or merge the adapter by "
+            "lorafast.merge_quantised(model, 'dequantise') and save that; or keep the model by "
+            "torch.save"
+        )
 
 
 def _save_adapter(

@@ -1,4 +1,4 @@
-"""Functions that are told when a model gets adapters, and when it is plain again.
+"""Functions that are told when a model gets adapters, is quantised, and is plain again.
 
 The modules that give an adapted transformers model methods of its own register here: adapt and
 merge cannot import those that import them when they are imported themselves.
@@ -22,18 +22,28 @@ _REGISTERING_MODULES = (
 )
 
 on_adapted: list[Observer] = []
+on_quantised: list[Observer] = []
 on_plain: list[Observer] = []
 
 
 def tell_adapted(model: nn.Module) -> None:
     """Tell all that register that the model got adapters."""
-    for module in _REGISTERING_MODULES:
-        importlib.import_module(module)
-    for tell in on_adapted:
-        tell(model)
+    _tell_first(on_adapted, model)
+
+
+def tell_quantised(model: nn.Module) -> None:
+    """Tell all that register that quantize_base is about to quantise layers of the model."""
+    _tell_first(on_quantised, model)
 
 
 def tell_plain(model: nn.Module) -> None:
     """Tell all that registered that the model is plain again."""
     for tell in on_plain:
+        tell(model)
+
+
+def _tell_first(observers: list[Observer], model: nn.Module) -> None:
+    for module in _REGISTERING_MODULES:
+        importlib.import_module(module)
+    for tell in observers:
         tell(model)

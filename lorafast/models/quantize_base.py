@@ -13,7 +13,7 @@ from torch import nn
 from lorafast.engine import checks
 from lorafast.engine.row_blocks import row_blocks
 from lorafast.methods.lora import LoRA
-from lorafast.models import extra_trainables, task_heads
+from lorafast.models import extra_trainables, observers, task_heads
 from lorafast.models import loftq as loftq_start
 from lorafast.models.adapt import (
     adapt,
@@ -40,7 +40,7 @@ _SHOWN = 10
 
 
 class QuantisedLayer(NamedTuple):
-    """What quantising one layer did.
+    """How much a layer's weight changed when it was quantised, and its bytes before and after.
 
     Attributes:
         error: ‖Q(W) - W‖ / ‖W‖, where Q(W) is the quantised weight; with LoftQ that of Q(W) + s·BA.
@@ -54,7 +54,9 @@ class QuantisedLayer(NamedTuple):
 
 
 class QuantisationReport(NamedTuple):
-    """What quantize_base did. str() gives a table of the layers with the largest errors.
+    """The error and the size of every layer that quantize_base quantised.
+
+    str() gives a table of the layers with the largest errors.
 
     Attributes:
         bits: the format.
@@ -100,8 +102,7 @@ def quantize_base(
     layer is quantised, on the device where it is, unless somebody else holds it (an optimizer, a
     state dict). What fails midway, such as an allocation, leaves the layers before it quantised.
     Biases stay the same Parameters; hooks of a layer's call move to the quantised one.
-    transformers' from_pretrained cannot read what save_pretrained writes of such a base
-    (docs/quantised.md).
+    save_pretrained refuses such a base, which from_pretrained could not read (docs/quantised.md).
 
     With `loftq` each layer's A and B start at the error of its quantisation (LoftQ), and the model
     is adapted afterwards. Q₁ is what it is without LoftQ; those of more iterations are other
@@ -129,7 +130,8 @@ def quantize_base(
     Raises:
         ValueError: bits is no such word; a name matches nothing; the model is adapted already; a
             weight is tied to another, on the meta device, empty, not finite, or too large for int8;
-            r exceeds min(N, K) or alpha is not positive with loftq, or adapt's own reasons there.
+            iterations is below 1, or not 1 without loftq; r exceeds min(N, K) or alpha is not
+            positive with loftq, or adapt's own reasons there.
         TypeError: a match is no plain nn.Linear or Conv1D, is quantised already, is fp64, has a
             patched forward (offloading), model is no module or a linear itself, or loftq no LoRA.
         ModuleNotFoundError: bitsandbytes is not installed: it comes with the extra `quant`.
@@ -155,13 +157,16 @@ def quantize_base(
             importlib.import_module("bitsandbytes")
     if loftq is None and options:
         raise TypeError(f"{', '.join(options)}: arguments of lorafast.adapt, without loftq")
+    checks.whole("iterations", iterations)
+    if loftq is None and iterations != 1:
+        raise ValueError(f"iterations={iterations}: without loftq a weight is quantised once")
     spec = _spec(model, target_modules, exclude_modules, loftq, options)
     # The list holds names alone: a module in it would keep its dense weight.
     names = _checked_names(model, bits, spec)
     adapters: dict[str, LoRA] = {}
     if loftq is not None:
-        checks.whole("iterations", iterations)
         adapters = loftq_start.checked_adapters(model, names, spec)
+    observers.tell_quantised(model)
     layers, starts = {}, {}
     for one in names:
         name = canonical_name(one[0])

@@ -33,7 +33,7 @@ class FP8(QuantisedWeight):
 
     @property
     def kind(self) -> str:
-        """The dtype, and what shares a scale."""
+        """The dtype, and the size of the blocks that have one scale each."""
         name = str(self.module.weight.dtype).removeprefix("torch.")
         scale = self._scale()
         block = None if scale is None else self._block(scale)

@@ -129,7 +129,10 @@ def _dequantised(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _block(weight: Any) -> tuple[int, ...]:
-    """What shares a scale. Float8Tensor's block_size is empty where the whole tensor does."""
+    """Return the rows and columns of a block of the weight, all numbers of which have one scale.
+
+    Float8Tensor's block_size is empty where one scale serves the whole tensor.
+    """
     return tuple(weight.block_size or weight.shape)
 
 

@@ -241,3 +241,12 @@ def test_zeros_have_no_error():
     nn.init.zeros_(model[0].weight)
     assert lorafast.quantize_base(model, "fp8").layers["0"].error == 0.0
     assert torch.equal(dequantised(model[0]), torch.zeros(4, 8))
+
+
+def test_iterations_without_loftq_are_refused():
+    model = dense()
+    weight = model[0].weight
+    for iterations, words in ((3, "without loftq"), (0, "iterations"), (1.5, "iterations")):
+        with pytest.raises(ValueError, match=words):
+            lorafast.quantize_base(model, "fp8", iterations=iterations)
+    assert model[0].weight is weight
