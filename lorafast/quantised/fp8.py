@@ -47,6 +47,8 @@ class FP8(QuantisedWeight):
         weight, scale = self.module.weight, self._scale()
         if weight.is_meta:
             return ON_META
+        if weight.dtype not in _FP8:
+            return f"its weight was cast to {weight.dtype}, which rounds the scales beside it too"
         if tuple(weight.shape) != self.shape:
             return f"its weight is {list(weight.shape)} and should be {list(self.shape)}"
         if scale is None:

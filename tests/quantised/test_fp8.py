@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import lorafast
 from lorafast.quantised import formats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -149,3 +150,17 @@ def test_the_dtype_is_the_biass():
     assert formats.of(module).dtype == torch.bfloat16
     module.bias = nn.Parameter(torch.zeros(8, dtype=torch.float16))
     assert formats.of(module).dtype == torch.float16
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_cast_or_lost_scale_after_adapt_is_an_error_of_the_next_call(cast):
+    model = nn.Sequential(layer(16, 32, (16, 1)))
+    lorafast.adapt(model, lorafast.LoRA(r=2), target_modules=["0"])
+    base, x = model[0].base_layer, torch.randn(3, 32)
+    model(x)
+    base.to(cast)
+    with pytest.raises(RuntimeError, match=f"its weight was cast to {cast}, which rounds"):
+        model(x)
+    base.weight.data, base.weight_scale_inv = base.weight.data.to(FP8), None
+    with pytest.raises(RuntimeError, match="it has neither weight_scale_inv nor weight_scale"):
+        model(x)
