@@ -25,6 +25,8 @@ RESULTS = ROOT / "bench" / "results"
 # The devices whose results the pages show, as a file's env names them: one with AVX-512 and bf16
 # products, and one with AVX2 alone.
 DEVICES = ("AMD EPYC, 2 threads", "AMD EPYC, 1 thread")
+# The device of what has been measured since calls are made in C++: generation, quantised bases.
+NEWER = ("AMD EPYC (avx512bf16), 2 threads", "AMD EPYC (avx512bf16), 1 thread")
 MARKED = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Record = dict[str, Any]
@@ -75,22 +77,25 @@ def grid(head: Row, rows: Iterable[Row]) -> str:
 
 
 @functools.cache
-def records() -> list[Record]:
-    """Every record that was measured on a device the pages show."""
+def records(devices: tuple[str, ...] = DEVICES) -> list[Record]:
+    """Every record that was measured on one of the devices."""
     found: list[Record] = []
     for path in sorted(RESULTS.glob("*.json")):
         document = json.loads(path.read_text())
-        if document["env"]["device_name"] in DEVICES:
+        if document["env"]["device_name"] in devices:
             found += document["records"]
     return found
 
 
-def measured(label: str, run: str, **wanted: Any) -> list[Record]:
+def measured(
+    label: str, run: str, devices: tuple[str, ...] = DEVICES, **wanted: Any
+) -> list[Record]:
     """The records of one implementation and method on one problem, one for each repetition.
 
     label: "frozen", or an implementation and a method such as "peft lora". run: the name of the run
-    in the file's env; a record without one belongs to every run. wanted: the fields that name the
-    problem; a field that a record lacks counts as None. LookupError if nothing matches.
+    in the file's env; a record without one belongs to every run. devices: those that count. wanted:
+    the fields that name the problem; a field that a record lacks counts as None. LookupError if
+    nothing matches.
     """
     impl, _, method = label.partition(" ")
     wanted = {"impl": impl, "method": method or "none"} | wanted
@@ -99,7 +104,7 @@ def measured(label: str, run: str, **wanted: Any) -> list[Record]:
         fits = ((record.get(key) or None) == (value or None) for key, value in wanted.items())
         return record.get("run", run) == run and all(fits)
 
-    found = [record for record in records() if matches(record)]
+    found = [record for record in records(devices) if matches(record)]
     if not found:
         raise LookupError(f"bench/results has no record of run {run!r} with {wanted}")
     return found
@@ -265,6 +270,41 @@ def half_table() -> str:
     return grid(head, map(row, (*labels, "lorafast dora", "eager dora", "peft dora")))
 
 
+def generation_table() -> str:
+    """Greedy generation beside the model without adapters."""
+    head = ["generate()", "512 wide, two threads", "384 wide, one thread", "error ratio"]
+
+    def row(label: str) -> Row:
+        found = [
+            measured(label, run, NEWER, bench="generate")
+            for run in ("generate", "generate-384-1-thread")
+        ]
+        cells = [_name(label), *(median(one, "ratio_to_frozen") for one in found)]
+        return [*cells, highest(list(itertools.chain(*found)), "error_ratio")]
+
+    labels = ("frozen", "lorafast lora", "accelerated lora", "peft lora", "merged lora")
+    return grid(head, map(row, labels))
+
+
+def quantised_table() -> str:
+    """MiniLM's step on dense and on quantised weights."""
+    bases = {"dense": None, "NF4": "nf4", "int8": "int8"}
+    head = ["MiniLM, 16 × 16 tokens"]
+    head += [f"{name}: step ÷ frozen, peak" for name in bases]
+
+    def row(label: str) -> Row:
+        cells = [_name(label)]
+        for base in bases.values():
+            found = measured(
+                label, "minilm-quantised", NEWER, bench="step", batch_size=16, base_format=base
+            )
+            cells.append(f"{median(found, 'ratio_to_frozen')}, {size(found, 'peak_bytes')}")
+        return cells
+
+    labels = ("frozen", "lorafast lora", "peft lora", "lorafast dora", "peft dora")
+    return grid(head, map(row, labels))
+
+
 def encoder_table() -> str:
     """A real encoder, trained."""
     head = ["MiniLM", "error ratio", "loss, first 10 → last 10 steps", "held-out accuracy"]
@@ -363,6 +403,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "tokens": tokens_table,
     "half": half_table,
     "encoder": encoder_table,
+    "generation": generation_table,
+    "quantised": quantised_table,
     "trained-methods": trained_methods_table,
     "accelerated": accelerated_table,
     "methods": method_table,
