@@ -288,7 +288,7 @@ def generation_table() -> str:
 
 def quantised_table() -> str:
     """MiniLM's step on dense and on quantised weights."""
-    bases = {"dense": None, "NF4": "nf4", "int8": "int8"}
+    bases = {"dense": "dense", "NF4": "nf4", "int8": "int8"}
     head = ["MiniLM, 16 × 16 tokens"]
     head += [f"{name}: step ÷ frozen, peak" for name in bases]
 
