@@ -25,7 +25,7 @@ from lorafast.engine.problem import (
     Scaling,
     split_scaling,
 )
-from lorafast.engine.weight_buffers import WeightSource
+from lorafast.engine.weight_buffers import Loan
 from lorafast.engine.weight_norm import NormPolicy
 from lorafast.quantised.weight import QuantisedWeight, require_activation
 
@@ -137,11 +137,11 @@ def _linear_checked(
     options: CallOptions,
     training: bool = True,
     norm_policy: NormPolicy = _COMPUTE,
-    source: WeightSource | None = None,
+    loan: Loan | None = None,
 ) -> torch.Tensor:
     """linear of tensors and options as objects. options.scaling may be a tensor, keep "auto".
 
-    source: what tensors.weight was borrowed from, so that backward borrows it again.
+    loan: from which backward takes tensors.weight again; without one the weight is saved.
     """
     dtype = checks.call(x, tensors, options)
     scaling, p, axis, dropout_on, keep, frozen_columns = options
@@ -155,7 +155,7 @@ def _linear_checked(
         scaling, scale = split_scaling(scaling)
     weight, magnitude, norm = tensors.weight, tensors.magnitude, tensors.norm
     if grad and (weight.requires_grad or (scale is not None and scale.requires_grad)):
-        if source is not None:
+        if loan is not None:
             # Plain autograd saves it.
             weight = weight.clone()
             tensors = tensors._replace(weight=weight)
@@ -185,7 +185,7 @@ def _linear_checked(
     if x.dtype != dtype:
         x = x.to(dtype)
     options = CallOptions(scaling, p, axis, dropout_on, kept, frozen_columns)
-    return ops.linear(x, tensors, options, source)
+    return ops.linear(x, tensors, options, loan)
 
 
 def by_quantised(
@@ -221,17 +221,17 @@ def by_quantised(
     if called_in == x.dtype != dtype:
         x = x.to(dtype)
     # Where an observer could keep W, it is a fresh tensor that backward reads.
-    source = None if weight_buffers.is_observed() else quantised
+    loan = None if weight_buffers.is_observed() else Loan(quantised, dtype)
     with weight_buffers.borrow(quantised, dtype) as weight:
         tensors, y = tensors._replace(weight=weight), None
-        if source is not None and not torch.is_grad_enabled():
+        if loan is not None:
             *given, _ = tensors
             scaling, p, axis, dropout_on, keep, frozen_columns = options
             y = host.linear(
-                x, *given, scaling, p, axis, dropout_on, keep, frozen_columns, True
+                x, *given, scaling, p, axis, dropout_on, keep, frozen_columns, True, loan
             )  # fmt: skip
         if y is None:
-            y = _linear_checked(x, tensors, options, source=source)
+            y = _linear_checked(x, tensors, options, loan=loan)
     return y if y.dtype == called_in else y.to(called_in)
 
 

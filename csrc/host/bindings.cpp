@@ -218,8 +218,8 @@ const Backend* planned(const Tensor& x, const Tensors& tensors, const Options& o
   return backend;
 }
 
-// y of a call that the C++ kernels serve; undefined for every other.
-Tensor linear_or_none(PyObject* const* given) {
+// y of a call that the C++ kernels serve; undefined for every other. loan: as in recorded.
+Tensor linear_or_none(PyObject* const* given, PyObject* loan) {
   Tensor x;
   Tensors t;
   Options options;
@@ -257,7 +257,7 @@ Tensor linear_or_none(PyObject* const* given) {
     t.seed = at::randint(std::numeric_limits<int64_t>::max(), {1},
                          at::TensorOptions(at::kLong).device(device));
   if (t.magnitude.defined() && !t.norm.defined()) t.norm = detached_norm(*backend, t, options);
-  if (grad && any_requires_grad(x, t)) return recorded(*backend, x, t, options);
+  if (grad && any_requires_grad(x, t)) return recorded(*backend, x, t, options, loan);
   return computed(*backend, x, t, options).y;
 }
 
@@ -282,14 +282,16 @@ Tensor peft_linear_or_none(PyObject* x, PyObject* layer, PyObject* classes) {
                                       Py_None, Py_None,      Py_None,      Py_None, call.lora_bias,
                                       Py_None, call.scaling, call.dropout, axis,    dropout_on,
                                       keep,    zero,         Py_True};
-  return linear_or_none(given);
+  return linear_or_none(given, nullptr);
 }
 
 PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != ARGUMENTS && count != 3)
-    return PyErr_Format(PyExc_TypeError, "takes %d or 3 arguments, not %zd", ARGUMENTS, count);
-  Tensor y = count == 3 ? peft_linear_or_none(given[0], given[1], given[2]) : linear_or_none(given);
+  if (count != ARGUMENTS && count != ARGUMENTS + 1 && count != 3)
+    return PyErr_Format(PyExc_TypeError, "takes %d, %d or 3 arguments, not %zd", ARGUMENTS,
+                        ARGUMENTS + 1, count);
+  Tensor y = count == 3 ? peft_linear_or_none(given[0], given[1], given[2])
+                        : linear_or_none(given, count == ARGUMENTS ? nullptr : given[ARGUMENTS]);
   if (!y.defined()) Py_RETURN_NONE;
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
@@ -297,14 +299,14 @@ PyObject* linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
 
 PyObject* configure(PyObject*, PyObject* arguments) {
   Python given;
-  if (!PyArg_ParseTuple(arguments, "OOOOOOOOO!O!O!", &given.kernels, &given.load_form, &given.plan,
+  if (!PyArg_ParseTuple(arguments, "OOOOOOOOOO!O!O!", &given.kernels, &given.load_form, &given.plan,
                         &given.backward, &given.modified, &given.panels, &given.compute,
-                        &given.tensor_map, &PyDict_Type, &given.environ, &PyTuple_Type,
-                        &given.variables, &PyDict_Type, &given.forward_ad))
+                        &given.tensor_map, &given.give_back, &PyDict_Type, &given.environ,
+                        &PyTuple_Type, &given.variables, &PyDict_Type, &given.forward_ad))
     return nullptr;
-  for (PyObject* kept :
-       {given.kernels, given.load_form, given.plan, given.backward, given.modified, given.panels,
-        given.compute, given.tensor_map, given.environ, given.variables, given.forward_ad})
+  for (PyObject* kept : {given.kernels, given.load_form, given.plan, given.backward, given.modified,
+                         given.panels, given.compute, given.tensor_map, given.give_back,
+                         given.environ, given.variables, given.forward_ad})
     Py_INCREF(kept);
   python = given;
   plans.clear();

@@ -10,6 +10,7 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <exception>
+#include <optional>
 
 #include "observers.h"
 #include "python.h"
@@ -51,6 +52,14 @@ struct LinearBackward : torch::autograd::Node {
   c10::weak_intrusive_ptr<c10::TensorImpl> output{c10::intrusive_ptr<c10::TensorImpl>()};
   uint32_t output_version = 0;
   bool traced = false;
+  // From which the weight is taken, where none is saved.
+  PyObject* loan = nullptr;
+
+  ~LinearBackward() override {
+    if (!loan) return;
+    const Gil held;
+    Py_DECREF(loan);
+  }
 
   std::string name() const override { return "_LinearBackward"; }
 
@@ -61,6 +70,7 @@ struct LinearBackward : torch::autograd::Node {
 
   // What compiled autograd specialises its graph on, and the tensors that it lifts into it.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    TORCH_CHECK(!loan, "compiled autograd would keep the dequantised weight of a quantised layer");
     for (int i = 0; i < SLOTS; ++i)
       args.collect(saved[i], i == SAVED_KEPT && options.keep == Keep::output);
     for (const bool need : needs) args.collect(need);
@@ -83,7 +93,9 @@ struct LinearBackward : torch::autograd::Node {
 
   variable_list apply(variable_list&& incoming) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const std::array<Tensor, SLOTS> kept = unpacked();
+    std::array<Tensor, SLOTS> kept = unpacked();
+    std::optional<BorrowedWeight> borrowed;
+    if (loan) kept[SAVED_WEIGHT] = borrowed.emplace(loan).weight;
     Tensor dy = std::move(incoming[0]);
     if (!dy.defined()) dy = input_metadata(0).zeros_like();
     if (at::GradMode::is_enabled() || observers_active() || !is_plain(dy) || !all_plain(kept))
@@ -151,7 +163,7 @@ Tensor detached_norm(const Backend& backend, const Tensors& tensors, const Optio
 }
 
 Tensor recorded(const Backend& backend, const Tensor& x, const Tensors& tensors,
-                const Options& options) {
+                const Options& options, PyObject* loan) {
   const std::array<const Tensor*, GRADS> inputs{&x,
                                                 &tensors.bias,
                                                 &tensors.A,
@@ -172,6 +184,7 @@ Tensor recorded(const Backend& backend, const Tensor& x, const Tensors& tensors,
   node->set_next_edges(std::move(edges));
   node->backend = &backend;
   node->options = options;
+  node->loan = Py_XNewRef(loan);
   const auto [y, h, z] = computed(backend, x, tensors, options);
   torch::autograd::set_history(y, node);
   const Saved saved = saved_for(node->needs, options, tensors.magnitude.defined());
@@ -183,7 +196,7 @@ Tensor recorded(const Backend& backend, const Tensor& x, const Tensors& tensors,
   if (saved.y) save(SAVED_KEPT, y, true);
   if (saved.z) save(SAVED_KEPT, z);
   int slot = SAVED_WEIGHT;
-  save(slot++, tensors.weight);
+  save(slot++, loan ? Tensor() : tensors.weight);
   // Backward reads the biases only to correct Σ dy⊙kept; elsewhere they may change before it.
   save(slot++, saved.y ? tensors.bias : Tensor());
   for (const Tensor* tensor : {&tensors.A, &tensors.B, &tensors.core, &tensors.magnitude,

@@ -1,6 +1,8 @@
 // The autograd node of a layer's call: the twin of _Linear in lorafast/engine/ops.py.
 #pragma once
 
+#include <Python.h>
+
 #include "formula.h"
 
 namespace lorafast::host {
@@ -10,9 +12,10 @@ Outputs computed(const Backend& backend, const at::Tensor& x, const Tensors& ten
                  const Options& options);
 
 // y [...,N] of a call that records gradients, with what backward needs saved.
-// The GIL is held, for hooks on saved tensors.
+// loan: from which backward takes the weight again, or null for one that is saved. The GIL is held,
+// for hooks on saved tensors.
 at::Tensor recorded(const Backend& backend, const at::Tensor& x, const Tensors& tensors,
-                    const Options& options);
+                    const Options& options, PyObject* loan);
 
 // norm_of, outside of autograd and autocast.
 at::Tensor detached_norm(const Backend& backend, const Tensors& tensors, const Options& options);

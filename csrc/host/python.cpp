@@ -26,6 +26,24 @@ PyObject* or_none(const Tensor& tensor) {
 
 }  // namespace
 
+BorrowedWeight::BorrowedWeight(PyObject* loan) {
+  static PyObject* const take = PyUnicode_InternFromString("take");
+  const Gil held;
+  borrowed = PyObject_CallMethodNoArgs(loan, take);
+  if (!borrowed) throw_python_error();
+  weight = THPVariable_Unpack(PyTuple_GET_ITEM(borrowed, 0));
+}
+
+BorrowedWeight::~BorrowedWeight() {
+  weight.reset();
+  const Gil held;
+  PyObject* done = PyObject_CallOneArg(python.give_back, borrowed);
+  // A list takes one more item, or memory is out: the buffer is freed then.
+  if (!done) PyErr_Clear();
+  Py_XDECREF(done);
+  Py_DECREF(borrowed);
+}
+
 const Kernels* cpu_kernels() {
   PyObject* capsule = PyObject_CallNoArgs(python.kernels);
   const void* found = capsule ? PyCapsule_GetPointer(capsule, Kernels::NAME) : nullptr;

@@ -24,6 +24,7 @@ struct Python {
   PyObject* panels = nullptr;
   PyObject* compute = nullptr;
   PyObject* tensor_map = nullptr;
+  PyObject* give_back = nullptr;
   // The dict behind os.environ, and the variables in it that decide backends.
   PyObject* environ = nullptr;
   PyObject* variables = nullptr;
@@ -61,6 +62,21 @@ class WithoutGil {
 
  private:
   PyThreadState* state;
+};
+
+// A weight that a loan of lorafast/engine/weight_buffers.py makes, for as long as this lives. Takes
+// the GIL.
+class BorrowedWeight {
+ public:
+  explicit BorrowedWeight(PyObject* loan);
+  ~BorrowedWeight();
+  BorrowedWeight(const BorrowedWeight&) = delete;
+  BorrowedWeight& operator=(const BorrowedWeight&) = delete;
+
+  at::Tensor weight;
+
+ private:
+  PyObject* borrowed;
 };
 
 // The compiled kernels of the CPU. The GIL is held.

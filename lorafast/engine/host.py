@@ -24,6 +24,7 @@ from lorafast.engine import (
     masks,
     ops,
     recipes,
+    weight_buffers,
 )
 from lorafast.engine.precision import activation_dtype
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors, Problem, tokens
@@ -60,7 +61,8 @@ def _first_call(x: Any, *rest: Any) -> torch.Tensor | None:
 # linear(x, weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed,
 # scaling, dropout, axis, dropout_on, keep, frozen_columns, computes_norm) -> y, or None where the
 # Python path must serve: it checks nothing aloud. computes_norm: a norm that is None is computed,
-# detached. linear(x, layer, classes) -> y: the other arguments are read from a lora.Linear of PEFT,
+# detached. After it there may be a weight_buffers.Loan, from which backward takes the weight again,
+# instead of saving it. linear(x, layer, classes) -> y: the other arguments are read from a lora.Linear of PEFT,
 # as integrations.peft_calls.usual_call does, to which what is unusual is left; classes: CLASSES
 # there. Not to be called while torch.compile traces.
 linear: Any = _first_call
@@ -162,8 +164,8 @@ def _configured(module: Any) -> Any:
         return module
     module.configure(
         _kernels, _load_form, _plan, _backward, ops.modified_words, half_products.addmm,
-        recipes.compute, recipes.tensor_map, env.RAW, (env.BACKEND_KEY, env.LOG_KEY),
-        vars(forward_ad),
+        recipes.compute, recipes.tensor_map, weight_buffers.give_back, env.RAW,
+        (env.BACKEND_KEY, env.LOG_KEY), vars(forward_ad),
     )  # fmt: skip
     return module.linear
 

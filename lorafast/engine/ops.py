@@ -24,7 +24,7 @@ from lorafast.engine.problem import (
     scaling_of,
     tokens,
 )
-from lorafast.engine.weight_buffers import WeightSource
+from lorafast.engine.weight_buffers import Loan
 from lorafast.engine.weight_norm import NormPolicy
 from lorafast.runtime import torch_internals
 from lorafast.runtime.torch_internals import below_autocast, below_autograd
@@ -53,10 +53,6 @@ _MODIFIED = (
     "{}: its output was modified in place, but keep='output' reads it again in backward for "
     "d_magnitude; use DoRA(keep='inner'), or an out-of-place op after this layer"
 )
-_REPACKED = (
-    "the quantised weight of this call has been modified in place since its forward, and backward "
-    "would dequantise another weight"
-)
 _TRAINED = (
     "this op has no gradient for weight or a tensor scaling; "
     "lorafast.linear runs plain autograd where one is trained"
@@ -68,25 +64,24 @@ def linear(
     x: torch.Tensor,
     tensors: LayerTensors,
     options: CallOptions,
-    source: WeightSource | None = None,
+    loan: Loan | None = None,
 ) -> torch.Tensor:
     """Return y [...,N] by lorafast::linear; as a plain function where no observer is active.
 
-    Where the op would be foreign, the formula runs in torch's ops. source: what the weight was
-    borrowed from, which backward does again; else the weight is saved. Checks nothing:
-    lorafast.functional does.
+    Where the op would be foreign, the formula runs in torch's ops. loan: from which backward takes
+    the weight again, which is saved without one. Checks nothing: lorafast.functional does.
     """
     if not torch_internals.bypasses_dispatcher(x, tensors):
         if torch_internals.needs_plain_ops((x, *tensors)):
-            if source is not None:
+            if loan is not None:
                 # Plain autograd saves it.
                 tensors = tensors._replace(weight=tensors.weight.clone())
             return _plain_linear(x, tensors, options)
-        if source is not None:
-            return _Linear.apply(None, source, options, x, *tensors)[0]
+        if loan is not None:
+            return _Linear.apply(None, loan, options, x, *tensors)[0]
         return torch.ops.lorafast.linear(x, *tensors, *options)[0]
     if torch.is_grad_enabled() and torch_internals.any_requires_grad(x, *tensors):
-        return _apply_linear(tensors, source, options, x, *tensors)
+        return _apply_linear(tensors, loan, options, x, *tensors)
     return _call_directly(formula.forward, x, tensors, options)[0]
 
 
@@ -199,9 +194,8 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, given, source, options, x, *flat):
+    def forward(ctx, given, loan, options, x, *flat):
         # given: the tensors as the caller had them, where the call bypasses the dispatcher.
-        # source: what the weight was borrowed from, or None.
         direct, tensors = given is not None, given or LayerTensors._make(flat)
         has_gain, keep = tensors.magnitude is not None, options.keep
         needs, saved = _masks(ctx.needs_input_grad, options.axis, keep, has_gain)
@@ -216,12 +210,10 @@ class _Linear(torch.autograd.Function):
         lora_bias = tensors.lora_bias if saved.z or keep == "recompute" else None
         ctx.save_for_backward(
             x if saved.x else None, h if saved.h else None, kept,
-            None if source else tensors.weight, bias, *tensors[2:8], lora_bias, *tensors[9:],
+            None if loan else tensors.weight, bias, *tensors[2:8], lora_bias, *tensors[9:],
         )  # fmt: skip
         ctx.options, ctx.needs = options, needs
-        ctx.borrowed = source and (source, tensors.weight.dtype)
-        if source is not None:
-            ctx.packed = source.packed, torch_internals.version_of(source.packed)
+        ctx.loan = loan
         if keep == "output":
             ctx.output = weakref.ref(y), torch_internals.version_of(y)
             ctx.words = modified_words(tensors.weight, tensors.magnitude)
@@ -234,13 +226,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy, *_):
         options, needs = ctx.options, ctx.needs
         saved = ctx.saved_tensors if options.keep != "output" else _with_unmodified_output(ctx)
-        if not ctx.borrowed:
+        if ctx.loan is None:
             return _Linear.gradients(dy, saved, options, needs)
-        packed, version = ctx.packed
-        if ctx.borrowed[0].packed is packed and torch_internals.version_of(packed) != version:
-            raise RuntimeError(_REPACKED)
-        with weight_buffers.borrow(*ctx.borrowed) as weight:
-            return _Linear.gradients(dy, (*saved[:3], weight, *saved[4:]), options, needs)
+        borrowed = ctx.loan.take()
+        try:
+            whole = (*saved[:3], borrowed.weight, *saved[4:])
+            return _Linear.gradients(dy, whole, options, needs)
+        finally:
+            weight_buffers.give_back(borrowed)
 
     @staticmethod
     def gradients(dy, saved, options, needs):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -37,17 +37,23 @@ class WeightSource(Protocol):
         """Write W into out [N,K], which is dense, and return it."""
 
 
-@contextlib.contextmanager
-def borrow(source: WeightSource, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Yield the weight [N,K] in the dtype, in a buffer that the next borrower overwrites.
+class Borrowed(NamedTuple):
+    """A weight [N,K] for one product, and what give_back needs: None where the memory is its own."""
+
+    weight: torch.Tensor
+    buffer: torch.Tensor | None = None
+    free: list[torch.Tensor] | None = None
+
+
+def take(source: WeightSource, dtype: torch.dtype) -> Borrowed:
+    """Make the weight in the dtype, in a buffer that the next borrower overwrites.
 
     On a GPU the next one on the same stream, after the kernels of this one. Under the capture of a
     CUDA graph the memory is the graph's own, and where tensors may be no real ones it is fresh.
     """
     (N, K), device = source.shape, source.device
     if _needs_fresh(device):
-        yield _filled(source, _empty(N * K, dtype, device).view(N, K))
-        return
+        return Borrowed(_filled(source, _empty(N * K, dtype, device).view(N, K)))
     free = _free.setdefault((device, _stream(device), dtype), [])
     try:
         buffer: torch.Tensor | None = free.pop()
@@ -58,9 +64,51 @@ def borrow(source: WeightSource, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         buffer = None
         buffer = _empty(N * K, dtype, device)
     try:
-        yield _filled(source, buffer[: N * K].view(N, K))
-    finally:
+        return Borrowed(_filled(source, buffer[: N * K].view(N, K)), buffer, free)
+    except BaseException:
         free.append(buffer)
+        raise
+
+
+def give_back(borrowed: Borrowed) -> None:
+    """Let the next borrower have the buffer."""
+    _, buffer, free = borrowed
+    if free is not None:
+        free.append(buffer)
+
+
+@contextlib.contextmanager
+def borrow(source: WeightSource, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yield what take makes, and give it back."""
+    borrowed = take(source, dtype)
+    try:
+        yield borrowed.weight
+    finally:
+        give_back(borrowed)
+
+
+class Loan:
+    """The weight of one call, which its backward takes again; the autograd node keeps this instead.
+
+    Args:
+        source: what gives the weight.
+        dtype: the dtype of the call.
+    """
+
+    def __init__(self, source: WeightSource, dtype: torch.dtype) -> None:
+        self.source, self.dtype = source, dtype
+        self._packed = source.packed
+        self._version = torch_internals.version_of(self._packed)
+
+    def take(self) -> Borrowed:
+        """Make the weight again. RuntimeError if the numbers that it is made of have changed."""
+        packed = self.source.packed
+        if packed is self._packed and torch_internals.version_of(packed) != self._version:
+            raise RuntimeError(
+                "the quantised weight of this call has been modified in place since its forward, "
+                "and backward would dequantise another weight"
+            )
+        return take(self.source, self.dtype)
 
 
 def release() -> None:
