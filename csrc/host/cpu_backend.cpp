@@ -1,12 +1,8 @@
 #include "cpu_backend.h"
 
-#include <ATen/Context.h>
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/eq.h>
-#include <ATen/ops/fill.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/masked_fill.h>
@@ -16,8 +12,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
-#include <limits>
-
+#include "cpu_operands.h"
 #include "onednn.h"
 #include "precision.h"
 #include "python.h"
@@ -28,66 +23,10 @@ namespace {
 using at::Tensor;
 
 // As lorafast/engine/backends/cpu.py has them, with the reasons.
-constexpr int64_t ONE_THREAD = 1 << 18;
 constexpr int64_t SMALL = 1 << 22;
 constexpr int64_t AMX_ROW = 32;
 // As lorafast/engine/row_blocks.py has it.
 constexpr int64_t BLOCK_ELEMENTS = 1 << 19;
-
-int type_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return static_cast<int>(Type::fp32);
-    case at::kBFloat16:
-      return static_cast<int>(Type::bf16);
-    case at::kHalf:
-      return static_cast<int>(Type::fp16);
-    default:
-      TORCH_CHECK(false, "the kernels compute in fp32, bf16 and fp16, not in ", dtype);
-  }
-}
-
-int type_of(const Tensor& tensor) { return type_of(tensor.scalar_type()); }
-
-bool has_kernel_type(const Tensor& tensor) { return tensor.scalar_type() != at::kDouble; }
-
-Address address(const Tensor& tensor) {
-  return tensor.defined() ? reinterpret_cast<Address>(tensor.const_data_ptr()) : 0;
-}
-
-Address address_of_output(const Tensor& tensor) {
-  return tensor.defined() ? reinterpret_cast<Address>(tensor.mutable_data_ptr()) : 0;
-}
-
-Address seed_address(const Drop& drop) { return drop.threshold ? address(drop.seed) : 0; }
-
-int threads(int64_t work) { return work < ONE_THREAD ? 1 : at::get_num_threads(); }
-
-// torch.empty without the dispatcher, and as torch's deterministic mode wants it.
-Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
-  Tensor made = at::detail::empty_cpu(sizes, dtype);
-  const at::Context& context = at::globalContext();
-  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
-    made.fill_(std::numeric_limits<double>::quiet_NaN());
-  return made;
-}
-
-// The activation as [M, width]: a view where its strides allow one.
-Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({tokens(x), x.size(-1)}); }
-
-// flat, dense along its rows.
-Tensor dense_rows(const Tensor& x) {
-  Tensor x2 = flat(x);
-  return x2.stride(1) == 1 || x2.size(1) == 1 ? x2 : x2.contiguous();
-}
-
-Tensor dense_fp32(const Tensor& vector) {
-  return vector.defined() ? cast(vector, at::kFloat).contiguous() : vector;
-}
-
-Tensor in_kernel_type(const Tensor& factor) {
-  return has_kernel_type(factor) ? factor : cast(factor, at::kFloat);
-}
 
 // What low_rank_add is given, prepared before the product that makes its output.
 struct Addition {
