@@ -61,10 +61,10 @@ def _first_call(x: Any, *rest: Any) -> torch.Tensor | None:
 # linear(x, weight, bias, lora_A, lora_B, core, magnitude, norm, out_scale, lora_bias, seed,
 # scaling, dropout, axis, dropout_on, keep, frozen_columns, computes_norm) -> y, or None where the
 # Python path must serve: it checks nothing aloud. computes_norm: a norm that is None is computed,
-# detached. After it there may be a weight_buffers.Loan, from which backward takes the weight again,
-# instead of saving it. linear(x, layer, classes) -> y: the other arguments are read from a lora.Linear of PEFT,
-# as integrations.peft_calls.usual_call does, to which what is unusual is left; classes: CLASSES
-# there. Not to be called while torch.compile traces.
+# detached. A weight_buffers.Loan may follow, from which backward takes the weight that is then not
+# saved. linear(x, layer, classes) -> y: the other arguments are read from a lora.Linear of PEFT, as
+# integrations.peft_calls.usual_call does, to which what is unusual is left; classes: CLASSES there.
+# Not to be called while torch.compile traces.
 linear: Any = _first_call
 # Why no call is served, once that is known.
 _unserved = ""

@@ -14,7 +14,14 @@ from collections.abc import Callable
 
 import torch
 
-from lorafast.engine import checks, formula, reference, weight_buffers, weight_norm
+from lorafast.engine import (
+    checks,
+    formula,
+    norm_grads,
+    reference,
+    weight_buffers,
+    weight_norm,
+)
 from lorafast.engine.precision import accumulator
 from lorafast.engine.problem import (
     CallOptions,
@@ -149,7 +156,7 @@ def _row_norm(*flat) -> torch.Tensor:
 
 def _row_norm_backward(d_norm, value, *flat) -> list[torch.Tensor]:
     with below_autocast():
-        return formula.row_norm_backward(d_norm, value, *_unflatten(flat))
+        return norm_grads.row_norm_backward(d_norm, value, *_unflatten(flat))
 
 
 def _unflatten(flat: tuple) -> tuple[LayerTensors, CallOptions, GradMask]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lorafast.engine import dispatch, formula, kernel_choice, masks, trial
+from lorafast.engine import dispatch, formula, kernel_choice, masks, norm_grads, trial
 from lorafast.engine.backends import cuda, eager
 from lorafast.engine.kernels import gpu_specs, measured, modelled
 from lorafast.engine.kernels.modelled import Machine, Work
@@ -225,7 +225,7 @@ def _take_step(layer: Layer, trace: Trace, stand_in: StandIn) -> None:
             if layer.needs.norm:
                 of_norm = GradMask(lora_A=layer.needs.lora_A, lora_B=layer.needs.lora_B)
                 d_norm = grads[GradMask._fields.index("norm")]
-                formula.row_norm_backward(d_norm, tensors.norm, tensors, options, of_norm)
+                norm_grads.row_norm_backward(d_norm, tensors.norm, tensors, options, of_norm)
 
 
 @functools.lru_cache(maxsize=1024)
