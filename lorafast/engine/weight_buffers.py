@@ -38,7 +38,7 @@ class WeightSource(Protocol):
 
 
 class Borrowed(NamedTuple):
-    """A weight [N,K] for one product; buffer and free are give_back's, None for memory of its own."""
+    """A weight [N,K] for one product; buffer, free: what give_back needs, None for a fresh one."""
 
     weight: torch.Tensor
     buffer: torch.Tensor | None = None
