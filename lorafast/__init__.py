@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorafast.checkpoint.save_load import load_adapter, save_adapter
     from lorafast.functional import linear
     from lorafast.integrations.accelerate import accelerate, patch_peft, restore
+    from lorafast.integrations.merged import merged
     from lorafast.methods.adalora import AdaLoRA
     from lorafast.methods.aflora import AFLoRA
     from lorafast.methods.dora import DoRA
@@ -49,8 +50,8 @@ __all__ = [
     "AFLoRA", "AdaLoRA", "DoRA", "Embedding", "FallbackWarning", "LaMDA", "Linear", "LoRA",
     "LoRAGA", "PiSSA", "VeRA", "accelerate", "adapt", "adapter_parameters", "adapter_state_dict",
     "adapters_without_gradient", "disable_adapter", "estimate_gradients", "explain", "linear",
-    "list_methods", "load_adapter", "merge", "merge_and_unload", "merge_quantised", "patch_peft",
-    "quantize_base", "reference_model", "restore", "save_adapter", "spectral_ranks",
+    "list_methods", "load_adapter", "merge", "merge_and_unload", "merge_quantised", "merged",
+    "patch_peft", "quantize_base", "reference_model", "restore", "save_adapter", "spectral_ranks",
     "start_adapters", "trainable_summary", "unload",
 ]  # fmt: skip
 
@@ -61,6 +62,7 @@ _DEFINED_IN = {
     "checkpoint.save_load": ("load_adapter", "save_adapter"),
     "functional": ("linear",),
     "integrations.accelerate": ("accelerate", "patch_peft", "restore"),
+    "integrations.merged": ("merged",),
     "methods.adalora": ("AdaLoRA",),
     "methods.aflora": ("AFLoRA",),
     "methods.dora": ("DoRA",),

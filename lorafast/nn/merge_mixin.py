@@ -22,7 +22,7 @@ class DeltaFactors(NamedTuple):
 class MergeState(NamedTuple):
     """What unmerge needs: the bias if merge changed it, and either the weight or the delta.
 
-    weight is a copy on the CPU (keep=True); delta the factors of what was added (keep=False).
+    weight is a copy (keep=True); delta the factors of what was added (keep=False).
     """
 
     bias: torch.Tensor | None
@@ -75,13 +75,14 @@ class MergeMixin(nn.Module):
         return self._merged is not None
 
     @torch.no_grad()
-    def merge(self, keep: bool = False) -> None:
+    def merge(self, keep: bool = False, keep_on: torch.device | str | None = "cpu") -> None:
         """Add the adapter to the weight, in place: W' = gain⊙(W + sBA). Twice is once.
 
         Args:
-            keep: True copies W to the CPU, and unmerge() is then bitwise. False unmerges to within
+            keep: True copies W, and unmerge() is then bitwise. False unmerges to within
                 ½ulp(W')/|gain| + ½ulp(W), for a gain in float64 and an fp64 weight ulp(W + delta)
                 more, and refuses a gain of 0.
+            keep_on: the device of that copy; None is the weight's own.
 
         Raises:
             RuntimeError: the adapter is disabled, the weight is on the meta device, or the weight
@@ -98,20 +99,29 @@ class MergeMixin(nn.Module):
         if self._merged is not None:
             return
         tensors, options, weight, bias = self.merge_result(keep)
-        kept = self.weight.detach().to("cpu", copy=True) if keep else None
+        kept = None
+        if keep:
+            kept = self.weight.detach().to(keep_on or self.weight.device, copy=True)
         old_bias = None if bias is None else tensors.bias.detach().clone()
         delta = None
         if not keep:
             delta = copy_factors(tensors._replace(bias=None, lora_bias=None), options)
-        state = MergeState(old_bias, kept, delta)
+        if keep:
+            # Before the weight changes, so that unmerge() undoes a merge that was interrupted.
+            self._merged = MergeState(old_bias, kept, None)
         self._W().copy_(weight)
         if bias is not None:
             self.bias.copy_(bias)
-        self._merged = state
+        self._merged = MergeState(old_bias, kept, delta)
 
     @torch.no_grad()
     def merge_result(self, keep: bool = False) -> MergeResult:
         """Return what merge(keep) would write, W' [N,K] among it. Raises as merge does."""
+        self.refuse_merge()
+        return self._merged_parts(self._tensors(), keep)
+
+    def refuse_merge(self) -> None:
+        """Raise what merge() raises of the layer's state, whatever the values are."""
         if self.disabled:
             raise RuntimeError("the adapter is disabled: merge outside disable_adapter()")
         self.refuse_computed_weight("merge()")
@@ -119,7 +129,6 @@ class MergeMixin(nn.Module):
             shape = tuple(self.weight.shape)
             raise RuntimeError(f"weight {shape} is on the meta device: load it before merge()")
         self._refuse_if_sharded("merge()")
-        return self._merged_parts(self._tensors(), keep)
 
     def _merged_parts(self, tensors: LayerTensors, keep: bool) -> MergeResult:
         """Return the merged weight and bias of these tensors. ValueError as merge_result."""

@@ -120,12 +120,8 @@ class QuantisedLinear(AdapterLinearBase):
         """Return the quantised module."""
         return self.base_layer
 
-    def merge(self, keep: bool = False) -> None:
+    def refuse_merge(self) -> None:
         """Refuse: a quantised weight holds no delta. lorafast.merge_quantised says what to do."""
-        self.merge_result(keep)
-
-    def merge_result(self, keep: bool = False) -> MergeResult:
-        """Refuse, as merge does."""
         raise RuntimeError(f"the weight is {self.quantised.kind}, and merging rounds it: {_MERGE}")
 
     def merge_parts(self) -> MergeResult:

@@ -1,0 +1,432 @@
+"""lorafast.merged: the base weights hold the adapters for a while, and come back bit for bit."""
+
+import contextlib
+import copy
+from unittest.mock import Mock
+
+import peft
+import pytest
+import torch
+from helpers import peft_models, tiny_transformers
+from helpers.whole_models import each_adapter
+from torch import nn
+
+import lorafast
+from lorafast import DoRA, LaMDA, LoRA
+
+pytestmark = pytest.mark.peft
+
+CYCLES = 1000
+IDS = torch.arange(6).reshape(2, 3)
+
+
+def bits(model):
+    """Every bit of every tensor of a model, and where its Parameters are."""
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [t.detach().reshape(-1).view(torch.uint8).clone() for t in tensors]
+    return values, [(id(p), p.data_ptr()) for p in model.parameters()]
+
+
+def assert_unchanged(model, before):
+    values, places = bits(model)
+    assert places == before[1]
+    assert all(map(torch.equal, values, before[0]))
+
+
+class Embedder(nn.Module):
+    """An embedding and a linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.up = nn.Embedding(9, 8), nn.Linear(8, 6)
+
+    def forward(self, ids):
+        return self.up(self.table(ids))
+
+
+class Tied(nn.Module):
+    """An embedding and a head on one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 8), nn.Linear(8, 9, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        return self.head(self.table(ids))
+
+
+def on_peft(base, dtype=torch.float32, **fields):
+    """A PeftModel on a base, its adapters away from their start, in eval."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base.to(dtype), peft_models.config(**fields))
+    peft_models.perturb(model)
+    return model.eval()
+
+
+@each_adapter("gpt2", "bart", "llama")
+def test_an_adapted_model_is_the_merged_one_and_comes_back(adapter, kind, dtype):
+    model = tiny_transformers.adapted(tiny_transformers.KINDS[kind]().to(dtype), adapter)
+    before, want = bits(model), tiny_transformers.outputs(model)
+    folded = tiny_transformers.outputs(lorafast.merge(copy.deepcopy(model)))
+    with lorafast.merged(model) as nothing:
+        assert nothing is None
+        assert bits(model)[1] == before[1]
+        assert torch.equal(tiny_transformers.outputs(model), folded)
+    assert_unchanged(model, before)
+    assert torch.equal(tiny_transformers.outputs(model), want)
+
+
+def several(dtype):
+    model = peft_models.peft_model(dtype, targets=peft_models.ALL)
+    peft_models.add_second_adapter(model)
+    model.base_model.set_adapter(["default", "other"])
+    return model.eval()
+
+
+def conv(dtype):
+    base = nn.Sequential(nn.Conv1d(24, 8, 3, padding=1), nn.ReLU())
+    return on_peft(base, dtype, targets=["0"])
+
+
+PEFT = {
+    "lora": lambda dtype: peft_models.peft_model(dtype, targets=peft_models.ALL).eval(),
+    "bias": lambda dtype: peft_models.peft_model(dtype, targets=["up"], lora_bias=True).eval(),
+    "dora": lambda dtype: peft_models.peft_model(dtype, targets=peft_models.ALL, use_dora=True),
+    "several": several,
+    "lamda": lambda dtype: peft_models.lamda_model(dtype, targets=peft_models.ALL),
+    "embedding": lambda dtype: on_peft(Embedder(), dtype, targets=["table", "up"]),
+    "conv": conv,
+    "tokens": lambda dtype: on_peft(Embedder(), dtype, trainable_token_indices={"table": [1, 3]}),
+}
+
+
+def input_for(kind, dtype):
+    if kind in ("embedding", "tokens"):
+        return IDS
+    x = peft_models.X.to(dtype)
+    return x[:, :1].expand(3, 24, 24).contiguous() if kind == "conv" else x
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:accelerate")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", PEFT)
+def test_a_peft_model_is_what_peft_merges_and_comes_back(kind, dtype):
+    model, x = PEFT[kind](dtype).eval(), input_for(kind, dtype)
+    for accelerated in (False, True):
+        if accelerated:
+            lorafast.accelerate(model)
+        with torch.no_grad():
+            before, want = bits(model), model(x)
+            again = copy.deepcopy(model)
+            again.merge_adapter()
+            with lorafast.merged(model):
+                assert bits(model)[1] == before[1]
+                assert torch.equal(model(x), again(x))
+            assert_unchanged(model, before)
+            assert torch.equal(model(x), want)
+        model.merge_adapter()
+        model.unmerge_adapter()
+
+
+def test_parameters_of_fused_experts():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = (
+                nn.Parameter(torch.randn(3, 6, 8)),
+                nn.Parameter(torch.randn(3, 8, 6)),
+            )
+
+        def forward(self, x):
+            return x @ self.down[0] @ self.up[0]
+
+    model = on_peft(
+        nn.Sequential(Experts()), targets=[], target_parameters=["0.up", "0.down"], lora_alpha=64
+    )
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        before, want = bits(model), model(x)
+        with lorafast.merged(model):
+            torch.testing.assert_close(model(x), want)
+            assert not torch.equal(bits(model)[0][0], before[0][0])
+        assert_unchanged(model, before)
+        assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "model_of",
+    [
+        lambda: lorafast.adapt(nn.Sequential(nn.Linear(24, 16)), LoRA(r=4)),
+        lambda: lorafast.adapt(nn.Sequential(nn.Linear(24, 16)), DoRA(r=4)),
+        lambda: on_peft(nn.Sequential(nn.Linear(24, 16)), targets=["0"]),
+        lambda: on_peft(nn.Sequential(nn.Linear(24, 16)), targets=["0"], use_dora=True),
+    ],
+    ids=["LoRA", "DoRA", "PEFT-LoRA", "PEFT-DoRA"],
+)
+def test_a_thousand_cycles_of_training_change_no_bit_of_the_base(model_of, dtype):
+    torch.manual_seed(0)
+    model = model_of().to(dtype)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    (base,) = (p for n, p in model.named_parameters() if n.endswith(("0.weight", "layer.weight")))
+    want, place = base.detach().clone().view(torch.uint8), base.data_ptr()
+    moved = 0
+    for _ in range(CYCLES):
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
+        with lorafast.merged(model):
+            moved += not torch.equal(base.view(torch.uint8), want)
+    assert moved == CYCLES
+    assert torch.equal(base.view(torch.uint8), want)
+    assert base.data_ptr() == place
+
+
+def models():
+    """An adapted model and a PeftModel, and an input of both."""
+    adapted = tiny_transformers.adapted(tiny_transformers.llama(), DoRA(r=4))
+    theirs = tiny_transformers.peft_adapted(
+        tiny_transformers.llama(), peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True)
+    )
+    return [adapted, theirs]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["adapted", "peft"])
+def test_an_exception_inside_restores(which):
+    model = models()[which]
+    before = bits(model)
+    with pytest.raises(KeyError, match="inside"), lorafast.merged(model):
+        raise KeyError("inside")
+    assert_unchanged(model, before)
+    with lorafast.merged(model):  # no layer is left merged
+        pass
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["adapted", "peft"])
+def test_an_entering_that_fails_halfway_is_undone(which):
+    model = models()[which]
+    last = [p for n, p in model.named_parameters() if "lora_B" in n][-1]
+    with torch.no_grad():
+        last[0, 0] = float("inf")
+    before = bits(model)
+    with pytest.raises(ValueError, match="not finite"), lorafast.merged(model):
+        pass
+    assert_unchanged(model, before)
+    assert not any(getattr(module, "merged", False) for module in model.modules())
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["adapted", "peft"])
+def test_a_merged_model_is_refused_with_the_name_of_the_argument(which):
+    model = models()[which]
+    before = bits(model)
+    with (
+        lorafast.merged(model),
+        pytest.raises(RuntimeError, match=r"model \w+ is merged already.*q_proj.*merged\(model\)"),
+        lorafast.merged(model),
+    ):
+        pass
+    assert_unchanged(model, before)
+    layer = next(m for n, m in model.named_modules() if n.endswith("q_proj"))
+    layer.merge()
+    with (
+        pytest.raises(RuntimeError, match=r"is merged already, in .*q_proj: "),
+        lorafast.merged(model),
+    ):
+        pass
+
+
+def disabled(model):
+    return (
+        model.disable_adapter()
+        if hasattr(model, "peft_config")
+        else lorafast.disable_adapter(model)
+    )
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["adapted", "peft"])
+def test_disabled_adapters_are_refused(which):
+    model = models()[which]
+    with (
+        disabled(model),
+        pytest.raises(RuntimeError, match=r"adapters of .* are disabled"),
+        lorafast.merged(model),
+    ):
+        pass
+
+
+def test_what_has_no_adapter_is_refused():
+    for model, kind, why in (
+        (nn.Linear(2, 2), ValueError, "model Linear has no adapter"),
+        ("x", TypeError, "must be a torch.nn.Module"),
+    ):
+        with pytest.raises(kind, match=why), lorafast.merged(model):
+            pass
+
+
+def test_a_weight_on_the_meta_device_is_refused():
+    with torch.device("meta"):
+        base = nn.Sequential(nn.Linear(8, 8))
+    model = lorafast.adapt(base, LoRA(r=2))
+    with pytest.raises(RuntimeError, match=r"^0: weight .* meta device"), lorafast.merged(model):
+        pass
+    theirs = on_peft(nn.Sequential(nn.Linear(8, 8)), targets=["0"]).to("meta")
+    with pytest.raises(RuntimeError, match=r"0: weight .* meta device"), lorafast.merged(theirs):
+        pass
+
+
+def test_a_computed_weight_is_refused():
+    model = on_peft(nn.Sequential(nn.Linear(8, 8)), targets=["0"])
+    nn.utils.parametrizations.weight_norm(model.base_model.model[0].base_layer)
+    with pytest.raises(RuntimeError, match=r"0: the weight .* is no Param"), lorafast.merged(model):
+        pass
+
+
+def test_attention_whose_merging_replaces_tensors_is_refused():
+    model = on_peft(nn.Sequential(nn.MultiheadAttention(8, 2)), targets=["0"])
+    before, _ = bits(model)
+    with (
+        pytest.raises(NotImplementedError, match=r"0: is a .*MultiheadAttention, and"),
+        lorafast.merged(model),
+    ):
+        pass
+    # PEFT itself gives it other Parameters now and then.
+    assert all(map(torch.equal, bits(model)[0], before))
+
+
+def test_quantised_layers_are_refused_before_anything_changes():
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+    def base():
+        packed = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
+        return nn.Sequential(nn.Linear(64, 64), packed.to("cpu"))
+
+    own = lorafast.adapt(base(), LoRA(r=2))
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["0", "1"]))
+    for model, why in ((own, "1: .*merging rounds it"), (theirs, "1: its weight is .*nf4")):
+        before = bits(model)
+        merge = Mock()
+        for module in model.modules():
+            if hasattr(module, "merge"):
+                module.merge = merge
+        with pytest.raises((RuntimeError, NotImplementedError), match=why), lorafast.merged(model):
+            pass
+        assert_unchanged(model, before)
+        merge.assert_not_called()
+
+
+@pytest.mark.parametrize("peft_s", [False, True], ids=["adapted", "peft"])
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings")
+def test_tied_weights_are_refused_or_get_a_tensor_for_the_time(peft_s):
+    torch.manual_seed(0)
+    if peft_s:
+        model = on_peft(Tied(), targets=["table", "head"])
+    else:
+        model = tiny_transformers.perturb(lorafast.adapt(Tied(), LoRA(r=2), ["table", "head"]))
+    with torch.no_grad():
+        before, want = bits(model), model(IDS)
+        with (
+            pytest.raises(ValueError, match=r"table.* and .*head.*one tensor: .*untie=True"),
+            lorafast.merged(model),
+        ):
+            pass
+        with lorafast.merged(model, untie=True):
+            torch.testing.assert_close(model(IDS), want)
+        assert_unchanged(model, before)
+        assert torch.equal(model(IDS), want)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["adapted", "peft"])
+def test_the_modes_of_the_caller_change_nothing(which):
+    model = models()[which]
+    before = bits(model)
+    with lorafast.merged(model):
+        want = bits(model)[0]
+    for modes in (
+        [torch.inference_mode],
+        [torch.no_grad],
+        [lambda: torch.autocast("cpu", torch.bfloat16)],
+        [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ):
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode())
+            with lorafast.merged(model):
+                assert all(map(torch.equal, bits(model)[0], want))
+        assert_unchanged(model, before)
+    context = lorafast.merged(model)
+    with torch.inference_mode():
+        context.__enter__()
+    context.__exit__(None, None, None)
+    assert_unchanged(model, before)
+    tiny_transformers.outputs(model)
+    model(input_ids=tiny_transformers.IDS)[0].sum().backward()
+
+
+def test_a_backward_through_the_base_of_before_raises():
+    model = lorafast.adapt(nn.Sequential(nn.Linear(8, 8)), LoRA(r=2))
+    y = model(torch.randn(4, 8, requires_grad=True))
+    with lorafast.merged(model):
+        pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("few", [1, 600], ids=["few", "many"])
+@pytest.mark.parametrize("adapter", [LoRA(r=4), DoRA(r=4, cache_norm=True), LaMDA(r=4)], ids=str)
+def test_calls_before_inside_and_after_keep_nothing_of_each_other(adapter, few):
+    """The host path, the ops and the cached norm read the weight that there is."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(32, 24))
+    model = tiny_transformers.perturb(lorafast.adapt(base, adapter)).eval()
+    x = torch.randn(few, 32)
+    with torch.no_grad():
+        want = model(x)
+        for _ in range(2):
+            assert torch.equal(model(x), want)
+            with lorafast.merged(model):
+                inside = model(x)
+                torch.testing.assert_close(inside, want)
+                assert torch.equal(inside, nn.functional.linear(x, model[0].weight, model[0].bias))
+            assert torch.equal(model(x), want)
+
+
+def test_peft_s_cached_norm_is_the_base_s():
+    model = peft_models.peft_model(use_dora=True).eval()
+    lorafast.accelerate(model)
+    with peft.helpers.DoraCaching(), torch.no_grad():
+        want = model(peft_models.X)
+        with lorafast.merged(model):
+            torch.testing.assert_close(model(peft_models.X), want)
+        assert torch.equal(model(peft_models.X), want)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["adapted", "peft"])
+def test_the_copies_are_on_the_device_that_is_asked_for(which):
+    model = models()[which]
+    before = bits(model)
+    for keep_on in ("cpu", None, torch.device("cpu")):
+        with lorafast.merged(model, keep_on=keep_on):
+            pass
+        assert_unchanged(model, before)
+
+
+def test_the_state_dict_inside_is_refused_and_parameters_are_the_merged():
+    model = tiny_transformers.adapted(tiny_transformers.llama(), LoRA(r=4))
+    folded = dict(lorafast.merge(copy.deepcopy(model)).named_parameters())
+    with lorafast.merged(model):
+        with pytest.raises(RuntimeError, match="is merged"):
+            model.state_dict()
+        found = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n}
+    assert found.keys() == folded.keys()
+    assert all(torch.equal(found[name], folded[name]) for name in folded)
+
+
+def test_a_layer_and_a_wrapped_model():
+    layer = lorafast.Linear(8, 8, adapter=LoRA(r=2))
+    model = lorafast.adapt(nn.Sequential(nn.Linear(8, 8)), LoRA(r=2))
+    for one in (layer, nn.DataParallel(model)):
+        before = bits(one)
+        with lorafast.merged(one):
+            pass
+        assert_unchanged(one, before)
