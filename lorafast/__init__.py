@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lorafast import schedule as schedule
     from lorafast.checkpoint.keys import adapter_state_dict
     from lorafast.checkpoint.save_load import load_adapter, save_adapter
-    from lorafast.functional import linear
+    from lorafast.functional import grouped_linear, linear
     from lorafast.integrations.accelerate import accelerate, patch_peft, restore
     from lorafast.integrations.merged import merged
     from lorafast.methods.adalora import AdaLoRA
@@ -49,10 +49,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AFLoRA", "AdaLoRA", "DoRA", "Embedding", "FallbackWarning", "LaMDA", "Linear", "LoRA",
     "LoRAGA", "PiSSA", "VeRA", "accelerate", "adapt", "adapter_parameters", "adapter_state_dict",
-    "adapters_without_gradient", "disable_adapter", "estimate_gradients", "explain", "linear",
-    "list_methods", "load_adapter", "merge", "merge_and_unload", "merge_quantised", "merged",
-    "patch_peft", "quantize_base", "reference_model", "restore", "save_adapter", "spectral_ranks",
-    "start_adapters", "trainable_summary", "unload",
+    "adapters_without_gradient", "disable_adapter", "estimate_gradients", "explain",
+    "grouped_linear", "linear", "list_methods", "load_adapter", "merge", "merge_and_unload",
+    "merge_quantised", "merged", "patch_peft", "quantize_base", "reference_model", "restore",
+    "save_adapter", "spectral_ranks", "start_adapters", "trainable_summary", "unload",
 ]  # fmt: skip
 
 # The module below lorafast that defines each name. Importing torch takes seconds, which a command
@@ -60,7 +60,7 @@ __all__ = [
 _DEFINED_IN = {
     "checkpoint.keys": ("adapter_state_dict",),
     "checkpoint.save_load": ("load_adapter", "save_adapter"),
-    "functional": ("linear",),
+    "functional": ("grouped_linear", "linear"),
     "integrations.accelerate": ("accelerate", "patch_peft", "restore"),
     "integrations.merged": ("merged",),
     "methods.adalora": ("AdaLoRA",),

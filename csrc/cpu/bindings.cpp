@@ -126,6 +126,10 @@ PyMethodDef methods[] = {
     method<&entries::drop_mask>("drop_mask"),
     method<&entries::scale>("scale"),
     method<&entries::dequantise_4bit>("dequantise_4bit"),
+    method<&entries::grouped_project>("grouped_project"),
+    method<&entries::grouped_low_rank_add>("grouped_low_rank_add"),
+    method<&entries::grouped_grad_project>("grouped_grad_project"),
+    method<&entries::grouped_grad_output>("grouped_grad_output"),
     {},
 };
 

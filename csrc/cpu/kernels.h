@@ -52,6 +52,34 @@ bool linear(int type, Address x, int64_t M, int64_t K, int64_t x_stride, Address
             int64_t F_R, int64_t F_l, float s, Address scale, Address gain, Address bias,
             Address inner, int threads, Address out);
 
+// The grouped entry points are those of the same names for an activation whose rows are sorted by
+// expert: those of expert e are offsets[e] .. offsets[e + 1], int32 [experts + 1]. Factors, gains
+// and results of an expert have its index as their first: F_e and core_e are the elements from one
+// expert's factor to the next one's, 0 for a factor that all share; gain, scale, bias, d_bias and
+// dot are [experts,N], P [experts,N,R], and the out of grouped_grad_project [experts,R,K]. rows, if
+// given, are the indices that the rows have for dropout, int64.
+void grouped_project(int type, Address x, int64_t K, int64_t x_stride, int64_t R, Address F,
+                     int F_type, int64_t F_e, int64_t F_R, int64_t F_l, Address seed,
+                     uint32_t threshold, Address h, Address core, int core_type, int64_t core_e,
+                     int64_t core_R, int64_t core_l, Address h_core, Address offsets,
+                     int64_t experts, Address rows, int threads);
+
+void grouped_low_rank_add(int type, int h_type, Address h, int64_t h_stride, int64_t N, int64_t R,
+                          Address F, int F_type, int64_t F_e, int64_t F_R, int64_t F_l, float s,
+                          Address scale, Address seed, uint32_t threshold, Address gain,
+                          Address bias, Address inner, Address out, Address offsets,
+                          int64_t experts, Address rows, int threads);
+
+void grouped_grad_project(int type, Address x, int64_t K, int64_t x_stride, Address v, int64_t R,
+                          int64_t v_stride, Address seed, uint32_t threshold, Address out,
+                          Address offsets, int64_t experts, Address rows, int threads);
+
+void grouped_grad_output(int type, Address dy, int64_t N, int64_t dy_stride, int64_t R, Address F,
+                         int F_type, int64_t F_e, int64_t F_R, int64_t F_l, float s, Address gain,
+                         Address scale, Address u, Address h_core, int64_t h_core_stride,
+                         int64_t live, Address P, Address d_bias, Address kept, int64_t kept_stride,
+                         Address dot, Address offsets, int64_t experts, int threads);
+
 // out = gain⊙x, with one gain per row (by_row) or per column.
 void scale(int type, Address x, int64_t rows, int64_t columns, int64_t x_stride, Address gain,
            bool by_row, Address out, int threads);

@@ -161,7 +161,7 @@ inline void keep_tile(const Dropout& drop, int64_t K, int64_t m0, int64_t rows, 
                       int64_t n, uint8_t* out, int64_t stride) {
   const int64_t groups = ceil_div(K, 8);
   for (int64_t i = 0; i < rows; ++i)
-    keep_bits(drop.seed, (m0 + i) * groups + k0 / 8, ceil_div(n, 8), drop.threshold,
+    keep_bits(drop.seed, drop.row(m0 + i) * groups + k0 / 8, ceil_div(n, 8), drop.threshold,
               out + i * stride);
 }
 

@@ -54,7 +54,11 @@ struct Dropout {
   uint64_t seed = 0;
   uint32_t threshold = 0;
   float scale = 1;
+  // The rows of the activation that these rows are, where they are not those from `first` on.
+  const int64_t* rows = nullptr;
+  int64_t first = 0;
 
+  int64_t row(int64_t m) const { return rows ? rows[m] : first + m; }
   explicit operator bool() const { return threshold != 0; }
 };
 

@@ -18,10 +18,8 @@ from lorafast.engine.backends import cpu
 from lorafast.engine.row_blocks import CPU_ELEMENTS, ELEMENTS
 from lorafast.runtime import env
 
-# As csrc/cpu/types.h numbers them.
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Numbers below which waking a second thread costs more than it saves.
-_ONE_THREAD = 1 << 16
+# The work of one number, in the multiply-adds that cpu.threads counts.
+_WORK = 4
 
 
 def dequantise_4bit(
@@ -54,10 +52,9 @@ def dequantise_4bit(
         return out
     library = _library_for(out)
     if library is not None:
-        threads = 1 if count < _ONE_THREAD else torch.get_num_threads()
         library.dequantise_4bit(
-            _TYPES[out.dtype], packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), blocksize,
-            first, count, out.data_ptr(), threads,
+            cpu.TYPES[out.dtype], packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), blocksize,
+            first, count, out.data_ptr(), cpu.threads(_WORK * count),
         )  # fmt: skip
         return out
     kernel = _load() if _kernel_serves(out) else None
@@ -83,7 +80,7 @@ def _check(
 ) -> None:
     """Raise ValueError unless a kernel may read and write these tensors by their addresses."""
     given = {"packed": packed, "absmax": absmax, "code": code, "out": out}
-    dtypes = (torch.uint8,), (torch.float32,), (torch.float32,), tuple(_TYPES)
+    dtypes = (torch.uint8,), (torch.float32,), (torch.float32,), tuple(cpu.TYPES)
     for (name, tensor), allowed in zip(given.items(), dtypes, strict=True):
         if tensor.dtype not in allowed or not tensor.is_contiguous():
             words = " or ".join(map(str, allowed))

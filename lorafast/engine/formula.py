@@ -31,10 +31,14 @@ from lorafast.engine.problem import (
 
 
 def forward(
-    x: torch.Tensor, tensors: LayerTensors, options: CallOptions
+    x: torch.Tensor, tensors: LayerTensors, options: CallOptions, routes: Routes | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return y [...,N], h [M,R] and, with keep="inner", z [M,N] (else None): all fresh."""
-    routes = dispatch.routes(x, tensors, options)
+    """Return y [...,N], h [M,R] and, with keep="inner", z [M,N] (else None): all fresh.
+
+    routes: the backends, where they are not those of a single layer.
+    """
+    if routes is None:
+        routes = dispatch.routes(x, tensors, options)
     base_x, adapter_x, gain, bias = x, x, None, tensors.bias
     drops_base = False
     if tensors.magnitude is not None:
@@ -72,13 +76,15 @@ def backward(
     tensors: LayerTensors,
     options: CallOptions,
     needs: GradMask,
+    routes: Routes | None = None,
 ) -> list[torch.Tensor | None]:
     """Return the gradients in GradMask's order, None where not needed, in their tensors' dtypes.
 
     dy [...,N]; x, h and kept (y or z) are None if not needed. A bias that is not needed may be
     None too; its gradient then has the accumulator's dtype.
     """
-    routes = dispatch.routes(dy, tensors, options)
+    if routes is None:
+        routes = dispatch.routes(dy, tensors, options)
     has_gain = tensors.magnitude is not None
     by_row = has_gain and options.axis == "out"
     row_gain = _gain_for("grad_output", tensors, routes) if by_row else None
@@ -101,7 +107,7 @@ def backward(
         grads["lora_bias"] = d_lora_bias * gain if by_row else d_lora_bias
     low_rank = LowRankTerm(own.v, tensors.lora_A, tensors.seed, options.dropout)
     if options.dropout and needs.lora_A and needs.x:
-        low_rank = low_rank._replace(shared=masks.shared(tokens(dy), tensors.weight.shape[1]))
+        low_rank = low_rank._replace(shared=masks.shared(tokens(dy), tensors.weight.shape[-1]))
     if needs.lora_A:
         adapter_x = x
         if has_gain and not by_row:
@@ -295,7 +301,8 @@ def _inner(
     routes: Routes,
 ) -> torch.Tensor:
     """z again, by one GEMM: what keep="inner" would have saved."""
-    h_core = apply_core(h, tensors.core)
+    own_apply_core = getattr(routes["project"], "apply_core", apply_core)
+    h_core = own_apply_core(h, tensors.core)
     up = UpProj(h_core, tensors.lora_B, scaling_of(tensors, options), tensors.out_scale)
     base_x = _inputs(x, tensors, options, routes)[1]
     return routes["linear"].linear(base_x, tensors.weight, [up])[0]

@@ -39,16 +39,16 @@ from lorafast.runtime.torch_internals import below_autocast, below_autograd
 _LIBRARY = torch.library.Library("lorafast", "FRAGMENT")
 _T, _O = len(LayerTensors._fields), len(CallOptions._fields)
 
-_TENSORS = "Tensor weight, " + ", ".join(f"Tensor? {name}" for name in LayerTensors._fields[1:])
-_OPTIONS = "float scaling, float dropout, str axis, str dropout_on, str keep, SymInt frozen_columns"
-_LINEAR = f"linear(Tensor x, {_TENSORS}, {_OPTIONS}) -> (Tensor y, Tensor h, Tensor z)"
+TENSORS = "Tensor weight, " + ", ".join(f"Tensor? {name}" for name in LayerTensors._fields[1:])
+OPTIONS = "float scaling, float dropout, str axis, str dropout_on, str keep, SymInt frozen_columns"
+_LINEAR = f"linear(Tensor x, {TENSORS}, {OPTIONS}) -> (Tensor y, Tensor h, Tensor z)"
 _LINEAR_BACKWARD = (
-    f"linear_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? kept, {_TENSORS}, {_OPTIONS}, "
+    f"linear_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? kept, {TENSORS}, {OPTIONS}, "
     "bool[] wants) -> Tensor[]"
 )
-_ROW_NORM = f"row_norm({_TENSORS}, {_OPTIONS}, bool detach, bool cache) -> Tensor"
+_ROW_NORM = f"row_norm({TENSORS}, {OPTIONS}, bool detach, bool cache) -> Tensor"
 _ROW_NORM_BACKWARD = (
-    f"row_norm_backward(Tensor d_norm, Tensor value, {_TENSORS}, {_OPTIONS}, bool[] wants) "
+    f"row_norm_backward(Tensor d_norm, Tensor value, {TENSORS}, {OPTIONS}, bool[] wants) "
     "-> Tensor[]"
 )
 

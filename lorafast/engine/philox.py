@@ -153,15 +153,28 @@ def words(seed: torch.Tensor, counter: torch.Tensor) -> tuple[torch.Tensor, ...]
     return c0, c1, c2, c3
 
 
+def keep_mask_of_rows(seed: torch.Tensor, p: float, rows: torch.Tensor, K: int) -> torch.Tensor:
+    """The mask of kept elements, bool [S,K], for rows with any indices, int64 [S]."""
+    groups = -(-K // GROUP)
+    group = torch.arange(groups, dtype=torch.int64, device=seed.device)
+    return _mask_of_counters(seed, p, (rows[:, None] * groups + group).view(-1), K)
+
+
 def _traced_mask(seed: torch.Tensor, p: float, rows: slice, K: int) -> torch.Tensor:
     """keep_mask without operations in place and without a loop over rows."""
     groups = -(-K // GROUP)
     start, stop = rows.start * groups, rows.stop * groups
     counter = torch.arange(start, stop, dtype=torch.int64, device=seed.device)
+    return _mask_of_counters(seed, p, counter, K)
+
+
+def _mask_of_counters(seed: torch.Tensor, p: float, counter: torch.Tensor, K: int) -> torch.Tensor:
+    """The mask, bool [S,K], of the counters of all calls of S whole rows."""
+    groups = -(-K // GROUP)
     w0, w1, w2, w3 = words(seed, counter)
     halves = torch.stack((w0, w0 >> 16, w2, w2 >> 16, w1, w1 >> 16, w3, w3 >> 16), dim=-1)
     kept = (halves & 0xFFFF) >= threshold(p)
-    return kept.view(rows.stop - rows.start, groups * GROUP)[:, :K]
+    return kept.view(-1, groups * GROUP)[:, :K]
 
 
 def differentiable_drop(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:

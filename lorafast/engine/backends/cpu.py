@@ -34,7 +34,7 @@ from lorafast.engine.row_blocks import flatten_tokens
 from lorafast.runtime import extension, onednn
 
 # As csrc/cpu/types.h numbers and bounds them.
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_RANK = 256
 # Multiply-adds below which waking a second thread costs more than it saves.
 _ONE_THREAD = 1 << 18
@@ -43,7 +43,7 @@ _ONE_THREAD = 1 << 18
 _SMALL = 1 << 22
 # Elements of a row of an AMX tile in bf16. Where the rows of an operand are no multiple, torch 2.13
 # multiplies what lies between strided rows by 0, and a NaN there stays one: they are made dense.
-_AMX_ROW = 32
+AMX_ROW = 32
 # Tokens up to which one kernel computes y, which reads W as it lies in memory. Measured beside
 # torch's product alone on two cores with AVX-512 and bf16, and with AVX2 alone, by one and two
 # threads, 384x384 to 4096x4096: 0.2 to 0.98 of its time in all but one case (1.08).
@@ -64,9 +64,9 @@ def why_not(primitive: str, problem: Problem) -> tuple[str, ...]:
         return (f"runs on CPU tensors; this is {problem.arch.words}",)
     dtypes = problem.dtype, problem.weight_dtype, problem.factor_dtype
     reasons = [
-        f"{name} is {dtype}; the kernels compute in {', '.join(map(str, _TYPES))}"
+        f"{name} is {dtype}; the kernels compute in {', '.join(map(str, TYPES))}"
         for name, dtype in zip(("x", "weight", "a factor"), dtypes, strict=True)
-        if dtype not in _TYPES
+        if dtype not in TYPES
     ]
     if sum(problem.R) > _MAX_RANK:
         ranks = " + ".join(map(str, problem.R))
@@ -102,7 +102,7 @@ def workspace() -> int:
 
 
 def project(x: torch.Tensor, downs: list[DownProj]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    x2, results = _dense_rows(x), []
+    x2, results = dense_rows(x), []
     # No comprehension, which before Python 3.12 is a call of its own.
     for A, core, seed, p in downs:
         results.append(_project(x2, A, seed, p, core))
@@ -120,7 +120,7 @@ def linear(
     (N, K), M, dtype = weight.shape, x.shape[0] if x.dim() == 2 else tokens(x), x.dtype
     if weight.dtype != dtype:
         weight = weight.to(dtype)
-    if K % _AMX_ROW and dtype is torch.bfloat16:
+    if K % AMX_ROW and dtype is torch.bfloat16:
         x = x.contiguous()
     # Without a gain the bias goes where the frozen layer adds it, so that an adapter at its start
     # changes no bit.
@@ -167,13 +167,13 @@ def grad_output(
     kept: torch.Tensor | None = None,
     want_bias: bool = False,
 ) -> OutputGrads:
-    dy2, gain = _dense_rows(dy), _dense_fp32(gain)
+    dy2, gain = dense_rows(dy), dense_fp32(gain)
     N = dy2.shape[1]
     d_bias = torch.empty(N, dtype=torch.float32) if want_bias else None
     dot = None if kept is None else torch.empty(N, dtype=torch.float32)
     # The sums that belong to no adapter are made with the first, or with one that needs nothing.
     first, *more = specs or [UpProjGradSpec(torch.empty(N, 1), want_v=False)]
-    kept2 = None if kept is None else _dense_rows(kept)
+    kept2 = None if kept is None else dense_rows(kept)
     adapters = [_up_proj_grads(dy2, first, gain, d_bias, kept2, dot)]
     adapters += [_up_proj_grads(dy2, spec, gain) for spec in more]
     return OutputGrads(adapters[: len(specs)], d_bias, dot)
@@ -187,7 +187,7 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
         _low_rank_add(v, A.t(), dx.dtype, seed=seed, p=p) for v, A, seed, p, _ in low_ranks
     ]
     for base in bases:
-        dy2, weight = _gained_operands(base)
+        dy2, weight = gained_operands(base)
         start = None if base is first else dx2
         if dx.dtype is not torch.float32 and half_products.serves(dx2.shape[0], weight):
             half_products.addmm(start, dy2, weight, dx2)
@@ -201,7 +201,7 @@ def grad_input(bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Ten
 
 
 def grad_project(x: torch.Tensor, low_ranks: list[LowRankTerm]) -> list[torch.Tensor]:
-    x2 = _dense_rows(x)
+    x2 = dense_rows(x)
     return [_grad_project(x2, v, seed, p) for v, _, seed, p, _ in low_ranks]
 
 
@@ -213,46 +213,46 @@ def row_norm(
     axis: str = "out",
 ) -> torch.Tensor:
     by_row, given = axis == "out", weight
-    if B.dtype not in _TYPES:
+    if B.dtype not in TYPES:
         B = B.float()
     down, up = A, B.t()
     if weight.stride(1) != 1 and weight.stride(0) == 1:
         # ‖Wᵀ + sAᵀBᵀ‖ along the other axis: a transposed weight is read without a copy.
         weight, down, up, by_row = weight.t(), up, down, not by_row
-    weight = _dense_rows(weight)
+    weight = dense_rows(weight)
     (N, K), R = weight.shape, A.shape[0]
     norm = torch.empty(N if by_row else K, dtype=torch.float32)
     adapted = library().row_norm(
-        _TYPES[weight.dtype], weight.data_ptr(), N, K, weight.stride(0), R,
-        down.data_ptr(), _TYPES[down.dtype], *down.stride(),
-        up.data_ptr(), _TYPES[up.dtype], *up.stride(),
-        float(scaling), by_row, norm.data_ptr(), _threads(N * K * R),
+        TYPES[weight.dtype], weight.data_ptr(), N, K, weight.stride(0), R,
+        down.data_ptr(), TYPES[down.dtype], *down.stride(),
+        up.data_ptr(), TYPES[up.dtype], *up.stride(),
+        float(scaling), by_row, norm.data_ptr(), threads(N * K * R),
     )  # fmt: skip
     # BA is zero: torch's own norm.
     return norm if adapted else eager.row_norm(given, A, B, scaling, axis)
 
 
 def drop(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
-    out, x2 = torch.empty(x.shape, dtype=x.dtype), _dense_rows(x)
+    out, x2 = torch.empty(x.shape, dtype=x.dtype), dense_rows(x)
     library().drop(
-        _TYPES[x.dtype], x2.data_ptr(), *x2.shape, x2.stride(0),
-        seed.data_ptr(), philox.threshold(p), 0, out.data_ptr(), _threads(16 * x.numel()),
+        TYPES[x.dtype], x2.data_ptr(), *x2.shape, x2.stride(0),
+        seed.data_ptr(), philox.threshold(p), 0, out.data_ptr(), threads(16 * x.numel()),
     )  # fmt: skip
     return out
 
 
-def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
     """The activation as [M, width], dense along its rows: a view where possible, else a copy."""
     x2 = x if x.dim() == 2 else flatten_tokens(x)
     return x2 if x2.stride(1) == 1 or x2.shape[1] == 1 else x2.contiguous()
 
 
-def _dense_fp32(vector: torch.Tensor | None) -> torch.Tensor | None:
+def dense_fp32(vector: torch.Tensor | None) -> torch.Tensor | None:
     """A gain or a bias as the kernels read it."""
     return None if vector is None else vector.to(torch.float32).contiguous()
 
 
-def _threads(work: int) -> int:
+def threads(work: int) -> int:
     return 1 if work < _ONE_THREAD else torch.get_num_threads()
 
 
@@ -267,21 +267,21 @@ def _project(
     # Here and in _low_rank_add small steps are written out: on a small layer a call costs more
     # than the kernel.
     (M, K), R, dtype = x2.shape, factor.shape[0], x2.dtype
-    if factor.dtype not in _TYPES:
+    if factor.dtype not in TYPES:
         factor = factor.float()
     h = h_core = x2.new_empty(M, R)
     core_arguments: tuple[int, ...] = (0, 0, 0, 0, 0)
     if core is not None and core.dim() == 2:
-        if core.dtype not in _TYPES:
+        if core.dtype not in TYPES:
             core = core.float()
         h_core = x2.new_empty(M, R)
         core_arguments = (
-            core.data_ptr(), _TYPES[core.dtype], *core.stride(), h_core.data_ptr(),
+            core.data_ptr(), TYPES[core.dtype], *core.stride(), h_core.data_ptr(),
         )  # fmt: skip
     work = M * K * R
     library().project(
-        _TYPES[dtype], x2.data_ptr(), M, K, x2.stride(0), R,
-        factor.data_ptr(), _TYPES[factor.dtype], *factor.stride(),
+        TYPES[dtype], x2.data_ptr(), M, K, x2.stride(0), R,
+        factor.data_ptr(), TYPES[factor.dtype], *factor.stride(),
         seed.data_ptr() if p else 0, philox.threshold(p) if p else 0, h.data_ptr(),
         *core_arguments, 1 if work < _ONE_THREAD else torch.get_num_threads(),
     )  # fmt: skip
@@ -302,7 +302,7 @@ def _one_kernel(
 
     None if the adapter adds nothing: it then changes no bit of the frozen layer's y.
     """
-    x2 = x if x.dim() == 2 and x.stride(1) == 1 else _dense_rows(x)
+    x2 = x if x.dim() == 2 and x.stride(1) == 1 else dense_rows(x)
     (N, K), dtype = weight.shape, x.dtype
     M, y = x2.shape[0], torch.empty(*x.shape[:-1], N, dtype=dtype)
     work = M * N * K
@@ -315,17 +315,17 @@ def _one_kernel(
         h, B, scaling, scale = up
         if h.stride(1) != 1:
             h = h.contiguous()
-        if B.dtype not in _TYPES:
+        if B.dtype not in TYPES:
             B = B.float()
         if scale is not None:
-            scale = _dense_fp32(scale)
+            scale = dense_fp32(scale)
         along_N, along_R = B.stride()
         low_rank = (
-            h.data_ptr(), h.stride(0), B.shape[1], B.data_ptr(), _TYPES[B.dtype], along_R, along_N,
+            h.data_ptr(), h.stride(0), B.shape[1], B.data_ptr(), TYPES[B.dtype], along_R, along_N,
             float(scaling),
         )  # fmt: skip
     written = library().linear(
-        _TYPES[dtype], x2.data_ptr(), M, K, x2.stride(0), weight.data_ptr(), N, weight.stride(0),
+        TYPES[dtype], x2.data_ptr(), M, K, x2.stride(0), weight.data_ptr(), N, weight.stride(0),
         *low_rank,
         0 if scale is None else scale.data_ptr(),
         0 if gain is None else gain.data_ptr(),
@@ -364,19 +364,19 @@ def _low_rank_add(
     (M, R), N = h.shape, factor.shape[0]
     if h.stride(1) != 1:
         h = h.contiguous()
-    if factor.dtype not in _TYPES:
+    if factor.dtype not in TYPES:
         factor = factor.float()
     if scale is not None:
-        scale = _dense_fp32(scale)
+        scale = dense_fp32(scale)
     if gain is not None:
-        gain = _dense_fp32(gain)
+        gain = dense_fp32(gain)
     if bias is not None:
-        bias = _dense_fp32(bias)
+        bias = dense_fp32(bias)
     along_N, along_R = factor.stride()
     work = M * N * R
     arguments = (
-        _TYPES[dtype], _TYPES[h.dtype], h.data_ptr(), M, h.stride(0), N, R,
-        factor.data_ptr(), _TYPES[factor.dtype], along_R, along_N, float(scaling),
+        TYPES[dtype], TYPES[h.dtype], h.data_ptr(), M, h.stride(0), N, R,
+        factor.data_ptr(), TYPES[factor.dtype], along_R, along_N, float(scaling),
         0 if scale is None else scale.data_ptr(),
         seed.data_ptr() if p else 0, philox.threshold(p) if p else 0,
         0 if gain is None else gain.data_ptr(),
@@ -391,27 +391,27 @@ def _grad_project(
     x2: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0
 ) -> torch.Tensor:
     """vᵀ drop(x) in fp32, v [M,R] -> [R,K]"""
-    (M, K), R, v = x2.shape, v.shape[1], _dense_rows(v.to(low_rank_grad_dtype(x2.dtype)))
+    (M, K), R, v = x2.shape, v.shape[1], dense_rows(v.to(low_rank_grad_dtype(x2.dtype)))
     out = torch.empty(R, K, dtype=torch.float32)
     library().grad_project(
-        _TYPES[x2.dtype], x2.data_ptr(), M, K, x2.stride(0), v.data_ptr(), R, v.stride(0),
+        TYPES[x2.dtype], x2.data_ptr(), M, K, x2.stride(0), v.data_ptr(), R, v.stride(0),
         seed.data_ptr() if p else 0, philox.threshold(p) if p else 0, out.data_ptr(),
-        _threads(M * K * R),
+        threads(M * K * R),
     )  # fmt: skip
     return out
 
 
-def _gained_operands(base: BaseTerm) -> tuple[torch.Tensor, torch.Tensor]:
+def gained_operands(base: BaseTerm) -> tuple[torch.Tensor, torch.Tensor]:
     """The operands of (gain⊙dy) W, the gain in the smaller one."""
     dy, weight = base.dy, base.weight
     dy2 = dy if dy.dim() == 2 else flatten_tokens(dy)
-    if dy2.shape[1] % _AMX_ROW and dy2.dtype is torch.bfloat16:
+    if dy2.shape[1] % AMX_ROW and dy2.dtype is torch.bfloat16:
         dy2 = dy2.contiguous()
     if weight.dtype != dy.dtype:
         weight = weight.to(dy.dtype)
     if base.gain is None:
         return dy2, weight
-    gain = _dense_fp32(base.gain)
+    gain = dense_fp32(base.gain)
     if dy2.shape[0] < weight.shape[1]:
         return _scale(dy2, gain, by_row=False), weight
     if weight.stride(1) != 1 and weight.stride(0) == 1:
@@ -421,11 +421,11 @@ def _gained_operands(base: BaseTerm) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _scale(x: torch.Tensor, gain: torch.Tensor, by_row: bool) -> torch.Tensor:
     """gain⊙x, with one gain for each row or for each column."""
-    x = _dense_rows(x)
+    x = dense_rows(x)
     out = torch.empty(x.shape, dtype=x.dtype)
     library().scale(
-        _TYPES[x.dtype], x.data_ptr(), *x.shape, x.stride(0), gain.data_ptr(), by_row,
-        out.data_ptr(), _threads(16 * x.numel()),
+        TYPES[x.dtype], x.data_ptr(), *x.shape, x.stride(0), gain.data_ptr(), by_row,
+        out.data_ptr(), threads(16 * x.numel()),
     )  # fmt: skip
     return out
 
@@ -449,16 +449,16 @@ def _up_proj_grads(
         P = (torch.zeros if skipped else torch.empty)(N, R, dtype=torch.float32)
         h_core = spec.h
         if spec.core is not None:
-            diagonal, h = spec.core.dim() == 1, _dense_rows(spec.h)
+            diagonal, h = spec.core.dim() == 1, dense_rows(spec.h)
             h_core = apply_core(h, spec.core) if diagonal else _project(h, spec.core)[0]
-        h_core = _dense_rows(h_core)
-    B, scale = spec.B, _dense_fp32(spec.out_scale)
-    if B.dtype not in _TYPES:
+        h_core = dense_rows(h_core)
+    B, scale = spec.B, dense_fp32(spec.out_scale)
+    if B.dtype not in TYPES:
         B = B.float()
     along_N, along_R = B.stride()
     library().grad_output(
-        _TYPES[dy2.dtype], dy2.data_ptr(), M, N, dy2.stride(0), R,
-        B.data_ptr(), _TYPES[B.dtype], along_R, along_N, float(spec.scaling),
+        TYPES[dy2.dtype], dy2.data_ptr(), M, N, dy2.stride(0), R,
+        B.data_ptr(), TYPES[B.dtype], along_R, along_N, float(spec.scaling),
         0 if gain is None else gain.data_ptr(),
         0 if scale is None else scale.data_ptr(),
         0 if u is None else u.data_ptr(),
@@ -466,7 +466,7 @@ def _up_proj_grads(
         0 if P is None else P.data_ptr(),
         0 if d_bias is None else d_bias.data_ptr(),
         0 if kept is None else kept.data_ptr(), 0 if kept is None else kept.stride(0),
-        0 if dot is None else dot.data_ptr(), _threads(M * N * R),
+        0 if dot is None else dot.data_ptr(), threads(M * N * R),
     )  # fmt: skip
     v = u if spec.want_v else None
     if v is not None and spec.core is not None:
@@ -488,7 +488,7 @@ def _core_grad(u: torch.Tensor, spec: UpProjGradSpec) -> torch.Tensor:
     """uᵀh, or its diagonal; u contains s."""
     if spec.core.dim() == 1:
         return (u.float() * spec.h).sum(0)
-    return _grad_project(_dense_rows(spec.h), u)
+    return _grad_project(dense_rows(spec.h), u)
 
 
 def _B_grad(P: torch.Tensor, spec: UpProjGradSpec) -> torch.Tensor:

@@ -1,0 +1,65 @@
+"""The backend of a grouped call: the same kinds, asked in the same order, as those of a layer."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from types import ModuleType
+from typing import cast
+
+import torch
+
+from lorafast.engine import dispatch
+from lorafast.engine.dispatch import Routes
+from lorafast.engine.grouped import cpu, eager
+from lorafast.engine.grouped.groups import Groups, of_expert
+from lorafast.engine.problem import CallOptions, LayerTensors, Problem
+from lorafast.runtime import env
+
+_MODULES: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}
+
+
+class _OfGroups:
+    """A module of grouped primitives, whose functions get the groups as their first argument."""
+
+    def __init__(self, module: ModuleType, groups: Groups) -> None:
+        self._module, self._groups = module, groups
+
+    def __getattr__(self, name: str):
+        return functools.partial(getattr(self._module, name), self._groups)
+
+
+def of(x: torch.Tensor, tensors: LayerTensors, options: CallOptions, groups: Groups) -> Routes:
+    """Return the backend of each primitive, which is the same one. x may be dy, in backward.
+
+    RuntimeError if a forced backend cannot.
+    """
+    backend, refusals = choice(problem_of(x, tensors, options))
+    if backend == "none":
+        (asked, reasons), *_ = refusals.items()
+        raise RuntimeError(f"{env.BACKEND.name}={asked} cannot serve experts: {'; '.join(reasons)}")
+    module = _OfGroups(_MODULES[backend], groups)
+    return cast(Routes, defaultdict(lambda: module))
+
+
+def problem_of(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> Problem:
+    """The problem of a layer with all experts' rows and one expert's weight and factors."""
+    return dispatch.problem_of(x, of_expert(tensors, 0), options)
+
+
+def choice(problem: Problem) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """The name of a problem's backend, "none" if a forced one refuses, and the others' reasons."""
+    refusals: dict[str, tuple[str, ...]] = {}
+    for backend in dispatch.candidates(env.backend()):
+        reasons = why_not(backend, problem)
+        if not reasons:
+            return backend, refusals
+        refusals[backend] = reasons
+    return "none", refusals
+
+
+def why_not(backend: str, problem: Problem) -> tuple[str, ...]:
+    """Every reason why a backend cannot compute a grouped call; empty if it can."""
+    if backend not in _MODULES:
+        return ("has no grouped kernels",)
+    return dispatch.why_not(backend, "project", problem)
