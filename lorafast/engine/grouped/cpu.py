@@ -272,7 +272,7 @@ def _B_grad(P: torch.Tensor, spec: UpProjGradSpec) -> torch.Tensor:
     return dB.sum(0) if spec.B.dim() == 2 else dB
 
 
-def _factor(factor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int, int]]:
+def _factor(factor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """A factor as the kernels read it, its address, type and strides: of an expert, row, column."""
     if factor.dtype not in cpu.TYPES:
         factor = factor.float()
