@@ -117,7 +117,8 @@ def _is_described_by_the_protocol(name, node):
     """True for a backend's function that lorafast.engine.backends.Backend describes."""
     from lorafast.engine.backends import Backend
 
-    return name.startswith("engine.backends.") and hasattr(Backend, node.name)
+    rooms = ("engine.backends.", "engine.grouped.")
+    return name.startswith(rooms) and hasattr(Backend, node.name)
 
 
 def test_only_env_reads_the_environment():

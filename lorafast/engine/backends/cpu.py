@@ -253,6 +253,7 @@ def dense_fp32(vector: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def threads(work: int) -> int:
+    """The threads for so many multiply-adds."""
     return 1 if work < _ONE_THREAD else torch.get_num_threads()
 
 
