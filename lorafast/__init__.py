@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorafast.checkpoint.save_load import load_adapter, save_adapter
     from lorafast.functional import grouped_linear, linear
     from lorafast.integrations.accelerate import accelerate, patch_peft, restore
+    from lorafast.integrations.adapter_update import adapter_update
     from lorafast.integrations.merged import merged
     from lorafast.methods.adalora import AdaLoRA
     from lorafast.methods.aflora import AFLoRA
@@ -49,10 +50,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AFLoRA", "AdaLoRA", "DoRA", "Embedding", "FallbackWarning", "LaMDA", "Linear", "LoRA",
     "LoRAGA", "PiSSA", "VeRA", "accelerate", "adapt", "adapter_parameters", "adapter_state_dict",
-    "adapters_without_gradient", "disable_adapter", "estimate_gradients", "explain",
-    "grouped_linear", "linear", "list_methods", "load_adapter", "merge", "merge_and_unload",
-    "merge_quantised", "merged", "patch_peft", "quantize_base", "reference_model", "restore",
-    "save_adapter", "spectral_ranks", "start_adapters", "trainable_summary", "unload",
+    "adapter_update", "adapters_without_gradient", "disable_adapter", "estimate_gradients",
+    "explain", "grouped_linear", "linear", "list_methods", "load_adapter", "merge",
+    "merge_and_unload", "merge_quantised", "merged", "patch_peft", "quantize_base",
+    "reference_model", "restore", "save_adapter", "spectral_ranks", "start_adapters",
+    "trainable_summary", "unload",
 ]  # fmt: skip
 
 # The module below lorafast that defines each name. Importing torch takes seconds, which a command
@@ -62,6 +64,7 @@ _DEFINED_IN = {
     "checkpoint.save_load": ("load_adapter", "save_adapter"),
     "functional": ("grouped_linear", "linear"),
     "integrations.accelerate": ("accelerate", "patch_peft", "restore"),
+    "integrations.adapter_update": ("adapter_update",),
     "integrations.merged": ("merged",),
     "methods.adalora": ("AdaLoRA",),
     "methods.aflora": ("AFLoRA",),
