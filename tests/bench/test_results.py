@@ -72,7 +72,8 @@ def test_no_layer_is_slower_than_pefts():
 
     def problem(r):
         return (
-            r.run, r.bench, r.method, r.dtype, r.M, r.N, r.K, r.dropout, r.batch_size, r.inference
+            r.run, r.bench, r.method, r.dtype, r.M, r.N, r.K, r.dropout, r.batch_size, r.inference,
+            r.base_format,
         )  # fmt: skip
 
     peft = {problem(r): r.ratio_to_frozen for r in measured if r.impl == "peft"}
