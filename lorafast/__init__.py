@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lorafast.models.start import start_adapters
     from lorafast.models.summary import adapter_parameters, trainable_summary
     from lorafast.nn.embedding import Embedding
+    from lorafast.nn.experts import Experts
     from lorafast.nn.linear import Linear
     from lorafast.registry import list_methods
     from lorafast.runtime.fallback import FallbackWarning
@@ -48,11 +49,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "AFLoRA", "AdaLoRA", "DoRA", "Embedding", "FallbackWarning", "LaMDA", "Linear", "LoRA",
-    "LoRAGA", "PiSSA", "VeRA", "accelerate", "adapt", "adapter_parameters", "adapter_state_dict",
-    "adapter_update", "adapters_without_gradient", "disable_adapter", "estimate_gradients",
-    "explain", "grouped_linear", "linear", "list_methods", "load_adapter", "merge",
-    "merge_and_unload", "merge_quantised", "merged", "patch_peft", "quantize_base",
+    "AFLoRA", "AdaLoRA", "DoRA", "Embedding", "Experts", "FallbackWarning", "LaMDA", "Linear",
+    "LoRA", "LoRAGA", "PiSSA", "VeRA", "accelerate", "adapt", "adapter_parameters",
+    "adapter_state_dict", "adapter_update", "adapters_without_gradient", "disable_adapter",
+    "estimate_gradients", "explain", "grouped_linear", "linear", "list_methods", "load_adapter",
+    "merge", "merge_and_unload", "merge_quantised", "merged", "patch_peft", "quantize_base",
     "reference_model", "restore", "save_adapter", "spectral_ranks", "start_adapters",
     "trainable_summary", "unload",
 ]  # fmt: skip
@@ -87,6 +88,7 @@ _DEFINED_IN = {
     "models.start": ("start_adapters",),
     "models.summary": ("adapter_parameters", "trainable_summary"),
     "nn.embedding": ("Embedding",),
+    "nn.experts": ("Experts",),
     "nn.linear": ("Linear",),
     "registry": ("list_methods",),
     "runtime.fallback": ("FallbackWarning",),

@@ -79,6 +79,8 @@ class Adapter:
     keeps: ClassVar[str]
     # True if an nn.Embedding can have this adapter.
     supports_embedding: ClassVar[bool] = True
+    # True if the weights [E, N, K] of experts can have this adapter, one each.
+    supports_experts: ClassVar[bool] = False
     # The fields in which the layers of one model may differ: a rank or alpha pattern may set them.
     per_layer_fields: ClassVar[tuple[str, ...]] = ("r", "alpha")
 

@@ -62,6 +62,7 @@ class LaMDA(ScaledAdapter):
     paper: ClassVar[str] = "arXiv 2406.12832"
     trains: ClassVar[str] = "core; B until frozen"
     keeps: ClassVar[str] = "M·R"
+    supports_experts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -56,6 +56,7 @@ class LoRA(ScaledAdapter):
     paper: ClassVar[str] = "arXiv 2106.09685"
     trains: ClassVar[str] = "A, B"
     keeps: ClassVar[str] = "x by reference + M·R (freeze_A: M·R)"
+    supports_experts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

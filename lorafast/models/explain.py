@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 from lorafast.engine import dispatch, host, masks, plain_products
 from lorafast.engine.formula import resolve_keep, saved_mask
+from lorafast.engine.grouped import routes as grouped_routes
+from lorafast.engine.grouped.groups import of_expert
 from lorafast.engine.problem import (
     PRIMITIVES,
     CallOptions,
@@ -161,14 +164,17 @@ def _row(name: str, call: LayerCall, tokens: int) -> Row:
     tensors, needs = call.tensors, call.needed_grads()
     options = call.resolved_options(needs)
     weight = tensors.weight
-    (N, K), R = weight.shape, tensors.lora_A.shape[0]
+    (N, K), R = weight.shape[-2:], tensors.lora_A.shape[-2]
     saved: int | None = 0 if call.merged else None
     referenced: dict[str, int] = {}
     backends: dict[str, str] = {}
     why_not: dict[str, tuple[str, ...]] = {}
     notes = _notes(call, options)
     modelled = None
-    if call.runs_op and _runs_products(tensors, options, tokens):
+    experts = weight.dim() == 3
+    if experts:
+        tensors = of_expert(tensors, 0)
+    if call.runs_op and not experts and _runs_products(tensors, options, tokens):
         notes += (f"{tokens} tokens are few: {call.few_tokens} instead of the op",)
     elif call.runs_op:
         mask = saved_mask(needs, options, tensors.magnitude is not None)
@@ -177,13 +183,17 @@ def _row(name: str, call: LayerCall, tokens: int) -> Row:
         sizes = {"x": K * element_size, "y": N * element_size}
         referenced = {key: size for key, size in sizes.items() if getattr(mask, key)}
         for primitive, problem in _problems(tensors, options, tokens).items():
-            backends[primitive], refusals = dispatch.choice(primitive, problem)
-            notes += _route_notes(backends[primitive], primitive, problem)
+            grouped = experts and primitive != "row_norm"
+            choose = grouped_routes.choice if grouped else partial(dispatch.choice, primitive)
+            backends[primitive], refusals = choose(problem)
+            if not experts:
+                notes += _route_notes(backends[primitive], primitive, problem)
             for backend, reasons in refusals.items():
                 why_not[backend] = tuple(dict.fromkeys(why_not.get(backend, ()) + reasons))
-        modelled = _modelled_ratio(tokens, tensors, options, needs)
+        if not experts:
+            modelled = _modelled_ratio(tokens, tensors, options, needs)
         notes += _mask_notes(backends, options, weight)
-        if why := host.why_python({*backends.values()}, weight.device):
+        if not experts and (why := host.why_python({*backends.values()}, weight.device)):
             notes += (f"calls are made in Python: {why}",)
     name = name or "(this layer)"
     return Row(
@@ -251,6 +261,11 @@ def _notes(call: LayerCall, options: CallOptions) -> tuple[str, ...]:
         notes.append("merged: the layer runs as a plain linear, and its adapter does not train")
     if call.bypass:
         return (*notes, call.bypass)
+    if call.tensors.weight.dim() == 3:
+        notes.append(
+            f"{call.tensors.weight.shape[0]} experts: bytes are of a row, and a token has a row "
+            "for each of its experts"
+        )
     if call.quantised:
         notes.append(f"the weight, {call.quantised}, is dequantised for every product")
     if call.tensors.weight.requires_grad:

@@ -79,7 +79,7 @@ class AdapterLayer(AdapterState):
             )
         # A quantised weight is dequantised for it.
         weight = self._W()
-        checks.pair("weight", weight, "[N, K]")
+        self._check_base(weight, adapter)
         adapter = adapter.bind_layer("", weight) if start else adapter
         dtype = factor_dtype(weight.dtype, adapter_dtype)
         if dtype not in checks.DTYPES:
@@ -107,6 +107,10 @@ class AdapterLayer(AdapterState):
             if base is not None:
                 base.requires_grad_(False)
         self._expect_schedule()
+
+    def _check_base(self, weight: torch.Tensor, adapter: Adapter) -> None:
+        """Raise ValueError if the weight's form is not that of the layer or of the adapter."""
+        checks.pair("weight", weight, "[N, K]")
 
     def _register_adapter(self, dtype: torch.dtype) -> None:
         """Register a Parameter, still without values, for every adapter tensor."""
@@ -140,11 +144,18 @@ class AdapterLayer(AdapterState):
 
     def _norm(self) -> torch.Tensor:
         """Return the norm of a call now, by the policy of the adapter."""
-        weight, _, A, B, core, *_ = tensors = self._tensors()
         adapter = self.adapter
         policy = weight_norm.policy_of(adapter.detach_norm, adapter.cache_norm)
+        return self._norm_of(self._tensors(), policy)
+
+    def _norm_of(
+        self, tensors: LayerTensors, policy: weight_norm.NormPolicy | None = None
+    ) -> torch.Tensor:
+        """Return the norm of these tensors; None: detached and not cached."""
+        policy = policy or weight_norm.NormPolicy()
+        weight, _, A, B, core, *_ = tensors
         return functional.row_norm(
-            weight, A, B, core, tensors.out_scale, self.scaling, adapter.axis, *policy
+            weight, A, B, core, tensors.out_scale, self.scaling, self.adapter.axis, *policy
         )
 
     @torch.no_grad()

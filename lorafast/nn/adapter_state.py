@@ -28,12 +28,14 @@ class AdapterState(FrozenColumns, ResidualStart):
 
     # True once the adapter has values. False on the meta device, and after to_empty() from there.
     _has_values: bool = True
-    # False where the weight is a child's: no key of this layer then starts the adapter.
-    _holds_weight: bool = True
 
     def reset_adapter(self) -> None:
         """Start the adapter anew from the base weight."""
         raise NotImplementedError
+
+    def _weight_key(self, prefix: str) -> str | None:
+        """Return the key of the base weight in a state dict, or None if none starts the adapter."""
+        return f"{prefix}weight"
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self._merged is not None:
@@ -52,7 +54,7 @@ class AdapterState(FrozenColumns, ResidualStart):
         # A parametrized factor is no parameter of this module any more, and loads by its own name.
         names = [name for name in NAMES if self._parameters.get(name) is not None]
         given = [name for name in names if prefix + name in state_dict]
-        has_weight = self._holds_weight and prefix + "weight" in state_dict
+        has_weight = self._weight_key(prefix) in state_dict
         arguments = (state_dict, prefix, metadata, strict)
         if self._merged is not None:
             errors.append(f"{prefix}weight: the layer is merged; unmerge() before loading")
@@ -115,7 +117,9 @@ class AdapterState(FrozenColumns, ResidualStart):
     def _load_adapter(self, arguments, missing, unexpected, errors, given, has_weight) -> None:
         """Load a whole adapter, or nothing of this layer."""
         before = len(errors)
-        known = given and self._start is not None and not self.weight.is_meta
+        # A weight that another module holds is loaded already.
+        own = "weight" in self._parameters
+        known = own and given and self._start is not None and not self.weight.is_meta
         old = self.weight.detach().clone() if known else None
         load: Any = super()._load_from_state_dict
         load(*arguments, missing, unexpected, errors)

@@ -1,4 +1,4 @@
-"""Freezing of the first columns of a factor B [N,R], as LaMDA's schedule does it."""
+"""Freezing of the first columns of a factor B [N,R] or [E,N,R], as LaMDA's schedule does it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorafast.nn import unscheduled
 
 
 class FrozenColumns(nn.Module):
-    """A module that holds a factor B [N,R] whose first columns can be frozen.
+    """A module that holds a factor B [...,N,R] whose first columns can be frozen.
 
     Attributes:
         frozen_columns: how many columns are frozen.
@@ -78,7 +78,7 @@ class FrozenColumns(nn.Module):
             ValueError: count is out of range.
         """
         B = self._factor_B()
-        r = B.shape[1]
+        r = B.shape[-1]
         if not isinstance(count, int) or not 0 <= count <= r:
             raise ValueError(
                 f"count={count!r} must be between 0 and r={r} for lora_B {tuple(B.shape)}"
@@ -95,7 +95,7 @@ class FrozenColumns(nn.Module):
             self._froze_B = False
         self.frozen_columns = count
         keep = count > 0 and not whole
-        self.frozen_B = B[:, :count].detach().clone() if keep else None
+        self.frozen_B = B[..., :count].detach().clone() if keep else None
         if self.freezing:
             self._write_mask(torch.arange(r, device=B.device) >= count)
 
@@ -103,7 +103,7 @@ class FrozenColumns(nn.Module):
     def restore_columns(self) -> None:
         """Write the frozen columns of lora_B back, bit for bit."""
         if self.frozen_B is not None:
-            self._factor_B()[:, : self.frozen_columns].copy_(self.frozen_B)
+            self._factor_B()[..., : self.frozen_columns].copy_(self.frozen_B)
 
     def _write_mask(self, mask: torch.Tensor) -> None:
         old = self.trained_columns

@@ -1,6 +1,6 @@
 """W' = gain⊙(W + s·(out_scale⊙B)·core·A), and back: what merge and unmerge compute.
 
-Nothing is changed in place.
+Nothing is changed in place. Of experts, every tensor has a leading dim [E,...].
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from lorafast.engine.formula import effective_B, gain_of
+from lorafast.engine.grouped.groups import of_expert
 from lorafast.engine.precision import accumulator
 from lorafast.engine.problem import CallOptions, LayerTensors, scaling_of
 from lorafast.engine.row_blocks import row_blocks
@@ -77,6 +78,12 @@ def _by_rows(
     tensors: LayerTensors, options: CallOptions, gain: torch.Tensor | None, rule: Rule
 ) -> torch.Tensor:
     weight, wide = tensors.weight, _wide(tensors)
+    if weight.dim() == 3:
+        out = torch.empty_like(weight)
+        for expert, own in enumerate(out):
+            own_gain = None if gain is None else gain[expert]
+            own.copy_(_by_rows(of_expert(tensors, expert), options, own_gain, rule))
+        return out
     A, B, s = tensors.lora_A.to(wide), effective_B(tensors, wide), scaling_of(tensors, options)
     gain = None if gain is None else gain.to(wide)
     out = torch.empty_like(weight)

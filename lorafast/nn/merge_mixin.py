@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lorafast import functional
 from lorafast.engine.problem import CallOptions, LayerTensors, Scaling
 from lorafast.nn import merge_math
 
@@ -63,6 +62,10 @@ class MergeMixin(nn.Module):
 
     def _norm(self) -> torch.Tensor:
         """Return the norm of a call now."""
+        raise NotImplementedError
+
+    def _norm_of(self, tensors: LayerTensors) -> torch.Tensor:
+        """Return the norm of these tensors."""
         raise NotImplementedError
 
     def _refuse_if_sharded(self, action: str) -> None:
@@ -138,11 +141,7 @@ class MergeMixin(nn.Module):
             raise ValueError(f"lora_bias {shape} cannot be merged into a layer without a bias")
         tensors = tensors._replace(weight=tensors.weight.detach())
         if tensors.magnitude is not None:
-            weight, _, A, B, core, *_ = tensors
-            norm = functional.row_norm(
-                weight, A, B, core, tensors.out_scale, self.scaling, options.axis
-            )
-            tensors = tensors._replace(norm=norm)
+            tensors = tensors._replace(norm=self._norm_of(tensors))
         if not keep and not merge_math.is_invertible(tensors):
             raise ValueError(
                 f"magnitude {tuple(tensors.magnitude.shape)} makes a gain no unmerge() can undo "

@@ -36,7 +36,6 @@ class QuantisedLinear(AdapterLinearBase):
     """
 
     base_layer: nn.Module
-    _holds_weight = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return y [...,N] for input x [...,K], in x's dtype or autocast's."""
@@ -61,6 +60,9 @@ class QuantisedLinear(AdapterLinearBase):
             self.scaling, p, adapter.axis, adapter.dropout_on, adapter.keep, frozen
         )
         return functional.by_quantised(input, self.quantised, tensors, options)
+
+    def _weight_key(self, prefix: str) -> None:
+        """Return None: the weight's keys are base_layer's, and none of them starts the adapter."""
 
     def _attach(
         self, adapter: Adapter | None, adapter_dtype: torch.dtype | None, start: bool = True

@@ -139,7 +139,7 @@ class LaMDAFreeze:
 
     def _freeze(self) -> None:
         for layer in self.layers:
-            due = self.frozen_columns(layer._factor_B().shape[1], self.last_step)
+            due = self.frozen_columns(layer._factor_B().shape[-1], self.last_step)
             if due != layer.frozen_columns:
                 layer.freeze_columns(due)
 
