@@ -1,4 +1,4 @@
-"""The command line of python -m lorafast, which builds the C++ kernels ahead of their first use."""
+"""The command line of python -m lorafast: C++ kernels built ahead of their use, programs run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from lorafast.integrations import built_by_peft, run_script
 from lorafast.runtime import command_line, env, extension, instruction_sets
 from lorafast.runtime.build_cache import is_complete
 from lorafast.runtime.command_line import Command, one_of
@@ -28,10 +30,42 @@ compiler, and {env.CXXFLAGS.name} adds flags. The run that uses them needs the s
 flags, and no compiler."""
 
 
+_RUN = """\
+Run a Python program, unchanged, with every LoRA layer that PEFT builds in it on lorafast's
+operations, as lorafast.accelerate(model) would put it there. sys.argv, sys.path, __main__, exit
+status and tracebacks are what python gives. After the first step of an optimizer, or else at the
+end, rank 0 prints on stderr how many layers are served, and why others are not.
+
+Below a launcher: torchrun ... -m lorafast run train.py, accelerate launch ... -m lorafast run
+train.py, deepspeed ... --module lorafast run train.py."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = Command("python -m lorafast", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    build = _add_build(commands)
+    run = _add_run(commands)
+    words = sys.argv[1:] if arguments is None else arguments
+    program: list[str] = []
+    if words[:1] == ["run"]:
+        own, program = command_line.split_at_program(run, words[1:])
+        words = ["run", *own]
+    options = command_line.parse(parser, {"build": build, "run": run}, words)
+    if options.command == "run":
+        if not program:
+            run.error("the script, or -m and a module, is missing")
+        return _run(options, program)
+    isas = instruction_sets.ISAS
+    if not options.all:
+        try:
+            isas = _asked(options.isa)
+        except (ValueError, RuntimeError) as error:
+            build.error(str(error))
+    return _build(isas, options.all)
+
+
+def _add_build(commands: Any) -> Command:
     build = commands.add_parser(
         "build",
         help="build the C++ kernels",
@@ -50,18 +84,53 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument(
         "--all", action="store_true", help="every instruction set that the compiler knows"
     )
-    words = sys.argv[1:] if arguments is None else arguments
-    options = command_line.parse(parser, {"build": build}, words)
-    isas = instruction_sets.ISAS
-    if not options.all:
-        try:
-            isas = _asked(options.isa)
-        except (ValueError, RuntimeError) as error:
-            build.error(str(error))
+    return build
+
+
+def _add_run(commands: Any) -> Command:
+    run = commands.add_parser(
+        "run",
+        help="run a program with PEFT's layers on lorafast's operations",
+        usage="python -m lorafast run [options] (script.py | -m module) [its arguments]",
+        description=_RUN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument(
+        "--dropout-on",
+        type=one_of(("both", "adapter")),
+        metavar="WORD",
+        help="DoRA's dropout, as in lorafast.accelerate: both (PEFT's reading) or adapter",
+    )
+    run.add_argument(
+        "--keep",
+        type=one_of(("inner", "output", "recompute")),
+        default="inner",
+        metavar="WORD",
+        help="what DoRA keeps for its magnitude, as in lorafast.accelerate: inner, output or "
+        "recompute",
+    )
+    run.add_argument("--quiet", action="store_true", help="print no report")
+    return run
+
+
+def _run(options: argparse.Namespace, program: list[str]) -> int:
+    accelerator = built_by_peft.Accelerator(options.dropout_on, options.keep, options.quiet)
+    accelerator.install()
+    try:
+        run_script.run(program)
+    except run_script.NoProgram as error:
+        accelerator.silence()
+        print(f"python -m lorafast run: {error}", file=sys.stderr)
+        return error.status
+    return 0
+
+
+def _build(isas: tuple[str, ...], all_of_them: bool) -> int:
+    """Build the kernels of these instruction sets, and the host path, and return the status."""
     # Side by side, they take as long as the host path alone.
     with ThreadPoolExecutor(2) as threads:
         builds = (
-            threads.submit(build_kernels, isas, options.all),
+            threads.submit(build_kernels, isas, all_of_them),
             threads.submit(build_parts),
         )
         status = 0

@@ -1,5 +1,6 @@
 """python -m lorafast: its help without torch, and kernels built ahead of their first use."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def path_of_part(part):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["build", "--help"], ["compile"], ["build", "--al"], []]
+    "arguments",
+    [["--help"], ["build", "--help"], ["run", "--help"], ["compile"], ["build", "--al"], []],
 )
 def test_the_command_line_answers_without_torch(arguments):
     probe = (
@@ -50,16 +52,16 @@ def test_the_command_line_answers_without_torch(arguments):
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == ("0 False" if "--help" in arguments else "2 False")
-    assert "build" in done.stdout + done.stderr
+    assert {"build", "run"} & {*re.findall(r"\w+", done.stdout + done.stderr)}
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["builf"], ": 'builf' is none of build; did you mean build?"),
+        (["builf"], ": 'builf' is none of build, run; did you mean build?"),
         (["--hepl"], ": '--hepl' is no option; did you mean --help?"),
         (["--hel", "build"], ": '--hel' is no option; did you mean --help?"),
-        ([], ": COMMAND is missing, one of build"),
+        ([], ": COMMAND is missing, one of build, run"),
         (["build", "--isa", "avx51"], " build: --isa: 'avx51' is none of auto, "),
         (["build", "--isa", "avx51"], "; did you mean avx512?"),
         (["build", "--isa=avx-2"], "; did you mean avx2?"),

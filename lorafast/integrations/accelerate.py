@@ -78,7 +78,7 @@ def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inn
     """
     dropout_on = "both" if dropout_on is None else dropout_on
     checks.words("out", dropout_on, keep, 0.0)
-    report = _inspect(model, dropout_on, keep)
+    report = inspect(model, dropout_on, keep)
     _peft_linear().convert(model, dropout_on, keep)
     if report.left or not report.taken:
         warnings.warn(f"accelerate: {'; '.join(str(report).splitlines())}", stacklevel=2)
@@ -148,7 +148,7 @@ def patch_peft() -> Iterator[None]:
         layer.Linear = before
 
 
-def _inspect(model: nn.Module, dropout_on: str, keep: str) -> Report:
+def inspect(model: nn.Module, dropout_on: str, keep: str) -> Report:
     """Return the layers that convert would serve, and why not the others.
 
     ValueError if the model has neither PEFT layers nor a PeftModel (of prompt tuning, for example).

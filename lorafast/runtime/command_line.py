@@ -61,6 +61,20 @@ def parse(main: Command, commands: Mapping[str, Command], words: list[str]) -> a
     return asked
 
 
+def split_at_program(parser: Command, words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words that are the parser's own options, and those from the program on.
+
+    A program is a word that is no option, or -m and what follows it.
+    """
+    takes_value = {
+        name for action in parser._actions for name in action.option_strings if action.nargs is None
+    }
+    i = 0
+    while i < len(words) and words[i] != "-m" and words[i].startswith("-"):
+        i += 2 if words[i] in takes_value else 1
+    return words[:i], words[i:]
+
+
 def with_message(parse_word: Callable[[str], object]) -> Callable[[str], object]:
     """Return the parser with ArgumentTypeError for ValueError, whose message argparse drops."""
 

@@ -148,6 +148,12 @@ def cxxflags() -> str:
     return os.environ.get(CXXFLAGS.name, CXXFLAGS.default).strip()
 
 
+def rank() -> int:
+    """The rank of this process that torchrun and its like name; 0 without one."""
+    named = os.environ.get("RANK", "").strip()
+    return int(named) if named.isdecimal() else 0
+
+
 def child(**variables: str) -> dict[str, str]:
     """The environment of a child process: this one's, with some variables set."""
     return os.environ | variables
