@@ -8,6 +8,7 @@ import torch
 
 from lorafast.engine import (
     checks,
+    flop_formulas,
     formula,
     host,
     multi_adapter,
@@ -491,3 +492,7 @@ def _exact_norm(tensors: LayerTensors, options: CallOptions) -> torch.Tensor:
         tensors.weight, tensors.lora_A, tensors.lora_B, tensors.core, tensors.out_scale, scaling,
         options.axis,
     )  # fmt: skip
+
+
+# The ops are all defined here.
+flop_formulas.install()

@@ -91,6 +91,45 @@ def several_backward(
     return 2 * products
 
 
+def grouped_linear(
+    x: Shape, offsets: Shape, rows: Shape | None, *flat, out_shape: object = None
+) -> int:
+    """Return the flops of lorafast::grouped_linear, which are a layer's: each row has one expert."""
+    return linear(x, *_of_expert(flat))
+
+
+def grouped_linear_backward(
+    dy: Shape,
+    x: Shape | None,
+    h: Shape | None,
+    kept: Shape | None,
+    offsets: Shape,
+    rows: Shape | None,
+    *flat,
+    out_shape: object = None,
+) -> int:
+    """Return the flops of lorafast::grouped_linear_backward from the shapes of its arguments."""
+    return linear_backward(dy, x, h, kept, *_of_expert(flat))
+
+
+def grouped_row_norm(
+    weight: Shape, A: Shape, B: Shape, core: Shape | None, *_, out_shape: object = None
+) -> int:
+    """Return the flops of lorafast::grouped_row_norm, those of row_norm for each expert."""
+    tensors = LayerTensors(weight, None, A, B, core)
+    return weight[0] * row_norm(*_of_expert(tensors))
+
+
+def _of_expert(flat: Sequence) -> list:
+    """The arguments of a layer's op: the shapes of one expert's tensors."""
+    own = {"weight": 3, "lora_A": 3, "lora_B": 3, "core": 2}
+    tensors = [
+        shape if shape is None or len(shape) < own.get(name, 2) else shape[1:]
+        for name, shape in zip(LayerTensors._fields, flat[:_T], strict=True)
+    ]
+    return [*tensors, *flat[_T:]]
+
+
 def _corrects_base(tensors: LayerTensors, options: CallOptions) -> bool:
     return tensors.magnitude is not None and options.axis == "out" and options.drops_base
 
@@ -108,6 +147,9 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "row_norm_backward": row_norm_backward,
     "several": several,
     "several_backward": several_backward,
+    "grouped_linear": grouped_linear,
+    "grouped_linear_backward": grouped_linear_backward,
+    "grouped_row_norm": grouped_row_norm,
 }
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorafast.engine import dispatch, flop_formulas, masks
+from lorafast.engine import dispatch, masks
 from lorafast.engine.dispatch import Routes
 from lorafast.engine.ops import differentiable, once_differentiable, register
 from lorafast.engine.precision import accumulator
@@ -254,6 +254,3 @@ register(_FORWARD, _several, _fake_several, differentiable(_autograd, "several")
 register(
     _BACKWARD, _several_backward, _fake_several_backward, once_differentiable("several_backward")
 )
-
-# The ops are all defined here.
-flop_formulas.install()

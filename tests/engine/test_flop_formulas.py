@@ -103,6 +103,27 @@ def test_several_adapters_count_as_their_sum(trained):
     assert flops(ours) == flops(chain) > 0
 
 
+@pytest.mark.parametrize("form", COUNTED, ids=lambda form: form.name)
+def test_experts_count_as_their_rows_in_layers(form):
+    if form.axis == "in":
+        pytest.skip("experts have no axis='in'")
+    case = testing.ExpertsCase(Case(form, 0, N, K, R, torch.float32), (2, 0, 4))
+    one = testing.make(dataclasses.replace(case.case, M=case.S))
+    many = testing.make_experts(case)
+
+    def step(function, case, made):
+        t = {name: testing.leaf(name, value) for name, value in made.items()}
+        y = function(case, t)
+        return flops(lambda: function(case, t)), flops(lambda: y.backward(t["dy"]))
+
+    forward, backward = step(testing.ours, dataclasses.replace(case.case, M=case.S), one)
+    experts_forward, experts_backward = step(testing.ours_experts, case, many)
+    if form.detach_norm:
+        assert experts_backward == backward
+        norms = 0 if not form.magnitude else (len(case.counts) - 1) * 2 * N * K * R
+        assert experts_forward == forward + norms > 0
+
+
 def test_the_ops_of_lorafast_have_a_formula_each():
     defined = {
         op.partition("::")[2]

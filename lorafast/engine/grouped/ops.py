@@ -43,9 +43,14 @@ def grouped_linear(
 ) -> torch.Tensor:
     """Return y [S,N] of x [S,K] whose rows are sorted by expert, by lorafast::grouped_linear.
 
-    Checks nothing: lorafast.functional does.
+    As a plain function where no observer is active. Checks nothing: lorafast.functional does.
     """
-    return torch.ops.lorafast.grouped_linear(x, *groups, *tensors, *options)[0]
+    if not torch_internals.bypasses_dispatcher(x, (*groups, *tensors)):
+        return torch.ops.lorafast.grouped_linear(x, *groups, *tensors, *options)[0]
+    if torch.is_grad_enabled() and torch_internals.any_requires_grad(x, *tensors):
+        return _apply(True, options, *groups, x, *tensors)
+    with below_autocast():
+        return _computed(x, groups, tensors, options)[0]
 
 
 def row_norm(tensors: LayerTensors, scaling: float) -> torch.Tensor:
@@ -59,21 +64,38 @@ def row_norm(tensors: LayerTensors, scaling: float) -> torch.Tensor:
 
 def _forward(x, offsets, rows, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tensors, options = LayerTensors(*flat[:_T]), CallOptions(*flat[_T:])
-    groups = Groups(offsets, rows)
-    groups.check(x.shape[0])
     with below_autocast():
-        backends = routes.of(x, tensors, options, groups)
-        y, h, z = formula.forward(x, tensors, options, backends)
+        y, h, z = _computed(x, Groups(offsets, rows), tensors, options)
         return y, h, x.new_empty(0) if z is None else z
+
+
+def _computed(
+    x: torch.Tensor, groups: Groups, tensors: LayerTensors, options: CallOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    groups.check(x.shape[0])
+    return formula.forward(x, tensors, options, routes.of(x, tensors, options, groups))
 
 
 def _backward(dy, x, h, kept, offsets, rows, *flat) -> list[torch.Tensor]:
     tensors, options = LayerTensors(*flat[:_T]), CallOptions(*flat[_T : _T + _O])
-    with below_autocast():
-        backends = routes.of(dy, tensors, options, Groups(offsets, rows))
-        needs = GradMask(*flat[-1])
-        grads = formula.backward(dy, x, h, kept, tensors, options, needs, backends)
+    needs, groups = GradMask(*flat[-1]), Groups(offsets, rows)
+    grads = _gradients(dy, x, h, kept, groups, tensors, options, needs)
     return [grad for grad in grads if grad is not None]
+
+
+def _gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    h: torch.Tensor | None,
+    kept: torch.Tensor | None,
+    groups: Groups,
+    tensors: LayerTensors,
+    options: CallOptions,
+    needs: GradMask,
+) -> list[torch.Tensor | None]:
+    with below_autocast():
+        backends = routes.of(dy, tensors, options, groups)
+        return formula.backward(dy, x, h, kept, tensors, options, needs, backends)
 
 
 def _fake_forward(x, offsets, rows, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -111,11 +133,15 @@ class _GroupedLinear(torch.autograd.Function):
     """Saves x by reference, h [S,R], and for DoRA y by reference or z [S,N]."""
 
     @staticmethod
-    def forward(ctx, options, offsets, rows, x, *flat):
+    def forward(ctx, direct, options, offsets, rows, x, *flat):
         tensors = LayerTensors(*flat)
-        with torch_internals.dispatch_below_autograd():
-            y, h, z = torch.ops.lorafast.grouped_linear(x, offsets, rows, *flat, *options)
-        _, _, _, need_x, need_weight, *others, _, need_scale = ctx.needs_input_grad
+        if direct:
+            with below_autocast():
+                y, h, z = _computed(x, Groups(offsets, rows), tensors, options)
+        else:
+            with torch_internals.dispatch_below_autograd():
+                y, h, z = torch.ops.lorafast.grouped_linear(x, offsets, rows, *flat, *options)
+        _, _, _, _, need_x, need_weight, *others, _, need_scale = ctx.needs_input_grad
         if need_weight or need_scale:
             raise RuntimeError(
                 "lorafast::grouped_linear has no gradient for weight or a tensor scaling"
@@ -131,23 +157,30 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(
             x if saved.x else None, h if saved.h else None, kept, offsets, rows, *tensors
         )
+        if direct:
+            return y
         ctx.mark_non_differentiable(h, z)
         return y, h, z
 
     @staticmethod
     def backward(ctx, dy, *_):
-        needs = ctx.needs
-        made = iter(
-            torch.ops.lorafast.grouped_linear_backward(
-                dy, *ctx.saved_tensors, *ctx.options, list(needs)
-            )
-        )
-        d_x, *d_tensors = (next(made) if need else None for need in needs)
-        return None, None, None, d_x, None, *d_tensors, None, None
+        needs, options, saved = ctx.needs, ctx.options, ctx.saved_tensors
+        if not torch.is_grad_enabled() and torch_internals.bypasses_dispatcher(dy, saved):
+            x, h, kept, offsets, rows, *flat = saved
+            tensors, groups = LayerTensors(*flat), Groups(offsets, rows)
+            d_x, *d_tensors = _gradients(dy, x, h, kept, groups, tensors, options, needs)
+        else:
+            op = torch.ops.lorafast.grouped_linear_backward
+            made = iter(op(dy, *saved, *options, list(needs)))
+            d_x, *d_tensors = (next(made) if need else None for need in needs)
+        return None, None, None, None, d_x, None, *d_tensors, None, None
+
+
+_apply = torch_internals.function_apply(_GroupedLinear)
 
 
 def _autograd(x, offsets, rows, *flat):
-    return _GroupedLinear.apply(CallOptions(*flat[_T:]), offsets, rows, x, *flat[:_T])
+    return _GroupedLinear.apply(False, CallOptions(*flat[_T:]), offsets, rows, x, *flat[:_T])
 
 
 register(_FORWARD, _forward, _fake_forward, differentiable(_autograd, "grouped_linear"))

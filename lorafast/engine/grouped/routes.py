@@ -34,7 +34,7 @@ def of(x: torch.Tensor, tensors: LayerTensors, options: CallOptions, groups: Gro
 
     RuntimeError if a forced backend cannot.
     """
-    backend, refusals = choice(problem_of(x, tensors, options))
+    backend, refusals = _choice(problem_of(x, tensors, options), env.backend())
     if backend == "none":
         (asked, reasons), *_ = refusals.items()
         raise RuntimeError(f"{env.BACKEND.name}={asked} cannot serve experts: {'; '.join(reasons)}")
@@ -49,8 +49,13 @@ def problem_of(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> 
 
 def choice(problem: Problem) -> tuple[str, dict[str, tuple[str, ...]]]:
     """The name of a problem's backend, "none" if a forced one refuses, and the others' reasons."""
+    return _choice(problem, env.backend())
+
+
+@functools.lru_cache(maxsize=1024)
+def _choice(problem: Problem, asked: str) -> tuple[str, dict[str, tuple[str, ...]]]:
     refusals: dict[str, tuple[str, ...]] = {}
-    for backend in dispatch.candidates(env.backend()):
+    for backend in dispatch.candidates(asked):
         reasons = why_not(backend, problem)
         if not reasons:
             return backend, refusals

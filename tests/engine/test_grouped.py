@@ -1,0 +1,330 @@
+"""Layers of experts: errors, saved tensors, masks, gradients of zero, and the ops torch sees."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import backends
+from helpers.rotations import thinned
+
+import lorafast
+from lorafast import testing
+from lorafast.testing import FORMS, Case, ExpertsCase
+
+BY_NAME = {form.name: form for form in FORMS if form.axis == "out"}
+COUNTS = (5, 0, 33, 1, 10)
+N, K, R = 40, 72, 6
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def problem(form="lora", dtype=torch.float32, dropout=0.0, counts=COUNTS, shared="", **changes):
+    case = Case(BY_NAME[form], 0, N, K, R, dtype, dropout, **changes)
+    return ExpertsCase(case, counts, shared)
+
+
+def norm_of(case, t):
+    """DoRA's norm of each expert's rows."""
+    delta = case.case.scaling * t["lora_B"] @ t["lora_A"]
+    return (t["weight"].detach() + delta).norm(dim=2)
+
+
+def errors(case, seeds=range(4)):
+    made = [testing.make_experts(case, seed) for seed in seeds]
+    yardstick = testing.Yardstick(case, made, testing.chain_experts)
+    return yardstick.ratios(lambda tensors: testing.run(testing.ours_experts, case, tensors))
+
+
+CASES = [
+    (name, form, dtype, p, bias, transposed)
+    for i, (name, form, dtype) in enumerate(
+        itertools.product(("eager", "cpu"), BY_NAME, DTYPES)
+    )
+    for p, bias, transposed in [((0.0, 0.3)[i % 2], i % 3 > 0, i % 5 == 0)]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "form", "dtype", "p", "bias", "transposed"), thinned(CASES, 3))
+def test_errors(name, form, dtype, p, bias, transposed, monkeypatch):
+    monkeypatch.setenv("LORAFAST_BACKEND", name)
+    case = problem(form, dtype, p, bias=bias, transposed=transposed)
+    if not case.case.works:
+        pytest.skip("keep='output' and a mask on the base term exclude each other")
+    found = errors(case)
+    assert max(found.values()) <= 2, found
+
+
+@pytest.mark.parametrize("form", BY_NAME)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_float64_is_the_truth(form, p):
+    case = problem(form, torch.float64, p)
+    if not case.case.works:
+        pytest.skip("keep='output' and a mask on the base term exclude each other")
+    t = testing.make_experts(case)
+    expected = testing.run(testing.chain_experts, case, t)
+    for part, value in testing.run(testing.ours_experts, case, t).items():
+        torch.testing.assert_close(value, expected[part], rtol=1e-10, atol=1e-10)
+
+
+@backends.each_name(("eager", "cpu"))
+@pytest.mark.parametrize("counts", [(64, 0, 0), (0, 0, 1), (200, 3, 0, 5)], ids=str)
+@pytest.mark.parametrize("shared", ["A", "B"])
+def test_errors_of_skewed_rows_and_shared_factors(name, counts, shared, monkeypatch):
+    monkeypatch.setenv("LORAFAST_BACKEND", name)
+    for form, dtype, p in (
+        ("vera", torch.bfloat16, 0.3), ("dora", torch.float32, 0.0), ("lamda", torch.float32, 0.3),
+    ):  # fmt: skip
+        found = errors(problem(form, dtype, p, counts, shared))
+        assert max(found.values()) <= 2, (form, found)
+
+
+@backends.each_name(("eager", "cpu"))
+@pytest.mark.parametrize("form", ["lora", "dora", "vera", "adalora"])
+def test_an_expert_without_rows_gets_gradients_of_zero(name, form, monkeypatch):
+    monkeypatch.setenv("LORAFAST_BACKEND", name)
+    for counts in ((7, 0, 5), (0, 0)):
+        case = problem(form, counts=counts)
+        found = testing.run(testing.ours_experts, case, testing.make_experts(case))
+        assert found["y"].shape == (sum(counts), N)
+        for part, value in found.items():
+            if part not in ("y", "x"):
+                assert value.shape[0] == len(counts)
+                for e, count in enumerate(counts):
+                    assert bool(value[e].count_nonzero()) == bool(count), (part, e)
+
+
+@backends.each_name(("eager", "cpu"))
+def test_one_expert_is_a_layer(name, monkeypatch):
+    """The bits of the mask, and with them the output, are lorafast.linear's."""
+    monkeypatch.setenv("LORAFAST_BACKEND", name)
+    case = problem("lora", torch.float64 if name == "eager" else torch.float32, 0.4, (30,))
+    t = testing.make_experts(case)
+    one = {key: t[key][0] for key in ("weight", "bias", "lora_A", "lora_B")}
+    options = {"scaling": 1.7, "dropout": 0.4, "seed": t["seed"]}
+    expected = lorafast.linear(t["x"], **one, **options)
+    many = {key: t[key] for key in ("weight", "bias", "lora_A", "lora_B")}
+    found = lorafast.grouped_linear(t["x"], case.offsets, **many, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@backends.each_name(("eager", "cpu"))
+def test_masks_depend_on_the_row_before_sorting_alone(name, monkeypatch):
+    """Experts in another order, and their rows in another order, change no bit of a row."""
+    monkeypatch.setenv("LORAFAST_BACKEND", name)
+    case = problem(dropout=0.5)
+    t = testing.make_experts(case)
+    bounds, order = case.offsets.tolist(), [4, 2, 0, 1, 3]
+    rows = torch.cat([torch.arange(bounds[e], bounds[e + 1]).flip(0) for e in order])
+    moved = ExpertsCase(case.case, tuple(COUNTS[e] for e in order))
+    names = ("weight", "bias", "lora_A", "lora_B")
+    options = {"scaling": 1.7, "dropout": 0.5, "seed": t["seed"]}
+    y = lorafast.grouped_linear(
+        t["x"], case.offsets, *(t[key] for key in names), rows=case.rows, **options
+    )
+    y_moved = lorafast.grouped_linear(
+        t["x"][rows], moved.offsets, *(t[key][order] for key in names), rows=case.rows[rows],
+        **options,
+    )  # fmt: skip
+    torch.testing.assert_close(y_moved, y[rows], rtol=1e-5, atol=1e-5)
+    other = lorafast.grouped_linear(t["x"], case.offsets, *(t[key] for key in names), **options)
+    assert not torch.allclose(other, y, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("form", ["lora", "dora-recompute", "vera"])
+def test_bits_do_not_depend_on_threads(form):
+    case = problem(form, torch.bfloat16, 0.3, (300, 0, 2000, 90, 7))
+    t, before = testing.make_experts(case), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(testing.run(testing.ours_experts, case, t))
+    finally:
+        torch.set_num_threads(before)
+    for part, value in found[0].items():
+        assert all(torch.equal(value, other[part]) for other in found[1:]), part
+
+
+# form, frozen, bytes of its own by rows and element size, what is kept by reference
+SAVED = (
+    ("lora", (), lambda S, e: S * R * e, {"x"}),
+    ("lora", ("lora_A",), lambda S, e: S * R * e, set()),
+    ("lora", ("lora_A", "lora_B", "bias"), lambda S, e: 0, set()),
+    ("lamda", ("lora_A",), lambda S, e: S * R * e, set()),
+    ("vera", ("lora_A", "lora_B"), lambda S, e: S * R * e, set()),
+    ("dora-inner", (), lambda S, e: S * R * e + S * N * e, {"x"}),
+    ("dora-output", (), lambda S, e: S * R * e, {"x", "y"}),
+    ("dora-recompute", (), lambda S, e: S * R * e, {"x"}),
+)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("form", "frozen", "own", "referenced"), SAVED)
+def test_saved_bytes(form, frozen, own, referenced, dtype, p, monkeypatch):
+    case = problem(form, dtype, p, bias=False)
+    made = testing.make_experts(case)
+    t = {name: testing.leaf(name, value) for name, value in made.items()}
+    for name in frozen:
+        if t[name] is not None:
+            t[name].requires_grad_(False)
+    offsets, rows = case.offsets, case.rows
+    # The same tensors at every call, so that they count as given.
+    monkeypatch.setattr(ExpertsCase, "offsets", offsets)
+    monkeypatch.setattr(ExpertsCase, "rows", rows)
+    constant = [v for name, v in t.items() if v is not None and name not in ("x", "dy", "seed")]
+    saved = testing.saved(
+        lambda: testing.ours_experts(case, t), {"x": t["x"]}, [*constant, offsets, rows]
+    )
+    extra = 8 * bool(p) + 4 * len(COUNTS) * N * case.case.form.magnitude
+    assert saved.own == own(case.S, dtype.itemsize) + extra
+    assert saved.referenced == referenced
+
+
+def test_peak_memory_is_that_of_the_products():
+    """Nothing of the weights' size is made: y, h, dx, u and gradients of the factors alone."""
+    case = ExpertsCase(Case(BY_NAME["lora"], 0, 256, 512, 4, torch.float32, 0.1, False), (8,) * 32)
+    t = {n: testing.leaf(n, v) for n, v in testing.make_experts(case, sliced=False).items()}
+
+    def step():
+        testing.ours_experts(case, t).backward(t["dy"])
+
+    step()
+    weight_bytes = t["weight"].numel() * 4
+    factors = 4 * (t["lora_A"].numel() + t["lora_B"].numel())
+    activations = 4 * case.S * (256 + 512)
+    assert testing.allocated(step).peak < 3 * factors + 2 * activations < weight_bytes
+
+
+def test_gradients_equal_the_references_in_float64():
+    case = problem("dvora", torch.float64, 0.3)
+    t = testing.make_experts(case)
+
+    def reference(case, t):
+        one = case.case
+        return lorafast.reference.grouped_linear(
+            t["x"], case.offsets, t["weight"], t["bias"], t["lora_A"], t["lora_B"], t["core"],
+            t["magnitude"], None, "out", t["out_scale"], t["lora_bias"], one.scaling, one.dropout,
+            seed=t["seed"], rows=case.rows,
+        )  # fmt: skip
+
+    expected = testing.run(reference, case, t)
+    for part, value in testing.run(testing.ours_experts, case, t).items():
+        torch.testing.assert_close(value, expected[part], rtol=1e-10, atol=1e-10)
+
+
+def test_a_trained_weight_and_scaling_run_on_plain_autograd():
+    case = problem("dora", torch.float64)
+    t = testing.make_experts(case)
+    weight, s = (
+        t["weight"].requires_grad_(),
+        torch.tensor(1.7, dtype=torch.float64).requires_grad_(),
+    )
+    y = lorafast.grouped_linear(
+        t["x"], case.offsets, weight, t["bias"], t["lora_A"], t["lora_B"],
+        magnitude=t["magnitude"], scaling=s,
+    )  # fmt: skip
+    d_weight, d_s = torch.autograd.grad(y, (weight, s), t["dy"])
+    expected = testing.chain_experts(case, t | {"weight": weight.detach()})
+    torch.testing.assert_close(y, expected)
+    assert d_weight.shape == weight.shape
+    assert d_weight[1].count_nonzero() == 0
+    # d_s is the sum of dy⊙(what s multiplies), beside a norm without a gradient.
+    without = lorafast.grouped_linear(
+        t["x"], case.offsets, weight.detach(), t["bias"], t["lora_A"], t["lora_B"] * 0,
+        magnitude=t["magnitude"], norm=norm_of(case, t), scaling=1.7,
+    )  # fmt: skip
+    torch.testing.assert_close(d_s, ((y - without).detach() * t["dy"]).sum() / 1.7)
+
+
+def test_autocast_casts_x_once():
+    case = problem()
+    t = {name: testing.leaf(name, v) for name, v in testing.make_experts(case).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        y = testing.ours_experts(case, t)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert t["x"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x": torch.zeros(2, 3, K)}, r"x \(2, 3, 72\) must be \[S, K\]"),
+        ({"offsets": torch.tensor([0, 5, 49], dtype=torch.int32)}, r"offsets \(3,\) .* \(6,\)"),
+        ({"offsets": torch.zeros(6)}, r"offsets \(6,\) torch.float32"),
+        ({"offsets": torch.tensor([0, 9, 5, 9, 9, 49], dtype=torch.int32)}, "offsets .* rise"),
+        ({"offsets": torch.tensor([0, 5, 5, 9, 9, 50], dtype=torch.int32)}, "offsets .* 49 rows"),
+        ({"rows": torch.arange(48)}, r"rows \(48,\) .* \(49,\)"),
+        ({"weight": torch.zeros(N, K)}, r"weight \(40, 72\) must be \[E>0, N, K\]"),
+        ({"lora_A": torch.zeros(4, R, K)}, r"lora_A \(4, 6, 72\) must be \[E, R, K\]"),
+        ({"lora_B": torch.zeros(5, N, R + 1)}, r"lora_B \(40, 7\) must be"),
+        ({"bias": torch.zeros(N)}, r"bias \(40,\) must be \[E, N\]"),
+        ({"core": torch.zeros(R, R)}, r"core \(6, 6\) must be \[E, R, R\] or \[E, R\]"),
+        ({"axis": "in"}, "axis='in'"),
+        ({"dropout": 1.5}, "dropout 1.5"),
+        ({"scaling": float("nan")}, "scaling"),
+        ({"keep": "all"}, "keep='all'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_named(changes, words):
+    case = problem()
+    t = testing.make_experts(case)
+    given = {key: t[key] for key in ("x", "weight", "bias", "lora_A", "lora_B")}
+    with pytest.raises((ValueError, TypeError), match=words):
+        lorafast.grouped_linear(**({"offsets": case.offsets} | given | changes))
+
+
+def test_a_backend_without_grouped_kernels_cannot_be_forced(monkeypatch):
+    monkeypatch.setenv("LORAFAST_BACKEND", "triton")
+    case = problem()
+    with pytest.raises(RuntimeError, match="triton cannot serve experts: has no grouped kernels"):
+        testing.ours_experts(case, testing.make_experts(case))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("form", "p"), [("lora", 0.0), ("dora-inner", 0.3), ("vera", 0.3)])
+def test_opcheck(form, p):
+    case = problem(form, (p and torch.float32) or torch.float64, p, (5, 0, 9))
+    t = {name: testing.leaf(name, v) for name, v in testing.make_experts(case).items()}
+    norm = None
+    if t["magnitude"] is not None:
+        norm = torch.ones_like(t["magnitude"])
+    tensors = (
+        t["weight"].detach(), t["bias"], t["lora_A"], t["lora_B"], t["core"], t["magnitude"], norm,
+        t["out_scale"], t["lora_bias"], t["seed"] if p else None, None,
+    )  # fmt: skip
+    keep = "inner" if form == "dora-inner" else "none"
+    options = (1.7, p, "out", "adapter", keep, 0)
+    torch.library.opcheck(
+        torch.ops.lorafast.grouped_linear, (t["x"], case.offsets, case.rows, *tensors, *options)
+    )
+    torch.library.opcheck(
+        torch.ops.lorafast.grouped_row_norm,
+        (t["weight"].detach(), t["lora_A"].detach(), t["lora_B"].detach(), None, None, None, 1.7),
+    )
+
+
+@pytest.mark.compile
+def test_a_compiled_call_is_not_compiled_again_for_another_routing():
+    compiles = []
+
+    def backend(graph, _):
+        compiles.append(graph)
+        return graph.forward
+
+    case = problem("dora", dropout=0.3)
+    t = {name: testing.leaf(name, v) for name, v in testing.make_experts(case).items()}
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def step(x, offsets, rows):
+        return lorafast.grouped_linear(
+            x, offsets, t["weight"], t["bias"], t["lora_A"], t["lora_B"],
+            magnitude=t["magnitude"], scaling=1.7, dropout=0.3, seed=t["seed"], rows=rows,
+        )  # fmt: skip
+
+    for counts in (COUNTS, (0, 0, 49, 0, 0), (9, 10, 10, 10, 10)):
+        routed = problem("dora", dropout=0.3, counts=counts)
+        y = step(t["x"], routed.offsets, routed.rows)
+        torch.testing.assert_close(y, testing.chain_experts(routed, t), rtol=1e-4, atol=1e-4)
+    assert len(compiles) == 1
