@@ -94,7 +94,7 @@ def several_backward(
 def grouped_linear(
     x: Shape, offsets: Shape, rows: Shape | None, *flat, out_shape: object = None
 ) -> int:
-    """Return the flops of lorafast::grouped_linear, which are a layer's: each row has one expert."""
+    """Return the flops of lorafast::grouped_linear: a layer's, as each row has one expert."""
     return linear(x, *_of_expert(flat))
 
 

@@ -103,10 +103,10 @@ def test_several_adapters_count_as_their_sum(trained):
     assert flops(ours) == flops(chain) > 0
 
 
-@pytest.mark.parametrize("form", COUNTED, ids=lambda form: form.name)
+@pytest.mark.parametrize(
+    "form", [form for form in COUNTED if form.axis == "out"], ids=lambda form: form.name
+)
 def test_experts_count_as_their_rows_in_layers(form):
-    if form.axis == "in":
-        pytest.skip("experts have no axis='in'")
     case = testing.ExpertsCase(Case(form, 0, N, K, R, torch.float32), (2, 0, 4))
     one = testing.make(dataclasses.replace(case.case, M=case.S))
     many = testing.make_experts(case)
