@@ -116,8 +116,8 @@ def grouped_row_norm(
     weight: Shape, A: Shape, B: Shape, core: Shape | None, *_, out_shape: object = None
 ) -> int:
     """Return the flops of lorafast::grouped_row_norm, those of row_norm for each expert."""
-    tensors = LayerTensors(weight, None, A, B, core)
-    return weight[0] * row_norm(*_of_expert(tensors))
+    others = [None] * (_T - 5)
+    return weight[0] * row_norm(*_of_expert([weight, None, A, B, core, *others]))
 
 
 def _of_expert(flat: Sequence) -> list:
