@@ -155,10 +155,9 @@ def inspect(model: nn.Module, dropout_on: str, keep: str) -> Report:
     """
     _require_module(model)
     peft_linear = _peft_linear()
-    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not any(isinstance(module, BaseTunerLayer | PeftModel) for module in model.modules()):
+    if not carries_adapter(model):
         raise ValueError(
             f"model {type(model).__name__} carries no PEFT adapter: give it one with "
             "peft.get_peft_model, or use lorafast.adapt(model, lorafast.LoRA(...)) instead"
@@ -171,6 +170,14 @@ def inspect(model: nn.Module, dropout_on: str, keep: str) -> Report:
             else:
                 taken.append(name)
     return Report(tuple(taken), left)
+
+
+def carries_adapter(model: nn.Module) -> bool:
+    """True if the model has layers of PEFT's, or is a PeftModel (of prompt tuning, for example)."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer | PeftModel) for module in model.modules())
 
 
 def _require_module(model: object) -> None:
