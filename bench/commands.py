@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from lorafast.bench import machine, output, trial
-from lorafast.bench.cases import generate, implementations, linear, model
+from lorafast.bench.cases import experts, generate, implementations, linear, model
 from lorafast.bench.cases.candidate import Problem
 from lorafast.bench.cases.generate_task import Size
 from lorafast.bench.errors import BenchError
@@ -114,6 +114,24 @@ def _generate(asked: argparse.Namespace, arguments: list[str]) -> int:
     )
     with Progress(generate.progress_total(plan)) as progress:
         return _collect(generate.run(plan, progress), asked, device, arguments, progress)
+
+
+def _experts(asked: argparse.Namespace, arguments: list[str]) -> int:
+    device, dtype = _prepare(asked)
+    sizes = itertools.product(
+        asked.shape, asked.rank, asked.experts, asked.routing, asked.dropout, asked.tokens
+    )
+    plan = experts.Plan(
+        problems=experts.problems(sizes, dtype, device, asked.top_k),
+        impls=asked.impl,
+        methods=asked.methods,
+        rounds=asked.rounds,
+        seconds=asked.seconds or math.inf,
+        warmup=asked.warmup,
+        seed=asked.seed,
+    )
+    with Progress(experts.progress_total(plan)) as progress:
+        return _collect(experts.run(plan, progress), asked, device, arguments, progress)
 
 
 def _tune(asked: argparse.Namespace, arguments: list[str]) -> int:
@@ -257,6 +275,7 @@ _COMMANDS = {
     "linear": _linear,
     "model": _model,
     "generate": _generate,
+    "experts": _experts,
     "tune": _tune,
     "trial": _trial,
     "report": _report,

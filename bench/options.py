@@ -16,9 +16,12 @@ from lorafast.bench.cases.choices import (
     DTYPES,
     ENCODERS,
     ENTRIES,
+    EXPERT_IMPLS,
+    EXPERT_METHODS,
     LAYERS,
     METHODS,
     PASSES,
+    ROUTINGS,
 )
 from lorafast.runtime import command_line
 from lorafast.runtime.command_line import Command, one_of, with_message
@@ -99,9 +102,28 @@ def _generate(command: Command) -> None:
     _methods(command, LAYERS)
     help_text = f"some of {', '.join(implementations.GENERATING)}; frozen, the model without "
     help_text += "adapters, always runs"
-    parse = _each(implementations.parse_generating)
+    parse = _each(implementations.parse_one_of(implementations.GENERATING))
     default = "frozen,lorafast,accelerated,peft,merged"
     add("--impl", type=parse, default=default, metavar="NAME,…", help=help_text)
+    _measured(command, 15)
+    _page(command)
+
+
+def _experts(command: Command) -> None:
+    _shapes(command, "2048x768")
+    add = command.add_argument
+    add("--experts", type=_each(_count), default="8,64", metavar="E,…", help="numbers of experts")
+    add("--top-k", type=_count, default=2, metavar="K", help="experts that get each token")
+    help_text = f"some of {', '.join(ROUTINGS)}: how rows are distributed over experts"
+    words = {"type": _each(one_of(ROUTINGS)), "metavar": "NAME,…"}
+    add("--routing", **words, default=",".join(ROUTINGS), help=help_text)
+    add("--rank", type=_each(_count), default="16", metavar="R,…", help="ranks; alpha is 2R")
+    add("--tokens", type=_each(_count), default="512", metavar="M,…", help="tokens per batch")
+    _dropouts(command)
+    _methods(command, EXPERT_METHODS, "lora,dora")
+    help_text = f"some of {', '.join(EXPERT_IMPLS)}; frozen, torch's grouped product, always runs"
+    parse = _each(implementations.parse_one_of(EXPERT_IMPLS))
+    add("--impl", type=parse, default="frozen,lorafast,peft", metavar="NAME,…", help=help_text)
     _measured(command, 15)
     _page(command)
 
@@ -177,12 +199,10 @@ def _common(
     _page(command)
 
 
-def _methods(command: Command, methods: tuple[str, ...]) -> None:
+def _methods(command: Command, methods: tuple[str, ...], default: str = "lora,dora,lamda") -> None:
     help_text = f"all, or some of {', '.join(methods)}"
     each = _each(one_of(methods, everything="all"))
-    command.add_argument(
-        "--methods", type=each, default="lora,dora,lamda", metavar="NAME,…", help=help_text
-    )
+    command.add_argument("--methods", type=each, default=default, metavar="NAME,…", help=help_text)
 
 
 def _measured(command: Command, rounds: int) -> None:
@@ -289,6 +309,11 @@ _COMMANDS = {
         _generate,
         "Let a small Llama with random weights generate text, next to the same model without "
         "adapters. Lists are separated by commas.",
+    ),
+    "experts": (
+        _experts,
+        "Measure one layer of experts, by their number, tokens and routing. Lists are separated by "
+        "commas.",
     ),
     "tune": (
         _tune,

@@ -9,6 +9,11 @@ DTYPES = ("fp32", "bf16", "fp16")
 DROPOUT_ON = ("adapter", "both")
 # What `linear` measures: a training step, or a forward without gradients.
 PASSES = ("train", "inference")
+# How `experts` distributes rows over experts.
+ROUTINGS = ("balanced", "skewed", "empty")
+# The methods of `experts`, and its implementations.
+EXPERT_METHODS = ("lora", "dora", "lamda", "lora-fa")
+EXPERT_IMPLS = ("frozen", "lorafast", "accelerated", "peft")
 # The forms of kernels that are tried together.
 ENTRIES = ("streams", "gemm", "fp32", "ranks", "cuda-bf16", "cuda-fp16", "cuda-fp32", "cuda-ranks")
 # In the order of lorafast.list_methods.

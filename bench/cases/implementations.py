@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from lorafast.runtime.spelling import unknown
@@ -56,11 +57,15 @@ def parse(text: str) -> Impl:
     return Impl(base, bool(plus))
 
 
-def parse_generating(text: str) -> Impl:
-    """Return the implementation of a name, for generating text. ValueError for any other text."""
-    if text not in GENERATING:
-        raise ValueError(unknown(text, GENERATING))
-    return Impl(text)
+def parse_one_of(names: tuple[str, ...]) -> Callable[[str], Impl]:
+    """Return a function from one of the names to its implementation, ValueError for another."""
+
+    def parsed(text: str) -> Impl:
+        if text not in names:
+            raise ValueError(unknown(text, names))
+        return Impl(text)
+
+    return parsed
 
 
 def candidates(impls: tuple[Impl, ...], methods: tuple[str, ...]) -> tuple[tuple[Impl, str], ...]:

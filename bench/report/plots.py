@@ -59,6 +59,8 @@ def figures(results: Iterable[Results]) -> dict[str, Figure]:
 
 def _subject(r: Record) -> str:
     """Return the shape of a layer, or the name of a model."""
+    if r.bench == "experts":
+        return f"experts of {r.K}→{r.N}"
     if r.bench != "linear":
         return r.model_name
     what = " with bias" if r.bias else ""
@@ -74,7 +76,7 @@ def _kind(r: Record) -> tuple:
 def _drawn(bench: str, rows: list[Record]) -> dict[str, Figure]:
     if bench == "training":
         return {"loss": _losses(rows)}
-    if bench == "generate":
+    if bench in ("generate", "experts"):
         return {}  # the rows have one size, which a table shows better
     peak = "peak memory of a step, MiB"
     if bench == "step":

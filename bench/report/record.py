@@ -13,7 +13,7 @@ from lorafast.runtime import whole_file
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "oom", "wrong", "unsupported", "missing")
-BENCHES = ("linear", "step", "training", "generate")
+BENCHES = ("linear", "step", "training", "generate", "experts")
 TIMES = ("fwd_ms", "bwd_ms", "step_ms", "ratio_to_frozen")
 SPEEDS = (
     *(f"{time}{tail}" for time in TIMES for tail in ("", "_p20", "_p80")),
@@ -25,7 +25,7 @@ SPEEDS = (
 # Keys that were added after the first files were written. A file may lack them.
 LATER = (
     *("ratio_low", "ratio_high", "floor", "fused_floor", "bandwidth_bytes_per_s", "run"),
-    *("frozen_spread", "inference", "base_format"),
+    *("frozen_spread", "inference", "base_format", "experts", "top_k", "routing"),
 )
 # A machine is busy if the frozen step's time scatters more than this: its p80 ÷ its p20.
 MAX_FROZEN_SPREAD = 1.5
@@ -37,8 +37,9 @@ class Record:
 
     Times are medians over rounds, with their 20th and 80th percentiles. Bytes are exact counts.
 
-    bench: "linear" (one layer), "step" (a model's step at one batch size), "training", or
-        "generate" (M new tokens after a prompt of seq, whose time is step_ms).
+    bench: "linear" (one layer), "step" (a model's step at one batch size), "training", "generate"
+        (M new tokens after a prompt of seq, whose time is step_ms), or "experts" (one layer of
+        experts, of which each of M tokens gets top_k).
     ratio_low, ratio_high: the 95 % interval of the median of ratio_to_frozen over rounds.
     frozen_spread: the 80th percentile of the frozen step's time over its 20th, in the same rounds.
     floor, fused_floor: computed lower bounds of ratio_to_frozen: by flops and by bytes at
@@ -51,6 +52,7 @@ class Record:
         if it is not measured or not finite.
     inference: the row is a forward in eval mode without gradients, and step_ms its time.
     base_format: how the base's linears hold their weights: "dense", or a format that quantises.
+    routing: how the rows are distributed over experts: "balanced", "skewed" or "empty".
     run: in a compact file, the key of env["runs"] that names the commit and the command.
     """
 
@@ -116,6 +118,9 @@ class Record:
     frozen_spread: float | None = None
     inference: bool = False
     base_format: str = "dense"
+    experts: int | None = None
+    top_k: int | None = None
+    routing: str | None = None
 
     @property
     def busy(self) -> bool:

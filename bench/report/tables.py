@@ -39,13 +39,14 @@ _MAIN = ("× frozen", "peak", "95 % interval", "err ratio")
 _BYTES = ("saved", "by reference", "activations")
 _TIMES = ("fwd ms", "bwd ms", "tokens/s")
 _LINEAR = ("M", "impl", "method", *_MAIN, "step ms", *_BYTES, *_TIMES, "floor", "fused")
+_EXPERTS = ("experts", "routing", "M", *_LINEAR[1:])
 _STEP = ("batch", "impl", "method", *_MAIN, "step ms", *_BYTES, *_TIMES)
 _GENERATE = ("impl", "method", *_MAIN, "ms", "tokens/s")
 _LOSSES = ("loss: first 10", "last 10", "held-out accuracy")
 _TRAINED = ("step ms", "lr", "trained params", "optimizer", "optimizer state")
 _TRAINING = ("impl", "method", "× frozen", "peak", "err ratio", *_LOSSES, *_TRAINED)
 # The columns of words, which are aligned to the left.
-WORDS = ("impl", "method", "optimizer")
+WORDS = ("impl", "method", "optimizer", "routing")
 # Statuses of rows that cannot be measured. They are notes, not rows of dashes.
 _NOT_SHOWN = ("missing", "unsupported")
 _BUSY = (
@@ -75,7 +76,10 @@ LEGEND = (
 
 def tables(results: Iterable[Results]) -> list[Table]:
     """Return a table for each kind of problem of each file, rows in the order of measurement."""
-    makers = {"linear": _linear, "step": _step, "training": _training, "generate": _generate}
+    makers = {
+        "linear": _linear, "step": _step, "training": _training, "generate": _generate,
+        "experts": _experts,
+    }  # fmt: skip
     found, titles = [], set()
     for one in results:
         kinds: dict[tuple, list[Record]] = {}
@@ -144,6 +148,8 @@ def _kind(r: Record) -> tuple:
     """Return what the rows of one table have in common."""
     if r.bench == "linear":
         return "linear", r.K, r.N, r.R, r.dtype, r.dropout, r.bias, r.inference, r.run
+    if r.bench == "experts":
+        return "experts", r.K, r.N, r.R, r.dtype, r.dropout, r.top_k, r.run
     size = {"training": r.batch_size, "generate": r.M}.get(r.bench)
     return r.bench, r.model_name, r.seq, r.R, r.dtype, r.dropout, size, r.run
 
@@ -155,6 +161,16 @@ def _linear(rows: list[Record]) -> Table:
     if r.bias:
         title += ", bias"
     return _table(title, _LINEAR, rows, lambda r: {"M": str(r.M)}, lambda r: r.M)
+
+
+def _experts(rows: list[Record]) -> Table:
+    r = rows[0]
+    title = f"experts of {r.K} → {r.N}, top {r.top_k}, R={r.R}, {r.dtype}, dropout {r.dropout:g}"
+
+    def cells(r: Record) -> dict[str, str]:
+        return {"M": str(r.M), "experts": str(r.experts), "routing": r.routing}
+
+    return _table(title, _EXPERTS, rows, cells, lambda r: (r.experts, r.routing, r.M))
 
 
 def _step(rows: list[Record]) -> Table:
@@ -231,7 +247,7 @@ def _table(
     failed = []
     for r in shown:
         if not r.ok:
-            where = f"M={r.M}" if r.bench in ("linear", "generate") else f"batch {r.batch_size}"
+            where = f"batch {r.batch_size}" if r.batch_size else f"M={r.M}"
             failed.append(f"{where}, {r.label}: {r.status}: {r.reason}")
     # One note for what cannot be measured at any size.
     notes = dict.fromkeys([*hidden, *failed])

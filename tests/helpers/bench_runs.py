@@ -17,6 +17,8 @@ LINEAR += ["--rounds", "2", "--warmup", "1", "--device", "cpu"]
 MODEL = ["model", "--device", "cpu", "--seq", "8", "--rounds", "1", "--warmup", "1"]
 GENERATE = ["generate", "--device", "cpu", "--layers", "1", "--hidden", "64", "--rank", "4"]
 GENERATE += ["--prompt", "5", "--tokens", "3", "--rounds", "1", "--warmup", "1"]
+EXPERTS = ["experts", "--device", "cpu", "--shape", f"{K}x{N}", "--rank", str(R)]
+EXPERTS += ["--experts", "8", "--tokens", "20", "--rounds", "1", "--warmup", "1"]
 
 
 def run(tmp_path, options):
@@ -44,6 +46,11 @@ def _run(tmp_path, command, options):
     with mock.patch.object(timing, "MIN_SAMPLE_MS", 0.0):
         status = cli.main([*command, "--json", str(out), *words])
     return status, (Results.read(out).records if out.exists() else []), out
+
+
+def run_experts(tmp_path, options):
+    """Run `experts` with these options. Returns the exit status, the rows and the file."""
+    return _run(tmp_path, EXPERTS, options)
 
 
 def by_label(rows, **fields):

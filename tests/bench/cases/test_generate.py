@@ -10,7 +10,7 @@ from torch import nn
 from lorafast.bench import cli
 from lorafast.bench.cases import generate_task, recipes
 from lorafast.bench.cases.generate_task import Size
-from lorafast.bench.cases.implementations import parse_generating
+from lorafast.bench.cases.implementations import Impl
 from lorafast.bench.report import record
 
 SIZE = Size(1, 64)
@@ -70,7 +70,7 @@ def test_a_merge_that_loses_the_adapter_is_found(monkeypatch, tmp_path):
 
 def test_the_truth_computes_in_float64_throughout():
     adapter = recipes.spec("lora", 4, 0.0)
-    task = generate_task.build(parse_generating("lorafast"), "lora", adapter, llama(), 0)
+    task = generate_task.build(Impl("lorafast"), "lora", adapter, llama(), 0)
     assert {p.dtype for p in task.truth.parameters()} == {torch.float64}
     norms = [m for m in task.truth.modules() if "Norm" in type(m).__name__]
     assert len(norms) == 3
@@ -83,7 +83,7 @@ def test_the_truth_computes_in_float64_throughout():
 
 
 def test_as_many_tokens_are_made_as_asked_for():
-    task = generate_task.build(parse_generating("frozen"), "none", None, llama(), 0)
+    task = generate_task.build(Impl("frozen"), "none", None, llama(), 0)
     assert task.generate(PROMPT, 40).shape == (1, 45)
 
 
