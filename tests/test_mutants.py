@@ -14,6 +14,7 @@ ROOT = Path(lorafast.__file__).resolve().parent.parent
 # What the lists must cover.
 FOLDERS = (
     "lorafast/engine/",
+    "lorafast/integrations/",
     "lorafast/nn/",
     "lorafast/quantised/",
     "lorafast/functional.py",

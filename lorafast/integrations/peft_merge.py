@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lorafast.integrations.peft_support import type_name
+from lorafast.nn.merge_mixin import refuse_overflow
 from lorafast.quantised import formats
 from lorafast.runtime import extras
 from lorafast.runtime.torch_internals import storage_key
@@ -115,15 +116,7 @@ def fold(
             if storage_key(parameter) != storage_key(data):
                 parameter.data = data.copy_(parameter)
     for name, parameter, _, kept in changes:
-        _refuse_overflow(name, kept, parameter)
-
-
-def _refuse_overflow(name: str, old: torch.Tensor, new: torch.Tensor) -> None:
-    finite = new.isfinite()
-    if not finite.all() and (old.isfinite() & ~finite.to(old.device)).any():
-        raise ValueError(
-            f"{name} {tuple(old.shape)} with its adapters folded in is not finite in {old.dtype}"
-        )
+        refuse_overflow(name, kept, parameter)
 
 
 def _forget_merge(layer: Any) -> Callable[[], None]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lorafast.engine.precision import accumulator
 from lorafast.engine.problem import CallOptions, LayerTensors, Scaling
 from lorafast.nn import merge_math
 
@@ -149,8 +150,8 @@ class MergeMixin(nn.Module):
             )
         weight = merge_math.merged_weight(tensors, options)
         bias = None if tensors.lora_bias is None else merge_math.merged_bias(tensors, options)
-        _refuse_overflow("weight", tensors.weight, weight)
-        _refuse_overflow("bias", tensors.bias, bias)
+        refuse_overflow("weight", tensors.weight, weight)
+        refuse_overflow("bias", tensors.bias, bias)
         return MergeResult(tensors, options, weight, bias)
 
     def is_invertible(self) -> bool:
@@ -220,8 +221,13 @@ def with_weight(weight: torch.Tensor, factors: LayerTensors) -> LayerTensors:
     return LayerTensors(weight.detach(), *moved)
 
 
-def _refuse_overflow(name: str, old: torch.Tensor | None, new: torch.Tensor | None) -> None:
-    if new is not None and (old.isfinite() & ~new.isfinite()).any():
+def refuse_overflow(name: str, old: torch.Tensor | None, new: torch.Tensor | None) -> None:
+    """Raise ValueError if merging made a finite element of a tensor infinite or NaN."""
+    # A sum with a part that is not finite is not finite, and takes a tenth of the time of a look at
+    # every element.
+    if new is None or new.sum(dtype=accumulator(new.dtype)).isfinite():
+        return
+    if (old.isfinite() & ~new.isfinite().to(old.device)).any():
         raise ValueError(
             f"{name} {tuple(old.shape)} with its adapter folded in is not finite in {old.dtype}"
         )

@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
-from unittest.mock import Mock
+import gc
+import weakref
 
 import peft
 import pytest
 import torch
 from helpers import peft_models, tiny_transformers
+from helpers.merged_models import IDS, Embedder, assert_unchanged, bits, models, on_peft
 from helpers.whole_models import each_adapter
 from torch import nn
 
@@ -17,51 +19,6 @@ from lorafast import DoRA, LaMDA, LoRA
 pytestmark = pytest.mark.peft
 
 CYCLES = 1000
-IDS = torch.arange(6).reshape(2, 3)
-
-
-def bits(model):
-    """Every bit of every tensor of a model, and where its Parameters are."""
-    tensors = [*model.parameters(), *model.buffers()]
-    values = [t.detach().reshape(-1).view(torch.uint8).clone() for t in tensors]
-    return values, [(id(p), p.data_ptr()) for p in model.parameters()]
-
-
-def assert_unchanged(model, before):
-    values, places = bits(model)
-    assert places == before[1]
-    assert all(map(torch.equal, values, before[0]))
-
-
-class Embedder(nn.Module):
-    """An embedding and a linear."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.up = nn.Embedding(9, 8), nn.Linear(8, 6)
-
-    def forward(self, ids):
-        return self.up(self.table(ids))
-
-
-class Tied(nn.Module):
-    """An embedding and a head on one tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.head = nn.Embedding(9, 8), nn.Linear(8, 9, bias=False)
-        self.head.weight = self.table.weight
-
-    def forward(self, ids):
-        return self.head(self.table(ids))
-
-
-def on_peft(base, dtype=torch.float32, **fields):
-    """A PeftModel on a base, its adapters away from their start, in eval."""
-    torch.manual_seed(0)
-    model = peft.get_peft_model(base.to(dtype), peft_models.config(**fields))
-    peft_models.perturb(model)
-    return model.eval()
 
 
 @each_adapter("gpt2", "bart", "llama")
@@ -183,15 +140,6 @@ def test_a_thousand_cycles_of_training_change_no_bit_of_the_base(model_of, dtype
     assert base.data_ptr() == place
 
 
-def models():
-    """An adapted model and a PeftModel, and an input of both."""
-    adapted = tiny_transformers.adapted(tiny_transformers.llama(), DoRA(r=4))
-    theirs = tiny_transformers.peft_adapted(
-        tiny_transformers.llama(), peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True)
-    )
-    return [adapted, theirs]
-
-
 @pytest.mark.parametrize("which", [0, 1], ids=["adapted", "peft"])
 def test_an_exception_inside_restores(which):
     model = models()[which]
@@ -201,139 +149,6 @@ def test_an_exception_inside_restores(which):
     assert_unchanged(model, before)
     with lorafast.merged(model):  # no layer is left merged
         pass
-
-
-@pytest.mark.parametrize("which", [0, 1], ids=["adapted", "peft"])
-def test_an_entering_that_fails_halfway_is_undone(which):
-    model = models()[which]
-    last = [p for n, p in model.named_parameters() if "lora_B" in n][-1]
-    with torch.no_grad():
-        last[0, 0] = float("inf")
-    before = bits(model)
-    with pytest.raises(ValueError, match="not finite"), lorafast.merged(model):
-        pass
-    assert_unchanged(model, before)
-    assert not any(getattr(module, "merged", False) for module in model.modules())
-
-
-@pytest.mark.parametrize("which", [0, 1], ids=["adapted", "peft"])
-def test_a_merged_model_is_refused_with_the_name_of_the_argument(which):
-    model = models()[which]
-    before = bits(model)
-    with (
-        lorafast.merged(model),
-        pytest.raises(RuntimeError, match=r"model \w+ is merged already.*q_proj.*merged\(model\)"),
-        lorafast.merged(model),
-    ):
-        pass
-    assert_unchanged(model, before)
-    layer = next(m for n, m in model.named_modules() if n.endswith("q_proj"))
-    layer.merge()
-    with (
-        pytest.raises(RuntimeError, match=r"is merged already, in .*q_proj: "),
-        lorafast.merged(model),
-    ):
-        pass
-
-
-def disabled(model):
-    return (
-        model.disable_adapter()
-        if hasattr(model, "peft_config")
-        else lorafast.disable_adapter(model)
-    )
-
-
-@pytest.mark.parametrize("which", [0, 1], ids=["adapted", "peft"])
-def test_disabled_adapters_are_refused(which):
-    model = models()[which]
-    with (
-        disabled(model),
-        pytest.raises(RuntimeError, match=r"adapters of .* are disabled"),
-        lorafast.merged(model),
-    ):
-        pass
-
-
-def test_what_has_no_adapter_is_refused():
-    for model, kind, why in (
-        (nn.Linear(2, 2), ValueError, "model Linear has no adapter"),
-        ("x", TypeError, "must be a torch.nn.Module"),
-    ):
-        with pytest.raises(kind, match=why), lorafast.merged(model):
-            pass
-
-
-def test_a_weight_on_the_meta_device_is_refused():
-    with torch.device("meta"):
-        base = nn.Sequential(nn.Linear(8, 8))
-    model = lorafast.adapt(base, LoRA(r=2))
-    with pytest.raises(RuntimeError, match=r"^0: weight .* meta device"), lorafast.merged(model):
-        pass
-    theirs = on_peft(nn.Sequential(nn.Linear(8, 8)), targets=["0"]).to("meta")
-    with pytest.raises(RuntimeError, match=r"0: weight .* meta device"), lorafast.merged(theirs):
-        pass
-
-
-def test_a_computed_weight_is_refused():
-    model = on_peft(nn.Sequential(nn.Linear(8, 8)), targets=["0"])
-    nn.utils.parametrizations.weight_norm(model.base_model.model[0].base_layer)
-    with pytest.raises(RuntimeError, match=r"0: the weight .* is no Param"), lorafast.merged(model):
-        pass
-
-
-def test_attention_whose_merging_replaces_tensors_is_refused():
-    model = on_peft(nn.Sequential(nn.MultiheadAttention(8, 2)), targets=["0"])
-    before, _ = bits(model)
-    with (
-        pytest.raises(NotImplementedError, match=r"0: is a .*MultiheadAttention, and"),
-        lorafast.merged(model),
-    ):
-        pass
-    # PEFT itself gives it other Parameters now and then.
-    assert all(map(torch.equal, bits(model)[0], before))
-
-
-def test_quantised_layers_are_refused_before_anything_changes():
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-
-    def base():
-        packed = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
-        return nn.Sequential(nn.Linear(64, 64), packed.to("cpu"))
-
-    own = lorafast.adapt(base(), LoRA(r=2))
-    theirs = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["0", "1"]))
-    for model, why in ((own, "1: .*merging rounds it"), (theirs, "1: its weight is .*nf4")):
-        before = bits(model)
-        merge = Mock()
-        for module in model.modules():
-            if hasattr(module, "merge"):
-                module.merge = merge
-        with pytest.raises((RuntimeError, NotImplementedError), match=why), lorafast.merged(model):
-            pass
-        assert_unchanged(model, before)
-        merge.assert_not_called()
-
-
-@pytest.mark.parametrize("peft_s", [False, True], ids=["adapted", "peft"])
-@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings")
-def test_tied_weights_are_refused_or_get_a_tensor_for_the_time(peft_s):
-    torch.manual_seed(0)
-    if peft_s:
-        model = on_peft(Tied(), targets=["table", "head"])
-    else:
-        model = tiny_transformers.perturb(lorafast.adapt(Tied(), LoRA(r=2), ["table", "head"]))
-    with torch.no_grad():
-        before, want = bits(model), model(IDS)
-        with (
-            pytest.raises(ValueError, match=r"table.* and .*head.*one tensor: .*untie=True"),
-            lorafast.merged(model),
-        ):
-            pass
-        with lorafast.merged(model, untie=True):
-            torch.testing.assert_close(model(IDS), want)
-        assert_unchanged(model, before)
-        assert torch.equal(model(IDS), want)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["adapted", "peft"])
@@ -409,6 +224,59 @@ def test_the_copies_are_on_the_device_that_is_asked_for(which):
         with lorafast.merged(model, keep_on=keep_on):
             pass
         assert_unchanged(model, before)
+
+
+class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    """The bytes of new tensors that are alive, as large as a weight at the least."""
+
+    def __init__(self, smallest, model):
+        super().__init__()
+        self.smallest, self.found = smallest, {}
+        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.nbytes >= self.smallest:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.found[storage.data_ptr()] = (weakref.ref(tensor), storage.nbytes())
+        return result
+
+    def alive(self):
+        gc.collect()
+        return sum(size for tensor, size in self.found.values() if tensor() is not None)
+
+
+@pytest.mark.parametrize("theirs", [False, True], ids=["adapted", "peft"])
+def test_it_keeps_one_copy_of_every_adapted_weight_and_nothing_more(theirs):
+    base = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32), nn.Linear(32, 64)).bfloat16()
+    if theirs:
+        model = on_peft(base, torch.bfloat16, targets=["0", "1"])
+    else:
+        model = lorafast.adapt(base, LoRA(r=2), ["0", "1"])
+    with Counted(64 * 32 * 2, model) as counted:
+        context = lorafast.merged(model)
+        context.__enter__()
+        assert counted.alive() == 2 * (64 * 64 + 32 * 64)
+        context.__exit__(None, None, None)
+        del context
+        assert counted.alive() == 0
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("which", [0, 1], ids=["adapted", "peft"])
+def test_a_compiled_model_sees_what_the_plain_one_does(which):
+    model = models()[which]
+    compiled = torch.compile(model, backend="eager")
+    want = tiny_transformers.outputs(model)
+    torch.testing.assert_close(tiny_transformers.outputs(compiled), want)
+    for _ in range(2):
+        with lorafast.merged(compiled):
+            inside = tiny_transformers.outputs(model)
+            assert not torch.equal(inside, want)
+            torch.testing.assert_close(tiny_transformers.outputs(compiled), inside)
+        torch.testing.assert_close(tiny_transformers.outputs(compiled), want)
 
 
 def test_the_state_dict_inside_is_refused_and_parameters_are_the_merged():
