@@ -9,6 +9,8 @@ from helpers.rotations import thinned
 
 import lorafast
 from lorafast import testing
+from lorafast.engine.grouped import torch_product
+from lorafast.engine.grouped.groups import Groups
 from lorafast.testing import FORMS, Case, ExpertsCase
 
 BY_NAME = {form.name: form for form in FORMS if form.axis == "out"}
@@ -328,3 +330,25 @@ def test_a_compiled_call_is_not_compiled_again_for_another_routing():
         y = step(t["x"], routed.offsets, routed.rows)
         torch.testing.assert_close(y, testing.chain_experts(routed, t), rtol=1e-4, atol=1e-4)
     assert len(compiles) == 1
+
+
+def test_where_torchs_grouped_product_refuses():
+    """The reasons are there exactly where torch raises."""
+    groups = Groups(torch.tensor([0, 5, 5, 12], dtype=torch.int32))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    shapes = itertools.product((1, 8, 21, 24), (1, 3, 8, 40), (0, 3, 8), (0, 1), (0, 1), (0, 1))
+    for (wide, narrow, pad, shift, transposed, across), dtype in itertools.product(shapes, dtypes):
+        weight = torch.randn(3, narrow, wide, dtype=dtype).transpose(1, 2)
+        if transposed:
+            weight = torch.randn(3, wide, narrow, dtype=dtype)
+        x = torch.randn(12, wide + pad + shift, dtype=dtype)[:, shift : wide + shift]
+        if across:
+            x = torch.randn(wide, 12 + pad, dtype=dtype).t()[:12]
+        why = torch_product.why_not(x, weight)
+        if why:
+            with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
+                torch_product.product(groups, x, weight)
+        else:
+            expected = torch.cat((x[:5] @ weight[0], x[5:] @ weight[2]))
+            found = torch_product.product(groups, x, weight)
+            torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)

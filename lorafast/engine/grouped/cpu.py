@@ -11,7 +11,7 @@ import torch
 
 from lorafast.engine import half_products, philox
 from lorafast.engine.backends import cpu
-from lorafast.engine.grouped import eager
+from lorafast.engine.grouped import eager, torch_product
 from lorafast.engine.grouped.groups import Groups
 from lorafast.engine.precision import low_rank_grad_dtype
 from lorafast.engine.problem import (
@@ -45,13 +45,9 @@ def linear(
     bias: torch.Tensor | None = None,
     keep_inner: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    y = x.new_empty(x.shape[0], weight.shape[1])
-    z = torch.empty_like(y) if keep_inner else None
     gemm_bias, last_bias = (bias, None) if gain is None else (None, bias)
-    x = _multiplied(x)
-    for e, rows in groups.slices():
-        own_bias = None if gemm_bias is None else gemm_bias[e].to(y.dtype)
-        _multiply(x[rows], weight[e].to(y.dtype).t(), y[rows], own_bias)
+    y = _products(groups, x, weight.to(x.dtype).transpose(1, 2), gemm_bias)
+    z = torch.empty_like(y) if keep_inner else None
     if ups:
         *others, last = ups
         for up in others:
@@ -81,14 +77,10 @@ def grad_output(
 
 
 def grad_input(groups: Groups, bases: list[BaseTerm], low_ranks: list[LowRankTerm]) -> torch.Tensor:
-    dy = bases[0].dy
-    dx = dy.new_empty(dy.shape[0], bases[0].weight.shape[2])
-    for i, (dy, weight, gain) in enumerate(bases):
-        dy = _multiplied(dy)
-        for e, rows in groups.slices():
-            term = BaseTerm(dy[rows], weight[e], None if gain is None else gain[e])
-            own_dy, own_weight = cpu.gained_operands(term)
-            _multiply(own_dy, own_weight, dx[rows], dx[rows] if i else None)
+    first, *more = bases
+    dx = _base_grad(groups, first)
+    for base in more:
+        dx += _base_grad(groups, base)
     for v, A, seed, p, _ in low_ranks:
         _add(groups, v, A.transpose(-1, -2), dx, seed=seed, p=p)
     return dx
@@ -104,16 +96,44 @@ def grad_project(
     return grads
 
 
+def _products(
+    groups: Groups, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Each row of a [S,P] times its expert's b [E,P,Q], plus its bias [E,Q].  -> [S,Q], dense"""
+    a, half = _multiplied(a), a.dtype is not torch.float32
+    by_panels = half and half_products.serves(max(1, a.shape[0] // groups.experts), b[0])
+    if bias is None and not by_panels and not torch_product.why_not(a, b):
+        return torch_product.product(groups, a, b)
+    out = a.new_empty(a.shape[0], b.shape[2])
+    for e, rows in groups.slices():
+        own_bias = None if bias is None else bias[e].to(a.dtype)
+        _multiply(a[rows], b[e], out[rows], own_bias)
+    return out
+
+
+def _base_grad(groups: Groups, base: BaseTerm) -> torch.Tensor:
+    """(gain⊙dy) W of each row's expert.  -> [S,K]"""
+    dy, weight, gain = base
+    if gain is None:
+        return _products(groups, dy, weight.to(dy.dtype))
+    # An expert at a time, so that gain⊙dy is in the cache, and never in memory as a whole.
+    dx = dy.new_empty(dy.shape[0], weight.shape[2])
+    for e, rows in groups.slices():
+        own = cpu.gained_operands(BaseTerm(dy[rows], weight[e], gain[e]))
+        _multiply(*own, dx[rows], None)
+    return dx
+
+
 def _multiply(
-    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, addend: torch.Tensor | None
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
-    """out = a b + addend, a vector or out itself."""
+    """out = a b + bias."""
     if out.dtype is not torch.float32 and half_products.serves(a.shape[0], b):
-        half_products.addmm(addend, a, b, out)
-    elif addend is None:
+        half_products.addmm(bias, a, b, out)
+    elif bias is None:
         torch.mm(a, b, out=out)
     else:
-        torch.addmm(addend, a, b, out=out)
+        torch.addmm(bias, a, b, out=out)
 
 
 def _multiplied(rows: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,9 @@ import torch
 from lorafast.engine import dispatch
 from lorafast.engine.dispatch import Routes
 from lorafast.engine.grouped import cpu, eager
-from lorafast.engine.grouped.groups import Groups, of_expert
+from lorafast.engine.grouped.groups import Groups
 from lorafast.engine.problem import CallOptions, LayerTensors, Problem
-from lorafast.runtime import env
+from lorafast.runtime import devices, env
 
 _MODULES: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}
 
@@ -44,7 +44,25 @@ def of(x: torch.Tensor, tensors: LayerTensors, options: CallOptions, groups: Gro
 
 def problem_of(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> Problem:
     """The problem of a layer with all experts' rows and one expert's weight and factors."""
-    return dispatch.problem_of(x, of_expert(tensors, 0), options)
+    weight, A, core = tensors.weight, tensors.lora_A, tensors.core
+    _, N, K = weight.shape
+    return Problem(
+        devices.of(x.device),
+        x.dtype,
+        x.shape[0],
+        K,
+        (N,),
+        (A.shape[-2],),
+        weight.dtype,
+        A.dtype,
+        weight.stride(1) == 1 and N != 1 and K != 1,
+        "none" if core is None else "diagonal" if core.dim() == 2 else "full",
+        options.dropout,
+        options.dropout_on,
+        "none" if tensors.magnitude is None else options.axis,
+        options.keep,
+        tensors.out_scale is not None,
+    )
 
 
 def choice(problem: Problem) -> tuple[str, dict[str, tuple[str, ...]]]:
