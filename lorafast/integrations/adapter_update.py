@@ -124,14 +124,15 @@ def _peft_content(model: Any, adapter_name: str | None) -> FileContent:
     import peft
 
     found = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    # Injected adapters have the names that they have in the model.
+    prefix = "" if isinstance(model, peft.PeftModel) else keys.PREFIX
     tensors = {}
     for key, tensor in found.items():
         if hasattr(tensor, "ds_id"):
             raise NotImplementedError(f"{key} is partitioned by DeepSpeed's ZeRO-3")
-        key = canonical_name(key)
-        key = key if key.startswith("base_model.") else keys.PREFIX + key
         tensor = tensor.detach()
-        tensors[key] = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        tensors[prefix + canonical_name(key)] = whole
     return FileContent(tensors, _config_content(model, config), {})
 
 

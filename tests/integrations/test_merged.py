@@ -3,15 +3,18 @@
 import contextlib
 import copy
 import gc
+import os
 import weakref
 
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import peft_models, tiny_transformers
 from helpers.merged_models import IDS, Embedder, assert_unchanged, bits, models, on_peft
 from helpers.whole_models import each_adapter
 from torch import nn
+from torch.multiprocessing import spawn
 
 import lorafast
 from lorafast import DoRA, LaMDA, LoRA
@@ -298,3 +301,36 @@ def test_a_layer_and_a_wrapped_model():
         with lorafast.merged(one):
             pass
         assert_unchanged(one, before)
+
+
+def _trains_with_rollouts(rank, path, which):
+    """Two steps under DDP, with the base merged between them, as without."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    ends = []
+    for rollouts in (False, True):
+        model = models()[which]
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            if rollouts:
+                before = bits(model)
+                with lorafast.merged(wrapped), torch.no_grad():
+                    wrapped(input_ids=tiny_transformers.IDS + rank)
+                assert_unchanged(model, before)
+            optimizer.zero_grad()
+            wrapped(input_ids=tiny_transformers.IDS + rank)[0].square().mean().backward()
+            optimizer.step()
+        ends.append(bits(model)[0])
+    assert all(map(torch.equal, *ends))
+    dist.destroy_process_group()
+    # Left without ado: DDP's reducer would wait for gloo's threads, and they may wait for the
+    # interpreter.
+    os._exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("which", [0, 1], ids=["adapted", "peft"])
+def test_under_ddp_training_goes_on_as_if_nothing_had_been_merged(which, tmp_path):
+    spawn(_trains_with_rollouts, args=(tmp_path / "rendezvous", which), nprocs=2)
