@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lorafast.integrations import peft_registry
+from lorafast.models import experts_registry
 from lorafast.runtime import import_hooks, moved_modules, name_hints
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ _PUBLIC_MODULES = ("optim", "reference", "schedule")
 
 moved_modules.install()
 peft_registry.install()
+experts_registry.install()
 
 
 def _import_all() -> None:

@@ -17,6 +17,7 @@ from lorafast.methods.lora import LoRA
 from lorafast.models.module_names import unwrap
 from lorafast.nn import merge_math
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.experts import Experts
 
 
 class LoRAExport(NamedTuple):
@@ -56,6 +57,12 @@ def as_lora(model: nn.Module, layers: dict[str, AdapterLayer], rank: int | None)
         checks.whole("rank", rank)
     tensors, errors, adapters = {}, {}, {}
     for name, layer in layers.items():
+        if isinstance(layer, Experts):
+            raise ValueError(
+                f"{name}: as_lora=True writes the adapters of single layers, and this is "
+                f"{layer.adapter} on experts: save_adapter(model, path) writes LoRA on experts as "
+                "PEFT does"
+            )
         layer._refuse_if_merged("save_adapter(as_lora=True)")
         layer._refuse_if_sharded("save_adapter(as_lora=True)")
         A, B, errors[name] = _factors(name, layer, rank)

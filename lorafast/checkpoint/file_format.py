@@ -25,6 +25,7 @@ from lorafast.models import adalora_format, extra_trainables, peft_config
 from lorafast.models.adapt_spec import TASK_TYPE_ATTRIBUTE, match_patterns
 from lorafast.models.module_names import canonical_name, endings, ends_with
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.expert_parameter import ParameterExperts
 from lorafast.nn.linear import Conv1D
 
 # Fields of adapters that PEFT's config lacks; they are written beside it.
@@ -36,6 +37,8 @@ _EXTRA_FIELDS = (
     "cache_norm",
     "magnitude_only",
 )
+# A field that PEFT refuses for experts, so that their config says 0 and it is written beside it.
+_DROPOUT = "dropout"
 # The tensors that are stacked with those of the init.
 _STACKED_TENSORS = ("lora_A", "lora_B", "lora_core")
 _INITS: dict[str, type[WeightInit]] = {"PiSSA": PiSSA, "LoRAGA": LoRAGA}
@@ -60,7 +63,7 @@ def describe_adapters(model: nn.Module, layers: dict[str, AdapterLayer]) -> Adap
     adapters = {name: _adapter_as_scaled(name, layer) for name, layer in layers.items()}
     common = _common_adapter(adapters)
     extras = {
-        "adapter": _extra_fields(common),
+        "adapter": _extra_fields(common, _has_experts(layers)),
         "stacked": common.residual,
         "alpha": getattr(common, "alpha", None),
     }
@@ -104,12 +107,20 @@ def stack_tensors(
         if name in _STACKED_TENSORS and tensor is not None
     }
     stacked = {
-        "lora_A": torch.cat([tensors["lora_A"], initial["lora_A"]]),
-        "lora_B": torch.cat([tensors["lora_B"], -initial["lora_B"]], 1),
+        "lora_A": torch.cat([tensors["lora_A"], initial["lora_A"]], -2),
+        "lora_B": torch.cat([tensors["lora_B"], -initial["lora_B"]], -1),
     }
     if "lora_core" in initial:
-        stacked["lora_core"] = torch.block_diag(tensors["lora_core"], initial["lora_core"])
+        stacked["lora_core"] = _block_diagonal(tensors["lora_core"], initial["lora_core"])
     return tensors | stacked
+
+
+def _block_diagonal(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return the matrices with those of first and of second on their diagonals."""
+    r = first.shape[-1]
+    both = first.new_zeros(*first.shape[:-2], r + second.shape[-1], r + second.shape[-1])
+    both[..., :r, :r], both[..., r:, r:] = first, second
+    return both
 
 
 def unstack_tensors(
@@ -119,21 +130,22 @@ def unstack_tensors(
 
     ValueError if the tensors are not of that form.
     """
-    r, odd = divmod(stacked["lora_A"].shape[0], 2)
+    r, odd = divmod(stacked["lora_A"].shape[-2], 2)
     if odd:
         raise ValueError(
             f"lora_A {tuple(stacked['lora_A'].shape)} is of odd rank, and cannot be a factor with "
             "its start"
         )
-    tensors = stacked | {"lora_A": stacked["lora_A"][:r], "lora_B": stacked["lora_B"][:, :r]}
-    initial = {"lora_A": stacked["lora_A"][r:], "lora_B": -stacked["lora_B"][:, r:]}
+    A, B = stacked["lora_A"], stacked["lora_B"]
+    tensors = stacked | {"lora_A": A[..., :r, :], "lora_B": B[..., :r]}
+    initial = {"lora_A": A[..., r:, :], "lora_B": -B[..., r:]}
     if (core := stacked.get("lora_core")) is not None:
-        if core[:r, r:].any() or core[r:, :r].any():
+        if core[..., :r, r:].any() or core[..., r:, :r].any():
             raise ValueError(
                 f"lora_core {tuple(core.shape)} is no core with its start: the blocks off its "
                 "diagonal are not 0"
             )
-        tensors["lora_core"], initial["lora_core"] = core[:r, :r], core[r:, r:]
+        tensors["lora_core"], initial["lora_core"] = core[..., :r, :r], core[..., r:, r:]
     return tensors, initial
 
 
@@ -144,7 +156,7 @@ def apply_extras(adapter: Adapter, extras: dict[str, Any]) -> Adapter:
         ValueError, TypeError: the extras do not fit the adapter.
     """
     values = extras.get("adapter", {"method": type(adapter).__name__})
-    allowed = {"method", "init", "svd_niter", *_EXTRA_FIELDS} & {
+    allowed = {"method", "init", "svd_niter", _DROPOUT, *_EXTRA_FIELDS} & {
         "method",
         *(field.name for field in fields(adapter)),
     }
@@ -215,10 +227,16 @@ def _common_adapter(adapters: dict[str, Adapter]) -> Adapter:
     return common
 
 
-def _extra_fields(adapter: Adapter) -> dict[str, Any]:
-    """Return the method, and the fields that PEFT's config lacks."""
+def _has_experts(layers: dict[str, AdapterLayer]) -> bool:
+    return any(isinstance(layer, ParameterExperts) for layer in layers.values())
+
+
+def _extra_fields(adapter: Adapter, on_experts: bool = False) -> dict[str, Any]:
+    """Return the method, and the fields that PEFT's config lacks, or lacks for experts."""
     names = {field.name for field in fields(adapter)}
     values = {name: getattr(adapter, name) for name in _EXTRA_FIELDS if name in names}
+    if on_experts and adapter.dropout:
+        values[_DROPOUT] = adapter.dropout
     if isinstance(adapter, LaMDA) and adapter.residual:
         values |= {"init": adapter.init, "svd_niter": adapter.svd_niter}
     elif adapter.residual:
@@ -250,6 +268,8 @@ def build_config(
         "task_type": task_type,
         "auto_mapping": None if task_type else _auto_mapping(model),
     }
+    if _has_experts(layers):
+        config |= {"target_parameters": _parameter_names(model, layers), "lora_dropout": 0.0}
     if isinstance(common, AdaLoRA):
         config["rank_pattern"] = adalora_format.rank_pattern_to_peft(adapters)
         config |= model.__dict__.get(adalora_format.SCHEDULE_ATTRIBUTE, {})
@@ -288,11 +308,16 @@ def _target_names(
 
     That is the last parts of their names, else their whole names, else a regular expression.
     """
+    experts = {name for name, layer in layers.items() if isinstance(layer, ParameterExperts)}
+    layers = {name: layer for name, layer in layers.items() if name not in experts}
+    if not layers:
+        return []
     names = [canonical_name(name) for name, _ in model.named_modules() if name]
     names = [
         name
         for name in names
-        if not any(ends_with(name, module) or name.startswith(f"{module}.") for module in saved)
+        if name not in experts
+        and not any(ends_with(name, module) or name.startswith(f"{module}.") for module in saved)
     ]
     last_parts = {name.rpartition(".")[2] for name in layers}
     for targets in (last_parts, set(layers)):
@@ -300,6 +325,18 @@ def _target_names(
         if selected == layers.keys():
             return sorted(targets)
     return "|".join(re.escape(name) for name in sorted(layers))
+
+
+def _parameter_names(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[str]:
+    """Return the shortest target_parameters that select the adapted experts and nothing else.
+
+    Those are the last two parts of their names, else their whole names.
+    """
+    adapted = {name for name, layer in layers.items() if isinstance(layer, ParameterExperts)}
+    names = [canonical_name(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    ends = {".".join(name.split(".")[-2:]) for name in adapted}
+    selected = {name for name in names if not ends.isdisjoint(endings(name))}
+    return sorted(ends if selected == adapted else adapted)
 
 
 def _exceptions(numbers: dict[str, float], common: float) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lorafast.checkpoint import expert_files
 from lorafast.checkpoint.tensor_values import TensorValues
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.vera import VeRA
@@ -140,8 +141,11 @@ def layer_tensors(
     elif isinstance(layer.adapter, AdaLoRA) and not plain:
         table = adalora_format.KEY_NAMES
         values = {key: adalora_format.to_file(key, tensor) for key, tensor in values.items()}
+    name = expert_files.file_name(name, layer)
     return {
-        f"{PREFIX}{name}.{table[key]}": tensor for key, tensor in values.items() if key in table
+        f"{PREFIX}{name}.{table[key]}": expert_files.to_file(key, tensor)
+        for key, tensor in values.items()
+        if key in table
     }
 
 

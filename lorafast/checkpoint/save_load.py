@@ -29,6 +29,7 @@ from lorafast.models.module_names import (
 )
 from lorafast.models.target_modules import find_targets
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.expert_parameter import ParameterExperts
 
 
 def save_adapter(
@@ -146,7 +147,9 @@ def _warn_about_shared_layers(model: nn.Module, stacklevel: int) -> None:
 
 def _warn_about_experts(model: nn.Module, config: Mapping[str, Any], stacklevel: int) -> None:
     """Warn if PEFT, loading the file, may put an adapter on fused experts instead of its layer."""
-    names = fused_experts.taken_for_experts(model, adapter_layers(model))
+    layers = adapter_layers(model)
+    names = [name for name, layer in layers.items() if not isinstance(layer, ParameterExperts)]
+    names = fused_experts.taken_for_experts(model, names)
     if names and config["peft_type"] == "LORA":
         warnings.warn(
             "lorafast.load_adapter reads this file as it is; PEFT may take these layers for fused "

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lorafast.checkpoint import base_weights, file_format, files, keys
+from lorafast.checkpoint import base_weights, expert_files, file_format, files, keys
 from lorafast.checkpoint.keys import KeyGroups
 from lorafast.methods.adalora import AdaLoRA
 from lorafast.methods.adapter import Adapter
@@ -79,6 +79,7 @@ def check_tensors(
     groups = keys.group_keys(file.entries)
     present = adapter_layers(model, required=False)
     modules, extra = _model_parts(model, spec, targets)
+    groups = groups._replace(layers=expert_files.renamed(groups.layers, modules))
     _refuse_names("layer", groups.layers, modules)
     if meta := [name for name, module in modules.items() if formats.held_weight(module).is_meta]:
         raise ValueError(
@@ -102,7 +103,8 @@ def check_tensors(
     values: dict[str, Tensors] = {}
     initial: dict[str, Tensors | None] = {}
     for name, module in modules.items():
-        layer_tensors = _layer_tensors(name, module, adapters[name], groups, tensors)
+        adapter = file_format.stacked_adapter(adapters[name]) if stacked else adapters[name]
+        layer_tensors = _layer_tensors(name, module, adapter, groups, tensors)
         dtype = _layer_dtype(module, adapter_dtype)
         if stacked:
             layer_tensors, layer_initial = file_format.unstack_tensors(layer_tensors)
@@ -165,7 +167,9 @@ def _weight_shape(module: nn.Module) -> tuple[int, int]:
     """Return (N, K). Conv1D and nn.Embedding hold their weight transposed."""
     if isinstance(module, QuantisedLinear):
         return module.quantised.shape
-    return tuple(module._W().shape) if isinstance(module, AdapterLayer) else weight_shape(module)
+    if isinstance(module, AdapterLayer):
+        return tuple(module._W().shape[-2:])
+    return weight_shape(module)
 
 
 def _layer_dtype(module: nn.Module, adapter_dtype: torch.dtype | None) -> torch.dtype:
@@ -221,7 +225,7 @@ def _check_layer(
     """Check the names, shapes and dtypes of a layer's own tensors. adapter: as the file has it."""
     specs = {
         part: spec
-        for part, spec in adapter.tensor_specs(*_weight_shape(module)).items()
+        for part, spec in expert_files.specs_of(module, adapter, _weight_shape(module)).items()
         if not spec.shared
     }
     given = groups.layers[name]
@@ -237,6 +241,8 @@ def _check_layer(
         shape, expected = file.entries[key].shape, specs[part].shape
         if isinstance(adapter, AdaLoRA):
             expected = adalora_format.file_shape(part, expected, shape)
+        else:
+            expected = expert_files.file_shape(part, expected)
         _refuse_shape(key, shape, expected)
         _refuse_dtype(key, file.entries[key], torch.float32)
 
@@ -294,8 +300,11 @@ def _layer_tensors(
     values = {part: tensors[key] for part, key in groups.layers[name].items()}
     values |= _shared_slices(module, adapter, groups, tensors)
     if isinstance(adapter, AdaLoRA):
-        values = {part: adalora_format.from_file(part, tensor) for part, tensor in values.items()}
-    return values
+        return {part: adalora_format.from_file(part, tensor) for part, tensor in values.items()}
+    specs = expert_files.specs_of(module, adapter, _weight_shape(module))
+    return {
+        part: expert_files.from_file(part, tensor, specs[part]) for part, tensor in values.items()
+    }
 
 
 def _shared_slices(

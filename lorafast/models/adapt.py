@@ -35,6 +35,8 @@ from lorafast.models.target_modules import (
     uncalled_linears,
 )
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.expert_parameter import ExpertParameter, ParameterExperts
+from lorafast.nn.experts import why_not_adapter
 from lorafast.quantised import formats
 from lorafast.runtime.torch_internals import share_call_hooks, storage_key
 
@@ -45,8 +47,9 @@ SetValues = Callable[[str, AdapterLayer], None]
 def adapt(
     model: nn.Module,
     adapter: Adapter,
-    target_modules: str | Collection[str] = "all-linear",
+    target_modules: str | Collection[str] | None = "all-linear",
     *,
+    target_parameters: Collection[str] = (),
     exclude_modules: str | Collection[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -69,7 +72,10 @@ def adapt(
             then sets everything except seed and adapter_dtype.
         target_modules: "all-linear" (every nn.Linear, quantised linear and transformers Conv1D
             except the output head), a regular expression that matches whole names, or a list of
-            names, each a whole name or its end after a dot. nn.Embedding can be named too.
+            names, each a whole name or its end after a dot. nn.Embedding can be named too. None
+            adapts target_parameters alone.
+        target_parameters: names of weights [E,N,K] of transformers' experts, each a whole name or
+            its end after a dot, such as "mlp.experts.gate_up_proj" (docs/experts.md).
         exclude_modules: a regular expression or names, as above, of modules to leave out.
         rank_pattern: {regular expression: r} for layers whose name, or its end after a dot,
             matches.
@@ -95,8 +101,9 @@ def adapt(
             weight that an init would change is quantised or tied to another, or the model is
             adapted already or inside DistributedDataParallel.
         TypeError: a match is no plain nn.Linear, Conv1D or nn.Embedding, is quantised in an unknown
-            format or damaged there, or has a patched forward (offloading). Hooks of its call move
-            to the adapted layer.
+            format or damaged there, or has a patched forward (offloading); or a match of
+            target_parameters is no projection of experts that transformers' registry serves. Hooks
+            of its call move to the adapted layer.
 
     Example:
         import torch, lorafast
@@ -108,7 +115,8 @@ def adapt(
     """
     require_module(model)
     arguments = {
-        "target_modules": target_modules,
+        "target_modules": () if target_modules is None else target_modules,
+        "target_parameters": target_parameters,
         "exclude_modules": exclude_modules,
         "rank_pattern": rank_pattern or {},
         "alpha_pattern": alpha_pattern or {},
@@ -121,7 +129,7 @@ def adapt(
     refuse_parallel(model)
     targets = find_targets(model, spec)
     if spec.targets_all_linear:
-        adapt_warnings.warn_about_untargeted(model)
+        adapt_warnings.warn_about_untargeted(model, targets.values())
         adapt_warnings.warn_about_uncalled(uncalled_linears(model, spec, select_names(model, spec)))
     with temporary_seed(seed, model):
         install(model, spec, targets, adapter_dtype)
@@ -239,6 +247,9 @@ def _bind_adapters(
         for module, name in zip(targets, names, strict=True)
     }
     _refuse_tied(model, targets, adapters)
+    for module, name in zip(targets, names, strict=True):
+        if isinstance(module, ExpertParameter) and (why := why_not_adapter(adapters[module])):
+            raise ValueError(f"{name}: {adapters[module]} on experts: {why}")
     if not bind_layers:
         return adapters
     layers = zip(adapters.values(), shapes, strict=True)
@@ -264,6 +275,9 @@ def set_trainable(model: nn.Module, trainable: bool) -> None:
 
 def replace_module(model: nn.Module, names: list[str], module: nn.Module) -> None:
     """Set the module under each of these names of the model."""
+    if isinstance(module, ExpertParameter | ParameterExperts):
+        module.put()
+        return
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
@@ -272,8 +286,10 @@ def replace_module(model: nn.Module, names: list[str], module: nn.Module) -> Non
 def weight_matrix(module: Any) -> torch.Tensor:
     """Return the weight as [N,K]. nn.Linear stores it so; Conv1D and nn.Embedding transposed.
 
-    A quantised one is dequantised.
+    A quantised one is dequantised. That of experts is [E,N,K].
     """
+    if isinstance(module, ExpertParameter):
+        return module.matrix().detach()
     if quantised := formats.of(module):
         return quantised.dense()
     weight = module.weight.detach()
@@ -285,7 +301,7 @@ def weight_shape(module: Any) -> tuple[int, int]:
     quantised = formats.of(module)
     if quantised is not None:
         return quantised.shape
-    N, K = weight_matrix(module).shape
+    N, K = weight_matrix(module).shape[-2:]
     return N, K
 
 

@@ -26,6 +26,8 @@ class AdaptSpec:
     """The arguments of adapt, checked. Fields that PEFT's config has too mean what they mean there.
 
     Attributes:
+        target_modules: may be empty beside target_parameters.
+        target_parameters: names of experts' Parameters, or their ends after a dot.
         ignore_unmatched: names and patterns that match nothing are ignored, as in PEFT, as long as
             some layer is adapted.
         match_any_ending: a name in modules_to_save also selects every module whose name ends in
@@ -51,6 +53,7 @@ class AdaptSpec:
     untrusted: bool = False
     untie: bool = False
     keep_ties: bool = False
+    target_parameters: Collection[str] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.adapter, Adapter):
@@ -60,7 +63,8 @@ class AdaptSpec:
             )
         checks.word("bias", self.bias, BIAS_OPTIONS)
         forms = "a regular expression or names of modules"
-        _check_selector("target_modules", self.target_modules, f"'all-linear', {forms}")
+        if self.target_modules or not self.target_parameters:
+            _check_selector("target_modules", self.target_modules, f"'all-linear', {forms}")
         if self.exclude_modules:
             _check_selector("exclude_modules", self.exclude_modules, forms)
         self._check_lists()
@@ -97,6 +101,7 @@ class AdaptSpec:
     def _check_lists(self) -> None:
         for name, kind, plural in (
             ("modules_to_save", str, "names of modules"),
+            ("target_parameters", str, "names of Parameters"),
             ("layers_to_transform", int, "indices"),
             ("layers_pattern", str, "names"),
         ):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from lorafast.methods.adapter import Adapter
+from lorafast.models import expert_targets
 from lorafast.models.module_names import format_names
 from lorafast.nn.size_warnings import size_complaints
 
@@ -20,8 +21,11 @@ _CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 Shape = tuple[int, int]
 
 
-def warn_about_untargeted(model: nn.Module) -> None:
-    """Warn that "all-linear" leaves 3-D weights out, such as those of fused experts."""
+def warn_about_untargeted(model: nn.Module, targets: Iterable[list[str]]) -> None:
+    """Warn that "all-linear" leaves 3-D weights out, such as those of fused experts.
+
+    targets: the names of what is adapted.
+    """
     names = [
         f"{name}.{key}"
         for name, module in model.named_modules()
@@ -30,10 +34,11 @@ def warn_about_untargeted(model: nn.Module) -> None:
         for key, parameter in module.named_parameters(recurse=False)
         if _is_stack_of_matrices(key, parameter)
     ]
+    names = expert_targets.untargeted(names, targets)
     if names:
         warnings.warn(
             "target_modules='all-linear' adapts nn.Linear and Conv1D, and no 3-D weight, as fused "
-            f"experts have them: {format_names(names)}",
+            f"experts have them (name those in target_parameters): {format_names(names)}",
             stacklevel=3,
         )
 

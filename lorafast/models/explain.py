@@ -23,9 +23,10 @@ from lorafast.engine.problem import (
 from lorafast.models import adapt_record
 from lorafast.models.explanation import Explanation, Row
 from lorafast.models.gradient_check import unreached_adapters
-from lorafast.models.module_names import require_module
+from lorafast.models.module_names import canonical_name, require_module
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.embedding import Embedding
+from lorafast.nn.expert_parameter import ParameterExperts
 from lorafast.nn.quantised_linear import QuantisedLinear
 from lorafast.runtime import devices, symlinks
 from lorafast.runtime.torch_internals import is_foreign_subclass
@@ -111,7 +112,7 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     require_module(model)
     reasons = (symlinks.why_missing(folder) for folder in symlinks.LINKS)
     rows = (
-        _row(name, call, tokens)
+        _row(canonical_name(name) if isinstance(module, ParameterExperts) else name, call, tokens)
         for name, module in model.named_modules()
         for call in _calls(module, tokens)
     )

@@ -269,7 +269,8 @@ def stop_training(model: nn.Module, restore: bool) -> None:
 
 def _refuse_adapted(saved: dict[str, nn.Module], targets: Targets) -> None:
     for name, module in saved.items():
-        target = next((part for part in module.modules() if part in targets), None)
+        inside = set(module.modules())
+        target = next((t for t in targets if t in inside or vars(t).get("host") in inside), None)
         if target is not None:
             raise ValueError(
                 f"modules_to_save means {name}, and target_modules {targets[target][0]} in it: a "

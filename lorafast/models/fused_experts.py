@@ -13,28 +13,39 @@ from typing import Any
 
 from torch import nn
 
-# What target_parameters are, for messages.
-NO_LAYERS = "which are fused experts and routers, no layers that lorafast can replace"
+from lorafast.models import expert_targets
+from lorafast.models.module_names import endings
+
 # The last parts of the former names.
 _FORMER_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
-def refuse_in_config(config: Any, model: nn.Module) -> None:
-    """Raise ValueError if a PEFT config's target_modules mean fused experts or routers in PEFT."""
+def converted(config: Any, model: nn.Module) -> Any:
+    """Return a PEFT config with the target_parameters that its target_modules mean in PEFT.
+
+    ValueError if they mean Parameters that cannot have an adapter, such as those of routers.
+    """
     if getattr(config, "target_modules", None) is None:
-        return
+        return config
     try:
         from peft.utils import transformers_weight_conversion as conversion
     except ImportError:  # a PEFT that knows no fused experts, or a transformers that has none
-        return
-    converted = copy.deepcopy(config)
-    conversion.convert_peft_config_for_transformers(converted, model, conversions=None)
-    if parameters := getattr(converted, "target_parameters", None):
-        raise ValueError(
-            f"target_modules={config.target_modules!r}: in PEFT they mean target_parameters="
-            f"{sorted(parameters)} of this model too, {NO_LAYERS}. Name other modules, or adapt it "
-            "with PEFT"
-        )
+        return config
+    changed = copy.deepcopy(config)
+    conversion.convert_peft_config_for_transformers(changed, model, conversions=None)
+    parameters = getattr(changed, "target_parameters", None)
+    if not parameters or set(parameters) == set(config.target_parameters or ()):
+        return config
+    for name, module in model.named_modules():
+        for key in module._parameters:
+            meant = not parameters.isdisjoint(endings(f"{name}.{key}"))
+            if meant and (why := expert_targets.why_not_parameter(module, key)):
+                raise ValueError(
+                    f"target_modules={config.target_modules!r}: in PEFT they mean "
+                    f"target_parameters={sorted(parameters)} of this model too, and {name}.{key} "
+                    f"{why}. Name other modules, or adapt it with PEFT"
+                )
+    return changed
 
 
 def taken_for_experts(model: nn.Module, names: Iterable[str]) -> list[str]:

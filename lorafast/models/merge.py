@@ -171,6 +171,8 @@ def merged_copies(model: nn.Module) -> Iterator[bool]:
     layers = collect_layers(model)
     tied = bool(_tied_weights(model, layers))
     copies = {layer: _merged_copy(layer) for layer in layers}
+    # The weights of experts are in the module that keeps its place.
+    kept = {layer: (layer.weight, layer.bias) for layer in layers}
     try:
         for layer, names in layers.items():
             replace_module(model, names, copies[layer])
@@ -178,6 +180,10 @@ def merged_copies(model: nn.Module) -> Iterator[bool]:
     finally:
         for layer, names in layers.items():
             replace_module(model, names, layer)
+            if layer.weight is not kept[layer][0]:
+                layer.weight = kept[layer][0]
+            if layer.bias is not kept[layer][1]:
+                layer.bias = kept[layer][1]
 
 
 @torch.no_grad()

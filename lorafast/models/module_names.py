@@ -9,9 +9,11 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.expert_parameter import CONTAINER
 
-# Name parts that torch.compile, checkpoint wrappers and FSDP add.
-_WRAPPER_PARTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# Name parts that torch.compile, checkpoint wrappers and FSDP add, and that of the child with
+# experts' adapters: an adapter there has the name of its Parameter.
+_WRAPPER_PARTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", CONTAINER)
 # The longest name that an error message shows in full.
 _MAX_SHOWN_LENGTH = 200
 

@@ -60,6 +60,7 @@ _TRAINING_FIELDS = ("velora_config",)
 # Fields of an AdaptSpec that a config has under the same name.
 _SPEC_FIELDS = (
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "rank_pattern",
     "alpha_pattern",
@@ -78,26 +79,29 @@ def is_peft_config(adapter: object) -> bool:
 def complete_config(config: Any, model: nn.Module) -> dict[str, Any]:
     """Return a PEFT config as a dict, with what PEFT fills in from the model.
 
-    That is target_modules, if None, and the heads that a task trains. ValueError if it means fused
-    experts.
+    That is target_modules, if None, the experts that they mean, and the heads that a task trains.
+    ValueError if they mean routers.
     """
-    fused_experts.refuse_in_config(config, model)
+    config = fused_experts.converted(config, model)
     values = {key: getattr(value, "value", value) for key, value in config.to_dict().items()}
     if values.get("use_lamda"):
         values["peft_type"] = LAMDA
     if values.get("target_modules") is None:
-        values["target_modules"] = _default_targets(values["peft_type"], model)
+        has_parameters = bool(values.get("target_parameters"))
+        values["target_modules"] = _default_targets(values["peft_type"], model, has_parameters)
     saved, task_type = values.get("modules_to_save") or (), values.get("task_type")
     values["modules_to_save"] = list(task_heads.add_heads(model, task_type, saved))
     return values
 
 
-def _default_targets(peft_type: str, model: nn.Module) -> Any:
+def _default_targets(peft_type: str, model: nn.Module, has_parameters: bool) -> Any:
     from peft.utils import constants
 
     method = peft_type if peft_type in ("VERA", "ADALORA") else "LORA"
     table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING")
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in table and has_parameters:
+        return ()
     if model_type not in table:
         raise ValueError(
             f"target_modules is None, and PEFT has no default for a model of type {model_type!r}: "
@@ -161,8 +165,12 @@ def _take_spec_fields(fields: dict[str, Any]) -> dict[str, Any]:
             arguments[key] = [arguments[key]]
     if arguments.get("bias") == "vera_only":
         arguments["bias"] = "lora_only"
-    if isinstance(arguments.get("target_modules"), set):
-        arguments["target_modules"] = sorted(arguments["target_modules"])
+    for key in ("target_modules", "target_parameters"):
+        if isinstance(arguments.get(key), set):
+            arguments[key] = sorted(arguments[key])
+    if arguments.get("target_parameters"):
+        # None means no layers beside them: where PEFT has a default, it writes that.
+        arguments.setdefault("target_modules", ())
     return arguments
 
 
@@ -173,8 +181,7 @@ def _refuse_unknown_fields(fields: dict[str, Any], loading: bool) -> None:
     unknown = sorted(key for key, value in fields.items() if value and key not in harmless)
     if unknown:
         shown = ", ".join(f"{key}={fields[key]!r}" for key in unknown)
-        no_layers = f", {fused_experts.NO_LAYERS}" if "target_parameters" in unknown else ""
-        raise ValueError(f"{shown}: lorafast has no such thing{no_layers}")
+        raise ValueError(f"{shown}: lorafast has no such thing")
 
 
 class _Fields:

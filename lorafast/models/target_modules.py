@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lorafast.models import expressions
+from lorafast.models import expert_targets, experts_forward, expressions
 from lorafast.models.adapt_spec import ALL_LINEAR, AdaptSpec
 from lorafast.models.module_names import canonical_name, endings, similar_names
 from lorafast.models.replaceable import (
@@ -19,6 +19,7 @@ from lorafast.models.replaceable import (
 )
 from lorafast.nn import embedding, linear
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.expert_parameter import ExpertParameter, ParameterExperts
 from lorafast.nn.quantised_linear import QuantisedLinear, why_not_quantised
 from lorafast.quantised import formats
 from lorafast.runtime.torch_internals import storage_key
@@ -46,30 +47,38 @@ def find_targets(model: nn.Module, spec: AdaptSpec) -> Targets:
             f"model is itself a {type(model).__name__} and cannot be replaced in place: "
             f"lorafast.{maker}(model, adapter)"
         )
-    # Linears that a quantiser made other modules of are refused below, and never passed over.
-    names = _quantised_names(model, spec) or select_names(model, spec)
-    if not names.difference(uncalled := uncalled_linears(model, spec, names)):
-        raise ValueError(
-            f"target_modules='all-linear' matches {uncalled[0]} and the like alone, whose weight "
-            "is read and which are never called: an adapter there would have no effect"
-        )
-    names -= set(uncalled)
+    names = _called_names(model, spec) if spec.target_modules else set()
     for name, module in modules:
         if name not in names:
             continue
         why = why_not_replaceable(model, name, module, layer_class_for(module)[1])
         # A file may hold such adapters, of PEFT for example, where they have no effect either.
         if why := why or (None if spec.untrusted else why_not_called(model, name)):
+            if experts_forward.why_not_experts(module) is None:
+                why += "; name its weights in target_parameters"
             raise TypeError(f"target_modules={spec.target_modules!r} matches {name}, which {why}")
     selected = {module for name, module in modules if name in names}
     targets: Targets = {}
     for name, module in modules:
         if module in selected:
             targets.setdefault(module, []).append(name)
-    _refuse_unused_patterns(spec, [names[0] for names in targets.values()])
+    targets.update(expert_targets.find_expert_targets(model, spec).items())
+    _refuse_unused_patterns(spec, [canonical_name(names[0]) for names in targets.values()])
     if spec.keep_ties:
         _refuse_tied(model, targets)
     return targets
+
+
+def _called_names(model: nn.Module, spec: AdaptSpec) -> set[str]:
+    """Return the names of the modules that a spec's target_modules select for adapters."""
+    # Linears that a quantiser made other modules of are refused later, and never passed over.
+    names = _quantised_names(model, spec) or select_names(model, spec)
+    if not names.difference(uncalled := uncalled_linears(model, spec, names)):
+        raise ValueError(
+            f"target_modules='all-linear' matches {uncalled[0]} and the like alone, whose weight "
+            "is read and which are never called: an adapter there would have no effect"
+        )
+    return names.difference(uncalled)
 
 
 def select_names(model: nn.Module, spec: AdaptSpec) -> set[str]:
@@ -132,6 +141,8 @@ def _quantised_names(model: nn.Module, spec: AdaptSpec) -> set[str]:
 
 def layer_class_for(module: nn.Module) -> tuple[type[AdapterLayer] | None, str | None]:
     """Return the class of adapted layer for a module, and why it cannot replace it, or None."""
+    if isinstance(module, ExpertParameter):
+        return ParameterExperts, None
     if formats.of(module) is not None:
         return QuantisedLinear, why_not_quantised(module)
     if isinstance(module, nn.Embedding):

@@ -33,9 +33,9 @@ class AdapterState(FrozenColumns, ResidualStart):
         """Start the adapter anew from the base weight."""
         raise NotImplementedError
 
-    def _weight_key(self, prefix: str) -> str | None:
-        """Return the key of the base weight in a state dict, or None if none starts the adapter."""
-        return f"{prefix}weight"
+    def _has_weight(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Return True if the state dict has the base weight, from which an adapter starts."""
+        return f"{prefix}weight" in state_dict
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self._merged is not None:
@@ -54,7 +54,7 @@ class AdapterState(FrozenColumns, ResidualStart):
         # A parametrized factor is no parameter of this module any more, and loads by its own name.
         names = [name for name in NAMES if self._parameters.get(name) is not None]
         given = [name for name in names if prefix + name in state_dict]
-        has_weight = self._weight_key(prefix) in state_dict
+        has_weight = self._has_weight(state_dict, prefix)
         arguments = (state_dict, prefix, metadata, strict)
         if self._merged is not None:
             errors.append(f"{prefix}weight: the layer is merged; unmerge() before loading")

@@ -170,6 +170,11 @@ class Experts(AdapterLinearBase, StackedLinear):
             x, groups, tensors._replace(scale=None), options, detach_norm=adapter.detach_norm
         )
 
+    @property
+    def runs_as_base(self) -> bool:
+        """True if the layer computes what its weight and bias alone do: merged, or disabled."""
+        return (self._merged is not None or self.disabled) and self._removed_delta is None
+
     def _base_rows(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
         """Return the output of the merged or disabled layer."""
         if self._removed_delta is None:

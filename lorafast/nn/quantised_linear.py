@@ -61,8 +61,9 @@ class QuantisedLinear(AdapterLinearBase):
         )
         return functional.by_quantised(input, self.quantised, tensors, options)
 
-    def _weight_key(self, prefix: str) -> None:
-        """Return None: the weight's keys are base_layer's, and none of them starts the adapter."""
+    def _has_weight(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Return False: the weight's keys are base_layer's, and none of them starts the adapter."""
+        return False
 
     def _attach(
         self, adapter: Adapter | None, adapter_dtype: torch.dtype | None, start: bool = True

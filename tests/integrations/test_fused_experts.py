@@ -86,12 +86,10 @@ def test_a_file_warns_where_peft_reads_it_differently(make, options, same, tmp_p
 
 
 @pytest.mark.parametrize("make", [deepseek, mixtral])
-def test_a_file_of_pefts_experts_is_refused_in_words(make, tmp_path):
+def test_a_file_of_pefts_routers_is_refused_in_words(make, tmp_path):
     config = peft.LoraConfig(r=4, target_modules="all-linear")
     tiny_transformers.peft_adapted(make(), config).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"target_parameters=\[.*fused experts and routers, no lay"
-    ):
+    with pytest.raises(TypeError, match=r"mlp\.gate\.weight, which belongs to a module that is a "):
         lorafast.load_adapter(make(), tmp_path)
 
 
@@ -99,18 +97,35 @@ def test_a_file_of_pefts_experts_is_refused_in_words(make, tmp_path):
     ("make", "targets"),
     [
         (deepseek, "all-linear"),
-        (deepseek, ["q_b_proj", "down_proj"]),
         (mixtral, "all-linear"),
-        (mixtral, ["q_proj", "w1", "w2", "w3"]),
         (mixtral, r".*\.(q_proj|gate)"),
     ],
 )
-def test_a_config_that_means_experts_is_refused(make, targets):
+def test_a_config_that_means_routers_is_refused(make, targets):
     config = peft.LoraConfig(r=4, target_modules=targets)
     with pytest.raises(
-        ValueError, match=r"in PEFT they mean target_parameters=\['.* fused experts"
+        ValueError, match=r"in PEFT they mean target_parameters=\[.*Router, whose forward does not"
     ):
         lorafast.adapt(make(), config)
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [(deepseek, ["q_b_proj", "down_proj"]), (mixtral, ["q_proj", "w1", "w2", "w3"])],
+)
+def test_a_config_that_means_experts_is_taken(make, targets, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=targets)
+    model = tiny_transformers.perturb(lorafast.adapt(make(), config))
+    theirs = tiny_transformers.peft_adapted(make(), config)
+    assert lorafast.trainable_summary(model).trainable == sum(
+        parameter.numel() for parameter in theirs.parameters() if parameter.requires_grad
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lorafast.save_adapter(model, tmp_path / "own")
+    assert difference(loaded_by_peft(make(), tmp_path / "own"), model) < 5e-6
+    assert difference(lorafast.load_adapter(make(), tmp_path / "theirs"), theirs) < 5e-6
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.layers\.1\..*\.(q|v)_proj"])
