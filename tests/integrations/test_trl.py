@@ -8,6 +8,7 @@ from helpers.trainer_runs import IDS, logits
 
 import lorafast
 from lorafast import DoRA, LaMDA, LoRA, PiSSA, VeRA
+from lorafast.integrations import AccelerateCallback
 from lorafast.integrations.trainer import AdapterCheckpoint, ScheduleCallback
 from lorafast.schedule import LaMDAFreeze
 
@@ -61,6 +62,23 @@ def test_sft_trains_as_it_does_peft_models(tmp_path):
     assert want[-1] < want[0]
     for run in runs[1:]:
         torch.testing.assert_close(logged(run), want)
+
+
+def test_a_callback_accelerates_the_model_that_the_trainer_makes(tmp_path):
+    runs = []
+    for callbacks in ([], [AccelerateCallback()]):
+        torch.manual_seed(0)
+        runs.append(
+            trl_runs.sft(
+                trl_runs.model(), tmp_path, SGD, peft_config=peft_config(), callbacks=callbacks
+            )
+        )
+    assert len(callbacks[0].report.taken) == 14
+    assert not callbacks[0].report.left
+    for run in runs:
+        torch.manual_seed(0)
+        run.train()
+    torch.testing.assert_close(logged(runs[1]), logged(runs[0]))
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=repr)
