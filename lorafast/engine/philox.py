@@ -65,7 +65,7 @@ def keep_mask(seed: torch.Tensor, p: float, rows: slice, K: int) -> torch.Tensor
     keys = _round_keys(seed)
     # As signed numbers, halves with their top bit flipped are in the order of the unsigned ones.
     limit = threshold(p) - STEPS // 2
-    step = max(1, (CPU_CALLS if seed.device.type == "cpu" else CALLS) // groups)
+    step = _rows_at_once(seed, groups)
     for start in range(rows.start, rows.stop, step):
         stop = min(start + step, rows.stop)
         halves = _flipped_words(keys, start * groups, stop * groups).view(torch.int16)
@@ -98,29 +98,36 @@ def _flipped_words(keys: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 def _piece(keys: torch.Tensor, start: int, count: int) -> torch.Tensor:
     """_flipped_words of counters that differ in their low word alone."""
-    device = keys.device
+    low = torch.arange(start & _LOW, (start & _LOW) + count, device=keys.device)
+    return _rounds(keys, low, start >> 32)
+
+
+def _rounds(keys: torch.Tensor, low_words: torch.Tensor, high: int | torch.Tensor) -> torch.Tensor:
+    """_flipped_words of counters with these low words, int64 [n], and high ones, or one for all."""
+    count, device = low_words.shape[0], keys.device
     # c0 and c2 are int64 with a high half of 0, so that one multiplication gives both words of a
     # product. Those are read in place, as int32: on every device of torch the low word comes first.
     c = torch.zeros(2, count, dtype=torch.int64, device=device)
     c_words = c.view(torch.int32)
     c_low = c_words.view(2, count, 2)[..., 0]
-    torch.arange(start & _LOW, (start & _LOW) + count, out=c[0])
+    c[0] = low_words
     # The products of a round and of the one before it: from c2, from c0.
     products = torch.empty(2, 2, count, dtype=torch.int64, device=device)
     words = products.view(torch.int32).view(2, 2, count, 2)
     # c1 of the first round is the counters' high word, and c3 is 0.
-    before = torch.zeros(2, 1, dtype=torch.int32, device=device)
-    before[0] = start >> 32
+    wide = count if isinstance(high, torch.Tensor) else 1
+    before = torch.zeros(2, wide, dtype=torch.int32, device=device)
+    before[0] = high
     for i, key in enumerate(keys):
-        low, high = words[i % 2].unbind(-1)
+        low, top = words[i % 2].unbind(-1)
         torch.mul(c[1], _MULTIPLY[1], out=products[i % 2, 0])
         torch.mul(c[0], _MULTIPLY[0], out=products[i % 2, 1])
         if i < len(keys) - 1:
-            torch.bitwise_xor(high, before, out=c_low).bitwise_xor_(key)
+            torch.bitwise_xor(top, before, out=c_low).bitwise_xor_(key)
             before = low
     # c has been read for the last time.
     result = c_words.view(count, 4)
-    torch.bitwise_xor(high, before, out=result[:, :2].t()).bitwise_xor_(keys[-1] ^ _TOP_BITS)
+    torch.bitwise_xor(top, before, out=result[:, :2].t()).bitwise_xor_(keys[-1] ^ _TOP_BITS)
     torch.bitwise_xor(low, _TOP_BITS, out=result[:, 2:].t())
     return result
 
@@ -155,9 +162,25 @@ def words(seed: torch.Tensor, counter: torch.Tensor) -> tuple[torch.Tensor, ...]
 
 def keep_mask_of_rows(seed: torch.Tensor, p: float, rows: torch.Tensor, K: int) -> torch.Tensor:
     """The mask of kept elements, bool [S,K], for rows with any indices, int64 [S]."""
-    groups = -(-K // GROUP)
+    groups, S = -(-K // GROUP), rows.shape[0]
     group = torch.arange(groups, dtype=torch.int64, device=seed.device)
-    return _mask_of_counters(seed, p, (rows[:, None] * groups + group).view(-1), K)
+    if _is_traced(seed):
+        return _mask_of_counters(seed, p, (rows[:, None] * groups + group).view(-1), K)
+    mask = torch.empty(S, K, dtype=torch.bool, device=seed.device)
+    if not mask.numel():
+        return mask
+    keys, limit, step = _round_keys(seed), threshold(p) - STEPS // 2, _rows_at_once(seed, groups)
+    for start in range(0, S, step):
+        counter = (rows[start : start + step, None] * groups + group).view(-1)
+        halves = _rounds(keys, counter & _LOW, counter >> 32).view(torch.int16)
+        halves = halves.view(-1, groups * GROUP)[:, :K]
+        torch.ge(halves, limit, out=mask[start : start + step])
+    return mask
+
+
+def _rows_at_once(seed: torch.Tensor, groups: int) -> int:
+    """The rows of so many calls each whose words are computed at once."""
+    return max(1, (CPU_CALLS if seed.device.type == "cpu" else CALLS) // groups)
 
 
 def _traced_mask(seed: torch.Tensor, p: float, rows: slice, K: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Layers of experts: errors, saved tensors, masks, gradients of zero, and the ops torch sees."""
 
+import collections
 import itertools
 
 import pytest
@@ -9,8 +10,10 @@ from helpers.rotations import thinned
 
 import lorafast
 from lorafast import testing
-from lorafast.engine.grouped import torch_product
+from lorafast.engine import formula
+from lorafast.engine.grouped import device, routes, torch_product
 from lorafast.engine.grouped.groups import Groups
+from lorafast.engine.problem import CallOptions, GradMask, LayerTensors
 from lorafast.testing import FORMS, Case, ExpertsCase
 
 BY_NAME = {form.name: form for form in FORMS if form.axis == "out"}
@@ -352,3 +355,43 @@ def test_where_torchs_grouped_product_refuses():
             expected = torch.cat((x[:5] @ weight[0], x[5:] @ weight[2]))
             found = torch_product.product(groups, x, weight)
             torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+ON_DEVICES = [
+    (form, dtype, (0.0, 0.3)[i % 2], i % 3 > 0, R)
+    for i, (form, dtype, R) in enumerate(itertools.product(BY_NAME, DTYPES, (6, 8)))
+]
+
+
+@pytest.mark.parametrize(("form", "dtype", "p", "bias", "rank"), thinned(ON_DEVICES, 3))
+def test_errors_of_what_serves_on_devices(form, dtype, p, bias, rank, monkeypatch):
+    monkeypatch.setenv("LORAFAST_BACKEND", "eager")
+    monkeypatch.setitem(routes._MODULES, "eager", device)
+    case = ExpertsCase(Case(BY_NAME[form], 0, N, K, rank, dtype, p, bias), COUNTS)
+    if not case.case.works:
+        pytest.skip("keep='output' and a mask on the base term exclude each other")
+    found = errors(case)
+    assert max(found.values()) <= 2, found
+
+
+@pytest.mark.parametrize("shared", ["", "A", "B"])
+@pytest.mark.parametrize("form", ["lora", "dora-inner", "dora-recompute", "vera", "lamda", "dvora"])
+def test_on_devices_the_host_reads_no_number(form, shared):
+    """Meta tensors have none: reading one raises."""
+    case = ExpertsCase(Case(BY_NAME[form], 0, N, K, 8, torch.bfloat16, 0.3), COUNTS, shared)
+    made = testing.make_experts(case)
+    made = {name: t if t is None else t.to("meta") for name, t in made.items()}
+    tensors = LayerTensors(**{name: made[name] for name in LayerTensors._fields if name in made})
+    keep = case.case.form.keep if tensors.magnitude is not None else "none"
+    if tensors.magnitude is not None:
+        tensors = tensors._replace(norm=torch.empty(len(COUNTS), N, device="meta"))
+    options = CallOptions(1.7, 0.3, keep=keep)
+    groups = Groups(case.offsets.to("meta"), case.rows.to("meta"))
+    bound = collections.defaultdict(lambda: routes._OfGroups(device, groups))
+    y, h, z = formula.forward(made["x"], tensors, options, bound)
+    needs = GradMask(*(made.get(name) is not None for name in GradMask._fields))
+    kept = z if keep == "inner" else y
+    grads = formula.backward(made["dy"], made["x"], h, kept, tensors, options, needs, bound)
+    for name, grad in zip(GradMask._fields, grads, strict=True):
+        assert (grad is None) == (made.get(name) is None)
+        assert grad is None or grad.shape == made[name].shape

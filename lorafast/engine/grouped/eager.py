@@ -33,9 +33,14 @@ def apply_core(groups: Groups, h: torch.Tensor, core: torch.Tensor | None) -> to
         return h
     if core.dim() == 2:
         return h * groups.of_rows(core, h.shape[0]).to(h.dtype)
-    out = torch.empty_like(h)
+    return products(groups, h, core.to(h.dtype).transpose(1, 2))
+
+
+def products(groups: Groups, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return row i of a [S,P] times the matrix of its expert in b [E,P,Q], for all i.  -> [S,Q]"""
+    out = a.new_empty(a.shape[0], b.shape[2])
     for e, rows in groups.slices():
-        torch.mm(h[rows], core[e].to(h.dtype).t(), out=out[rows])
+        torch.mm(a[rows], b[e], out=out[rows])
     return out
 
 

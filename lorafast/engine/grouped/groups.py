@@ -50,11 +50,14 @@ class Groups(NamedTuple):
             words = bounds if len(bounds) <= 9 else tuple(self.offsets.shape)
             raise ValueError(f"offsets {words} must rise from 0 to the {S} rows of x")
 
-    def of_rows(self, per_expert: torch.Tensor, count: int) -> torch.Tensor:
-        """Return per_expert [E,...] with an entry for each of the `count` rows, [S,...]."""
-        device = self.offsets.device
-        index = torch.arange(count, dtype=self.offsets.dtype, device=device)
-        return per_expert[torch.bucketize(index, self.ends, right=True)]
+    def of_all_rows(self, S: int) -> torch.Tensor:
+        """Return the expert of each of the S rows, int64 [S]."""
+        index = torch.arange(S, dtype=self.offsets.dtype, device=self.offsets.device)
+        return torch.bucketize(index, self.ends, right=True)
+
+    def of_rows(self, per_expert: torch.Tensor, S: int) -> torch.Tensor:
+        """Return per_expert [E,...] with an entry for each of the S rows, [S,...]."""
+        return per_expert[self.of_all_rows(S)]
 
     def keep_mask(self, seed: torch.Tensor, p: float, rows: slice, K: int) -> torch.Tensor:
         """Return the mask of kept elements, bool [rows,K], of these of the sorted rows."""

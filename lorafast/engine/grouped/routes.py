@@ -11,12 +11,14 @@ import torch
 
 from lorafast.engine import dispatch
 from lorafast.engine.dispatch import Routes
-from lorafast.engine.grouped import cpu, eager
+from lorafast.engine.grouped import cpu, device, eager
 from lorafast.engine.grouped.groups import Groups
 from lorafast.engine.problem import CallOptions, LayerTensors, Problem
 from lorafast.runtime import devices, env
 
 _MODULES: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}
+# What computes `eager` where the host would have to wait for the offsets.
+_EAGER_ON_DEVICES: ModuleType = device
 
 
 class _OfGroups:
@@ -38,8 +40,11 @@ def of(x: torch.Tensor, tensors: LayerTensors, options: CallOptions, groups: Gro
     if backend == "none":
         (asked, reasons), *_ = refusals.items()
         raise RuntimeError(f"{env.BACKEND.name}={asked} cannot serve experts: {'; '.join(reasons)}")
-    module = _OfGroups(_MODULES[backend], groups)
-    return cast(Routes, defaultdict(lambda: module))
+    module = _MODULES[backend]
+    if backend == "eager" and not x.is_cpu:
+        module = _EAGER_ON_DEVICES
+    bound = _OfGroups(module, groups)
+    return cast(Routes, defaultdict(lambda: bound))
 
 
 def problem_of(x: torch.Tensor, tensors: LayerTensors, options: CallOptions) -> Problem:

@@ -1,4 +1,4 @@
-"""torch's grouped product, and where it refuses."""
+"""torch's grouped products, and where they refuse."""
 
 from __future__ import annotations
 
@@ -8,25 +8,30 @@ import torch.nn.functional as F
 from lorafast.engine.grouped.groups import Groups
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# It reads whole vectors of so many bytes.
+# They read whole vectors of so many bytes.
 _ALIGNMENT = 16
 
 
 def why_not(a: torch.Tensor, b: torch.Tensor) -> str:
-    """Why torch cannot multiply rows a [S,P] by their experts' b [E,P,Q]; "" if it can."""
+    """Why torch multiplies neither a [S,P] by b [E,P,Q] nor aᵀ by b [S,Q], in words; else ""."""
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no grouped product"
     if a.dtype not in _DTYPES or a.dtype != b.dtype:
         return f"torch's grouped product takes no {a.dtype} with {b.dtype}"
-    for name, operand in (("rows", a), ("factors", b)):
+    for operand in (a, b):
         *_, along, across = operand.stride()
         wide = across if along == 1 else along
         if 1 not in (along, across) or wide * operand.element_size() % _ALIGNMENT:
             shape, strides = tuple(operand.shape), operand.stride()
-            return f"torch's grouped product takes no {name} {shape} with strides {strides}"
+            return f"torch's grouped product takes no {shape} with strides {strides}"
     return ""
 
 
 def product(groups: Groups, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return row i of a [S,P] times the matrix of its expert in b [E,P,Q], for all i.  -> [S,Q]"""
     return F.grouped_mm(a, b, offs=groups.ends)
+
+
+def transposed_product(groups: Groups, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return aᵀb over each expert's rows.  a [S,P], b [S,Q] -> [E,P,Q]"""
+    return F.grouped_mm(a.t(), b, offs=groups.ends)
