@@ -132,6 +132,11 @@ def test_masks_depend_on_the_row_before_sorting_alone(name, monkeypatch):
     torch.testing.assert_close(y_moved, y[rows], rtol=1e-5, atol=1e-5)
     other = lorafast.grouped_linear(t["x"], case.offsets, *(t[key] for key in names), **options)
     assert not torch.allclose(other, y, rtol=1e-2, atol=1e-2)
+    places = torch.arange(case.S)
+    same = lorafast.grouped_linear(
+        t["x"], case.offsets, *(t[key] for key in names), rows=places, **options
+    )
+    assert torch.equal(same, other)
 
 
 @pytest.mark.parametrize("form", ["lora", "dora-recompute", "vera"])
