@@ -14,8 +14,8 @@ PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 .PHONY: bench test quick test-slow test-python-path coverage lint types imports docs readme-table mutants micro
 .PHONY: build sanitize conformance dist env clean
 
-# One layer, a real encoder, a few tokens at a time, text generation; then one page of all. A wrong
-# row stops it.
+# One layer, a real encoder, a few tokens at a time, text generation, the memory of a larger model;
+# then one page of all. A wrong row stops it.
 bench: env
 	$(BIN)/lorafast-bench linear --seconds 5 --warmup 1 --json $(RESULTS)/linear.json
 	$(BIN)/lorafast-bench model --seconds 5 --warmup 1 --json $(RESULTS)/model.json
@@ -24,8 +24,10 @@ bench: env
 		--json $(RESULTS)/few-tokens.json
 	$(BIN)/lorafast-bench generate --methods lora --seconds 10 --warmup 1 \
 		--json $(RESULTS)/generate.json
+	$(BIN)/lorafast-bench estimate --model llama3.2-1b --methods lora,dora --batch-sizes 1,8 \
+		--checkpointing off --json $(RESULTS)/estimate.json
 	$(BIN)/lorafast-bench report --html $(RESULTS)/report.html \
-		$(patsubst %,$(RESULTS)/%.json,linear model few-tokens generate)
+		$(patsubst %,$(RESULTS)/%.json,linear model few-tokens generate estimate)
 
 # Everything but the slow tests, in at most 8 minutes on two cores.
 test: env

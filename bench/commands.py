@@ -10,15 +10,18 @@ from collections.abc import Iterator
 
 import torch
 
-from lorafast.bench import machine, output, trial
-from lorafast.bench.cases import experts, generate, implementations, linear, model
+from lorafast.bench import machine, options, output, trial
+from lorafast.bench.cases import estimate, experts, generate, implementations, linear, model
 from lorafast.bench.cases.candidate import Problem
+from lorafast.bench.cases.cards import CPU
+from lorafast.bench.cases.choices import EXPERIMENTS
 from lorafast.bench.cases.generate_task import Size
 from lorafast.bench.errors import BenchError
 from lorafast.bench.options import STDOUT
 from lorafast.bench.report import html_report, plots, tables
 from lorafast.bench.report.progress import Progress
 from lorafast.bench.report.record import Record, Results
+from lorafast.checkpoint import serving
 from lorafast.engine import checks
 from lorafast.runtime import extras
 from lorafast.testing import SHORT
@@ -134,6 +137,40 @@ def _experts(asked: argparse.Namespace, arguments: list[str]) -> int:
         return _collect(experts.run(plan, progress), asked, device, arguments, progress)
 
 
+def _estimate(asked: argparse.Namespace, arguments: list[str]) -> int:
+    if asked.experiment:
+        # What the user says beside the experiment's name comes later, and counts.
+        words = [*EXPERIMENTS[asked.experiment], *arguments[1:]]
+        asked = options.parse(["estimate", *words])
+    output.check_files(asked.json, asked.html)
+    if asked.measure and asked.device != CPU:
+        raise BenchError(f"--measure: what is taken on this machine is compared on --device {CPU}")
+    name, preset = asked.model
+    plan = estimate.Plan(
+        name=name,
+        preset=preset,
+        impls=asked.impl,
+        methods=asked.methods,
+        batch_sizes=asked.batch_sizes,
+        seq=asked.seq,
+        target=asked.target_seq or asked.seq,
+        card=asked.device,
+        dtype=_DTYPES[asked.dtype],
+        R=asked.rank,
+        dropout=asked.dropout,
+        checkpointing=tuple(word == "on" for word in asked.checkpointing),
+        base_formats=asked.base,
+        reserve=int(asked.reserve * (1 << 30)),
+        measure=asked.measure,
+    )
+    if preset.targets:
+        output.complain(f"{name}: adapters on {preset.layers}; experts are frozen", style=None)
+    device, facts = torch.device("cpu"), {"device_name": estimate.NO_DEVICE}
+    with Progress(estimate.progress_total(plan)) as progress:
+        groups = estimate.run(plan, progress)
+        return _collect(groups, asked, device, arguments, progress, facts)
+
+
 def _tune(asked: argparse.Namespace, arguments: list[str]) -> int:
     device, dtype = _prepare(asked)
     try:
@@ -188,8 +225,29 @@ def _report(asked: argparse.Namespace, _: list[str]) -> int:
         output.make_folder("--plots", asked.plots)
         for name, figure in plots.figures(results).items():
             (asked.plots / f"{name}.svg").write_text(plots.svg(figure))
-    tables.show(tables.tables(results), output.tables_console())
+    tables.show(tables.tables(results), output.tables_console(), tables.legend(results))
     return _verdict([record for one in results for record in one.records])
+
+
+def _check(asked: argparse.Namespace, _: list[str]) -> int:
+    output.check_files(asked.json, None)
+    try:
+        found = serving.check(asked.folder, asked.engines)
+    except (ValueError, OSError) as error:
+        raise BenchError(str(error)) from error
+    text = json.dumps({"findings": [one._asdict() for one in found]}, indent=1) + "\n"
+    if asked.json == STDOUT:
+        output.print_json(text)
+    elif asked.json:
+        asked.json.write_text(text)
+    console = output.tables_console(asked.json)
+    for engine in asked.engines:
+        own = [one for one in found if one.engine == engine]
+        lines = [f"{one.verdict}: {one.what}. {one.remedy}" for one in own]
+        known = "nothing known is refused or misread"
+        said = "\n".join(f"  {line}" for line in lines or [known])
+        console.print(f"{engine}\n{said}", markup=False, soft_wrap=True)
+    return WRONG if any(one.verdict != serving.UNSURE for one in found) else RIGHT
 
 
 def _env(asked: argparse.Namespace, arguments: list[str]) -> int:
@@ -234,9 +292,11 @@ def _collect(
     device: torch.device,
     arguments: list[str],
     progress: Progress,
+    more_facts: dict | None = None,
 ) -> int:
     """Collect, write and show the rows; an interruption keeps those that are finished."""
-    results = Results(machine.environment(device, output.command_line(arguments)), [])
+    facts = machine.environment(device, output.command_line(arguments))
+    results = Results(facts | (more_facts or {}), [])
     interrupted, unwritten = False, []
     file = None if asked.json == STDOUT else asked.json
     try:
@@ -254,7 +314,8 @@ def _collect(
         unwritten += output.write("--html", asked.html, lambda path: path.write_text(page))
     if asked.json == STDOUT:
         output.print_json(results.text())
-    tables.show(tables.tables([results]), output.tables_console(asked.json))
+    console = output.tables_console(asked.json)
+    tables.show(tables.tables([results]), console, tables.legend([results]))
     for complaint in unwritten:
         output.complain(complaint)
     if interrupted:
@@ -276,8 +337,10 @@ _COMMANDS = {
     "model": _model,
     "generate": _generate,
     "experts": _experts,
+    "estimate": _estimate,
     "tune": _tune,
     "trial": _trial,
     "report": _report,
+    "check": _check,
     "env": _env,
 }

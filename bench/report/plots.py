@@ -25,10 +25,15 @@ STYLE = {
     "merged": ("#7b5ea7", "*"),
     "peft-bf16": ("#58a4b0", "v"),
 }
+# The colours and markers of methods in one panel, full fine-tuning first.
+_METHOD_STYLES = (
+    *(("#6b7280", "s"), ("#2e6f95", "^"), ("#58a4b0", "v"), ("#7b5ea7", "*"), ("#6a994e", "X")),
+    *(("#e9a23b", "P"), ("#d1495b", "D")),
+)
 # A compiled implementation has the same colour, dashed.
 _DASHED = (0, (4, 2))
 _WIDTH, _HEIGHT = 3.9, 3.0
-_MIB = 1 << 20
+_MIB, _GIB = 1 << 20, 1 << 30
 
 # A value with the ends of its interval.
 Value = Callable[[Record], tuple[float, float, float] | None]
@@ -51,6 +56,9 @@ def figures(results: Iterable[Results]) -> dict[str, Figure]:
         r = rows[0]
         for name, figure in _drawn(r.bench, rows).items():
             title = f"{subject}, {_batch(r)}R={r.R}, {r.dtype} on {where[file]}"
+            if r.bench == "estimate":
+                checkpointing = ", checkpointing" if r.checkpointing else ""
+                title = f"{subject}, {_batch(r)}R={r.R}, {r.dtype}{checkpointing}: estimated"
             figure.suptitle(title, fontsize=11)
             stem = f"{subject.replace('→', 'x').replace(' ', '-')}-r{r.R}-{r.dtype}-{name}"
             found[_unique(f"{r.run or r.bench}-{stem}", found)] = figure
@@ -70,7 +78,8 @@ def _subject(r: Record) -> str:
 def _kind(r: Record) -> tuple:
     """Return what the rows of one figure have in common."""
     batch_size = r.batch_size if r.bench == "training" else None
-    return r.bench, r.seq, r.R, r.dtype, batch_size, r.run
+    kind = r.bench, r.seq, r.R, r.dtype, batch_size, r.run
+    return (*kind, r.device, r.checkpointing) if r.bench == "estimate" else kind
 
 
 def _drawn(bench: str, rows: list[Record]) -> dict[str, Figure]:
@@ -78,6 +87,9 @@ def _drawn(bench: str, rows: list[Record]) -> dict[str, Figure]:
         return {"loss": _losses(rows)}
     if bench in ("generate", "experts"):
         return {}  # the rows have one size, which a table shows better
+    if bench == "estimate":
+        axis = "memory of a training step, GiB"
+        return {"memory": _grid(rows, axis, _total, "batch size", _batch_size)}
     peak = "peak memory of a step, MiB"
     if bench == "step":
         across = "batch size"
@@ -135,6 +147,10 @@ def _peak(r: Record) -> tuple[float, float, float] | None:
     return None if r.peak_bytes is None else (r.peak_bytes / _MIB,) * 3
 
 
+def _total(r: Record) -> tuple[float, float, float] | None:
+    return None if r.total_bytes is None else (r.total_bytes / _GIB,) * 3
+
+
 def _or(value: float | None, other: float) -> float:
     """Return the value, or the other one if there is none: compact files lack percentiles."""
     return other if value is None else value
@@ -173,6 +189,34 @@ def _grid(
         panels[-1][j].set_xlabel(across)
     for line in panels:
         line[0].set_ylabel(axis)
+    return _with_legend(figure)
+
+
+def memory_by_method(rows: list[Record], titles: dict[str, str]) -> Figure:
+    """Return the estimated memory by batch size, with a panel for each implementation.
+
+    Every panel has a curve for each method and the one of full fine-tuning.
+
+    rows: estimates that differ in implementation, method and batch size alone.
+    titles: the implementations of the panels, and what they are called.
+    """
+    methods = _methods(rows)
+    figure = Figure((_WIDTH * len(titles), _HEIGHT + 0.9), layout="constrained")
+    panels = figure.subplots(1, len(titles), squeeze=False, sharey=True)[0]
+    for panel, (impl, title) in zip(panels, titles.items(), strict=True):
+        for index, method in enumerate(("full", *methods)):
+            wanted = ("full", "none") if method == "full" else (impl, method)
+            here = [r for r in rows if (r.impl, r.method) == wanted and r.ok]
+            points = sorted((r.batch_size, r.total_bytes / _GIB) for r in here)
+            if points:
+                color, marker = _METHOD_STYLES[index % len(_METHOD_STYLES)]
+                style = {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1.6}
+                panel.plot(*zip(*points, strict=True), label=method, **style)
+        panel.set_title(title, fontsize=10)
+        _by_powers(panel, rows, _batch_size)
+        panel.set_xlabel("batch size")
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("memory of a training step, GiB")
     return _with_legend(figure)
 
 
@@ -232,6 +276,11 @@ def _curves(panel: Axes, rows: list[Record], value: Value, x: Callable[[Record],
             label=impl,
         )
         panel.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
+    _by_powers(panel, rows, x)
+
+
+def _by_powers(panel: Axes, rows: list[Record], x: Callable[[Record], int]) -> None:
+    """Let the panel have powers of two along its x axis."""
     panel.set_xscale("log", base=2)
     panel.set_xticks(sorted({x(r) for r in rows}))
     panel.xaxis.set_minor_locator(NullLocator())

@@ -13,7 +13,7 @@ from lorafast.runtime import whole_file
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "oom", "wrong", "unsupported", "missing")
-BENCHES = ("linear", "step", "training", "generate", "experts")
+BENCHES = ("linear", "step", "training", "generate", "experts", "estimate")
 TIMES = ("fwd_ms", "bwd_ms", "step_ms", "ratio_to_frozen")
 SPEEDS = (
     *(f"{time}{tail}" for time in TIMES for tail in ("", "_p20", "_p80")),
@@ -26,6 +26,8 @@ SPEEDS = (
 LATER = (
     *("ratio_low", "ratio_high", "floor", "fused_floor", "bandwidth_bytes_per_s", "run"),
     *("frozen_spread", "inference", "base_format", "experts", "top_k", "routing"),
+    *("head_bytes", "total_bytes", "modelled_ms", "largest_batch", "card_bytes"),
+    "measured_peak_bytes",
 )
 # A machine is busy if the frozen step's time scatters more than this: its p80 ÷ its p20.
 MAX_FROZEN_SPREAD = 1.5
@@ -38,8 +40,9 @@ class Record:
     Times are medians over rounds, with their 20th and 80th percentiles. Bytes are exact counts.
 
     bench: "linear" (one layer), "step" (a model's step at one batch size), "training", "generate"
-        (M new tokens after a prompt of seq, whose time is step_ms), or "experts" (one layer of
-        experts, of which each of M tokens gets top_k).
+        (M new tokens after a prompt of seq, whose time is step_ms), "experts" (one layer of
+        experts, of which each of M tokens gets top_k), or "estimate" (a step on tensors without
+        values, whose device is the name of a card).
     ratio_low, ratio_high: the 95 % interval of the median of ratio_to_frozen over rounds.
     frozen_spread: the 80th percentile of the frozen step's time over its 20th, in the same rounds.
     floor, fused_floor: computed lower bounds of ratio_to_frozen: by flops and by bytes at
@@ -53,6 +56,11 @@ class Record:
     inference: the row is a forward in eval mode without gradients, and step_ms its time.
     base_format: how the base's linears hold their weights: "dense", or a format that quantises.
     routing: how the rows are distributed over experts: "balanced", "skewed" or "empty".
+    head_bytes: of an estimate's activations, those of the head and the loss.
+    total_bytes: weights, optimizer's state and peak of an estimate.
+    modelled_ms: the modelled time of an estimate's step; nothing is measured.
+    largest_batch: the most texts whose step fits card_bytes; 0 if not one does.
+    measured_peak_bytes: peak_bytes of the same step taken on this machine.
     run: in a compact file, the key of env["runs"] that names the commit and the command.
     """
 
@@ -121,6 +129,12 @@ class Record:
     experts: int | None = None
     top_k: int | None = None
     routing: str | None = None
+    head_bytes: int | None = None
+    total_bytes: int | None = None
+    modelled_ms: float | None = None
+    largest_batch: int | None = None
+    card_bytes: int | None = None
+    measured_peak_bytes: int | None = None
 
     @property
     def busy(self) -> bool:

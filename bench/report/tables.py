@@ -42,6 +42,8 @@ _LINEAR = ("M", "impl", "method", *_MAIN, "step ms", *_BYTES, *_TIMES, "floor", 
 _EXPERTS = ("experts", "routing", "M", *_LINEAR[1:])
 _STEP = ("batch", "impl", "method", *_MAIN, "step ms", *_BYTES, *_TIMES)
 _GENERATE = ("impl", "method", *_MAIN, "ms", "tokens/s")
+_ESTIMATE = ("batch", "impl", "method", "memory", "largest batch", "modelled ms", "weights")
+_ESTIMATE += ("optimizer state", "step's peak", "measured", "activations", "head", "gradients")
 _LOSSES = ("loss: first 10", "last 10", "held-out accuracy")
 _TRAINED = ("step ms", "lr", "trained params", "optimizer", "optimizer state")
 _TRAINING = ("impl", "method", "× frozen", "peak", "err ratio", *_LOSSES, *_TRAINED)
@@ -72,13 +74,33 @@ LEGEND = (
     "dict, without a schedule's state. (both): DoRA whose dropout applies to the correction of the "
     "base term too, as in PEFT.",
 )
+ESTIMATE_LEGEND = (
+    "estimate: a training step of the model's own code on tensors without values, whose bytes are "
+    "counted. memory: weights + optimizer state + step's peak, gradients included; without the "
+    "allocator's rounding, cuBLAS' workspace and CUDA's context, for which the reserve is. A text "
+    "has no padding. measured: step's peak of the same step taken on this machine.",
+    "On a card: FlashAttention-2 as torch has it, dropout's masks of one byte, AdamW's foreach "
+    "form, lorafast's primitives by Triton's kernels in 16 bits. modelled ms: every operation "
+    "takes the time of its flops or of its bytes at the card's published rates, reduced to what "
+    "large products and copies reach; nothing is measured.",
+    "nf4, fp8: computed from the dense step: the frozen linears' weights in that format (NF4 with "
+    "double quantisation), and one dequantised weight at a time. head: the part of activations "
+    "that the head and the loss make.",
+)
+
+
+def legend(results: Iterable[Results]) -> tuple[str, ...]:
+    """Return the notes that explain the columns of these results."""
+    kinds = {r.bench == "estimate" for one in results for r in one.records}
+    measured = () if kinds == {True} else LEGEND
+    return (*measured, *(ESTIMATE_LEGEND if True in kinds else ()))
 
 
 def tables(results: Iterable[Results]) -> list[Table]:
     """Return a table for each kind of problem of each file, rows in the order of measurement."""
     makers = {
         "linear": _linear, "step": _step, "training": _training, "generate": _generate,
-        "experts": _experts,
+        "experts": _experts, "estimate": _estimate,
     }  # fmt: skip
     found, titles = [], set()
     for one in results:
@@ -88,7 +110,8 @@ def tables(results: Iterable[Results]) -> list[Table]:
         where = one.env.get("device_name", "")
         for kind, rows in kinds.items():
             table = makers[kind[0]](rows)
-            title = f"{table.title}, on {where}"
+            # Nothing of an estimate depends on the machine that computed it.
+            title = table.title if kind[0] == "estimate" else f"{table.title}, on {where}"
             if rows[0].run:
                 title += f" ({rows[0].run})"
             elif title in titles:
@@ -150,6 +173,9 @@ def _kind(r: Record) -> tuple:
         return "linear", r.K, r.N, r.R, r.dtype, r.dropout, r.bias, r.inference, r.run
     if r.bench == "experts":
         return "experts", r.K, r.N, r.R, r.dtype, r.dropout, r.top_k, r.run
+    if r.bench == "estimate":
+        kind = r.bench, r.model_name, r.seq, r.R, r.dtype, r.dropout, r.device, r.checkpointing
+        return *kind, r.base_format, r.run
     size = {"training": r.batch_size, "generate": r.M}.get(r.bench)
     return r.bench, r.model_name, r.seq, r.R, r.dtype, r.dropout, size, r.run
 
@@ -195,6 +221,36 @@ def _generate(rows: list[Record]) -> Table:
     r = rows[0]
     title = f"{r.model} generates {r.M} tokens after {r.seq}, one text, R={r.R}, {r.dtype}"
     return _table(title, _GENERATE, rows, lambda r: {"ms": _milliseconds(r.step_ms)}, lambda r: 0)
+
+
+def _estimate(rows: list[Record]) -> Table:
+    r = rows[0]
+    title = f"estimate of {r.model_name}, {r.seq} tokens a text, R={r.R}, {r.dtype}"
+    if r.dropout:
+        title += f", dropout {r.dropout:g}"
+    title += f", on {r.device}{', checkpointing' if r.checkpointing else ''}"
+    rows = sorted(rows, key=lambda r: r.batch_size)
+    table = _table(title, _ESTIMATE, rows, _estimated, lambda r: r.batch_size)
+    if r.card_bytes:
+        note = f"largest batch: the most texts whose memory is at most {size(r.card_bytes)}"
+        table = table._replace(notes=(note, *table.notes))
+    return table
+
+
+def _estimated(r: Record) -> dict[str, str]:
+    """Return the cells of an estimate that other rows lack."""
+    return {
+        "batch": str(r.batch_size),
+        "memory": size(r.total_bytes) if r.ok else r.status,
+        "largest batch": NOTHING if r.largest_batch is None else str(r.largest_batch),
+        "modelled ms": _milliseconds(r.modelled_ms),
+        "weights": size(r.weight_bytes),
+        "optimizer state": size(r.optimizer_bytes),
+        "step's peak": size(r.peak_bytes),
+        "measured": size(r.measured_peak_bytes),
+        "head": size(r.head_bytes),
+        "gradients": size(r.grad_bytes),
+    }
 
 
 def _learned(r: Record) -> dict[str, str]:

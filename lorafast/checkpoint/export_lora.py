@@ -88,7 +88,7 @@ def _factors(
         A, B = _low_rank_factors(layer)
         if rank is None or rank >= A.shape[0]:
             return A, B, 0.0
-        return _truncate(A, B, rank)
+        return truncate(A, B, rank)
     if rank is None:
         raise ValueError(
             f"{name}: the change {layer.adapter} makes has no low rank: save_adapter(..., "
@@ -104,7 +104,7 @@ def _factors(
     return Vh, U * S, float(error / total) if total else 0.0
 
 
-def _truncate(
+def truncate(
     A: torch.Tensor, B: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return the best factors of BA of a smaller rank, and their relative error.

