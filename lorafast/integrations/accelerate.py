@@ -43,7 +43,8 @@ class Report:
 def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inner") -> Report:
     """Run every PEFT lora.Linear of the model on lorafast's ops, in place, by changing its class.
 
-    It does the same with PEFT's layers on weights that bitsandbytes or torchao quantised.
+    It does the same with PEFT's layers on weights that bitsandbytes or torchao quantised, and with
+    its wrappers of experts' Parameters (target_parameters, docs/experts.md).
 
     Parameters, names, the state dict, the config, hooks and every method except forward stay
     PEFT's. Each call checks whether the ops can serve it, and otherwise runs PEFT's own forward.
@@ -138,14 +139,17 @@ def patch_peft() -> Iterator[None]:
             model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
         print(lorafast.explain(model))
     """
-    linear_class = _peft_linear().Linear
+    peft_linear = _peft_linear()
     layer: Any = importlib.import_module("peft.tuners.lora.layer")
-    before = layer.Linear
-    layer.Linear = linear_class
+    classes = {"Linear": peft_linear.Linear}
+    if hasattr(layer, "ParamWrapper"):
+        classes["ParamWrapper"] = peft_linear.peft_experts.ParamWrapper
+    before = {name: getattr(layer, name) for name in classes}
+    vars(layer).update(classes)
     try:
         yield
     finally:
-        layer.Linear = before
+        vars(layer).update(before)
 
 
 def inspect(model: nn.Module, dropout_on: str, keep: str) -> Report:

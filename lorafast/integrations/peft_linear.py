@@ -18,6 +18,7 @@ from lorafast.engine.problem import tokens
 from lorafast.integrations import (
     peft_calls,
     peft_cost,
+    peft_experts,
     peft_lamda_variant,
     peft_quantised,
     peft_support,
@@ -269,6 +270,8 @@ def convert(model: nn.Module, dropout_on: str, keep: str) -> None:
             module.lorafast_dropout_on, module.lorafast_keep = dropout_on, keep
         elif peft_quantised.is_quantised(module):
             peft_quantised.convert(module, dropout_on, keep)
+        elif peft_experts.is_wrapper(module):
+            peft_experts.convert(module)
         elif type(module) in (PeftLoraModel, LoraModel):
             module.__class__ = LoraModel
             module.lorafast_options = options
@@ -283,6 +286,8 @@ def why_not_convert(
     """
     if peft_quantised.is_quantised(layer):
         return peft_quantised.why_not_layer(layer, dropout_on, keep)
+    if peft_experts.is_wrapper(layer):
+        return peft_experts.why_not_layer(layer)
     if why := peft_support.why_not_layer(layer, (PeftLinear, Linear), dropout_on, keep):
         return why
     names = peft_support.active_adapters(layer)
@@ -327,4 +332,4 @@ def restore(model: nn.Module) -> int:
         if type(module) is LoraModel:
             module.__class__ = PeftLoraModel
             vars(module).pop("lorafast_options", None)
-    return len(restored) + len(quantised)
+    return len(restored) + len(quantised) + peft_experts.restore(model)

@@ -188,7 +188,7 @@ def why_not_adapter(layer: PeftLinear, name: str) -> str | None:
         if why := why_not_skippable(module):
             return f"a part of its adapter {why}"
     weight = layer.base_layer.weight
-    return _why_not_tensors(tensors, weight) or _why_not_scaling(layer.scaling[name], weight)
+    return why_not_tensors(tensors, weight) or why_not_scaling(layer.scaling[name], weight)
 
 
 def _why_not_dora(
@@ -204,7 +204,8 @@ def _why_not_dora(
     return None
 
 
-def _why_not_tensors(tensors: list[torch.Tensor], weight: torch.Tensor) -> str | None:
+def why_not_tensors(tensors: list[torch.Tensor], weight: torch.Tensor) -> str | None:
+    """Return why the ops cannot take these factors beside a weight, or None."""
     device = weight.device
     for tensor in tensors:
         if type(tensor) is not nn.Parameter:
@@ -216,7 +217,8 @@ def _why_not_tensors(tensors: list[torch.Tensor], weight: torch.Tensor) -> str |
     return None
 
 
-def _why_not_scaling(scaling: float | torch.Tensor, weight: torch.Tensor) -> str | None:
+def why_not_scaling(scaling: float | torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Return why the ops cannot take this scaling beside a weight, or None."""
     if isinstance(scaling, torch.Tensor):
         if (
             scaling.numel() != 1

@@ -37,8 +37,9 @@ def warn_about_untargeted(model: nn.Module, targets: Iterable[list[str]]) -> Non
     names = expert_targets.untargeted(names, targets)
     if names:
         warnings.warn(
-            "target_modules='all-linear' adapts nn.Linear and Conv1D, and no 3-D weight, as fused "
-            f"experts have them (name those in target_parameters): {format_names(names)}",
+            "target_modules='all-linear' adapts nn.Linear and Conv1D (target_parameters takes "
+            "experts' weights), and no 3-D weight, as fused experts have them: "
+            f"{format_names(names)}",
             stacklevel=3,
         )
 
