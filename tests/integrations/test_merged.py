@@ -114,6 +114,21 @@ def test_parameters_of_fused_experts():
         assert torch.equal(model(x), want)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_layers_of_experts(transposed):
+    weight = nn.Parameter(torch.randn(3, 8, 6))
+    layer = lorafast.Experts.from_parameter(weight, DoRA(r=2), transposed=transposed)
+    model = tiny_transformers.perturb(nn.Sequential(layer))
+    before = bits(model)
+    folded = copy.deepcopy(layer)
+    folded.merge()
+    with lorafast.merged(model):
+        assert bits(model)[1] == before[1]
+        assert torch.equal(layer.weight, folded.weight)
+        assert not torch.equal(bits(model)[0][0], before[0][0])
+    assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "model_of",
