@@ -57,8 +57,7 @@ def merged(
             meta device or computed from other tensors.
         NotImplementedError: a weight is quantised or sharded, or a layer of PEFT is of a kind whose
             merging replaces tensors.
-        TypeError: model is no module.
-        All of them leave the model as it was.
+        TypeError: model is no module. Every error leaves the model as it was.
 
     Example:
         import torch, lorafast
