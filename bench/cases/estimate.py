@@ -11,7 +11,7 @@ import torch
 
 from lorafast.bench.cases import cards, estimated_model, implementations
 from lorafast.bench.cases.cards import CARDS
-from lorafast.bench.cases.choices import DENSE
+from lorafast.bench.cases.choices import DENSE, ESTIMATED_BASES
 from lorafast.bench.cases.estimated_model import Batch, EstimatedModel
 from lorafast.bench.cases.implementations import Impl
 from lorafast.bench.cases.model_presets import Preset
@@ -122,16 +122,21 @@ def _rows(
     """Return a row for every base format and batch size."""
     rows = []
     for base_format in plan.base_formats:
-        saved = _saved_by(base_format, impl, linears)
+        base = _base(base_format, impl, linears)
         largest = None
-        if saved is not None and (memory := card_memory(plan)):
-            largest = estimate.largest_batch(checkpointing, memory + saved)
+        if base is not None and (memory := card_memory(plan)):
+            room = memory + base.saved - base.workspace
+            largest = estimate.largest_batch(checkpointing, room)
         for size in plan.batch_sizes:
             record = _record(plan, impl, method, size, checkpointing, base_format)
-            if saved is None:
+            if base is None:
                 rows.append(record.fail("unsupported", "a quantised weight does not train"))
                 continue
-            estimate.fill(record, checkpointing, saved)
+            estimate.fill(record, checkpointing, base)
+            record.weight_formats = {
+                name: record.weight_bytes + base.saved - linears["dense"] + linears[name]
+                for name in ESTIMATED_BASES
+            }
             record.largest_batch = largest
             rows.append(record)
     if plan.measure:
@@ -141,16 +146,26 @@ def _rows(
     return rows
 
 
-def _saved_by(base_format: str, impl: Impl, linears: dict[str, int]) -> int | None:
-    """Return the bytes by which a quantised base is smaller than the dense one.
+class _Base(NamedTuple):
+    """What a base format changes: bytes of weights that it saves, of workspace that it needs."""
 
-    One dequantised weight at a time is counted against it. None if the weights train.
+    saved: int
+    workspace: int
+
+
+_DENSE = _Base(0, 0)
+
+
+def _base(base_format: str, impl: Impl, linears: dict[str, int]) -> _Base | None:
+    """Return what a base format changes; None if the weights train, which no quantised one does.
+
+    A quantised base has one dequantised weight at a time.
     """
     if base_format == DENSE:
-        return 0
+        return _DENSE
     if impl.base == "full":
         return None
-    return linears["dense"] - linears[base_format] - linears["largest"]
+    return _Base(linears["dense"] - linears[base_format], linears["largest"])
 
 
 def card_memory(plan: Plan) -> int | None:
@@ -203,16 +218,16 @@ class _Estimate:
         self.weights = storage_bytes([*self.built.model.parameters(), *self.built.model.buffers()])
         self.state = storage_bytes(self.built.state())
 
-    def fill(self, record: Record, checkpointing: bool, saved: int) -> None:
-        """Enter what a step takes; saved: the bytes that a quantised base saves."""
+    def fill(self, record: Record, checkpointing: bool, base: _Base = _DENSE) -> None:
+        """Enter what a step takes on a base."""
         step = self.step(record.batch_size, checkpointing)
         record.trainable = sum(p.numel() for p in self.built.trained)
         record.grad_bytes = sum(p.numel() * p.itemsize for p in self.built.trained)
         record.optimizer_bytes = self.state
-        record.weight_bytes = self.weights - saved
+        record.weight_bytes = self.weights - base.saved
         record.activation_bytes, record.head_bytes = step.activations, step.head
-        record.peak_bytes = step.peak
-        record.total_bytes = self._constant() + step.peak - saved
+        record.peak_bytes = step.peak + base.workspace
+        record.total_bytes = record.weight_bytes + self.state + record.peak_bytes
         record.modelled_ms = None if step.seconds is None else step.seconds * 1e3
 
     def largest_batch(self, checkpointing: bool, memory: int) -> int:

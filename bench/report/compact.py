@@ -27,7 +27,7 @@ RUN_FACTS = ("commit", "command", "time")
 _LEFT_OUT = (
     *(f"{phase}_ms_{tail}" for phase in ("fwd", "bwd", "step") for tail in ("p20", "p80")),
     *("bandwidth_bytes_per_s", "error_name", "error_tokens", "grad_bytes", "tokens_per_s"),
-    *("warmup", "weight_bytes"),
+    *("warmup", "weight_bytes", "weight_formats"),
 )
 
 

@@ -27,7 +27,7 @@ LATER = (
     *("ratio_low", "ratio_high", "floor", "fused_floor", "bandwidth_bytes_per_s", "run"),
     *("frozen_spread", "inference", "base_format", "experts", "top_k", "routing"),
     *("head_bytes", "total_bytes", "modelled_ms", "largest_batch", "card_bytes"),
-    "measured_peak_bytes",
+    *("measured_peak_bytes", "weight_formats"),
 )
 # A machine is busy if the frozen step's time scatters more than this: its p80 ÷ its p20.
 MAX_FROZEN_SPREAD = 1.5
@@ -60,6 +60,7 @@ class Record:
     total_bytes: weights, optimizer's state and peak of an estimate.
     modelled_ms: the modelled time of an estimate's step; nothing is measured.
     largest_batch: the most texts whose step fits card_bytes; 0 if not one does.
+    weight_formats: bytes of an estimate's weights by the format of its frozen linears.
     measured_peak_bytes: peak_bytes of the same step taken on this machine.
     run: in a compact file, the key of env["runs"] that names the commit and the command.
     """
@@ -135,6 +136,7 @@ class Record:
     largest_batch: int | None = None
     card_bytes: int | None = None
     measured_peak_bytes: int | None = None
+    weight_formats: dict | None = None
 
     @property
     def busy(self) -> bool:

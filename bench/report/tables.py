@@ -231,6 +231,10 @@ def _estimate(rows: list[Record]) -> Table:
     title += f", on {r.device}{', checkpointing' if r.checkpointing else ''}"
     rows = sorted(rows, key=lambda r: r.batch_size)
     table = _table(title, _ESTIMATE, rows, _estimated, lambda r: r.batch_size)
+    formats = next((one.weight_formats for one in rows if one.weight_formats), None)
+    if formats:
+        shown = ", ".join(f"{name} {size(count)}" for name, count in formats.items())
+        table = table._replace(notes=(f"weights of the model: {shown}", *table.notes))
     if r.card_bytes:
         note = f"largest batch: the most texts whose memory is at most {size(r.card_bytes)}"
         table = table._replace(notes=(note, *table.notes))

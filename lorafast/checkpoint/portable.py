@@ -56,6 +56,11 @@ class BaseWeights:
         else:
             with safetensors.safe_open(self.folder / _SINGLE, framework="pt") as file:
                 self._files = dict.fromkeys(file.keys(), _SINGLE)
+        strange = [name for name in self._files.values() if Path(str(name)).name != name]
+        if strange:
+            raise ValueError(
+                f"{_INDEX} names {format_names(strange)}, which are no files beside it"
+            )
 
     def weight(self, layer: str, shape: tuple[int, int] | None = None) -> torch.Tensor:
         """Return the weight [N,K] of a layer in fp32, whatever prefix the file gives its name.

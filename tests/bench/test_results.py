@@ -7,6 +7,7 @@ import pytest
 
 import lorafast
 from lorafast.bench.cases import recipes
+from lorafast.bench.report import plots
 from lorafast.bench.report.compact import RUN_FACTS
 from lorafast.bench.report.record import Results
 
@@ -84,3 +85,28 @@ def test_no_layer_is_slower_than_pefts():
         tokens = r.M if r.bench == "linear" else (r.batch_size or 1) * (r.seq or 1)
         limit = 1.0 if tokens >= 64 else 1.05
         assert r.ratio_to_frozen <= limit * peft[problem(r)], problem(r)
+
+
+def test_the_memory_of_bart_large_is_drawn_by_method():
+    rows = FILES["lamda-memory.json"].records
+    titles = {"peft": "PEFT", "lorafast": "lorafast"}
+    peft, ours = plots.memory_by_method(rows, titles).axes
+    assert [panel.get_title() for panel in (peft, ours)] == ["PEFT", "lorafast"]
+    curves = {line.get_label(): line for line in ours.get_lines()}
+    assert list(curves) == ["full", "lora", "lora-fa", "vera", "adalora", "dora", "lamda"]
+    assert len(peft.get_lines()) == len(curves) - 1  # PEFT has no LaMDA
+    xs, ys = curves["lamda"].get_data()
+    assert list(xs) == [1, 2, 4, 8, 16, 32, 64]
+    found = {r.batch_size: r.total_bytes / 2**30 for r in rows if r.label == "lorafast lamda"}
+    assert list(ys) == [found[x] for x in xs]
+
+
+def test_lamda_takes_less_memory_than_lora_and_pefts_lora_more():
+    at_64 = {
+        r.label: r.total_bytes
+        for r in FILES["lamda-memory.json"].records
+        if r.batch_size == 64 and r.ok
+    }
+    assert at_64["lorafast lamda"] < at_64["lorafast lora"] < at_64["lorafast dora"]
+    assert at_64["lorafast lora"] < at_64["peft lora"]
+    assert at_64["lorafast dora"] < at_64["peft-bf16 dora"] < at_64["peft dora"]

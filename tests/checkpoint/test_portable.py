@@ -102,6 +102,19 @@ def test_without_the_base_one_line_says_that_it_is_needed(adapter, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_in_several_files_are_found_and_no_others(tmp_path):
+    want, folder, base = saved(tmp_path, DoRA(r=2))
+    (base / "model.safetensors").rename(base / "part.safetensors")
+    index = base / "model.safetensors.index.json"
+    names = dict.fromkeys(net().state_dict(), "part.safetensors")
+    index.write_text(json.dumps({"weight_map": names}))
+    words = ["--base", str(base), "--rank", str(adapter_folders.K)]
+    torch.testing.assert_close(exported(folder, tmp_path / "out", *words), want)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "../part.safetensors")}))
+    with pytest.raises(ValueError, match="no files beside it"):
+        plain_lora(folder, base=base)
+
+
 def test_a_smaller_rank_is_the_best_one(tmp_path):
     _, folder, _ = saved(tmp_path, LoRA(r=4))
     full, less = plain_lora(folder), plain_lora(folder, 2)
