@@ -227,8 +227,8 @@ class LoRAFA(torch.optim.AdamW):
         cached = self._inverses.get(A)
         if cached is None or (cached.storage, cached.version) != (storage, version):
             wide = A.detach().to(accumulator(A.dtype))
-            gram = wide @ wide.t()
-            gram.diagonal().add_(self._ridge)
+            gram = wide @ wide.mT
+            gram.diagonal(dim1=-2, dim2=-1).add_(self._ridge)
             cached = _CachedInverse(storage, version, torch.linalg.pinv(gram, hermitian=True))
             self._inverses[A] = cached
         return cached.value
@@ -244,6 +244,12 @@ class LoRAFA(torch.optim.AdamW):
 
 def _check_parameter(origin: AdapterParameter) -> None:
     check_two_factors(origin, "LoRA-FA")
+    A, B = origin.layer.lora_A, origin.layer.lora_B
+    if A.dim() > B.dim():
+        raise ValueError(
+            f"{origin.layer_name or 'the layer'}: lora_B {tuple(B.shape)} is of all experts, and "
+            f"lora_A {tuple(A.shape)} of each: LoRA-FA has no closed form for that"
+        )
     if origin.tensor_name == "lora_A":
         raise ValueError(
             f"{origin} {tuple(origin.layer.lora_A.shape)} trains, and LoRA-FA is for a frozen A: "

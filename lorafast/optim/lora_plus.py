@@ -152,7 +152,9 @@ def _group_name(module: nn.Module, name: str, key: str, parameter: nn.Parameter)
     is_factor = key in ("lora_A", "lora_B", "lora_core")
     if (isinstance(module, Embedding) and is_factor) or ".lora_embedding_" in name:
         return "embedding"
-    if "lora_B" not in name and parameter.dim() != 1:
+    # Those of experts are matrices, a row for each expert.
+    is_vector = parameter.dim() == 1 or key in ("lora_magnitude", "lora_bias")
+    if "lora_B" not in name and not is_vector:
         return "A"
     return "B_no_decay" if "bias" in key or "Norm" in type(module).__name__ else "B"
 

@@ -341,6 +341,11 @@ def _check_settings(group: dict[str, Any]) -> None:
 def _check_parameter(origin: AdapterParameter, members: set[nn.Parameter]) -> None:
     """Raise ValueError if the group of a parameter of an adapter cannot train it."""
     check_two_factors(origin, "LoRA-Pro")
+    if max(getattr(origin.layer, name).dim() for name in FACTORS) > 2:
+        raise ValueError(
+            f"{origin.layer_name or 'the layer'} holds the factors of experts, and LoRA-Pro is for "
+            "those of single layers: take another optimizer"
+        )
     if origin.tensor_name not in FACTORS:
         return
     for name in FACTORS:
