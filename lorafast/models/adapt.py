@@ -63,8 +63,9 @@ def adapt(
     """Put an adapter on every targeted module, in place, freeze the rest, and return the model.
 
     Weights and biases stay the same Parameters. A module used in several places is replaced in all
-    of them. Adapters are initialised in module order. All checks run before the first change; if an
-    init fails midway, weights it has changed are restored to within one rounding.
+    of them. Adapters are initialised in module order, those of experts last. All checks run before
+    the first change; if an init fails midway, weights it has changed are restored to within one
+    rounding.
 
     Args:
         model: any module that is not adapted yet; adapt before wrapping it in DDP.

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing as dynamo_testing
 from helpers import expert_calls, tiny_experts, tiny_transformers
 from helpers.tiny_experts import KINDS, TARGETS
+from transformers.integrations import moe
 
 import lorafast
 from lorafast import DoRA, LaMDA, LoRA
@@ -223,6 +224,31 @@ def test_the_registry_serves_experts_without_adapters():
     assert torch.equal(tiny_transformers.outputs(model), after)
     with lorafast.disable_adapter(model):
         torch.testing.assert_close(tiny_transformers.outputs(model), before, rtol=1e-5, atol=1e-5)
+
+
+def test_disabled_experts_run_the_models_own_implementation(monkeypatch):
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return moe.grouped_mm_experts_forward(*args)
+
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._local_mapping, "counted", counted)
+    model = KINDS["qwen3_moe"]()
+    model.set_experts_implementation("counted")
+    lorafast.adapt(model, LoRA(r=3), None, target_parameters=TARGETS)
+    tiny_transformers.outputs(model)
+    assert not calls
+    with lorafast.disable_adapter(model):
+        tiny_transformers.outputs(model)
+    assert len(calls) == 2
+    with lorafast.merged(model):
+        tiny_transformers.outputs(model)
+    assert len(calls) == 4
+    one = adapter_layers(model)["model.layers.0.mlp.experts.down_proj"]
+    one.disable()
+    tiny_transformers.outputs(model)
+    assert len(calls) == 4
 
 
 @pytest.mark.slow
