@@ -41,7 +41,8 @@ def find_expert_targets(model: nn.Module, spec: AdaptSpec) -> ExpertTargets:
             if not matches:
                 continue
             found |= matches
-            if why := why_not_parameter(module, key):
+            parent = model.get_submodule(names[0].rpartition(".")[0])
+            if why := why_not_parameter(module, key) or _why_not_parent(parent):
                 raise TypeError(f"target_parameters matches {full_name}, which {why}")
             target = ExpertParameter(module, key).train(module.training)
             targets[target] = [f"{name}.{CONTAINER}.{key}".lstrip(".") for name in names]
@@ -57,6 +58,18 @@ def find_expert_targets(model: nn.Module, spec: AdaptSpec) -> ExpertTargets:
 def _is_in_saved(name: str, spec: AdaptSpec) -> bool:
     """True if a module trains as a whole, in or as one of modules_to_save."""
     return any(f".{saved}." in f".{canonical_name(name)}." for saved in spec.modules_to_save)
+
+
+def _why_not_parent(parent: nn.Module) -> str | None:
+    """Return why a module does not call its experts, or None."""
+    # Kernels of the hub and of other libraries, which read the weights themselves, stand there;
+    # accelerate's hooks stand there too, and call the class's own.
+    if "forward" in vars(parent) and "_hf_hook" not in vars(parent):
+        return (
+            f"a replacement of {type(parent).__name__}'s forward may read without calling the "
+            "experts: load the model without kernels of the hub or of other libraries"
+        )
+    return None
 
 
 def why_not_parameter(module: nn.Module, key: str) -> str | None:

@@ -256,6 +256,15 @@ def test_refusals_of_states():
     assert tensors.keys() == model.state_dict().keys()
 
 
+def test_kernels_of_the_hub_are_refused():
+    model = KINDS["gpt_oss"]()
+    block = model.model.layers[1].mlp
+    block.forward = block.forward
+    unchanged(model, r"layers\.1.*which a replacement of GptOssMLP's forward may read")
+    del block.forward
+    lorafast.adapt(model, LoRA(r=2), None, target_parameters=TARGETS)
+
+
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [

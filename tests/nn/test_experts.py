@@ -109,17 +109,29 @@ def test_a_factor_of_all_experts(adapter, shared):
     torch.testing.assert_close(layer(x, OFFSETS), y, rtol=1e-9, atol=1e-9)
 
 
-def test_dropout_depends_on_the_unsorted_rows():
-    layer, x = experts(LoRA(r=3, alpha=6, dropout=0.4)), x_of()
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoRA(r=3, alpha=6, dropout=0.4),
+        DoRA(r=3, alpha=6, dropout=0.4),
+        DoRA(r=3, alpha=6, dropout=0.4, dropout_on="both"),
+        LaMDA(r=3, init="repo", dropout=0.4),
+    ],
+    ids=str,
+)
+def test_dropout_depends_on_the_unsorted_rows(adapter):
+    layer, x = experts(adapter), x_of()
     torch.manual_seed(5)
     y = layer(x, OFFSETS, ROWS)
     torch.manual_seed(5)
     seed = philox.draw_seed("cpu")
     expected = reference.grouped_linear(
-        x, OFFSETS, layer.weight, layer.bias, layer.lora_A, layer.lora_B, scaling=layer.scaling,
-        dropout=0.4, seed=seed, rows=ROWS,
+        x, OFFSETS, *layer._tensors()[:6], scaling=layer.scaling, dropout=0.4,
+        dropout_on=adapter.dropout_on, seed=seed, rows=ROWS,
     )  # fmt: skip
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    for own, other in zip(gradients(y, layer, x), gradients(expected, layer, x), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9)
     torch.manual_seed(5)
     assert not torch.equal(layer(x, OFFSETS), y)
     layer.eval()
