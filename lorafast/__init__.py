@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorafast.models.adapt import adapt
     from lorafast.models.disable import disable_adapter
     from lorafast.models.explain import explain
+    from lorafast.models.fused_mlp import ungroup
     from lorafast.models.gradient_check import adapters_without_gradient
     from lorafast.models.gradients import estimate_gradients
     from lorafast.models.merge import merge, merge_and_unload, unload
@@ -56,7 +57,7 @@ __all__ = [
     "estimate_gradients", "explain", "grouped_linear", "linear", "list_methods", "load_adapter",
     "merge", "merge_and_unload", "merge_quantised", "merged", "patch_peft", "quantize_base",
     "reference_model", "restore", "save_adapter", "spectral_ranks", "start_adapters",
-    "trainable_summary", "unload",
+    "trainable_summary", "ungroup", "unload",
 ]  # fmt: skip
 
 # The module below lorafast that defines each name. Importing torch takes seconds, which a command
@@ -79,6 +80,7 @@ _DEFINED_IN = {
     "models.adapt": ("adapt",),
     "models.disable": ("disable_adapter",),
     "models.explain": ("explain",),
+    "models.fused_mlp": ("ungroup",),
     "models.gradient_check": ("adapters_without_gradient",),
     "models.gradients": ("estimate_gradients",),
     "models.merge": ("merge", "merge_and_unload", "unload"),

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from lorafast.engine import checks
+from lorafast.models import fused_mlp
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,12 @@ class Report:
         return "\n".join(lines + [f"left {n}: {why}" for why, n in reasons])
 
 
-def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inner") -> Report:
+def accelerate(
+    model: nn.Module,
+    dropout_on: str | None = None,
+    keep: str = "inner",
+    fuse_mlp: bool = False,
+) -> Report:
     """Run every PEFT lora.Linear of the model on lorafast's ops, in place, by changing its class.
 
     It does the same with PEFT's layers on weights that bitsandbytes or torchao quantised, and with
@@ -59,6 +65,8 @@ def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inn
         dropout_on: DoRA's dropout, as in lorafast.DoRA. None is PEFT's reading, "both"; "adapter"
             saves its second base product.
         keep: what DoRA saves for its magnitude, as in lorafast.DoRA.
+        fuse_mlp: True lets gated MLPs compute the input of down again in backward, as in
+            lorafast.adapt. lorafast.ungroup undoes it, and so does restore.
 
     Returns:
         A Report with the fields taken and left; print it for a summary. taken is empty if no layer
@@ -83,6 +91,8 @@ def accelerate(model: nn.Module, dropout_on: str | None = None, keep: str = "inn
     _peft_linear().convert(model, dropout_on, keep)
     if report.left or not report.taken:
         warnings.warn(f"accelerate: {'; '.join(str(report).splitlines())}", stacklevel=2)
+    if fuse_mlp:
+        fused_mlp.fuse_mlps(model)
     return report
 
 
@@ -112,7 +122,9 @@ def restore(model: nn.Module) -> int:
         assert lorafast.restore(model) == 1
     """
     _require_module(model)
-    return _peft_linear().restore(model)
+    restored = _peft_linear().restore(model)
+    fused_mlp.ungroup(model)
+    return restored
 
 
 @contextlib.contextmanager

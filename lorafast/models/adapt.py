@@ -16,6 +16,7 @@ from lorafast.models import (
     adapt_record,
     adapt_warnings,
     extra_trainables,
+    fused_mlp,
     observers,
     peft_config,
     task_heads,
@@ -59,6 +60,7 @@ def adapt(
     bias: str = "none",
     seed: int | None = None,
     adapter_dtype: torch.dtype | None = None,
+    fuse_mlp: bool = False,
 ) -> nn.Module:
     """Put an adapter on every targeted module, in place, freeze the rest, and return the model.
 
@@ -93,6 +95,9 @@ def adapt(
         seed: seed of a separate random generator for the inits; None uses torch's generators.
         adapter_dtype: dtype of the factors; None is fp32 on a bf16 or fp16 weight, else the
             weight's dtype.
+        fuse_mlp: True lets gated MLPs, down(act(gate(x)) * up(x)), keep the outputs of gate and up
+            for backward, and compute down's input, their widest activation, again of them. The
+            numbers are the same; lorafast.ungroup undoes it.
 
     Returns:
         The same model object.
@@ -137,6 +142,8 @@ def adapt(
     if inference_mode:
         set_trainable(model, False)
     task_heads.warn_about_unsaved(model)
+    if fuse_mlp:
+        fused_mlp.fuse_mlps(model)
     return model
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lorafast.models import adapt_record, extra_trainables, file_weights, observers
+from lorafast.models import adapt_record, extra_trainables, file_weights, fused_mlp, observers
 from lorafast.models.adapt import replace_module, weight_matrix
 from lorafast.models.module_names import names_by_layer, require_module
 from lorafast.models.target_modules import parameter_owners
@@ -78,6 +78,7 @@ def merge(model: nn.Module, untie: bool = False) -> nn.Module:
         raise
     extra_trainables.stop_training(model, restore=False)
     _put_plain_modules(model, layers)
+    fused_mlp.ungroup(model)
     return model
 
 
@@ -127,6 +128,7 @@ def unload(model: nn.Module) -> nn.Module:
     file_weights.restore(model)
     extra_trainables.stop_training(model, restore=True)
     _put_plain_modules(model, layers)
+    fused_mlp.ungroup(model)
     return model
 
 

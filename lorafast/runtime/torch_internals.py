@@ -258,6 +258,22 @@ def running_load() -> tuple[bool, int]:
     return True, 2
 
 
+def is_traced_or_transformed() -> bool:
+    """Return True while torch compiles, traces or transforms a call."""
+    return torch.compiler.is_compiling() or transforms_active() or torch.jit.is_tracing()
+
+
+def saved_tensor_hooks() -> tuple[Callable, Callable] | None:
+    """Return pack and unpack of the innermost hooks on saved tensors, or None if there are none.
+
+    RuntimeError if this torch cannot say.
+    """
+    top = _find("_autograd._top_saved_tensors_default_hooks")
+    if top is None:
+        raise RuntimeError(f"torch {torch.__version__} does not tell its hooks on saved tensors")
+    return top(False)
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Return a number that tells the tensor's storage from every other living storage."""
     storage = tensor.untyped_storage()

@@ -1,0 +1,230 @@
+"""Gated MLPs, down(act(gate(x))⊙up(x)), whose product is computed again in backward.
+
+The product is down's input, the widest activation of a transformer's block. An adapter on down
+keeps its input for the gradient of lora_A. Here the outputs of gate and up are kept instead, which
+the product's own backward needs anyway, and neither the product nor act(gate).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lorafast.runtime import torch_internals
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Parts(NamedTuple):
+    """The names of a gated MLP's children. up_first: up is called before gate."""
+
+    gate: str
+    up: str
+    down: str
+    act: str
+    up_first: bool = False
+
+
+class GatedMLP(nn.Module):
+    """A gated MLP that keeps the outputs of gate and up for backward, and not their product.
+
+    It stands before the class of the MLP in the bases of a subclass with the same name. Where torch
+    traces or transforms the call, or no gradient is recorded, that class's own forward serves.
+    """
+
+    _plain_class: type[nn.Module]
+    _parts: Parts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return y [...,K] for x [...,K]."""
+        if not torch.is_grad_enabled() or torch_internals.is_traced_or_transformed():
+            return super().forward(x)
+        *names, up_first = self._parts
+        gate_proj, up_proj, down_proj, act = (self._modules[name] for name in names)
+        # In the order of the class, in which layers draw the seeds of their dropout.
+        up = up_proj(x) if up_first else None
+        gate = gate_proj(x)
+        up = up_proj(x) if up is None else up
+        if not (gate.requires_grad or up.requires_grad):
+            return down_proj(act(gate) * up)
+        product = gated_product(gate, up, act)
+        with computed_again(product, gate, up, act):
+            return down_proj(product)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The subclass is made when it is needed, so that pickle cannot find it by its name.
+        return _blank, (self._plain_class,), self.__dict__
+
+
+@functools.cache
+def gated_class(plain_class: type[nn.Module]) -> type[GatedMLP]:
+    """Return the subclass of a class of gated MLPs. ValueError if it is none."""
+    parts = parts_of(plain_class)
+    if parts is None:
+        raise ValueError(f"{plain_class.__qualname__} is no gated MLP that lorafast knows")
+    own = {"_plain_class": plain_class, "_parts": parts, "__module__": plain_class.__module__}
+    made = type(plain_class.__name__, (GatedMLP, plain_class), own)
+    made.__qualname__ = plain_class.__qualname__
+    return made
+
+
+def _blank(plain_class: type[nn.Module]) -> GatedMLP:
+    kind: Any = plain_class
+    made = gated_class(kind)
+    return made.__new__(made)
+
+
+def parts_of(kind: type[nn.Module]) -> Parts | None:
+    """Return the children that a forward combines as down(act(gate(x)) * up(x)), or None."""
+    try:
+        source = textwrap.dedent(inspect.getsource(kind.forward))
+        (function,) = ast.parse(source).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
+        return None
+    arguments = [argument.arg for argument in function.args.args]
+    result = _returned(function)
+    if len(arguments) != 2 or result is None:
+        return None
+    this, x = arguments
+    down, product = _call_of_child(result, this)
+    if not isinstance(product, ast.BinOp) or not isinstance(product.op, ast.Mult):
+        return None
+    for up_first, (left, right) in enumerate(
+        ((product.left, product.right), (product.right, product.left))
+    ):
+        act, inner = _call_of_child(left, this)
+        gate, gate_input = _call_of_child(inner, this)
+        up, up_input = _call_of_child(right, this)
+        inputs = [getattr(node, "id", None) for node in (gate_input, up_input)]
+        if act and gate and up and inputs == [x, x]:
+            return Parts(gate, up, down, act, bool(up_first))
+    return None
+
+
+def _returned(function: ast.FunctionDef) -> ast.expr | None:
+    """The expression that a function returns, whose body is that, or `a = expression; return a`."""
+    body = [node for node in function.body if not isinstance(node, ast.Expr)]
+    *assigned, last = body or [None]
+    if not isinstance(last, ast.Return) or len(assigned) > 1:
+        return None
+    if not assigned:
+        return last.value
+    (first,) = assigned
+    if not isinstance(first, ast.Assign) or len(first.targets) != 1:
+        return None
+    (target,), returned = first.targets, last.value
+    same = isinstance(target, ast.Name) and getattr(returned, "id", None) == target.id
+    return first.value if same else None
+
+
+def _call_of_child(node: ast.AST | None, this: str) -> tuple[str, ast.expr | None]:
+    """The child's name and the argument of a node that is self.child(argument), else ("", None)."""
+    if not isinstance(node, ast.Call) or len(node.args) != 1 or node.keywords:
+        return "", None
+    called = node.func
+    if not isinstance(called, ast.Attribute) or getattr(called.value, "id", None) != this:
+        return "", None
+    return called.attr, node.args[0]
+
+
+def gated_product(gate: torch.Tensor, up: torch.Tensor, act: Activation) -> torch.Tensor:
+    """Return act(gate)⊙up, of which backward keeps gate and up alone.
+
+    Its bits and those of its gradients are those of plain autograd.
+
+    Args:
+        gate: [...,N].
+        up: [...,N].
+        act: a function of each element, without parameters.
+
+    Returns:
+        The product [...,N].
+
+    Example:
+        from lorafast.nn.gated_mlp import gated_product
+
+        gate, up = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
+        gated_product(gate, up, torch.nn.functional.silu).sum().backward()
+    """
+    return _GatedProduct.apply(act, gate, up)
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, act, gate, up):
+        ctx.act = act
+        ctx.save_for_backward(gate, up)
+        return act(gate) * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_product):
+        gate, up = ctx.saved_tensors
+        d_gate = d_up = None
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.act(leaf)
+        if ctx.needs_input_grad[2]:
+            d_up = d_product * activated.detach()
+        if ctx.needs_input_grad[1]:
+            (d_gate,) = torch.autograd.grad(activated, leaf, d_product * up)
+        return None, d_gate, d_up
+
+
+class _Product(NamedTuple):
+    """What is saved in the place of a product: its factors, as hooks outside have packed them."""
+
+    gate: Any
+    up: Any
+    shape: torch.Size
+    versions: tuple[int, int]
+
+
+@contextlib.contextmanager
+def computed_again(
+    product: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, act: Activation
+) -> Iterator[None]:
+    """Yield in a context in which autograd saves gate and up in the place of product.
+
+    Hooks on saved tensors that are active outside, such as those of checkpointing, get both of
+    them, and everything else that is saved.
+    """
+    hooks = torch_internals.saved_tensor_hooks()
+    outer_pack, outer_unpack = hooks or (torch.Tensor.detach, lambda packed: packed)
+    address, count = product.data_ptr(), product.numel()
+    factors = gate.detach(), up.detach()
+
+    def pack(tensor: torch.Tensor) -> Any:
+        same = tensor.data_ptr() == address and tensor.numel() == count
+        if not same or not tensor.is_contiguous():
+            return outer_pack(tensor) if hooks else tensor
+        versions = torch_internals.version_of(factors[0]), torch_internals.version_of(factors[1])
+        return _Product(outer_pack(factors[0]), outer_pack(factors[1]), tensor.shape, versions)
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if not isinstance(packed, _Product):
+            return outer_unpack(packed) if hooks else packed
+        gate, up = outer_unpack(packed.gate), outer_unpack(packed.up)
+        if not hooks:
+            now = torch_internals.version_of(gate), torch_internals.version_of(up)
+            if now != packed.versions:
+                raise RuntimeError(
+                    f"the output of gate or up {tuple(gate.shape)} of a gated MLP was modified in "
+                    "place, but backward computes the input of down of it again; use "
+                    "fuse_mlp=False"
+                )
+        with torch.no_grad():
+            return (act(gate) * up).view(packed.shape)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
