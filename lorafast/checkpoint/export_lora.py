@@ -17,6 +17,7 @@ from lorafast.methods.lora import LoRA
 from lorafast.models.module_names import unwrap
 from lorafast.nn import merge_math
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.expert_parameter import ParameterExperts
 from lorafast.nn.experts import Experts
 
 
@@ -57,17 +58,15 @@ def as_lora(model: nn.Module, layers: dict[str, AdapterLayer], rank: int | None)
         checks.whole("rank", rank)
     tensors, errors, adapters = {}, {}, {}
     for name, layer in layers.items():
-        if isinstance(layer, Experts):
+        if isinstance(layer, Experts) and not isinstance(layer, ParameterExperts):
             raise ValueError(
-                f"{name}: as_lora=True writes the adapters of single layers, and this is "
-                f"{layer.adapter} on experts: save_adapter(model, path) writes LoRA on experts as "
-                "PEFT does"
+                f"{name}: as_lora=True writes what PEFT reads, and PEFT has no lorafast.Experts"
             )
         layer._refuse_if_merged("save_adapter(as_lora=True)")
         layer._refuse_if_sharded("save_adapter(as_lora=True)")
         A, B, errors[name] = _factors(name, layer, rank)
         has_bias = layer.lora_bias is not None
-        adapters[name] = LoRA(r=A.shape[0], alpha=A.shape[0], lora_bias=has_bias)
+        adapters[name] = LoRA(r=A.shape[-2], alpha=A.shape[-2], lora_bias=has_bias)
         values = {"lora_A": A, "lora_B": B}
         if has_bias:
             values["lora_bias"] = _output_bias(layer)
@@ -82,12 +81,15 @@ def _factors(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return A [r,K], B [N,r] and the relative error of one layer's change ΔW ≈ BA.
 
-    ΔW is the change of the weight as it was before any init changed it.
+    ΔW is the change of the weight as it was before any init changed it. Those of experts are [E,…].
     """
     if layer.lora_magnitude is None:
         A, B = _low_rank_factors(layer)
-        if rank is None or rank >= A.shape[0]:
+        if rank is None or rank >= A.shape[-2]:
             return A, B, 0.0
+        if A.dim() == 3:
+            norms = [float(torch.linalg.matrix_norm(b @ a)) for a, b in zip(A, B, strict=True)]
+            return _stack([truncate(*own, rank) for own in zip(A, B, strict=True)], norms)
         return truncate(A, B, rank)
     if rank is None:
         raise ValueError(
@@ -98,10 +100,28 @@ def _factors(
     weight = tensors.weight.detach().to(accumulator(tensors.weight.dtype))
     tensors = tensors._replace(weight=weight, norm=layer._norm().detach())
     delta = merge_math.merged_weight(tensors, layer._options()) - layer._base_weight().to(weight)
+    if delta.dim() == 3:
+        norms = [float(torch.linalg.matrix_norm(own)) for own in delta]
+        return _stack([_truncated_change(own, rank) for own in delta], norms)
+    return _truncated_change(delta, rank)
+
+
+def _truncated_change(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return the best factors of a change [N,K] of this rank, and their relative error."""
     U, S, Vh = svd.truncated_svd(delta, min(rank, *delta.shape))
     total = torch.linalg.matrix_norm(delta)
     error = torch.linalg.matrix_norm(delta - U * S @ Vh)
     return Vh, U * S, float(error / total) if total else 0.0
+
+
+def _stack(
+    experts: list[tuple[torch.Tensor, torch.Tensor, float]], norms: list[float]
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return the factors of all experts, and their relative error. norms: of their changes."""
+    A, B, errors = zip(*experts, strict=True)
+    total = math.hypot(*norms)
+    error = math.hypot(*(one * norm for one, norm in zip(errors, norms, strict=True)))
+    return torch.stack(A), torch.stack(B), error / total if total else 0.0
 
 
 def truncate(
@@ -134,7 +154,7 @@ def _low_rank_factors(layer: AdapterLayer) -> tuple[torch.Tensor, torch.Tensor]:
     initial, options = start
     scaling = options.scaling if initial.scale is None else float(initial.scale)
     initial_B = formula.effective_B(initial, dtype) * scaling
-    return torch.cat([A, initial.lora_A.to(A)]), torch.cat([B, -initial_B.to(B)], 1)
+    return torch.cat([A, initial.lora_A.to(A)], -2), torch.cat([B, -initial_B.to(B)], -1)
 
 
 def _output_bias(layer: AdapterLayer) -> torch.Tensor:

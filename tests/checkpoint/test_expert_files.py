@@ -156,8 +156,29 @@ def test_updates_for_an_engine():
     assert len(tensors) == 8
     key = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight"
     assert tensors[key].shape == (32, 3 * 6)
-    with pytest.raises(ValueError, match="as_lora=True writes the adapters of single layers"):
-        lorafast.adapter_update(own, as_lora=True)
+    assert lorafast.adapter_update(own, as_lora=True).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "rank"),
+    [
+        (LaMDA(r=3), None),
+        (LoRA(r=2, init=lorafast.PiSSA()), None),
+        (LoRA(r=4, alpha=6), 3),
+        (DoRA(r=3), 32),
+        (DoRA(r=3), 2),
+    ],
+    ids=str,
+)
+def test_plain_lora_of_any_method_for_peft(adapter, rank, tmp_path, capsys):
+    own = adapted("qwen3_moe", adapter)
+    lorafast.save_adapter(own, tmp_path, as_lora=True, rank=rank)
+    back = loaded_by_peft(KINDS["qwen3_moe"](), tmp_path)
+    error = (outputs(back) - outputs(own)).abs().max()
+    changed = (outputs(own) - outputs(KINDS["qwen3_moe"]())).abs().max()
+    assert error < (5e-5 if rank in (None, 32) else 0.9 * changed)
+    printed = float(capsys.readouterr().out.partition("at most ")[2].split()[0])
+    assert (printed > 1e-3) == (rank in (2, 3))
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
