@@ -11,7 +11,15 @@ from collections.abc import Iterator
 import torch
 
 from lorafast.bench import machine, options, output, trial
-from lorafast.bench.cases import estimate, experts, generate, implementations, linear, model
+from lorafast.bench.cases import (
+    block,
+    estimate,
+    experts,
+    generate,
+    implementations,
+    linear,
+    model,
+)
 from lorafast.bench.cases.candidate import Problem
 from lorafast.bench.cases.cards import CPU
 from lorafast.bench.cases.choices import EXPERIMENTS
@@ -169,6 +177,27 @@ def _estimate(asked: argparse.Namespace, arguments: list[str]) -> int:
     with Progress(estimate.progress_total(plan)) as progress:
         groups = estimate.run(plan, progress)
         return _collect(groups, asked, device, arguments, progress, facts)
+
+
+def _block(asked: argparse.Namespace, arguments: list[str]) -> int:
+    device, dtype = _prepare(asked)
+    intermediate = asked.intermediate or asked.hidden * 7 // 2
+    plan = block.Plan(
+        size=block.Size(asked.hidden, asked.heads, intermediate),
+        tokens=asked.tokens,
+        impls=asked.impl,
+        methods=asked.methods,
+        dropouts=asked.dropout,
+        R=asked.rank,
+        device=device,
+        dtype=dtype,
+        rounds=asked.rounds,
+        seconds=asked.seconds or math.inf,
+        warmup=asked.warmup,
+        seed=asked.seed,
+    )
+    with Progress(block.progress_total(plan)) as progress:
+        return _collect(block.run(plan, progress), asked, device, arguments, progress)
 
 
 def _tune(asked: argparse.Namespace, arguments: list[str]) -> int:
@@ -337,6 +366,7 @@ _COMMANDS = {
     "model": _model,
     "generate": _generate,
     "experts": _experts,
+    "block": _block,
     "estimate": _estimate,
     "tune": _tune,
     "trial": _trial,

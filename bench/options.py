@@ -171,6 +171,24 @@ def _estimate(command: Command) -> None:
     _page(command)
 
 
+def _block(command: Command) -> None:
+    add = command.add_argument
+    add("--hidden", type=_count, default=1024, metavar="WIDTH", help="width of the block")
+    add("--heads", type=_count, default=8, metavar="H", help="heads of its attention")
+    help_text = "width of its MLP (default: 3.5 times --hidden)"
+    add("--intermediate", type=_count, metavar="WIDTH", help=help_text)
+    add("--tokens", type=_count, default=2048, metavar="M", help="tokens of one text")
+    add("--rank", type=_count, default=16, metavar="R", help="one rank; alpha is 2R")
+    _dropouts(command)
+    _methods(command, LAYERS, "lora,dora")
+    help_text = f"some of {', '.join(implementations.OF_BLOCK)}; frozen always runs"
+    parse = _each(implementations.parse_one_of(implementations.OF_BLOCK))
+    default = "frozen,lorafast,lorafast-mlp,peft"
+    add("--impl", type=parse, default=default, metavar="NAME,…", help=help_text)
+    _measured(command, 15)
+    _page(command)
+
+
 def _tune(command: Command) -> None:
     _shapes(command, "4096x4096")
     add = command.add_argument
@@ -374,6 +392,10 @@ _COMMANDS = {
         _estimate,
         "Count the memory of a whole model's training step, and the largest batch that fits a "
         "card: no GPU, no weights. Lists are separated by commas.",
+    ),
+    "block": (
+        _block,
+        "Measure one block of a Llama with random weights. Lists are separated by commas.",
     ),
     "tune": (
         _tune,

@@ -134,7 +134,7 @@ def build(
         with_eager_layers(model, eager, frozenset(), False, float64).eval()
         for float64 in (True, False)
     )
-    _use_exact_norms(truth)
+    use_exact_norms(truth)
     first = next(iter(layers.values()), None)
     dtype = None if first is None else SHORT[adapter_parameters(first)["lora_A"].dtype]
     path = route(first, 1) if impl.uses_lorafast else "torch"
@@ -143,7 +143,7 @@ def build(
     return GenerateTask(model, truth, chain, dtype, path)
 
 
-def _use_exact_norms(model: nn.Module) -> None:
+def use_exact_norms(model: nn.Module) -> None:
     """Replace the norms of a float64 model: those of transformers compute in fp32."""
     for path, module in list(model.named_modules()):
         if type(module).__name__ == "LlamaRMSNorm":

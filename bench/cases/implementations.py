@@ -12,13 +12,15 @@ BASES = ("frozen", "full", "lorafast", "accelerated", "eager", "peft", "peft-bf1
 GENERATING = ("frozen", "lorafast", "accelerated", "peft", "peft-bf16", "merged")
 # Those whose memory is estimated.
 ESTIMATED = ("frozen", "full", "lorafast", "peft", "peft-bf16")
+# Those of a block; with -mlp, gated MLPs compute the input of down again.
+OF_BLOCK = ("frozen", "lorafast", "lorafast-mlp", "accelerated", "accelerated-mlp", "peft")
 WITHOUT_ADAPTER = ("frozen", "full")
 
 
 class Impl(NamedTuple):
     """An implementation.
 
-    base: one of BASES or GENERATING.
+    base: one of BASES, GENERATING or OF_BLOCK.
     """
 
     base: str
@@ -35,12 +37,17 @@ class Impl(NamedTuple):
     @property
     def uses_lorafast(self) -> bool:
         """True if lorafast's operations run, even in layers that PEFT has built."""
-        return self.base in ("lorafast", "accelerated")
+        return self.base.removesuffix("-mlp") in ("lorafast", "accelerated")
+
+    @property
+    def fuses_mlp(self) -> bool:
+        """True if gated MLPs compute the input of down again in backward."""
+        return self.base.endswith("-mlp")
 
     @property
     def built_by_peft(self) -> bool:
         """True if PEFT has built the layers, even if lorafast's operations run in them."""
-        return self.base in ("accelerated", "peft", "peft-bf16")
+        return self.base.removesuffix("-mlp") in ("accelerated", "peft", "peft-bf16")
 
 
 FROZEN = Impl("frozen")

@@ -85,7 +85,7 @@ def _kind(r: Record) -> tuple:
 def _drawn(bench: str, rows: list[Record]) -> dict[str, Figure]:
     if bench == "training":
         return {"loss": _losses(rows)}
-    if bench in ("generate", "experts"):
+    if bench in ("generate", "experts", "block"):
         return {}  # the rows have one size, which a table shows better
     if bench == "estimate":
         axis = "memory of a training step, GiB"

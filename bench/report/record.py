@@ -13,7 +13,7 @@ from lorafast.runtime import whole_file
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "oom", "wrong", "unsupported", "missing")
-BENCHES = ("linear", "step", "training", "generate", "experts", "estimate")
+BENCHES = ("linear", "step", "training", "generate", "experts", "block", "estimate")
 TIMES = ("fwd_ms", "bwd_ms", "step_ms", "ratio_to_frozen")
 SPEEDS = (
     *(f"{time}{tail}" for time in TIMES for tail in ("", "_p20", "_p80")),
@@ -39,10 +39,10 @@ class Record:
 
     Times are medians over rounds, with their 20th and 80th percentiles. Bytes are exact counts.
 
-    bench: "linear" (one layer), "step" (a model's step at one batch size), "training", "generate"
-        (M new tokens after a prompt of seq, whose time is step_ms), "experts" (one layer of
-        experts, of which each of M tokens gets top_k), or "estimate" (a step on tensors without
-        values, whose device is the name of a card).
+    bench: "linear" (one layer), "block" (one block of a model), "step" (a model's step at one batch
+        size), "training", "generate" (M new tokens after a prompt of seq, whose time is step_ms),
+        "experts" (one layer of experts, of which each of M tokens gets top_k), or "estimate" (a
+        step on tensors without values, whose device is the name of a card).
     ratio_low, ratio_high: the 95 % interval of the median of ratio_to_frozen over rounds.
     frozen_spread: the 80th percentile of the frozen step's time over its 20th, in the same rounds.
     floor, fused_floor: computed lower bounds of ratio_to_frozen: by flops and by bytes at

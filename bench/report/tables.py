@@ -100,7 +100,7 @@ def tables(results: Iterable[Results]) -> list[Table]:
     """Return a table for each kind of problem of each file, rows in the order of measurement."""
     makers = {
         "linear": _linear, "step": _step, "training": _training, "generate": _generate,
-        "experts": _experts, "estimate": _estimate,
+        "experts": _experts, "block": _block, "estimate": _estimate,
     }  # fmt: skip
     found, titles = [], set()
     for one in results:
@@ -197,6 +197,12 @@ def _experts(rows: list[Record]) -> Table:
         return {"M": str(r.M), "experts": str(r.experts), "routing": r.routing}
 
     return _table(title, _EXPERTS, rows, cells, lambda r: (r.experts, r.routing, r.M))
+
+
+def _block(rows: list[Record]) -> Table:
+    r = rows[0]
+    title = f"{r.model}, {r.M} tokens, R={r.R}, {r.dtype}, dropout {r.dropout:g}"
+    return _table(title, _LINEAR[1:], rows, lambda r: {}, lambda r: 0)
 
 
 def _step(rows: list[Record]) -> Table:

@@ -164,21 +164,60 @@ class _GatedProduct(torch.autograd.Function):
     def forward(ctx, act, gate, up):
         ctx.act = act
         ctx.save_for_backward(gate, up)
-        return act(gate) * up
+        return _product(gate, up, act)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_product):
         gate, up = ctx.saved_tensors
-        d_gate = d_up = None
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activated = ctx.act(leaf)
-        if ctx.needs_input_grad[2]:
-            d_up = d_product * activated.detach()
+        d_up = _product(gate, d_product, ctx.act) if ctx.needs_input_grad[2] else None
+        d_gate = None
         if ctx.needs_input_grad[1]:
-            (d_gate,) = torch.autograd.grad(activated, leaf, d_product * up)
+            d_gate = _activation_grad(gate, d_product * up, ctx.act)
         return None, d_gate, d_up
+
+
+def _product(gate: torch.Tensor, other: torch.Tensor, act: Activation) -> torch.Tensor:
+    """act(gate)⊙other, in one new tensor where that is possible. Gradients are off."""
+    activated = act(gate)
+    own = activated.data_ptr() != gate.data_ptr() and activated.dtype == other.dtype
+    return activated.mul_(other) if own else activated * other
+
+
+def _activation_grad(gate: torch.Tensor, grad: torch.Tensor, act: Activation) -> torch.Tensor:
+    """The gradient of gate through act. grad, that of act(gate), may be overwritten."""
+    aten = torch.ops.aten
+    if _is_silu(act):
+        return aten.silu_backward.grad_input(grad, gate, grad_input=grad)
+    approximate = _gelu_form(act)
+    if approximate is not None:
+        return aten.gelu_backward.grad_input(grad, gate, approximate=approximate, grad_input=grad)
+    with torch.enable_grad():
+        leaf = gate.detach().requires_grad_()
+        (d_gate,) = torch.autograd.grad(act(leaf), leaf, grad)
+    return d_gate
+
+
+def _is_silu(act: Activation) -> bool:
+    return type(act) is nn.SiLU or _of_transformers(act) == "SiLUActivation"
+
+
+def _gelu_form(act: Activation) -> str | None:
+    """The word for torch's gelu that the activation is, or None."""
+    if type(act) is nn.GELU:
+        return act.approximate
+    inner = getattr(act, "act", None)
+    if _of_transformers(act) == "GELUActivation" and inner is nn.functional.gelu:
+        return "none"
+    if _of_transformers(act) == "GELUTanh" and isinstance(inner, functools.partial):
+        return "tanh"
+    return None
+
+
+def _of_transformers(act: Activation) -> str:
+    """The name of an activation's class in transformers.activations, else ""."""
+    kind = type(act)
+    return kind.__qualname__ if kind.__module__ == "transformers.activations" else ""
 
 
 class _Product(NamedTuple):
@@ -224,7 +263,7 @@ def computed_again(
                     "fuse_mlp=False"
                 )
         with torch.no_grad():
-            return (act(gate) * up).view(packed.shape)
+            return _product(gate, up, act).view(packed.shape)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

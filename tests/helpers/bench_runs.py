@@ -17,6 +17,8 @@ LINEAR += ["--rounds", "2", "--warmup", "1", "--device", "cpu"]
 MODEL = ["model", "--device", "cpu", "--seq", "8", "--rounds", "1", "--warmup", "1"]
 GENERATE = ["generate", "--device", "cpu", "--layers", "1", "--hidden", "64", "--rank", "4"]
 GENERATE += ["--prompt", "5", "--tokens", "3", "--rounds", "1", "--warmup", "1"]
+BLOCK = ["block", "--device", "cpu", "--hidden", "64", "--heads", "4", "--intermediate", "96"]
+BLOCK += ["--tokens", "12", "--rank", "4", "--rounds", "1", "--warmup", "1"]
 EXPERTS = ["experts", "--device", "cpu", "--shape", f"{K}x{N}", "--rank", str(R)]
 EXPERTS += ["--experts", "8", "--tokens", "20", "--rounds", "1", "--warmup", "1"]
 
@@ -51,6 +53,11 @@ def _run(tmp_path, command, options):
 def run_experts(tmp_path, options):
     """Run `experts` with these options. Returns the exit status, the rows and the file."""
     return _run(tmp_path, EXPERTS, options)
+
+
+def run_block(tmp_path, options):
+    """Run `block` with these options. Returns the exit status, the rows and the file."""
+    return _run(tmp_path, BLOCK, options)
 
 
 def by_label(rows, **fields):

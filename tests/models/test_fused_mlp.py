@@ -10,6 +10,7 @@ from helpers import tiny_transformers
 from helpers.tiny_transformers import IDS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
 
 import lorafast
 from lorafast import testing
@@ -111,13 +112,16 @@ def test_the_numbers_are_those_of_the_plain_mlp(adapter, dtype):
     "act",
     [
         nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), ReLUSquared(), nn.Identity(),
-        nn.ReLU(inplace=False),
+        nn.ReLU(inplace=False), "silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_python",
+        "relu2",
     ],
     ids=str,
 )  # fmt: skip
-def test_activations(act):
-    plain, fused = pair(lambda: MLP(act), lorafast.LoRA(r=2, dropout=0.2))
-    x = torch.randn(5, 3, 16, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations(act, dtype):
+    act = ACT2FN[act] if isinstance(act, str) else act
+    plain, fused = pair(lambda: MLP(act).to(dtype), lorafast.LoRA(r=2, dropout=0.2))
+    x = torch.randn(5, 3, 16, dtype=dtype, requires_grad=True)
     expected, d_x = step(plain, x), x.grad.clone()
     x.grad = None
     assert_same(step(fused, x), expected)
@@ -138,6 +142,22 @@ def test_the_product_and_the_activation_are_not_kept():
     assert kept(fused, x) == 4 * M * (2 * N + 3 * r)
     frozen = MLP().requires_grad_(False)
     assert kept(frozen, x) == 4 * M * 3 * N > kept(fused, x)
+
+
+def test_the_peak_of_a_step_falls():
+    M, N = 64, 512
+    plain, fused = pair(lambda: MLP(K=16, N=N), lorafast.LoRA(r=2))
+    x = torch.randn(M, 16, requires_grad=True)
+    peaks = []
+    for model in (plain, fused):
+        model(x).sum().backward()
+
+        def step(model=model):
+            model(x).sum().backward()
+
+        peaks.append(testing.allocated(step).peak)
+    # Six activations of the MLP's width, and five.
+    assert peaks[0] - peaks[1] > 0.8 * 4 * M * N
 
 
 def test_a_block_of_llama3_8b_keeps_what_the_arithmetic_says():
