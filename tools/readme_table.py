@@ -396,6 +396,18 @@ def short_memory_table(batch: str) -> str:
     return grid(head, map(row, ("lora", "dora", "lamda")))
 
 
+def measured_memory_table() -> str:
+    """The peak of BART-large's step, estimated and taken on a CPU."""
+
+    def row(label: str) -> Row:
+        found = measured(label, "bart-measured", ESTIMATED, batch_size=1)
+        sizes = (size(found, name) for name in ("peak_bytes", "measured_peak_bytes"))
+        return [_name(label), *sizes]
+
+    head = ["BART-large, fp32, one text", "step's peak, estimated", "taken"]
+    return grid(head, map(row, ("frozen", "full", "lorafast lora", "lorafast dora")))
+
+
 def _memory(label: str, batch: int) -> Record:
     """The estimate of one implementation and method of BART-large."""
     (found,) = measured(label, "lamda-memory", ESTIMATED, batch_size=batch)
@@ -407,7 +419,8 @@ def write_figures() -> None:
     from lorafast.bench.report import plots
     from lorafast.bench.report.record import Results
 
-    rows = Results.read(RESULTS / "lamda-memory.json").records
+    found = Results.read(RESULTS / "lamda-memory.json").records
+    rows = [r for r in found if r.run == "lamda-memory"]
     figure = plots.memory_by_method(rows, MEMORY)
     figure.suptitle("BART-large, estimated", fontsize=11)
     (RESULTS / "lamda-memory.svg").write_text(plots.svg(figure))
@@ -471,6 +484,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "accelerated": accelerated_table,
     "memory": memory_table,
     "short-memory": short_memory_table,
+    "measured-memory": measured_memory_table,
     "methods": method_table,
     "method": facts_table,
     "environment": environment_table,
