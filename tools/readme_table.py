@@ -10,28 +10,28 @@ run that measured them. The rows of every table are chosen here.
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from results import (
+    ESTIMATED,
+    NEWER,
+    RESULTS,
+    Record,
+    highest,
+    losses,
+    measured,
+    median,
+    size,
+)
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
-# The devices whose results the pages show, as a file's env names them: one with AVX-512 and bf16
-# products, and one with AVX2 alone.
-DEVICES = ("AMD EPYC, 2 threads", "AMD EPYC, 1 thread")
-# The device of what has been measured since calls are made in C++: generation, quantised bases.
-NEWER = ("AMD EPYC (avx512bf16), 2 threads", "AMD EPYC (avx512bf16), 1 thread")
-# That of what is computed on tensors without values.
-ESTIMATED = ("no device: estimated",)
 MARKED = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
-Record = dict[str, Any]
 Row = list[str]
 
 # The implementations of one layer that a reader compares first.
@@ -83,69 +83,6 @@ def grid(head: Row, rows: Iterable[Row]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-@functools.cache
-def records(devices: tuple[str, ...] = DEVICES) -> list[Record]:
-    """Every record that was measured on one of the devices."""
-    found: list[Record] = []
-    for path in sorted(RESULTS.glob("*.json")):
-        document = json.loads(path.read_text())
-        if document["env"]["device_name"] in devices:
-            found += document["records"]
-    return found
-
-
-def measured(
-    label: str, run: str, devices: tuple[str, ...] = DEVICES, **wanted: Any
-) -> list[Record]:
-    """The records of one implementation and method on one problem, one for each repetition.
-
-    label: "frozen", or an implementation and a method such as "peft lora". run: the name of the run
-    in the file's env; a record without one belongs to every run. devices: those that count. wanted:
-    the fields that name the problem; a field that a record lacks counts as None. LookupError if
-    nothing matches.
-    """
-    impl, _, method = label.partition(" ")
-    wanted = {"impl": impl, "method": method or "none"} | wanted
-
-    def matches(record: Record) -> bool:
-        fits = ((record.get(key) or None) == (value or None) for key, value in wanted.items())
-        return record.get("run", run) == run and all(fits)
-
-    found = [record for record in records(devices) if matches(record)]
-    if not found:
-        raise LookupError(f"bench/results has no record of run {run!r} with {wanted}")
-    return found
-
-
-def median(found: list[Record], field: str, form: str = ".2f") -> str:
-    """The median over runs of a field; the status of the runs if none of them has it."""
-    values = [r[field] for r in found if r.get(field) is not None]
-    if values:
-        return format(statistics.median(values), form)
-    return next((r["status"] for r in found if r.get("status", "ok") != "ok"), "–")
-
-
-def highest(found: list[Record], field: str) -> str:
-    """The largest value over runs of a field."""
-    return f"{max(r[field] for r in found if r.get(field) is not None):.2f}"
-
-
-def size(found: list[Record], field: str) -> str:
-    """The median over runs of a count of bytes, with its unit."""
-    count = statistics.median(r[field] for r in found if r.get(field) is not None)
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            break
-        count /= 1024 if unit != "MiB" else 1
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-
-
-def losses(found: list[Record]) -> str:
-    """The mean loss of the first ten and the last ten steps."""
-    kept = next(r["losses"] for r in found if r.get("losses"))
-    return f"{statistics.fmean(kept[:10]):.2f} → {statistics.fmean(kept[-10:]):.2f}"
 
 
 def _name(label: str) -> str:
@@ -297,21 +234,40 @@ def generation_table() -> str:
 
 def quantised_table() -> str:
     """MiniLM's step on dense and on quantised weights."""
+    problem = {"run": "minilm-quantised", "bench": "step", "batch_size": 16}
     bases = {"dense": "dense", "NF4": "nf4", "int8": "int8"}
-    head = ["MiniLM, 16 × 16 tokens"]
-    head += [f"{name}: step ÷ frozen, peak" for name in bases]
+    columns = {name: problem | {"base_format": base} for name, base in bases.items()}
+    labels = ("frozen", "lorafast lora", "peft lora", "lorafast dora", "peft dora")
+    return _ratios_and_peaks("MiniLM, 16 × 16 tokens", labels, columns)
+
+
+def experts_table(dropout: str) -> str:
+    """A layer of experts beside the frozen grouped product, at one dropout."""
+    problem = {"routing": "balanced", "dropout": float(dropout)}
+    columns = {dtype: problem | {"run": f"experts-{dtype}"} for dtype in ("fp32", "bf16")}
+    # PEFT has no dropout there.
+    labels = ("frozen", "lorafast lora", "lorafast dora", "accelerated lora", "peft lora")
+    labels = labels[: 3 if problem["dropout"] else 5]
+    return _ratios_and_peaks("32 experts, 1024 → 512, 2048 tokens, top 2", labels, columns)
+
+
+def block_table() -> str:
+    """A block of a Llama, with and without its gated MLP computed again."""
+    columns = {dtype: {"run": f"block-{dtype}"} for dtype in ("fp32", "bf16")}
+    impls = ("lorafast", "lorafast-mlp", "peft")
+    labels = ["frozen", *(f"{impl} {method}" for method in ("lora", "dora") for impl in impls)]
+    return _ratios_and_peaks("a block, 1024 wide, 2048 tokens", labels, columns)
+
+
+def _ratios_and_peaks(title: str, labels: Iterable[str], columns: dict[str, dict[str, Any]]) -> str:
+    """The step's time ÷ the frozen one's, and the peak, of each label in each column's problem."""
 
     def row(label: str) -> Row:
-        cells = [_name(label)]
-        for base in bases.values():
-            found = measured(
-                label, "minilm-quantised", NEWER, bench="step", batch_size=16, base_format=base
-            )
-            cells.append(f"{median(found, 'ratio_to_frozen')}, {size(found, 'peak_bytes')}")
-        return cells
+        found = [measured(label, devices=NEWER, **problem) for problem in columns.values()]
+        cells = [f"{median(one, 'ratio_to_frozen')}, {size(one, 'peak_bytes')}" for one in found]
+        return [_name(label), *cells]
 
-    labels = ("frozen", "lorafast lora", "peft lora", "lorafast dora", "peft dora")
-    return grid(head, map(row, labels))
+    return grid([title, *(f"{name}: step ÷ frozen, peak" for name in columns)], map(row, labels))
 
 
 def encoder_table() -> str:
@@ -480,6 +436,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "encoder": encoder_table,
     "generation": generation_table,
     "quantised": quantised_table,
+    "experts": experts_table,
+    "block": block_table,
     "trained-methods": trained_methods_table,
     "accelerated": accelerated_table,
     "memory": memory_table,

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ HEADINGS = ["Equation", "Kept for backward", "Options", "Example", "What could n
 
 
 def _tool():
+    # As for a script: its folder is where it looks for what it imports.
+    sys.path.insert(0, str(ROOT / "tools"))
     spec = importlib.util.spec_from_file_location("readme_table", ROOT / "tools/readme_table.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
