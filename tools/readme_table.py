@@ -246,8 +246,8 @@ def experts_table(dropout: str) -> str:
     problem = {"routing": "balanced", "dropout": float(dropout)}
     columns = {dtype: problem | {"run": f"experts-{dtype}"} for dtype in ("fp32", "bf16")}
     # PEFT has no dropout there.
-    labels = ("frozen", "lorafast lora", "lorafast dora", "accelerated lora", "peft lora")
-    labels = labels[: 3 if problem["dropout"] else 5]
+    labels = ("frozen", "lorafast lora", "lorafast dora", "peft lora")
+    labels = labels[: 3 if problem["dropout"] else 4]
     return _ratios_and_peaks("32 experts, 1024 → 512, 2048 tokens, top 2", labels, columns)
 
 

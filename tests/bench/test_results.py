@@ -68,18 +68,20 @@ def test_losses_equal_pefts_to_1e5(name, impl):
 
 def test_no_layer_is_slower_than_pefts():
     """From 64 tokens on never, below by at most 5 %: few tokens, whole models and generation."""
-    results, ours = FILES["amd-epyc-avx512bf16-2-threads.json"], ("lorafast", "accelerated")
+    results = FILES["amd-epyc-avx512bf16-2-threads.json"]
+    ours = ("lorafast", "lorafast-mlp", "accelerated")
     measured = [r for r in results.records if r.bench != "training"]
 
     def problem(r):
         return (
             r.run, r.bench, r.method, r.dtype, r.M, r.N, r.K, r.dropout, r.batch_size, r.inference,
-            r.base_format,
+            r.base_format, r.routing,
         )  # fmt: skip
 
     peft = {problem(r): r.ratio_to_frozen for r in measured if r.impl == "peft"}
     compared = [r for r in measured if r.impl in ours and problem(r) in peft]
-    assert {r.bench for r in compared} == {"linear", "step", "generate"}
+    kinds = {"linear", "step", "generate", "experts", "block"}
+    assert {r.bench for r in compared} == kinds
     assert {r.M for r in compared if r.bench == "linear"} >= {1, 8, 16, 64, 2048}
     for r in compared:
         tokens = r.M if r.bench == "linear" else (r.batch_size or 1) * (r.seq or 1)

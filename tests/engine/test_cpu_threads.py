@@ -78,7 +78,7 @@ def test_no_bit_depends_on_the_number_of_threads(dtype, threads):
     alone = outcome(**given)
     for count in (2, 3, 4, 64):
         threads(count)
-        assert cpu._threads(M * R * R) == 1 < cpu._threads(M * K * R) == count
+        assert cpu.threads(M * R * R) == 1 < cpu.threads(M * K * R) == count
         assert equal(outcome(**given), alone)
 
 

@@ -48,7 +48,7 @@ def assert_dropped(seed, m0, K, dtype):
     assert m0 > 2**31 - 22 or (m0 * groups < 2**32 < (m0 + 21) * groups and 2**32 % groups)
     out = torch.full((23, K), 7.0, dtype=dtype)
     cpu.library().drop(
-        cpu._TYPES[dtype],
+        cpu.TYPES[dtype],
         x.data_ptr(),
         21,
         K,
