@@ -69,6 +69,20 @@ def project(M: int, K: int, R: int, dtype: torch.dtype, arch: Arch) -> SplitTile
     return _split(tile, ceil_div(M, tile.BLOCK_M), ceil_div(K, tile.BLOCK_K), arch)
 
 
+@functools.lru_cache(maxsize=4096)
+def grouped_project(
+    S: int, experts: int, K: int, R: int, dtype: torch.dtype, arch: Arch
+) -> SplitTile:
+    """Return the tile of project for S rows of several experts, sorted by expert.
+
+    It has few rows where an expert has few.
+    """
+    few, many = _PROJECT[dtype == torch.float32][block_r(R)]
+    enough = max(32 * device(arch).multiprocessors, experts * many.BLOCK_M)
+    tile = _on(arch.name, "project", many if enough <= S else few)
+    return _split(tile, ceil_div(S, tile.BLOCK_M), ceil_div(K, tile.BLOCK_K), arch)
+
+
 def casts_first(tile: Tile, M: int, K: int, R: int, arch: Arch) -> bool:
     """True if project casts an fp32 A to 16 bits in a launch of its own.
 
@@ -147,6 +161,8 @@ def dequantise(dtype: torch.dtype) -> Tile:
 
 # drop's tile: each thread has four groups of 8 neighbours, whose bits one Philox call gives.
 DROP = Tile(32, 0, 128, 0, 4, 1)
+# add_blocks' tile: columns of parts.
+ADD_BLOCKS = Tile(0, 0, 1024, 0, 4, 1)
 # scale_cast's tile: a square of a factor.
 SCALE_CAST = Tile(0, 32, 32, 0, 4, 1)
 
@@ -272,8 +288,12 @@ def tiles(kernel: str, dtype: torch.dtype, arch: str = "") -> tuple[Tile, ...]:
         "scale_cast": [SCALE_CAST],
         "low_rank_add": [low_rank_add(dtype)],
         "row_norm": _ROW_NORM[full].values(),
+        "grouped_gain": [DROP],
+        "add_blocks": [ADD_BLOCKS],
     }
-    return tuple(dict.fromkeys(by_kernel[kernel]))
+    # A grouped kernel has the tiles of its primitive.
+    own = kernel if kernel in by_kernel else kernel.removeprefix("grouped_")
+    return tuple(dict.fromkeys(by_kernel[own]))
 
 
 def _on(arch: str, kernel: str, tile: Tile) -> Tile:

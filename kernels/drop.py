@@ -23,6 +23,20 @@ def drop_kernel(
     The mask is that of the rows from first_row on.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    drop_rows(
+        x_ptr, seed_ptr, out_ptr, rows, first_row, rows, M, K, stride_xm, stride_xk, stride_om,
+        groups, threshold, scale, ACCUMULATES, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def drop_rows(
+    x_ptr, seed_ptr, out_ptr, rows, first_row, mask_rows, M, K, stride_xm, stride_xk, stride_om,
+    groups, threshold, scale, ACCUMULATES: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Compute a program's columns of some rows; their dropout bits are those of mask_rows, from
+    first_row on.
+    """
     cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (rows[:, None] < M) & (cols[None, :] < K)
     where = out_ptr + rows[:, None] * stride_om + cols[None, :]
@@ -38,7 +52,7 @@ def drop_kernel(
         # Rounded before it is masked: numbers of 16 bits are masked in pairs.
         value = value.to(out_ptr.dtype.element_ty)
     value = drop_tile(
-        value, tl.load(seed_ptr), first_row + rows, tl.program_id(1) * (BLOCK_K // 8), groups,
+        value, tl.load(seed_ptr), first_row + mask_rows, tl.program_id(1) * (BLOCK_K // 8), groups,
         threshold, BLOCK_K // 8,
     )  # fmt: skip
     if ACCUMULATES:

@@ -40,6 +40,26 @@ def grad_output_kernel(
     Both products have the ranks as rows. With fewer than 64 of them tensor cores read registers.
     """
     block, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    grad_output_rows(
+        dy_ptr, kept_ptr, h_core_ptr, B_ptr, u_ptr, P_ptr, sums_ptr,
+        block, split, 0, split, M, M, N, R, live,
+        stride_dm, stride_dn, stride_km, stride_kn, stride_hm, stride_hr, steps, one,
+        U, P, SUMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, LANES,
+    )  # fmt: skip
+
+
+@triton.jit
+def grad_output_rows(
+    dy_ptr, kept_ptr, h_core_ptr, B_ptr, u_ptr, P_ptr, sums_ptr,
+    block, part, start, split, end, M, N, R, live,
+    stride_dm, stride_dn, stride_km, stride_kn, stride_hm, stride_hr, steps, one,
+    U: tl.constexpr, P: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Compute a part of P and of the sums, and u: of one split of the rows from `start` on.
+
+    A split is `steps` blocks of rows; rows from `end` on are not read. block: of columns.
+    """
     cols = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
     if U:
@@ -56,25 +76,25 @@ def grad_output_kernel(
         dot = tl.zeros((LANES, BLOCK_N), tl.float32)
         # Loads that feed no product are not pipelined: each step loads kept for the next one.
         next_kept = _rows_of(
-            kept_ptr, split * steps * BLOCK_M, cols, M, N, stride_km, stride_kn, BLOCK_M
+            kept_ptr, start + split * steps * BLOCK_M, cols, end, N, stride_km, stride_kn, BLOCK_M
         )
     for step in range(steps):
-        first_row = (split * steps + step) * BLOCK_M
+        first_row = start + (split * steps + step) * BLOCK_M
         rows = first_row + tl.arange(0, BLOCK_M)
-        dy = _rows_of(dy_ptr, first_row, cols, M, N, stride_dm, stride_dn, BLOCK_M)
+        dy = _rows_of(dy_ptr, first_row, cols, end, N, stride_dm, stride_dn, BLOCK_M)
         if SUMS > 1:
             kept = next_kept
             next_kept = _rows_of(
-                kept_ptr, first_row + BLOCK_M, cols, M, N, stride_km, stride_kn, BLOCK_M
+                kept_ptr, first_row + BLOCK_M, cols, end, N, stride_km, stride_kn, BLOCK_M
             )
         if U:
             u = tl.trans(tl.dot(B, tl.trans(dy), input_precision=PRECISION))
             where = (block.to(tl.int64) * M + rows[:, None]) * R + ranks[None, :]
-            tl.store(u_ptr + where, u, mask=(rows[:, None] < M) & (ranks[None, :] < R))
+            tl.store(u_ptr + where, u, mask=(rows[:, None] < end) & (ranks[None, :] < R))
         if P:
             h_core = tl.load(
                 h_core_ptr + rows[None, :] * stride_hm + ranks[:, None] * stride_hr,
-                mask=(rows[None, :] < M) & (ranks[:, None] < live),
+                mask=(rows[None, :] < end) & (ranks[:, None] < live),
                 other=0.0,
             )
             if BLOCK_R < 64 or not (U or SUMS > 0):
@@ -89,9 +109,9 @@ def grad_output_kernel(
         if SUMS > 1:
             dot += _sum_apart(dy.to(tl.float32) * kept.to(tl.float32), LANES)
     if P:
-        where = (split * N + cols[None, :]) * live + ranks[:, None]
+        where = (part * N + cols[None, :]) * live + ranks[:, None]
         tl.store(P_ptr + where, P_sum, mask=(cols[None, :] < N) & (ranks[:, None] < live))
-    where = sums_ptr + split * SUMS * N + cols
+    where = sums_ptr + part * SUMS * N + cols
     if SUMS > 0:
         tl.store(where, tl.sum(total, axis=0), mask=cols < N)
     if SUMS > 1:
@@ -133,6 +153,21 @@ def grad_output_finish_kernel(
     order. The first `frozen` columns of dB are 0. has_scale: s is read from scale_ptr, and scaling
     is 1.
     """
+    grad_output_finish_rows(
+        P_ptr, gain_ptr, out_scale_ptr, B_ptr, scale_ptr, dB_ptr, d_out_scale_ptr, N, R, width,
+        stride_bn, stride_br, skipped, frozen, splits, has_gain, has_out_scale,
+        wants_B, wants_out_scale, has_scale, scaling, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
+def grad_output_finish_rows(
+    P_ptr, gain_ptr, out_scale_ptr, B_ptr, scale_ptr, dB_ptr, d_out_scale_ptr, N, R, width,
+    stride_bn, stride_br, skipped, frozen, splits, has_gain, has_out_scale,
+    wants_B, wants_out_scale, has_scale, scaling,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Compute a program's rows of dB and d_out_scale; see grad_output_finish_kernel."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
     inside = (rows[:, None] < N) & (ranks[None, :] < R)
@@ -211,7 +246,7 @@ def _pass(
     u_specs = [spec for spec in specs if _needs_u(spec)]
     P_specs = [spec for spec in specs if _needs_P(spec)]
     factors, inverses = _factors(u_specs, gain, dtype)
-    h_cores = [_live_columns(apply_core(spec.h, spec.core), spec) for spec in P_specs]
+    h_cores = [live_columns(apply_core(spec.h, spec.core), spec) for spec in P_specs]
     u_ranks, P_ranks = sum(B.shape[1] for B in factors), sum(h.shape[1] for h in h_cores)
     column_sums = bool(P_ranks or sums_requested)
     one_pass = bool(factors) and column_sums and configs.one_pass(u_ranks, P_ranks)
@@ -316,8 +351,8 @@ def _finish_P(
         launch.run(
             grad_output_finish_kernel, (configs.ceil_div(N, tile.BLOCK_N),), tile,
             own_P, *vectors, spec.B, spec.scaling if has_scale else P, *outputs,
-            N, R, P.shape[2], *spec.B.stride(), _skipped(spec), spec.frozen_columns, P.shape[0],
-            int(gain is not None), int(spec.out_scale is not None),
+            N, R, P.shape[2], *spec.B.stride(), skipped_columns(spec), spec.frozen_columns,
+            P.shape[0], int(gain is not None), int(spec.out_scale is not None),
             int(spec.want_B), int(spec.want_out_scale),
             int(has_scale), 1.0 if has_scale else float(spec.scaling),
         )  # fmt: skip
@@ -337,13 +372,13 @@ def _needs_P(spec: UpProjGradSpec) -> bool:
     return spec.want_B or spec.want_out_scale
 
 
-def _live_columns(h_core: torch.Tensor, spec: UpProjGradSpec) -> torch.Tensor:
+def live_columns(h_core: torch.Tensor, spec: UpProjGradSpec) -> torch.Tensor:
     """Return the columns of h_core that P is computed of."""
-    skipped = _skipped(spec)
+    skipped = skipped_columns(spec)
     return h_core[:, skipped:] if skipped else h_core
 
 
-def _skipped(spec: UpProjGradSpec) -> int:
+def skipped_columns(spec: UpProjGradSpec) -> int:
     """Return the number of B's frozen columns, unless d_out_scale needs their P."""
     return 0 if spec.want_out_scale else spec.frozen_columns
 

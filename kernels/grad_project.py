@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from lorafast.engine.kernels import configs, launch
+from lorafast.engine.kernels.expert_blocks import rows_of_masks
 from lorafast.engine.kernels.philox import drop_tile
 from lorafast.engine.precision import scaled_to_fp16
 from lorafast.engine.problem import LowRankTerm
@@ -26,29 +27,57 @@ def grad_project_kernel(
     cols = (first_col + tl.arange(0, BLOCK_K)).to(tl.int64)
     ranks = tl.arange(0, BLOCK_R)
     split = tl.program_id(1).to(tl.int64)
+    acc = sum_of_rows(
+        x_ptr, v_ptr, seed_ptr, seed_ptr, 0, split, M, K, R, first_col, cols, ranks,
+        stride_xm, stride_xk, stride_vm, stride_vr, groups, threshold, steps,
+        DROPS, False, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+    where = (split * R + ranks[:, None]) * K + cols[None, :]
+    tl.store(
+        out_ptr + where, tl.trans(acc) * scale, mask=(ranks[:, None] < R) & (cols[None, :] < K)
+    )
+
+
+@triton.jit
+def sum_of_rows(
+    x_ptr, v_ptr, seed_ptr, rows_ptr, start, split, end, K, R, first_col, cols, ranks,
+    stride_xm, stride_xk, stride_vm, stride_vr, groups, threshold, steps,
+    DROPS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Return drop(x)ᵀ v, unscaled, over one split of the rows from `start` on, before `end`.
+
+    A split is `steps` blocks of rows. cols: BLOCK_K columns of x, from first_col on.
+    -> fp32 [BLOCK_K,BLOCK_R]. ROWS: the rows whose dropout bits they have are read from rows_ptr.
+    """
     acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     if DROPS:
         seed = tl.load(seed_ptr)
+    if ROWS:
+        # Loads that feed no product are not pipelined: each step loads those of the next one.
+        first_row = start + split * steps * BLOCK_M
+        next_rows = rows_of_masks(rows_ptr, first_row + tl.arange(0, BLOCK_M), end, ROWS)
     for step in range(steps):
-        first_row = (split * steps + step) * BLOCK_M
+        first_row = start + (split * steps + step) * BLOCK_M
         rows = first_row + tl.arange(0, BLOCK_M)
+        mask_rows = rows
+        if ROWS:
+            mask_rows = next_rows
+            next_rows = rows_of_masks(rows_ptr, rows + BLOCK_M, end, ROWS)
         # Rows are compared in 32 bits, which takes half the instructions.
-        within = tl.arange(0, BLOCK_M) < tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
+        within = tl.arange(0, BLOCK_M) < tl.minimum(end - first_row, BLOCK_M).to(tl.int32)
         inside = within[:, None] & (cols[None, :] < K)
         x = tl.load(
             x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xk, mask=inside, other=0.0
         )
         if DROPS:
-            x = drop_tile(x, seed, rows, first_col // 8, groups, threshold, BLOCK_K // 8)
+            x = drop_tile(x, seed, mask_rows, first_col // 8, groups, threshold, BLOCK_K // 8)
         inside = within[:, None] & (ranks[None, :] < R)
         v = tl.load(
             v_ptr + rows[:, None] * stride_vm + ranks[None, :] * stride_vr, mask=inside, other=0.0
         )
         acc = tl.dot(tl.trans(x), v.to(x.dtype), acc, input_precision=PRECISION)
-    where = (split * R + ranks[:, None]) * K + cols[None, :]
-    tl.store(
-        out_ptr + where, tl.trans(acc) * scale, mask=(ranks[:, None] < R) & (cols[None, :] < K)
-    )
+    return acc
 
 
 def grad_project(x2: torch.Tensor, term: LowRankTerm) -> torch.Tensor:

@@ -27,20 +27,10 @@ def low_rank_add_kernel(
     if ACCUMULATES:
         # Loaded first, so that it arrives while the product and the mask are computed.
         before = tl.load(where, mask=inside, other=0.0)
-    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for start in range(0, R, BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
-        v = tl.load(
-            v_ptr + rows[:, None] * stride_vm + ranks[None, :] * stride_vr,
-            mask=(rows[:, None] < M) & (ranks[None, :] < R),
-            other=0.0,
-        )
-        A = tl.load(
-            A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak,
-            mask=(ranks[:, None] < R) & (cols[None, :] < K),
-            other=0.0,
-        )
-        acc = tl.dot(v, A.to(v.dtype), acc, input_precision=PRECISION)
+    acc = low_rank_tile(
+        v_ptr, A_ptr, rows, cols, M, K, R, stride_vm, stride_vr, stride_ar, stride_ak,
+        PRECISION, BLOCK_M, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
     value = acc * scale
     if not ACCUMULATES:
         # Rounded before it is masked: numbers of 16 bits are masked in pairs.
@@ -52,6 +42,29 @@ def low_rank_add_kernel(
     if ACCUMULATES:
         value = (before.to(tl.float32) + value).to(out_ptr.dtype.element_ty)
     tl.store(where, value, mask=inside)
+
+
+@triton.jit
+def low_rank_tile(
+    v_ptr, A_ptr, rows, cols, end, K, R, stride_vm, stride_vr, stride_ar, stride_ak,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Return v A of the rows before `end` and of some columns, fp32 [BLOCK_M,BLOCK_K]."""
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        ranks = start + tl.arange(0, BLOCK_R)
+        v = tl.load(
+            v_ptr + rows[:, None] * stride_vm + ranks[None, :] * stride_vr,
+            mask=(rows[:, None] < end) & (ranks[None, :] < R),
+            other=0.0,
+        )
+        A = tl.load(
+            A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak,
+            mask=(ranks[:, None] < R) & (cols[None, :] < K),
+            other=0.0,
+        )
+        acc = tl.dot(v, A.to(v.dtype), acc, input_precision=PRECISION)
+    return acc
 
 
 def low_rank_add(out: torch.Tensor, term: LowRankTerm, accumulate: bool) -> None:

@@ -35,6 +35,24 @@ def project_kernel(
     splits is no constexpr: it changes with M, and every batch size would compile anew.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    project_rows(
+        x_ptr, A_ptr, seed_ptr, h_ptr, rows, M, rows, M, K, R,
+        stride_xm, stride_xk, stride_ar, stride_ak, groups, threshold, scale, steps,
+        DROPS, PARTS, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
+def project_rows(
+    x_ptr, A_ptr, seed_ptr, h_ptr, rows, end, mask_rows, M, K, R,
+    stride_xm, stride_xk, stride_ar, stride_ak, groups, threshold, scale, steps,
+    DROPS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Compute the rows of h before `end`, or this split's part of them, of h [M,R].
+
+    mask_rows: the rows whose dropout bits they have.
+    """
     ranks = tl.arange(0, BLOCK_R)
     first_col = tl.program_id(1) * steps * BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -43,18 +61,18 @@ def project_kernel(
     for step in range(steps):
         start = first_col + step * BLOCK_K
         cols = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        inside = (rows[:, None] < M) & (cols[None, :] < K)
+        inside = (rows[:, None] < end) & (cols[None, :] < K)
         x = tl.load(
             x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xk, mask=inside, other=0.0
         )
         if DROPS:
-            x = drop_tile(x, seed, rows, start // 8, groups, threshold, BLOCK_K // 8)
+            x = drop_tile(x, seed, mask_rows, start // 8, groups, threshold, BLOCK_K // 8)
         inside = (ranks[:, None] < R) & (cols[None, :] < K)
         A = tl.load(
             A_ptr + ranks[:, None] * stride_ar + cols[None, :] * stride_ak, mask=inside, other=0.0
         )
         acc = tl.dot(x, tl.trans(A.to(x.dtype)), acc, input_precision=PRECISION)
-    inside = (rows[:, None] < M) & (ranks[None, :] < R)
+    inside = (rows[:, None] < end) & (ranks[None, :] < R)
     if PARTS:
         tl.store(
             h_ptr + (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * R + ranks[None, :],

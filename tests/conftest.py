@@ -157,7 +157,7 @@ def pytest_terminal_summary(terminalreporter):
         return
     terminalreporter.section("Triton kernels compiled ahead of time")
     terminalreporter.line(
-        f"{'kernel':20}{'dtype':7}{'arch':9}{'forms':>5}{'registers':>11}{'stack':>7}"
+        f"{'kernel':27}{'dtype':7}{'arch':9}{'forms':>5}{'registers':>11}{'stack':>7}"
         f"{'shared, KiB':>13}"
     )
     for dtype, capability, kernel in dict.fromkeys(tuple(row[:3]) for row in rows):
@@ -167,6 +167,6 @@ def pytest_terminal_summary(terminalreporter):
         used = f"{min(registers)}-{max(registers)}"
         memory = f"{min(shared) / 1024:.0f}-{max(shared) / 1024:.0f}"
         terminalreporter.line(
-            f"{kernel:20}{dtype:7}{f'sm_{capability}':9}{len(registers):5}{used:>11}{max(stack):7}"
+            f"{kernel:27}{dtype:7}{f'sm_{capability}':9}{len(registers):5}{used:>11}{max(stack):7}"
             f"{memory:>13}"
         )

@@ -164,6 +164,12 @@ class Machine(AsyncUnits):
         lane = {"bfly": self.laneid ^ by, "idx": self.laneid * np.uint32(0) + by}[how]
         return value[(np.arange(self.T) & ~31) + (lane & np.uint32(31))]
 
+    def warp_sum(self, value: np.ndarray, members: np.ndarray, m: np.ndarray | None) -> np.ndarray:
+        """Return what redux.add adds: the sum of each warp's lanes, which all take part."""
+        if (self.full(members)[self.lanes(m)] != 0xFFFFFFFF).any():
+            raise NotImplementedError("redux among a part of a warp")
+        return self.full(value).reshape(-1, 32).sum(1, dtype=np.uint32).repeat(32)
+
     def lanes(self, guard: np.ndarray | None) -> np.ndarray:
         """Return the numbers of the threads of a guard."""
         return np.arange(self.T) if guard is None else np.flatnonzero(guard)

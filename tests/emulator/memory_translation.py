@@ -20,6 +20,13 @@ class MemoryInstructions(Operands):
         if flag:  # no lane reads beyond its warp
             self.put(flag, "S.all", "pred", guard)
 
+    def _redux(self, instruction, parts, args, guard) -> None:
+        if parts[2] != "add":
+            raise NotImplementedError(instruction.text)
+        self.call("together", "m", self.note(instruction))
+        value, members = (self.value(arg, "b32") for arg in args[1:3])
+        self.put(args[0], f"S.warp_sum({value}, {members}, m)", "b32", guard)
+
     def _elect(self, instruction, parts, args, guard) -> None:
         self.call("together", "m", self.note(instruction))
         lane, _, flag = args[0].partition("|")

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import triton
 from helpers import backends
 from helpers.rotations import thinned
 
@@ -12,8 +13,12 @@ import lorafast
 from lorafast import testing
 from lorafast.engine import formula
 from lorafast.engine.grouped import device, routes, torch_product
+from lorafast.engine.grouped import triton as grouped_triton
 from lorafast.engine.grouped.groups import Groups
+from lorafast.engine.kernels import launch
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors
+from lorafast.runtime import devices
+from lorafast.runtime.devices import Arch
 from lorafast.testing import FORMS, Case, ExpertsCase
 
 BY_NAME = {form.name: form for form in FORMS if form.axis == "out"}
@@ -42,9 +47,10 @@ def errors(case, seeds=range(4)):
 CASES = [
     (name, form, dtype, p, bias, transposed)
     for i, (name, form, dtype) in enumerate(
-        itertools.product(("eager", "cpu"), BY_NAME, DTYPES)
+        itertools.product(("eager", "cpu", "triton"), BY_NAME, DTYPES)
     )
     for p, bias, transposed in [((0.0, 0.3)[i % 2], i % 3 > 0, i % 5 == 0)]
+    if dtype in backends.DTYPES[name]
 ]  # fmt: skip
 
 
@@ -70,7 +76,7 @@ def test_float64_is_the_truth(form, p):
         torch.testing.assert_close(value, expected[part], rtol=1e-10, atol=1e-10)
 
 
-@backends.each_name(("eager", "cpu"))
+@backends.each_name(("eager", "cpu", "triton"))
 @pytest.mark.parametrize("counts", [(64, 0, 0), (0, 0, 1), (200, 3, 0, 5)], ids=str)
 @pytest.mark.parametrize("shared", ["A", "B"])
 def test_errors_of_skewed_rows_and_shared_factors(name, counts, shared, monkeypatch):
@@ -78,11 +84,12 @@ def test_errors_of_skewed_rows_and_shared_factors(name, counts, shared, monkeypa
     for form, dtype, p in (
         ("vera", torch.bfloat16, 0.3), ("dora", torch.float32, 0.0), ("lamda", torch.float32, 0.3),
     ):  # fmt: skip
+        dtype = dtype if dtype in backends.DTYPES[name] else torch.float16
         found = errors(problem(form, dtype, p, counts, shared))
         assert max(found.values()) <= 2, (form, found)
 
 
-@backends.each_name(("eager", "cpu"))
+@backends.each_name(("eager", "cpu", "triton"))
 @pytest.mark.parametrize("form", ["lora", "dora", "vera", "adalora"])
 def test_an_expert_without_rows_gets_gradients_of_zero(name, form, monkeypatch):
     monkeypatch.setenv("LORAFAST_BACKEND", name)
@@ -97,7 +104,7 @@ def test_an_expert_without_rows_gets_gradients_of_zero(name, form, monkeypatch):
                     assert bool(value[e].count_nonzero()) == bool(count), (part, e)
 
 
-@backends.each_name(("eager", "cpu"))
+@backends.each_name(("eager", "cpu", "triton"))
 def test_one_expert_is_a_layer(name, monkeypatch):
     """The bits of the mask, and with them the output, are lorafast.linear's."""
     monkeypatch.setenv("LORAFAST_BACKEND", name)
@@ -111,7 +118,7 @@ def test_one_expert_is_a_layer(name, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@backends.each_name(("eager", "cpu"))
+@backends.each_name(("eager", "cpu", "triton"))
 def test_masks_depend_on_the_row_before_sorting_alone(name, monkeypatch):
     """Experts in another order, and their rows in another order, change no bit of a row."""
     monkeypatch.setenv("LORAFAST_BACKEND", name)
@@ -286,10 +293,28 @@ def test_bad_arguments_are_named(changes, words):
 
 
 def test_a_backend_without_grouped_kernels_cannot_be_forced(monkeypatch):
-    monkeypatch.setenv("LORAFAST_BACKEND", "triton")
+    monkeypatch.setenv("LORAFAST_BACKEND", "cuda")
     case = problem()
-    with pytest.raises(RuntimeError, match="triton cannot serve experts: has no grouped kernels"):
+    with pytest.raises(RuntimeError, match="cuda cannot serve experts: has no grouped kernels"):
         testing.ours_experts(case, testing.make_experts(case))
+
+
+def test_auto_takes_the_triton_kernels_nowhere(monkeypatch):
+    """None has a trial. Forced they serve, where a layer's kernels do."""
+    problem = backends.problem(arch=Arch("nvidia", "sm_90"))
+    monkeypatch.delenv("LORAFAST_BACKEND", raising=False)
+    backend, refusals = routes.choice(problem)
+    assert backend == "eager"
+    assert "no trial covers its grouped kernels" in refusals["triton"][0]
+    assert "LORAFAST_BACKEND=triton" in refusals["triton"][0]
+    monkeypatch.setenv("LORAFAST_BACKEND", "triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    routes._choice.cache_clear()
+    assert routes.choice(problem) == ("triton", {})
+    backend, refusals = routes.choice(backends.problem(arch=Arch("nvidia", "sm_90"), R=(300,)))
+    assert backend == "none"
+    assert "R=300 exceeds 256" in refusals["triton"][0]
+    routes._choice.cache_clear()
 
 
 @pytest.mark.compile
@@ -379,10 +404,13 @@ def test_errors_of_what_serves_on_devices(form, dtype, p, bias, rank, monkeypatc
     assert max(found.values()) <= 2, found
 
 
+@pytest.mark.parametrize("module", [device, grouped_triton], ids=["torch", "triton"])
 @pytest.mark.parametrize("shared", ["", "A", "B"])
 @pytest.mark.parametrize("form", ["lora", "dora-inner", "dora-recompute", "vera", "lamda", "dvora"])
-def test_on_devices_the_host_reads_no_number(form, shared):
+def test_on_devices_the_host_reads_no_number(form, shared, module, monkeypatch):
     """Meta tensors have none: reading one raises."""
+    monkeypatch.setattr(launch, "run", lambda *arguments, **flags: None)
+    monkeypatch.setattr(devices, "of", lambda device: Arch("nvidia", "sm_90"))
     case = ExpertsCase(Case(BY_NAME[form], 0, N, K, 8, torch.bfloat16, 0.3), COUNTS, shared)
     made = testing.make_experts(case)
     made = {name: t if t is None else t.to("meta") for name, t in made.items()}
@@ -392,7 +420,7 @@ def test_on_devices_the_host_reads_no_number(form, shared):
         tensors = tensors._replace(norm=torch.empty(len(COUNTS), N, device="meta"))
     options = CallOptions(1.7, 0.3, keep=keep)
     groups = Groups(case.offsets.to("meta"), case.rows.to("meta"))
-    bound = collections.defaultdict(lambda: routes._OfGroups(device, groups))
+    bound = collections.defaultdict(lambda: routes._OfGroups(module, groups))
     y, h, z = formula.forward(made["x"], tensors, options, bound)
     needs = GradMask(*(made.get(name) is not None for name in GradMask._fields))
     kept = z if keep == "inner" else y

@@ -24,9 +24,15 @@ from lorafast.engine.kernels import (
     configs,
     dequantise,
     drop,
+    expert_blocks,
     gemm,
     grad_output,
     grad_project,
+    grouped_drop,
+    grouped_grad_output,
+    grouped_grad_project,
+    grouped_low_rank_add,
+    grouped_project,
     low_rank_add,
     project,
     row_norm,
@@ -49,14 +55,16 @@ WIDE = {
     "absmax_ptr", "code_ptr",
 }  # fmt: skip
 # The arguments that are no floating-point numbers.
-INTEGERS = {"seed_ptr": "i64", "packed_ptr": "u8"}
+INTEGERS = {"seed_ptr": "i64", "packed_ptr": "u8", "offsets_ptr": "i32", "rows_ptr": "i64"}
+# The experts that a form of a grouped kernel holds.
+EXPERTS = {"EXPERTS": 128}
 # The strides that are 1 for contiguous tensors.
 UNIT = {
     "stride_xk", "stride_ak", "stride_vr", "stride_br", "stride_cj", "stride_wk", "stride_dn",
     "stride_kn", "stride_hr", "stride_fj", "stride_oj",
 }  # fmt: skip
 SIZES = {
-    "M", "N", "K", "R", "K0", "K1", "K2", "K3", "rows", "cols", "width", "live", "groups",
+    "M", "S", "N", "K", "R", "K0", "K1", "K2", "K3", "rows", "cols", "width", "live", "groups",
     "skipped", "stop", "stop_byte",
 }  # fmt: skip
 
@@ -68,8 +76,11 @@ def forms(kernel, dtype, capability):
     if kernel.startswith("gemm"):
         yield from _gemm_forms(kernel, dtype, capability, precise)
         return
-    if kernel == "grad_output":
-        yield from _grad_output_forms(dtype, precise, f"sm_{capability}")
+    if kernel.endswith("grad_output"):
+        yield from _grad_output_forms(kernel, dtype, precise, f"sm_{capability}")
+        return
+    if kernel.startswith("grouped") or kernel == "add_blocks":
+        yield from _grouped_forms(kernel, dtype, precise, f"sm_{capability}")
         return
     for tile in configs.tiles(kernel, DTYPES[dtype], f"sm_{capability}"):
         if kernel == "project":
@@ -104,8 +115,35 @@ def forms(kernel, dtype, capability):
                 yield row_norm.row_norm_kernel, tile, flags
 
 
-def _grad_output_forms(dtype, precise, arch):
-    smaller = 0
+def _grouped_forms(kernel, dtype, precise, arch):
+    # Without dropout, with it, and with that of other rows.
+    masks = [{"DROPS": drops, "ROWS": rows} for drops, rows in ((0, 0), (1, 0), (1, 1))]
+    for tile in configs.tiles(kernel, DTYPES[dtype], arch):
+        if kernel == "grouped_project":
+            for mask, parts in itertools.product(masks, (False, True)):
+                flags = mask | {"PARTS": parts} | EXPERTS | precise
+                yield grouped_project.grouped_project_kernel, tile, flags
+        elif kernel == "grouped_grad_project":
+            for mask in masks:
+                flags = mask | EXPERTS | precise
+                yield grouped_grad_project.grouped_grad_project_kernel, tile, flags
+        elif kernel == "grouped_low_rank_add":
+            for mask, inner in [(mask, False) for mask in masks] + [(masks[0], True)]:
+                flags = mask | {"INNER": inner} | EXPERTS | precise
+                yield grouped_low_rank_add.grouped_low_rank_add_kernel, tile, flags
+        elif kernel == "grouped_grad_output_finish":
+            yield grouped_grad_output.grouped_grad_output_finish_kernel, tile, {}
+        elif kernel == "grouped_drop":
+            yield grouped_drop.grouped_drop_kernel, tile, {}
+        elif kernel == "grouped_gain":
+            yield grouped_drop.grouped_gain_kernel, tile, EXPERTS
+        elif kernel == "add_blocks":
+            for whole in (False, True):
+                yield expert_blocks.add_blocks_kernel, tile, {"WHOLE": whole}
+
+
+def _grad_output_forms(kernel, dtype, precise, arch):
+    grouped, smaller = kernel.startswith("grouped"), 0
     for block in configs.BLOCKS_R:
         one_pass = configs.one_pass(smaller + 1, smaller + 1)
         forms = list(itertools.product((True, False) if one_pass else (False,), (True,), (0, 1, 2)))
@@ -116,8 +154,11 @@ def _grad_output_forms(dtype, precise, arch):
         for u, P, sums in forms:
             tile = configs.grad_output_tile(block, DTYPES[dtype], sums, arch)
             lanes = configs.rows_at_once(tile, DTYPES[dtype])
-            flags = {"U": u, "P": P, "SUMS": sums, "LANES": lanes}
-            yield grad_output.grad_output_kernel, tile, flags | precise
+            flags = {"U": u, "P": P, "SUMS": sums, "LANES": lanes} | precise
+            if grouped:
+                yield grouped_grad_output.grouped_grad_output_kernel, tile, flags | EXPERTS
+            else:
+                yield grad_output.grad_output_kernel, tile, flags
 
 
 def _gemm_forms(kernel, dtype, capability, precise):
@@ -219,12 +260,16 @@ def _descriptor_type(function, name, tile, flags, dtype):
 
 def _wide(function, name, flags):
     if name == "B_ptr":
-        return function is not grad_output.grad_output_kernel
+        # Those of grad_output and its grouped form have been cast.
+        return not function.__name__.endswith("grad_output_kernel")
     if name == "x_ptr":
         # What is added to out is an fp32 product.
         return flags.get("ACCUMULATES", False)
     if name == "out_ptr":
-        return function in (grad_project.grad_project_kernel, row_norm.row_norm_kernel)
+        return function in (
+            grad_project.grad_project_kernel, row_norm.row_norm_kernel,
+            grouped_grad_project.grouped_grad_project_kernel, expert_blocks.add_blocks_kernel,
+        )  # fmt: skip
     return (
         name in WIDE
         or (name == "h_ptr" and flags.get("PARTS"))

@@ -30,6 +30,16 @@ STREAMING = (
     "scale_cast",
     "row_norm",
 )
+GROUPED = (
+    "grouped_project",
+    "grouped_grad_project",
+    "grouped_grad_output",
+    "grouped_grad_output_finish",
+    "grouped_low_rank_add",
+    "grouped_drop",
+    "grouped_gain",
+    "add_blocks",
+)
 GEMMS = ("gemm_tma", "gemm_pointers", "gemm_finish")
 # The bytes of shared memory that a block may use. The limit for sm_80 is that of sm_86 and sm_89:
 # they use the same tiles and have less shared memory.
@@ -44,11 +54,16 @@ CASES = [(dtype, capability) for dtype in ("bf16", "fp32") for capability in (80
 # Architectures of which only the first form of each kernel is compiled.
 OTHERS = (86, 89)
 # The kernels without a matrix product.
-NO_PRODUCT = ("grad_output_finish", "drop", "dequantise", "scale_cast", "gemm_finish")
+NO_PRODUCT = (
+    "grad_output_finish", "drop", "dequantise", "scale_cast", "gemm_finish",
+    "grouped_grad_output_finish", "grouped_drop", "grouped_gain", "add_blocks",
+)  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", [GEMMS, STREAMING], ids=["gemm", "streaming"])
+@pytest.mark.parametrize(
+    "kernels", [GEMMS, STREAMING, GROUPED], ids=["gemm", "streaming", "grouped"]
+)
 @pytest.mark.parametrize(("dtype", "capability"), CASES)
 def test_every_form_compiles_without_spills(dtype, capability, kernels, tmp_path, record_property):
     check_forms(dtype, capability, there(kernels, capability), tmp_path, record_property)
@@ -60,7 +75,7 @@ def test_every_form_compiles_without_spills(dtype, capability, kernels, tmp_path
 def test_the_first_form_of_each_kernel_compiles_without_spills(
     capability, tmp_path, record_property
 ):
-    kernels = there(GEMMS + STREAMING, capability)
+    kernels = there(GEMMS + STREAMING + GROUPED, capability)
     check_forms("bf16", capability, kernels, tmp_path, record_property, "--first")
 
 
@@ -129,7 +144,7 @@ def check_forms(dtype, capability, kernels, tmp_path, record_property, *options)
             # A product still runs while the operands of the next one load.
             assert form["wgmma"] > 0, form
             assert form["in_flight"] > 0, form
-        if form["kernel"] == "grad_output" and (form["flags"]["U"] or form["flags"]["SUMS"]):
+        if form["kernel"].endswith("grad_output") and (form["flags"]["U"] or form["flags"]["SUMS"]):
             # dy has several uses and no further copy: no product may read it beyond its step.
             assert form["pending"] == 0, form
         if form["kernel"] == "gemm_pointers":

@@ -55,7 +55,7 @@ def linear(
     bias: torch.Tensor | None = None,
     keep_inner: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    z = _base(groups, x, weight.to(x.dtype).transpose(1, 2))
+    z = base_product(groups, x, weight.to(x.dtype).transpose(1, 2))
     for h_core, B, scaling, out_scale in ups:
         factor = B.to(accumulator(x.dtype)) * scaling
         if out_scale is not None:
@@ -81,10 +81,10 @@ def grad_output(
     want_bias: bool = False,
 ) -> OutputGrads:
     adapters = [_up_proj_grads(groups, dy, spec, gain) for spec in specs]
-    d_bias = _sums(groups, dy) if want_bias else None
+    d_bias = sums(groups, dy) if want_bias else None
     dot = None
     if kept is not None:
-        dot = _sums(groups, dy.to(accumulator(dy.dtype)) * kept)
+        dot = sums(groups, dy.to(accumulator(dy.dtype)) * kept)
     return OutputGrads(adapters, d_bias, dot)
 
 
@@ -92,7 +92,7 @@ def grad_input(groups: Groups, bases: list[BaseTerm], low_ranks: list[LowRankTer
     dx = None
     for dy, weight, gain in bases:
         gained = dy if gain is None else _by_rows(groups, dy, gain)
-        part = _base(groups, gained, weight.to(dy.dtype))
+        part = base_product(groups, gained, weight.to(dy.dtype))
         dx = part if dx is None else dx.add_(part)
     for v, A, seed, p, _ in low_ranks:
         part = _product(groups, v.to(dx.dtype), A.to(dx.dtype))
@@ -152,7 +152,7 @@ def _up_proj_grads(
 def _core_grad(groups: Groups, u: torch.Tensor, spec: UpProjGradSpec) -> torch.Tensor:
     """uᵀh over each expert's rows, or its diagonal; u contains s.  -> [E,R,R] or [E,R]"""
     if spec.core.dim() == 2:
-        return _sums(groups, u.to(accumulator(spec.h.dtype)) * spec.h)
+        return sums(groups, u.to(accumulator(spec.h.dtype)) * spec.h)
     return _transposed_product(groups, u, spec.h)
 
 
@@ -175,7 +175,7 @@ def _by_rows(groups: Groups, x: torch.Tensor, gain: torch.Tensor) -> torch.Tenso
     return out
 
 
-def _base(groups: Groups, a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def base_product(groups: Groups, a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Each row of a [S,P] times its expert's weight [E,P,Q], which is not copied.  -> [S,Q]"""
     if torch_product.why_not(a, weight):
         return eager.products(groups, a, weight)
@@ -189,7 +189,7 @@ def _product(groups: Groups, a: torch.Tensor, factor: torch.Tensor) -> torch.Ten
     P, Q = factor.shape[1:]
     if torch_product.why_not(a, factor):
         a, factor = _padded(a, -P % _COLUMNS), _padded(factor, -Q % _COLUMNS, -P % _COLUMNS)
-    return _base(groups, a, factor)[:, :Q].contiguous()
+    return base_product(groups, a, factor)[:, :Q].contiguous()
 
 
 def _wide_product(groups: Groups, a: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -221,7 +221,7 @@ def _padded(operand: torch.Tensor, columns: int, rows: int = 0) -> torch.Tensor:
     return operand.contiguous()
 
 
-def _sums(groups: Groups, x: torch.Tensor) -> torch.Tensor:
+def sums(groups: Groups, x: torch.Tensor) -> torch.Tensor:
     """The sum of each expert's rows, in the accumulator's dtype.  x [S,P] -> [E,P]"""
     wide = x.to(accumulator(x.dtype))
     offsets = groups.offsets.to(torch.int64)

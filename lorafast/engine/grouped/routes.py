@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import defaultdict
 from types import ModuleType
 from typing import cast
@@ -17,6 +18,8 @@ from lorafast.engine.problem import CallOptions, LayerTensors, Problem
 from lorafast.runtime import devices, env
 
 _MODULES: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}
+# Imported where it serves: it needs Triton.
+_TRITON = "lorafast.engine.grouped.triton"
 # What computes `eager` where the host would have to wait for the offsets.
 _EAGER_ON_DEVICES: ModuleType = device
 
@@ -40,7 +43,7 @@ def of(x: torch.Tensor, tensors: LayerTensors, options: CallOptions, groups: Gro
     if backend == "none":
         (asked, reasons), *_ = refusals.items()
         raise RuntimeError(f"{env.BACKEND.name}={asked} cannot serve experts: {'; '.join(reasons)}")
-    module = _MODULES[backend]
+    module = importlib.import_module(_TRITON) if backend == "triton" else _MODULES[backend]
     if backend == "eager" and not x.is_cpu:
         module = _EAGER_ON_DEVICES
     bound = _OfGroups(module, groups)
@@ -79,15 +82,21 @@ def choice(problem: Problem) -> tuple[str, dict[str, tuple[str, ...]]]:
 def _choice(problem: Problem, asked: str) -> tuple[str, dict[str, tuple[str, ...]]]:
     refusals: dict[str, tuple[str, ...]] = {}
     for backend in dispatch.candidates(asked):
-        reasons = why_not(backend, problem)
+        reasons = why_not(backend, problem, forced=backend == asked)
         if not reasons:
             return backend, refusals
         refusals[backend] = reasons
     return "none", refusals
 
 
-def why_not(backend: str, problem: Problem) -> tuple[str, ...]:
-    """Every reason why a backend cannot compute a grouped call; empty if it can."""
-    if backend not in _MODULES:
+def why_not(backend: str, problem: Problem, forced: bool = False) -> tuple[str, ...]:
+    """Every reason why a backend cannot compute a grouped call; empty if it can.
+
+    forced: LORAFAST_BACKEND asks for it.
+    """
+    if backend == "triton" and not forced:
+        # None has run on a GPU, so where a trial would stand, nothing does.
+        return ("no trial covers its grouped kernels; LORAFAST_BACKEND=triton asks for them",)
+    if backend not in (*_MODULES, "triton"):
         return ("has no grouped kernels",)
     return dispatch.why_not(backend, "project", problem)
