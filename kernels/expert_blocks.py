@@ -37,6 +37,16 @@ def blocks_of_expert(offsets_ptr, expert, rows):
 
 
 @triton.jit
+def part_of_block(start, first, rows):
+    """Return where the part lies of a block of an expert that has several; no two lie in one place.
+
+    start, first: the first row of the expert and of the block. Of the blocks of such experts at
+    most two begin within the same `rows` rows: an expert's last, and the next one's first.
+    """
+    return first // rows * 2 + (first == start)
+
+
+@triton.jit
 def rows_of_masks(rows_ptr, rows, end, ROWS: tl.constexpr):
     """Return the rows whose dropout bits these have: what rows_ptr has for them, if ROWS."""
     if ROWS:
@@ -50,16 +60,21 @@ def add_blocks_kernel(
 ):
     """out [E,width] = the sum of each expert's parts, added in order.  Grid (⌈width/BLOCK_K⌉, E).
 
-    parts [blocks,width]. WHOLE: the sum of an expert whose rows are one block is in out already.
+    parts [·,width], at the blocks' numbers. WHOLE: the sum of an expert whose rows are one block is
+    in out already, and the other parts lie where part_of_block has it.
     """
     cols = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     expert = tl.program_id(1)
     first, blocks = blocks_of_expert(offsets_ptr, expert, rows)
+    start = tl.load(offsets_ptr + expert)
     if WHOLE and blocks == 1:
         return
     acc = tl.zeros((BLOCK_K,), tl.float32)
     for block in range(blocks):
-        where = (first + block).to(tl.int64) * width + cols
+        part = first + block
+        if WHOLE:
+            part = part_of_block(start, start + block * rows, rows)
+        where = part.to(tl.int64) * width + cols
         acc += tl.load(parts_ptr + where, mask=cols < width, other=0.0)
     tl.store(out_ptr + expert.to(tl.int64) * width + cols, acc, mask=cols < width)
 
@@ -67,6 +82,11 @@ def add_blocks_kernel(
 def blocks(S: int, offsets: torch.Tensor, rows: int) -> int:
     """Return how many numbers the blocks of so many of S rows have, in use or not."""
     return S // rows + offsets.shape[0] - 1
+
+
+def parts_held(S: int, rows: int) -> int:
+    """Return how many places part_of_block may give for blocks of so many of S rows."""
+    return 2 * (S // rows + 1)
 
 
 def experts_held(offsets: torch.Tensor) -> int:
@@ -82,9 +102,10 @@ def factor_strides(factor: torch.Tensor) -> tuple[int, ...]:
 def add_blocks(
     parts: torch.Tensor, out: torch.Tensor, offsets: torch.Tensor, rows: int, whole: bool = False
 ) -> None:
-    """Compute out = the sum of each expert's parts.  parts [blocks,...] -> out [E,...], fp32
+    """Compute out = the sum of each expert's parts.  parts [·,...] -> out [E,...], fp32
 
-    whole: the sum of an expert whose rows are one block is in out already.
+    whole: the sum of an expert whose rows are one block is in out already, and the other parts lie
+    where part_of_block has it, not at the blocks' numbers.
     """
     experts, tile = out.shape[0], configs.ADD_BLOCKS
     width = out.numel() // experts

@@ -16,6 +16,8 @@ from lorafast.engine.kernels.expert_blocks import (
     blocks,
     expert_of_block,
     experts_held,
+    part_of_block,
+    parts_held,
 )
 from lorafast.engine.kernels.grad_project import sum_of_rows
 from lorafast.engine.precision import scaled_to_fp16
@@ -28,9 +30,9 @@ def grouped_grad_project_kernel(
     DROPS: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out fp32 [E,R,K] = vᵀ drop(x) of experts with one block of rows, else parts [blocks,R,K].
+    """out fp32 [E,R,K] = vᵀ drop(x) of experts with one block of rows, else parts [·,R,K].
 
-    Grid (⌈K/BLOCK_K⌉, blocks); a block has steps·BLOCK_M rows.
+    Grid (⌈K/BLOCK_K⌉, blocks); a block has steps·BLOCK_M rows. part_of_block has the parts' places.
     """
     block, block_rows = tl.program_id(1), steps * BLOCK_M
     expert, first, end = expert_of_block(offsets_ptr, experts, block, block_rows, EXPERTS)
@@ -48,9 +50,10 @@ def grouped_grad_project_kernel(
     where = ranks[:, None] * K + cols[None, :]
     inside = (ranks[:, None] < R) & (cols[None, :] < K)
     value = tl.trans(acc) * scale
-    whole = end - tl.load(offsets_ptr + expert) <= block_rows
+    start = tl.load(offsets_ptr + expert).to(tl.int64)
+    whole, part = end - start <= block_rows, part_of_block(start, first, block_rows)
     tl.store(out_ptr + expert * R * K + where, value, mask=inside & whole)
-    tl.store(parts_ptr + block.to(tl.int64) * R * K + where, value, mask=inside & (whole == 0))
+    tl.store(parts_ptr + part * R * K + where, value, mask=inside & (whole == 0))
 
 
 def grouped_grad_project(
@@ -73,7 +76,7 @@ def grouped_grad_project(
     block_rows = max(1, steps) * tile.BLOCK_M
     numbers = blocks(S, offsets, block_rows)
     out = launch.empty(x, torch.float32, experts, R, K)
-    parts = launch.empty(x, torch.float32, numbers, R, K)
+    parts = launch.empty(x, torch.float32, parts_held(S, block_rows), R, K)
     if S and K:
         launch.run(
             grouped_grad_project_kernel, (configs.ceil_div(K, tile.BLOCK_K), numbers), tile,

@@ -7,6 +7,7 @@ from helpers.emulated_device import emulated
 from helpers.grouped_rule import Errors, groups_of
 from helpers.triton_interpreter import SEED
 
+from lorafast import testing
 from lorafast.engine import philox
 from lorafast.engine.grouped import triton as backend
 from lorafast.engine.problem import BaseTerm, DownProj, LowRankTerm, UpProj, UpProjGradSpec
@@ -29,7 +30,7 @@ def rows(S, width, beyond, dtype):
     return torch.randn(S, width + beyond).to(dtype)[:, :width]
 
 
-CASES = [(*target, *shape, i % 2 > 0) for i, shape in enumerate(SHAPES) for target in TARGETS]
+CASES = [(*target, *shape, i % 2 == 0) for i, shape in enumerate(SHAPES) for target in TARGETS]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,27 @@ def test_every_primitive(capability, dtype, K, N, R, beyond, drops):
     terms = [LowRankTerm(h, A, seed, p)]
     check("grad_input", [BaseTerm(dy, weight, gain)], terms)
     check("grad_project", x, terms)
+
+
+LAYERS = [
+    (90 - 10 * (i % 2), form.name, (BF16, BF16, FP16)[i % 3], (0.3, 0.0)[i // 2 % 2])
+    for i, form in enumerate(form for form in testing.FORMS if form.axis == "out")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "form", "dtype", "p"), LAYERS)
+@in_emulator
+def test_layers_of_experts_obey_the_rule(capability, form, dtype, p):
+    (own,) = (one for one in testing.FORMS if one.name == form)
+    one = testing.Case(own, 0, 40, 72, 8, dtype, p)
+    one = one if one.works else testing.Case(own, 0, 40, 72, 8, dtype)
+    case = testing.ExpertsCase(one, (5, 0, 67, 1))
+    made = [testing.make_experts(case, seed) for seed in range(2)]
+    yardstick = testing.Yardstick(case, made, testing.chain_experts)
+    with emulated(capability):
+        ratios = yardstick.ratios(lambda t: testing.run(testing.ours_experts, case, t))
+    assert max(ratios.values()) <= 2, ratios
 
 
 @pytest.mark.slow

@@ -17,7 +17,13 @@ from helpers.triton_interpreter import DTYPES, SEED, far_apart, strided
 from lorafast.engine import philox
 from lorafast.engine.grouped import triton as backend
 from lorafast.engine.grouped.groups import Groups
-from lorafast.engine.kernels.expert_blocks import blocks, expert_of_block, experts_held
+from lorafast.engine.kernels.expert_blocks import (
+    blocks,
+    expert_of_block,
+    experts_held,
+    part_of_block,
+    parts_held,
+)
 from lorafast.engine.kernels.grouped_grad_project import grouped_grad_project
 from lorafast.engine.kernels.grouped_low_rank_add import grouped_low_rank_add
 from lorafast.engine.problem import BaseTerm, DownProj, LowRankTerm, UpProj, UpProjGradSpec
@@ -29,31 +35,39 @@ LAYOUTS = ("contiguous", "sliced", "transposed")
 
 @triton.jit
 def map_kernel(offsets_ptr, map_ptr, experts, rows, EXPERTS: tl.constexpr):
-    """Write each block's expert, first row and end."""
+    """Write each block's expert, first row and end, and the place of its part."""
     block = tl.program_id(0)
     expert, first, end = expert_of_block(offsets_ptr, experts, block, rows, EXPERTS)
-    tl.store(map_ptr + 3 * block, expert)
-    tl.store(map_ptr + 3 * block + 1, first)
-    tl.store(map_ptr + 3 * block + 2, end)
+    start = tl.load(offsets_ptr + expert)
+    tl.store(map_ptr + 4 * block, expert)
+    tl.store(map_ptr + 4 * block + 1, first)
+    tl.store(map_ptr + 4 * block + 2, end)
+    tl.store(map_ptr + 4 * block + 3, part_of_block(start, first, rows))
 
 
-@pytest.mark.parametrize("rows", [1, 16, 64, 100])
-@pytest.mark.parametrize("experts", [1, 3, 32, 33, 150])
+@pytest.mark.parametrize(
+    ("experts", "rows"), thinned(itertools.product((1, 3, 32, 33, 150), (16, 1, 64, 100)), 7)
+)
 def test_every_row_is_in_one_block_of_its_expert(experts, rows):
-    for most in (0, 3, 2 * rows + 1):
+    for most in (0, 3, 2 * rows + 1, 5 * rows):
         counts = torch.randint(0, most + 1, (experts,)).tolist()
         offsets = groups_of(counts).offsets
         number = blocks(sum(counts), offsets, rows)
-        found = torch.full((number, 3), -1)
+        found = torch.full((number, 4), -1)
         map_kernel[(number,)](offsets, found, experts, rows, EXPERTS=experts_held(offsets))
-        held = []
-        for expert, first, end in found.tolist():
+        held, places = [], []
+        for expert, first, end, place in found.tolist():
             assert 0 <= expert < experts
             assert end == offsets[expert + 1]
             held += [(row, expert) for row in range(first, min(first + rows, end))]
+            if first < end and counts[expert] > rows:
+                places.append(place)
             # Blocks of an expert begin a number of rows apart.
             assert (first - int(offsets[expert])) % rows == 0
         assert held == list(enumerate(Groups(offsets).of_all_rows(sum(counts)).tolist()))
+        # Parts of experts with several blocks.
+        assert len({*places}) == len(places)
+        assert max(places, default=0) < parts_held(sum(counts), rows)
 
 
 CASES = [
@@ -122,6 +136,8 @@ def test_the_sums_of_an_expert_of_many_blocks(dtype):
     errors.add("dA", "grad_project", groups, x, [LowRankTerm(v, A, SEED, 0.3)])
     spec = UpProjGradSpec(torch.randn(4, K, R), 1.5, h=v, want_v=True, want_B=True)
     errors.add("u and P", "grad_output", groups, x, [spec], None, x.flip(1), True)
+    many = groups_of((1, 255, 257, 700, 0, 300, 2, 9, 279))
+    errors.add("many", "grad_project", many, x, [LowRankTerm(v, torch.empty(9, R, K), SEED, 0.3)])
     errors.check()
     found = grouped_grad_project(x, v, groups.offsets)
     moved = torch.arange(S).roll(-3)
