@@ -64,8 +64,16 @@ struct LinearBackward : torch::autograd::Node {
   std::string name() const override { return "_LinearBackward"; }
 
   void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable& variable : saved) variable.reset_data();
+    PyObject* returned = nullptr;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (SavedVariable& variable : saved) variable.reset_data();
+      std::swap(returned, loan);
+    }
+    // After the lock, which a thread with the GIL may wait for.
+    if (!returned) return;
+    const Gil held;
+    Py_DECREF(returned);
   }
 
   // What compiled autograd specialises its graph on, and the tensors that it lifts into it.

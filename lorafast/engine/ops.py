@@ -235,7 +235,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *_):
         options, needs = ctx.options, ctx.needs
-        saved = ctx.saved_tensors if options.keep != "output" else _with_unmodified_output(ctx)
+        saved = ctx.saved_tensors if options.keep != "output" else with_unmodified_output(ctx)
         if ctx.loan is None:
             return _Linear.gradients(dy, saved, options, needs)
         borrowed = ctx.loan.take()
@@ -278,8 +278,8 @@ def _masks(
     return needs, formula.saved_mask(needs, CallOptions(axis=axis, keep=keep), has_gain)
 
 
-def _with_unmodified_output(ctx) -> tuple[torch.Tensor | None, ...]:
-    """The tensors that keep="output" saved, if y is as forward left it."""
+def with_unmodified_output(ctx) -> tuple[torch.Tensor | None, ...]:
+    """Return the tensors that keep="output" saved, if y is as forward left it."""
     y, version = ctx.output[0](), ctx.output[1]
     modified = y is not None and torch_internals.version_of(y) != version
     try:

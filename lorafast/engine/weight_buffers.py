@@ -102,11 +102,14 @@ class Loan:
 
     def take(self) -> Borrowed:
         """Make the weight again. RuntimeError if the numbers that it is made of have changed."""
-        packed = self.source.packed
-        if packed is self._packed and torch_internals.version_of(packed) != self._version:
+        packed, before = self.source.packed, self._packed
+        # A module that moves to another device has its numbers in another tensor.
+        moved = packed.device != before.device and packed.shape == before.shape
+        same = packed is before and torch_internals.version_of(packed) == self._version
+        if not (same or moved):
             raise RuntimeError(
-                "the quantised weight of this call has been modified in place since its forward, "
-                "and backward would dequantise another weight"
+                "the quantised weight of this call has been modified in place or replaced since "
+                "its forward, and backward would dequantise another weight"
             )
         return take(self.source, self.dtype)
 

@@ -99,7 +99,7 @@ def run(
     x = hidden_states[tokens]
     # Under autocast a projection casts; elsewhere transformers' implementations cast to the weight.
     weight = getattr(experts, up_name(experts))
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
     x = projection(up_name(experts))(x, groups)
     x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lorafast.models.module_names import require_module
-from lorafast.nn.gated_mlp import GatedMLP, gated_class, parts_of
+from lorafast.nn.gated_mlp import GatedMLP, gated_class, parts_of, why_not_activation
 
 
 def fuse_mlps(model: nn.Module) -> list[str]:
@@ -44,12 +44,7 @@ def why_not(module: nn.Module) -> str | None:
     others = [name for name in parts[:-1] if name not in module._modules]
     if others:
         return f"its {', '.join(others)} is no module"
-    act = module.get_submodule(parts.act)
-    if next(act.parameters(), None) is not None or next(act.buffers(), None) is not None:
-        return f"its activation {type(act).__name__} has parameters"
-    if getattr(act, "inplace", False):
-        return f"its activation {type(act).__name__} works in place"
-    return None
+    return why_not_activation(module.get_submodule(parts.act)) or None
 
 
 def ungroup(model: nn.Module) -> int:

@@ -22,6 +22,14 @@ from lorafast.runtime import torch_internals
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
+# Activations of torch that are functions of each element, and of nothing else.
+_STATELESS = frozenset(
+    {
+        nn.SiLU, nn.GELU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Sigmoid, nn.Tanh,
+        nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Identity,
+    }
+)  # fmt: skip
+
 
 class Parts(NamedTuple):
     """The names of a gated MLP's children. up_first: up is called before gate."""
@@ -41,23 +49,40 @@ class GatedMLP(nn.Module):
     """
 
     _plain_class: type[nn.Module]
+    _plain_forward: Callable
     _parts: Parts
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, *given: Any, **named: Any) -> torch.Tensor:
         """Return y [...,K] for x [...,K]."""
-        if not torch.is_grad_enabled() or torch_internals.is_traced_or_transformed():
-            return super().forward(x)
+        if named or len(given) != 1 or not self._can_compute_again():
+            return super().forward(*given, **named)
+        (x,) = given
         *names, up_first = self._parts
         gate_proj, up_proj, down_proj, act = (self._modules[name] for name in names)
         # In the order of the class, in which layers draw the seeds of their dropout.
         up = up_proj(x) if up_first else None
         gate = gate_proj(x)
         up = up_proj(x) if up is None else up
-        if not (gate.requires_grad or up.requires_grad):
+        if not (gate.requires_grad or up.requires_grad) or gate.dtype != up.dtype:
             return down_proj(act(gate) * up)
         product = gated_product(gate, up, act)
         with computed_again(product, gate, up, act):
             return down_proj(product)
+
+    def _can_compute_again(self) -> bool:
+        """True if nothing would notice it, and a gradient is recorded."""
+        act = self._modules[self._parts.act]
+        return (
+            torch.is_grad_enabled()
+            # A library may have replaced the class's forward since.
+            and self._plain_class.forward is self._plain_forward
+            and "forward" not in vars(act)
+            and not torch_internals.has_call_hooks(act)
+            and not torch_internals.is_traced_or_transformed()
+            and torch_internals.takes_saved_tensor_hooks()
+            # Autocast may compute another activation in another dtype.
+            and (is_exact(act) or not torch_internals.any_autocast())
+        )
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The subclass is made when it is needed, so that pickle cannot find it by its name.
@@ -70,7 +95,12 @@ def gated_class(plain_class: type[nn.Module]) -> type[GatedMLP]:
     parts = parts_of(plain_class)
     if parts is None:
         raise ValueError(f"{plain_class.__qualname__} is no gated MLP that lorafast knows")
-    own = {"_plain_class": plain_class, "_parts": parts, "__module__": plain_class.__module__}
+    own = {
+        "_plain_class": plain_class,
+        "_plain_forward": staticmethod(plain_class.forward),
+        "_parts": parts,
+        "__module__": plain_class.__module__,
+    }
     made = type(plain_class.__name__, (GatedMLP, plain_class), own)
     made.__qualname__ = plain_class.__qualname__
     return made
@@ -84,6 +114,8 @@ def _blank(plain_class: type[nn.Module]) -> GatedMLP:
 
 def parts_of(kind: type[nn.Module]) -> Parts | None:
     """Return the children that a forward combines as down(act(gate(x)) * up(x)), or None."""
+    if inspect.unwrap(kind.forward) is not kind.forward:
+        return None
     try:
         source = textwrap.dedent(inspect.getsource(kind.forward))
         (function,) = ast.parse(source).body
@@ -91,9 +123,11 @@ def parts_of(kind: type[nn.Module]) -> Parts | None:
         return None
     if not isinstance(function, ast.FunctionDef) or function.decorator_list:
         return None
-    arguments = [argument.arg for argument in function.args.args]
+    given = function.args
+    arguments = [argument.arg for argument in given.args]
+    others = given.vararg or given.kwarg or given.kwonlyargs or given.posonlyargs
     result = _returned(function)
-    if len(arguments) != 2 or result is None:
+    if len(arguments) != 2 or others or result is None:
         return None
     this, x = arguments
     down, product = _call_of_child(result, this)
@@ -186,16 +220,37 @@ def _product(gate: torch.Tensor, other: torch.Tensor, act: Activation) -> torch.
 
 def _activation_grad(gate: torch.Tensor, grad: torch.Tensor, act: Activation) -> torch.Tensor:
     """The gradient of gate through act. grad, that of act(gate), may be overwritten."""
-    aten = torch.ops.aten
+    aten, approximate = torch.ops.aten, _gelu_form(act)
+    # A mode may be there that forbids to write into what is given.
+    if is_exact(act) and torch_internals.dispatch_modes_active():
+        if approximate is None:
+            return aten.silu_backward(grad, gate)
+        return aten.gelu_backward(grad, gate, approximate=approximate)
     if _is_silu(act):
         return aten.silu_backward.grad_input(grad, gate, grad_input=grad)
-    approximate = _gelu_form(act)
     if approximate is not None:
         return aten.gelu_backward.grad_input(grad, gate, approximate=approximate, grad_input=grad)
     with torch.enable_grad():
         leaf = gate.detach().requires_grad_()
         (d_gate,) = torch.autograd.grad(act(leaf), leaf, grad)
     return d_gate
+
+
+def is_exact(act: Activation) -> bool:
+    """True for SiLU and GELU, which torch has kernels of, forward and backward."""
+    return _is_silu(act) or _gelu_form(act) is not None
+
+
+def why_not_activation(act: nn.Module) -> str:
+    """Why an activation cannot be computed again, in words; "" if it can: it has no state."""
+    kind = type(act)
+    if next(act.parameters(), None) is not None or next(act.buffers(), None) is not None:
+        return f"its activation {kind.__name__} has parameters"
+    if getattr(act, "inplace", False):
+        return f"its activation {kind.__name__} works in place"
+    if kind in _STATELESS or (_of_transformers(act) and not act._modules):
+        return ""
+    return f"its activation {kind.__module__}.{kind.__qualname__} may have a state"
 
 
 def _is_silu(act: Activation) -> bool:
@@ -241,11 +296,14 @@ def computed_again(
     hooks = torch_internals.saved_tensor_hooks()
     outer_pack, outer_unpack = hooks or (torch.Tensor.detach, lambda packed: packed)
     address, count = product.data_ptr(), product.numel()
-    factors = gate.detach(), up.detach()
+    version = torch_internals.version_of(product)
+    factors, product_dtype = (gate.detach(), up.detach()), product.dtype
 
     def pack(tensor: torch.Tensor) -> Any:
         same = tensor.data_ptr() == address and tensor.numel() == count
-        if not same or not tensor.is_contiguous():
+        same = same and tensor.dtype == product_dtype and tensor.is_contiguous()
+        # A hook on down may have changed its input.
+        if not same or torch_internals.version_of(tensor) != version:
             return outer_pack(tensor) if hooks else tensor
         versions = torch_internals.version_of(factors[0]), torch_internals.version_of(factors[1])
         return _Product(outer_pack(factors[0]), outer_pack(factors[1]), tensor.shape, versions)

@@ -263,6 +263,12 @@ def is_traced_or_transformed() -> bool:
     return torch.compiler.is_compiling() or transforms_active() or torch.jit.is_tracing()
 
 
+def takes_saved_tensor_hooks() -> bool:
+    """Return True unless hooks on saved tensors are forbidden now, or this torch cannot say."""
+    enabled = _find("_autograd._saved_tensors_hooks_is_enabled")
+    return enabled is not None and enabled()
+
+
 def saved_tensor_hooks() -> tuple[Callable, Callable] | None:
     """Return pack and unpack of the innermost hooks on saved tensors, or None if there are none.
 
@@ -367,6 +373,14 @@ CALL_HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
+
+
+def has_call_hooks(module: torch.nn.Module) -> bool:
+    """Return True if the call of the module runs a hook, its own or one of all modules."""
+    every = vars(torch.nn.modules.module)
+    return any(vars(module).get(name) for name in CALL_HOOKS) or any(
+        every.get(f"_global{name}") for name in CALL_HOOKS
+    )
 
 
 def share_call_hooks(source: torch.nn.Module, target: torch.nn.Module) -> None:

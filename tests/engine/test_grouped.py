@@ -1,6 +1,7 @@
 """Layers of experts: errors, saved tensors, masks, gradients of zero, and the ops torch sees."""
 
 import collections
+import contextlib
 import itertools
 
 import pytest
@@ -428,3 +429,49 @@ def test_on_devices_the_host_reads_no_number(form, shared, module, monkeypatch):
     for name, grad in zip(GradMask._fields, grads, strict=True):
         assert (grad is None) == (made.get(name) is None)
         assert grad is None or grad.shape == made[name].shape
+
+
+@backends.each_name(("eager", "cpu"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("K_in", "N_out"), [(8, 6), (64, 100), (6, 8), (8, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("served_by", ["", "device"])
+def test_rows_that_torch_would_pad(served_by, transposed, K_in, N_out, dtype, name, monkeypatch):
+    """torch's grouped product makes rows that begin at multiples of 16 bytes."""
+    monkeypatch.setenv("LORAFAST_BACKEND", name)
+    if served_by:
+        monkeypatch.setitem(routes._MODULES, name, device)
+    for form in ("lora", "dora-inner"):
+        one = Case(BY_NAME[form], 0, N_out, K_in, 4, dtype, 0.0, False, transposed=transposed)
+        case = ExpertsCase(one, COUNTS)
+        assert max(errors(case).values()) <= 2
+        y = testing.ours_experts(case, testing.make_experts(case))
+        assert y.is_contiguous()
+
+
+def test_overlapping_rows():
+    layer = lorafast.Experts(4, 32, 32, bias=False, adapter=lorafast.LoRA(r=4))
+    offsets = torch.tensor([0, 3, 6, 9, 12], dtype=torch.int32)
+    x = torch.randn(12, 32, requires_grad=True)
+    layer(x, offsets).sum(0).square().sum().backward()
+    expected, x.grad = x.grad.clone(), None
+    y = layer(x, offsets)
+    y.backward(2 * y.sum(0).expand(12, 32).contiguous())
+    torch.testing.assert_close(x.grad, expected)
+    row = torch.randn(1, 32)
+    dense = layer(row.repeat(12, 1), offsets)
+    torch.testing.assert_close(layer(row.expand(12, 32), offsets), dense)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_an_output_that_backward_reads_and_that_was_modified(hooked):
+    case = problem("dora-output", bias=False)
+    t = {name: testing.leaf(name, v) for name, v in testing.make_experts(case).items()}
+    hooks = contextlib.nullcontext()
+    if hooked:
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with hooks:
+        y = testing.ours_experts(case, t)
+    y = y.mul_(3.0)
+    with pytest.raises(RuntimeError, match=r"keep='output' reads it again.*keep='inner'"):
+        y.sum().backward()

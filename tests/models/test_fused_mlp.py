@@ -1,6 +1,7 @@
 """adapt(..., fuse_mlp=True): the same numbers, less kept, and everything else as it was."""
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -29,9 +30,10 @@ class MLP(nn.Module):
         return self.down(self.up(x) * self.act(self.gate(x)))
 
 
-class ReLUSquared(nn.Module):
+class Counting(nn.Module):
     def forward(self, x):
-        return nn.functional.relu(x).square()
+        self.calls = getattr(self, "calls", 0) + 1
+        return nn.functional.silu(x) * self.calls
 
 
 class NamedActivation(MLP):
@@ -49,6 +51,22 @@ class Reused(MLP):
 class Added(MLP):
     def forward(self, x):
         return self.down(self.act(self.gate(x)) + self.up(x))
+
+
+class Keyword(MLP):
+    def forward(self, hidden_states):
+        return self.down(self.act(self.gate(hidden_states)) * self.up(hidden_states))
+
+
+class More(MLP):
+    def forward(self, x, **more):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Wrapped(MLP):
+    @functools.wraps(MLP.forward)
+    def forward(self, x):
+        return MLP.forward(self, x) * 3
 
 
 class Cast(MLP):
@@ -111,7 +129,7 @@ def test_the_numbers_are_those_of_the_plain_mlp(adapter, dtype):
 @pytest.mark.parametrize(
     "act",
     [
-        nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), ReLUSquared(), nn.Identity(),
+        nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.Identity(), nn.Softplus(),
         nn.ReLU(inplace=False), "silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_python",
         "relu2",
     ],
@@ -245,6 +263,50 @@ def test_an_output_of_gate_that_is_modified_is_an_error():
         y.sum().backward()
 
 
+def test_hooks_see_what_they_see_in_the_plain_mlp():
+    plain, fused = pair(MLP, lorafast.LoRA(r=2, dropout=0.2))
+    x, seen = torch.randn(6, 16), []
+    for model in (plain, fused):
+        model.act.register_forward_hook(lambda _, given, y: seen.append(y))
+        model.act.register_full_backward_hook(lambda _, d_in, d_out: seen.append(d_out[0]))
+    expected, found = step(plain, x), step(fused, x)
+    assert_same(found, expected)
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+
+
+def test_a_hook_that_changes_the_input_of_down():
+    plain, fused = pair(MLP, lorafast.LoRA(r=2))
+    for model in (plain, fused):
+        model.down.register_forward_pre_hook(lambda _, given: (given[0].mul_(2.0),))
+    x = torch.randn(6, 16)
+    assert_same(step(fused, x), step(plain, x))
+
+
+def test_a_class_whose_forward_is_replaced_later(monkeypatch):
+    _, fused = pair(MLP, lorafast.LoRA(r=2))
+    x, forward = torch.randn(6, 16), MLP.forward
+    before = fused(x)
+    monkeypatch.setattr(MLP, "forward", lambda self, x: 3 * forward(self, x))
+    assert torch.equal(fused(x), 3 * before)
+
+
+def test_an_input_by_keyword():
+    plain, fused = pair(Keyword, lorafast.LoRA(r=2))
+    x = torch.randn(6, 16)
+    assert_same(step(fused, hidden_states=x), step(plain, hidden_states=x))
+
+
+def test_where_hooks_on_saved_tensors_are_forbidden_or_mutation_is_allowed():
+    plain, fused = pair(MLP, lorafast.LoRA(r=2))
+    x = torch.randn(6, 16)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert_same(step(fused, x), step(plain, x))
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        assert_same(step(fused, x), step(plain, x))
+
+
 def test_a_fused_mlp_is_copied_and_pickled():
     _, fused = pair(MLP, lorafast.LoRA(r=2))
     x = torch.randn(6, 16)
@@ -291,7 +353,7 @@ def test_which_classes_are_gated_mlps():
     parts = Parts("gate", "up", "down", "act")
     assert parts_of(NamedActivation) == parts
     assert parts_of(MLP) == parts._replace(up_first=True)
-    for other in (Reused, Added, Cast, nn.Linear, nn.Sequential, nn.Module):
+    for other in (Reused, Added, Cast, More, Wrapped, nn.Linear, nn.Sequential, nn.Module):
         assert parts_of(other) is None
 
 
@@ -318,6 +380,9 @@ def test_what_is_no_gated_mlp_is_told():
         lorafast.adapt(model, lorafast.LoRA(r=2), fuse_mlp=True)
     with pytest.warns(UserWarning, match="its activation PReLU has parameters"):
         lorafast.adapt(MLP(nn.PReLU()), lorafast.LoRA(r=2), fuse_mlp=True)
+    for act in (Counting(), nn.RReLU(), nn.Sequential(nn.SiLU(), nn.Dropout(0.5))):
+        with pytest.warns(UserWarning, match="its activation .* may have a state"):
+            lorafast.adapt(MLP(act), lorafast.LoRA(r=2), fuse_mlp=True)
     with pytest.warns(UserWarning, match="its activation ReLU works in place"):
         lorafast.adapt(MLP(nn.ReLU(inplace=True)), lorafast.LoRA(r=2), fuse_mlp=True)
     patched = MLP()

@@ -2,10 +2,13 @@
 
 import contextlib
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
+from helpers import host_path
 from helpers.quantised_layers import int8, quantised
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -350,3 +353,28 @@ def test_a_larger_weight_takes_the_place_of_the_buffer():
         lorafast.adapt(model, lorafast.LoRA(r=2))(torch.randn(4, size))
     ((buffer,),) = weight_buffers._free.values()
     assert buffer.numel() == 128 * 128
+
+
+def test_a_weight_that_is_replaced_before_backward_is_an_error():
+    model = nn.Sequential(quantised(nn.Linear(64, 64)))
+    lorafast.adapt(model, lorafast.LoRA(r=2))
+    x = torch.randn(4, 64, requires_grad=True)
+    loss = model(x).sum()
+    other = quantised(nn.Linear(64, 64))
+    model[0].base_layer.weight = other.weight
+    with pytest.raises(RuntimeError, match="modified in place or replaced"):
+        loss.backward()
+
+
+def test_an_output_does_not_keep_the_quantised_weight_after_backward():
+    model = nn.Sequential(quantised(nn.Linear(64, 64)))
+    lorafast.adapt(model, lorafast.LoRA(r=2))
+    # The node of the Python path lives as long as y.
+    host_path.ready()
+    packed = weakref.ref(model[0].base_layer.weight)
+    y = model(torch.randn(4, 64, requires_grad=True))
+    y.sum().backward()
+    del model
+    gc.collect()
+    assert y.grad_fn is not None
+    assert packed() is None

@@ -6,6 +6,8 @@ experts. The formula is the layer's, on grouped primitives.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from lorafast.engine import formula
@@ -15,8 +17,10 @@ from lorafast.engine.ops import (
     OPTIONS,
     TENSORS,
     differentiable,
+    modified_words,
     once_differentiable,
     register,
+    with_unmodified_output,
 )
 from lorafast.engine.precision import accumulator
 from lorafast.engine.problem import CallOptions, GradMask, LayerTensors
@@ -157,6 +161,9 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(
             x if saved.x else None, h if saved.h else None, kept, offsets, rows, *tensors
         )
+        if options.keep == "output":
+            ctx.output = weakref.ref(y), torch_internals.version_of(y)
+            ctx.words = modified_words(tensors.weight, tensors.magnitude)
         if direct:
             return y
         ctx.mark_non_differentiable(h, z)
@@ -164,7 +171,8 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
-        needs, options, saved = ctx.needs, ctx.options, ctx.saved_tensors
+        needs, options = ctx.needs, ctx.options
+        saved = ctx.saved_tensors if options.keep != "output" else with_unmodified_output(ctx)
         if not torch.is_grad_enabled() and torch_internals.bypasses_dispatcher(dy, saved):
             x, h, kept, offsets, rows, *flat = saved
             tensors, groups = LayerTensors(*flat), Groups(offsets, rows)

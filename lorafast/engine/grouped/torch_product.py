@@ -19,19 +19,24 @@ def why_not(a: torch.Tensor, b: torch.Tensor) -> str:
     if a.dtype not in _DTYPES or a.dtype != b.dtype:
         return f"torch's grouped product takes no {a.dtype} with {b.dtype}"
     for operand in (a, b):
-        *_, along, across = operand.stride()
-        wide = across if along == 1 else along
-        if 1 not in (along, across) or wide * operand.element_size() % _ALIGNMENT:
+        (*_, rows, columns), (*_, along, across) = operand.shape, operand.stride()
+        # The wider stride, and the dim that it steps over.
+        wide, dense = (across, rows) if along == 1 else (along, columns)
+        bytes_apart = wide * operand.element_size()
+        if 1 not in (along, across) or wide < max(1, dense) or bytes_apart % _ALIGNMENT:
             shape, strides = tuple(operand.shape), operand.stride()
             return f"torch's grouped product takes no {shape} with strides {strides}"
+        if not operand.is_cpu and operand.data_ptr() % _ALIGNMENT:
+            return "torch's grouped product takes no operand that begins between 16 bytes"
     return ""
 
 
 def product(groups: Groups, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return row i of a [S,P] times the matrix of its expert in b [E,P,Q], for all i.  -> [S,Q]"""
-    return F.grouped_mm(a, b, offs=groups.ends)
+    # torch makes rows that begin at multiples of 16 bytes.
+    return F.grouped_mm(a, b, offs=groups.ends).contiguous()
 
 
 def transposed_product(groups: Groups, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return aᵀb over each expert's rows.  a [S,P], b [S,Q] -> [E,P,Q]"""
-    return F.grouped_mm(a.t(), b, offs=groups.ends)
+    return F.grouped_mm(a.t(), b, offs=groups.ends).contiguous()
