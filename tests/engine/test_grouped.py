@@ -86,7 +86,8 @@ def test_errors_of_skewed_rows_and_shared_factors(name, counts, shared, monkeypa
         ("vera", torch.bfloat16, 0.3), ("dora", torch.float32, 0.0), ("lamda", torch.float32, 0.3),
     ):  # fmt: skip
         dtype = dtype if dtype in backends.DTYPES[name] else torch.float16
-        found = errors(problem(form, dtype, p, counts, shared))
+        # Triton's interpreter takes its time.
+        found = errors(problem(form, dtype, p, counts, shared), range(2 if name == "triton" else 4))
         assert max(found.values()) <= 2, (form, found)
 
 
