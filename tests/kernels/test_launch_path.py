@@ -6,6 +6,7 @@ the interpreter has a path of its own.
 
 import contextlib
 import os
+import random
 from collections import Counter
 from unittest import mock
 
@@ -26,6 +27,7 @@ from helpers.launch_arguments import (
 )
 from helpers.random_layers import Draw, call, run
 
+from lorafast import testing
 from lorafast.engine.kernels import gemm_routing, launch, triton_internals
 
 # What every range of calls launches.
@@ -33,6 +35,13 @@ KERNELS = {
     "gemm_finish_kernel", "gemm_kernel", "grad_output_finish_kernel", "grad_output_kernel",
     "grad_project_kernel", "low_rank_add_kernel", "project_finish_kernel", "project_kernel",
     "row_norm_kernel", "scale_cast_kernel",
+}  # fmt: skip
+
+# And what calls of layers of experts launch.
+GROUPED_KERNELS = {
+    "add_blocks_kernel", "grouped_drop_kernel", "grouped_gain_kernel",
+    "grouped_grad_output_finish_kernel", "grouped_grad_output_kernel",
+    "grouped_grad_project_kernel", "grouped_low_rank_add_kernel", "grouped_project_kernel",
 }  # fmt: skip
 
 
@@ -75,6 +84,32 @@ def test_an_architecture_without_tma_gets_no_descriptor(first, count):
     counted, descriptors = launched(range(first, first + count), 80)
     assert set(counted) >= KERNELS, counted
     assert descriptors == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 30), pytest.param(1000, 400, marks=pytest.mark.slow)]
+)
+@in_emulator
+def test_layers_of_experts_launch_what_the_kernels_are_compiled_for(first, count):
+    launched, forms = Counter(), [form for form in testing.FORMS if form.axis == "out"]
+    for number in range(first, first + count):
+        draw = random.Random(number)
+        counts = [draw.choice((0, 1, 5, 70, 300)) for _ in range(draw.choice((1, 2, 40)))]
+        N, K, R = (draw.choice((8, 17, 40, 64, 130)) for _ in range(3))
+        own = draw.choice(forms), 0, N, K, R, draw.choice((torch.bfloat16, torch.float32))
+        one = testing.Case(*own, draw.choice((0.0, 0.3)), draw.random() < 0.5)
+        case = testing.ExpertsCase(
+            one if one.works else testing.Case(*own), tuple(counts), draw.choice(("", "A", "B"))
+        )
+        t = testing.make_experts(case, number, sliced=draw.random() < 0.5)
+        with (
+            mock.patch.dict(os.environ, {"LORAFAST_BACKEND": "triton"}),
+            nvidia(90),
+            binder.binding(90) as launches,
+        ):
+            testing.run(testing.ours_experts, case, t)
+        launched.update(one.kernel for one in launches)
+    assert set(launched) >= GROUPED_KERNELS, launched
 
 
 @in_emulator
