@@ -41,6 +41,13 @@ def grouped_grad_project_kernel(
     first_col = tl.program_id(0) * BLOCK_K
     cols = (first_col + tl.arange(0, BLOCK_K)).to(tl.int64)
     ranks = tl.arange(0, BLOCK_R)
+    start = tl.load(offsets_ptr + expert).to(tl.int64)
+    # Chosen before the loop, through which only one address has to be kept then.
+    out_ptr = tl.where(
+        end - start <= block_rows,
+        out_ptr + expert * R * K,
+        parts_ptr + part_of_block(start, first, block_rows) * R * K,
+    )
     own_steps = tl.minimum((end - first + BLOCK_M - 1) // BLOCK_M, steps).to(tl.int32)
     acc = sum_of_rows(
         x_ptr, v_ptr, seed_ptr, rows_ptr, first, 0, end, K, R, first_col, cols, ranks,
@@ -49,11 +56,7 @@ def grouped_grad_project_kernel(
     )  # fmt: skip
     where = ranks[:, None] * K + cols[None, :]
     inside = (ranks[:, None] < R) & (cols[None, :] < K)
-    value = tl.trans(acc) * scale
-    start = tl.load(offsets_ptr + expert).to(tl.int64)
-    whole, part = end - start <= block_rows, part_of_block(start, first, block_rows)
-    tl.store(out_ptr + expert * R * K + where, value, mask=inside & whole)
-    tl.store(parts_ptr + part * R * K + where, value, mask=inside & (whole == 0))
+    tl.store(out_ptr + where, tl.trans(acc) * scale, mask=inside)
 
 
 def grouped_grad_project(
