@@ -24,6 +24,7 @@ from lorafast.engine.kernels.expert_blocks import (
     part_of_block,
     parts_held,
 )
+from lorafast.engine.kernels.grouped_drop import grouped_gain
 from lorafast.engine.kernels.grouped_grad_project import grouped_grad_project
 from lorafast.engine.kernels.grouped_low_rank_add import grouped_low_rank_add
 from lorafast.engine.problem import BaseTerm, DownProj, LowRankTerm, UpProj, UpProjGradSpec
@@ -179,6 +180,21 @@ def test_nothing_outside_its_place_is_written():
     torch.testing.assert_close(out, 7 + torch.where(mask, part * philox.scale(0.3), 0.0))
     out.fill_(7.0)
     assert (whole == 7).all()
+
+
+def test_gain_and_bias_are_those_of_each_rows_expert():
+    """Whole numbers, which nothing rounds."""
+    counts, K = (3, 0, 70, 1), 40
+    groups, S, E = groups_of(counts), sum(counts), len(counts)
+    gain, bias = (torch.arange(E * K).view(E, K).float() + i for i in (1, 1000))
+    x, A = torch.arange(S * K).view(S, K) % 9 - 4.0, torch.ones(E, 1, K)
+    out, inner = x.clone(), torch.full_like(x, torch.nan)
+    v = torch.full((S, 1), 2.0)
+    grouped_low_rank_add(out, v, A, groups.offsets, gain=gain, bias=bias, inner=inner)
+    own_gain, own_bias = groups.of_rows(gain, S), groups.of_rows(bias, S)
+    assert torch.equal(inner, x + 2)
+    assert torch.equal(out, own_gain * (x + 2) + own_bias)
+    assert torch.equal(grouped_gain(x, gain, groups.offsets), own_gain * x)
 
 
 def test_rows_beyond_element_2_to_the_31(tmp_path):
