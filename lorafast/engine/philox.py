@@ -98,19 +98,21 @@ def _flipped_words(keys: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 def _piece(keys: torch.Tensor, start: int, count: int) -> torch.Tensor:
     """_flipped_words of counters that differ in their low word alone."""
-    low = torch.arange(start & _LOW, (start & _LOW) + count, device=keys.device)
-    return _rounds(keys, low, start >> 32)
+    c = torch.zeros(2, count, dtype=torch.int64, device=keys.device)
+    torch.arange(start & _LOW, (start & _LOW) + count, out=c[0])
+    return _rounds(keys, c, start >> 32)
 
 
-def _rounds(keys: torch.Tensor, low_words: torch.Tensor, high: int | torch.Tensor) -> torch.Tensor:
-    """_flipped_words of counters with these low words, int64 [n], and high ones, or one for all."""
-    count, device = low_words.shape[0], keys.device
-    # c0 and c2 are int64 with a high half of 0, so that one multiplication gives both words of a
-    # product. Those are read in place, as int32: on every device of torch the low word comes first.
-    c = torch.zeros(2, count, dtype=torch.int64, device=device)
+def _rounds(keys: torch.Tensor, c: torch.Tensor, high: int | torch.Tensor) -> torch.Tensor:
+    """_flipped_words of counters with the low words c[0], and high ones, [n] or one for all.
+
+    c is int64 [2,n], c[1] is 0, and both are overwritten: they are c0 and c2, whose high half of 0
+    makes one multiplication give both words of a product. Those are read in place, as int32: on
+    every device of torch the low word comes first.
+    """
+    count, device = c.shape[1], keys.device
     c_words = c.view(torch.int32)
     c_low = c_words.view(2, count, 2)[..., 0]
-    c[0] = low_words
     # The products of a round and of the one before it: from c2, from c0.
     products = torch.empty(2, 2, count, dtype=torch.int64, device=device)
     words = products.view(torch.int32).view(2, 2, count, 2)
@@ -172,7 +174,9 @@ def keep_mask_of_rows(seed: torch.Tensor, p: float, rows: torch.Tensor, K: int) 
     keys, limit, step = _round_keys(seed), threshold(p) - STEPS // 2, _rows_at_once(seed, groups)
     for start in range(0, S, step):
         counter = (rows[start : start + step, None] * groups + group).view(-1)
-        halves = _rounds(keys, counter & _LOW, counter >> 32).view(torch.int16)
+        c = torch.zeros(2, counter.shape[0], dtype=torch.int64, device=seed.device)
+        torch.bitwise_and(counter, _LOW, out=c[0])
+        halves = _rounds(keys, c, counter >> 32).view(torch.int16)
         halves = halves.view(-1, groups * GROUP)[:, :K]
         torch.ge(halves, limit, out=mask[start : start + step])
     return mask
