@@ -162,7 +162,7 @@ def dequantise(dtype: torch.dtype) -> Tile:
 # drop's tile: each thread has four groups of 8 neighbours, whose bits one Philox call gives.
 DROP = Tile(32, 0, 128, 0, 4, 1)
 # add_blocks' tile: columns of parts.
-ADD_BLOCKS = Tile(0, 0, 1024, 0, 4, 1)
+ADD_BLOCKS = Tile(0, 0, 512, 0, 4, 1)
 # scale_cast's tile: a square of a factor.
 SCALE_CAST = Tile(0, 32, 32, 0, 4, 1)
 
