@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -72,10 +73,7 @@ def _linear(asked: argparse.Namespace, arguments: list[str]) -> int:
         impls=asked.impl or _default_impls(device, dtype),
         methods=asked.methods,
         dropout_on=asked.dropout_on,
-        rounds=asked.rounds,
-        seconds=asked.seconds or math.inf,
-        warmup=asked.warmup,
-        seed=asked.seed,
+        **_pace(asked),
     )
     with Progress(linear.progress_total(plan)) as progress:
         return _collect(linear.run(plan, progress), asked, device, arguments, progress)
@@ -97,10 +95,7 @@ def _model(asked: argparse.Namespace, arguments: list[str]) -> int:
         steps=asked.steps,
         train_batch=asked.train_batch,
         lr=asked.lr,
-        rounds=asked.rounds,
-        seconds=asked.seconds or math.inf,
-        warmup=asked.warmup,
-        seed=asked.seed,
+        **_pace(asked),
         base_formats=asked.base,
     )
     with Progress(model.progress_total(plan)) as progress:
@@ -118,10 +113,7 @@ def _generate(asked: argparse.Namespace, arguments: list[str]) -> int:
         R=asked.rank,
         device=device,
         dtype=dtype,
-        rounds=asked.rounds,
-        seconds=asked.seconds or math.inf,
-        warmup=asked.warmup,
-        seed=asked.seed,
+        **_pace(asked),
     )
     with Progress(generate.progress_total(plan)) as progress:
         return _collect(generate.run(plan, progress), asked, device, arguments, progress)
@@ -136,10 +128,7 @@ def _experts(asked: argparse.Namespace, arguments: list[str]) -> int:
         problems=experts.problems(sizes, dtype, device, asked.top_k),
         impls=asked.impl,
         methods=asked.methods,
-        rounds=asked.rounds,
-        seconds=asked.seconds or math.inf,
-        warmup=asked.warmup,
-        seed=asked.seed,
+        **_pace(asked),
     )
     with Progress(experts.progress_total(plan)) as progress:
         return _collect(experts.run(plan, progress), asked, device, arguments, progress)
@@ -191,10 +180,7 @@ def _block(asked: argparse.Namespace, arguments: list[str]) -> int:
         R=asked.rank,
         device=device,
         dtype=dtype,
-        rounds=asked.rounds,
-        seconds=asked.seconds or math.inf,
-        warmup=asked.warmup,
-        seed=asked.seed,
+        **_pace(asked),
     )
     with Progress(block.progress_total(plan)) as progress:
         return _collect(block.run(plan, progress), asked, device, arguments, progress)
@@ -283,6 +269,14 @@ def _env(asked: argparse.Namespace, arguments: list[str]) -> int:
     facts = machine.environment(machine.device(asked.device), output.command_line(arguments))
     output.tables_console().print_json(json.dumps(facts))
     return RIGHT
+
+
+def _pace(asked: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a plan that say how long to measure, and its seed."""
+    seconds = asked.seconds or math.inf
+    return {
+        "rounds": asked.rounds, "seconds": seconds, "warmup": asked.warmup, "seed": asked.seed,
+    }  # fmt: skip
 
 
 def _prepare(asked: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from pathlib import Path
 
 import lorafast
@@ -27,12 +25,10 @@ from lorafast.bench.cases.choices import (
     ROUTINGS,
     SWITCH,
 )
+from lorafast.bench.option_values import count, dtype, list_of, positive, probability, whole, width
 from lorafast.runtime import command_line
 from lorafast.runtime.command_line import Command, one_of, with_message
-from lorafast.runtime.spelling import unknown
 
-# torch's own names of the dtypes.
-_LONG_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _DEVICE = "cpu, cuda or cuda:INDEX (default: the GPU if there is one)"
 # The path that stands for stdout.
 STDOUT = Path("-")
@@ -62,12 +58,12 @@ def _parsers() -> tuple[Command, dict[str, Command]]:
 def _linear(command: Command) -> None:
     _shapes(command, "1024x4096")
     add = command.add_argument
-    add("--rank", type=_each(_count), default="16", metavar="R,…", help="ranks; alpha is 2R")
+    add("--rank", type=list_of(count), default="16", metavar="R,…", help="ranks; alpha is 2R")
     help_text = "tokens per batch (default: 64,256,1024, on a GPU 512,2048,8192)"
-    add("--tokens", type=_each(_count), metavar="M,…", help=help_text)
+    add("--tokens", type=list_of(count), metavar="M,…", help=help_text)
     _dropouts(command)
     help_text = "train: forward and backward; inference: forward in eval mode without gradients"
-    words = {"type": _each(one_of(PASSES)), "metavar": "PASS,…", "dest": "passes"}
+    words = {"type": list_of(one_of(PASSES)), "metavar": "PASS,…", "dest": "passes"}
     add("--pass", **words, default="train", help=help_text)
     add("--bias", action="store_true", help="a layer with a bias")
     default = "frozen,full,lorafast,eager,peft; in half precision peft-bf16 too, on a GPU "
@@ -80,33 +76,33 @@ def _model(command: Command) -> None:
     help_text = f"{', '.join(ENCODERS)}: its weights come with a package"
     add("--model", type=one_of(ENCODERS), default="minilm", metavar="NAME", help=help_text)
     help_text = f"some of {', '.join(BASE_FORMATS)}: how its linears hold their weights"
-    words = {"type": _each(one_of(BASE_FORMATS)), "metavar": "FORMAT,…"}
+    words = {"type": list_of(one_of(BASE_FORMATS)), "metavar": "FORMAT,…"}
     add("--base", **words, default=DENSE, help=help_text)
     help_text = "batch sizes to step at"
-    add("--batch-sizes", type=_each(_count), default="1,4,16", metavar="B,…", help=help_text)
-    add("--seq", type=_count, default=16, metavar="TOKENS", help="tokens per text")
-    add("--rank", type=_count, default=16, metavar="R", help="one rank; alpha is 2R")
+    add("--batch-sizes", type=list_of(count), default="1,4,16", metavar="B,…", help=help_text)
+    add("--seq", type=count, default=16, metavar="TOKENS", help="tokens per text")
+    add("--rank", type=count, default=16, metavar="R", help="one rank; alpha is 2R")
     help_text = "one, on the adapters' input"
-    add("--dropout", type=_probability, default=0.0, metavar="P", help=help_text)
-    add("--steps", type=_whole, default=200, help="training steps; 0 trains nothing")
-    add("--train-batch", type=_count, default=8, metavar="B", help="batch size of training")
+    add("--dropout", type=probability, default=0.0, metavar="P", help=help_text)
+    add("--steps", type=whole, default=200, help="training steps; 0 trains nothing")
+    add("--train-batch", type=count, default=8, metavar="B", help="batch size of training")
     help_text = "learning rate of the adapters, or of the encoder under full (default: by method); "
-    add("--lr", type=_positive, help=help_text + "the head's is 1e-3")
+    add("--lr", type=positive, help=help_text + "the head's is 1e-3")
     _common(command, METHODS, 7, "frozen,lorafast,peft")
 
 
 def _generate(command: Command) -> None:
     add = command.add_argument
-    add("--layers", type=_count, default=4, metavar="L", help="layers of the Llama")
+    add("--layers", type=count, default=4, metavar="L", help="layers of the Llama")
     help_text = "its width, a multiple of 64; 64 to a head"
-    add("--hidden", type=_width, default=512, metavar="WIDTH", help=help_text)
-    add("--prompt", type=_count, default=16, metavar="TOKENS", help="tokens of the prompt")
-    add("--tokens", type=_count, default=32, metavar="TOKENS", help="tokens to generate")
-    add("--rank", type=_count, default=16, metavar="R", help="one rank; alpha is 2R")
+    add("--hidden", type=width, default=512, metavar="WIDTH", help=help_text)
+    add("--prompt", type=count, default=16, metavar="TOKENS", help="tokens of the prompt")
+    add("--tokens", type=count, default=32, metavar="TOKENS", help="tokens to generate")
+    add("--rank", type=count, default=16, metavar="R", help="one rank; alpha is 2R")
     _methods(command, LAYERS)
     help_text = f"some of {', '.join(implementations.GENERATING)}; frozen, the model without "
     help_text += "adapters, always runs"
-    parse = _each(implementations.parse_one_of(implementations.GENERATING))
+    parse = list_of(implementations.parse_one_of(implementations.GENERATING))
     default = "frozen,lorafast,accelerated,peft,merged"
     add("--impl", type=parse, default=default, metavar="NAME,…", help=help_text)
     _measured(command, 15)
@@ -116,17 +112,17 @@ def _generate(command: Command) -> None:
 def _experts(command: Command) -> None:
     _shapes(command, "2048x768")
     add = command.add_argument
-    add("--experts", type=_each(_count), default="8,64", metavar="E,…", help="numbers of experts")
-    add("--top-k", type=_count, default=2, metavar="K", help="experts that get each token")
+    add("--experts", type=list_of(count), default="8,64", metavar="E,…", help="numbers of experts")
+    add("--top-k", type=count, default=2, metavar="K", help="experts that get each token")
     help_text = f"some of {', '.join(ROUTINGS)}: how rows are distributed over experts"
-    words = {"type": _each(one_of(ROUTINGS)), "metavar": "NAME,…"}
+    words = {"type": list_of(one_of(ROUTINGS)), "metavar": "NAME,…"}
     add("--routing", **words, default=",".join(ROUTINGS), help=help_text)
-    add("--rank", type=_each(_count), default="16", metavar="R,…", help="ranks; alpha is 2R")
-    add("--tokens", type=_each(_count), default="512", metavar="M,…", help="tokens per batch")
+    add("--rank", type=list_of(count), default="16", metavar="R,…", help="ranks; alpha is 2R")
+    add("--tokens", type=list_of(count), default="512", metavar="M,…", help="tokens per batch")
     _dropouts(command)
     _methods(command, EXPERT_METHODS, "lora,dora")
     help_text = f"some of {', '.join(EXPERT_IMPLS)}; frozen, torch's grouped product, always runs"
-    parse = _each(implementations.parse_one_of(EXPERT_IMPLS))
+    parse = list_of(implementations.parse_one_of(EXPERT_IMPLS))
     add("--impl", type=parse, default="frozen,lorafast,peft", metavar="NAME,…", help=help_text)
     _measured(command, 15)
     _page(command)
@@ -142,26 +138,26 @@ def _estimate(command: Command) -> None:
     add("--device", type=parse, default="h100-80g", metavar="CARD", help=help_text)
     _methods(command, METHODS)
     help_text = f"some of {', '.join(implementations.ESTIMATED)}; frozen always runs"
-    parse = _each(implementations.parse_one_of(implementations.ESTIMATED))
+    parse = list_of(implementations.parse_one_of(implementations.ESTIMATED))
     default = "full,lorafast,peft,peft-bf16"
     add("--impl", type=parse, default=default, metavar="NAME,…", help=help_text)
     help_text = "texts in a batch"
-    add("--batch-sizes", type=_each(_count), default="1,8,32", metavar="B,…", help=help_text)
-    add("--seq", type=_count, default=2048, metavar="TOKENS", help="tokens per text")
+    add("--batch-sizes", type=list_of(count), default="1,8,32", metavar="B,…", help=help_text)
+    add("--seq", type=count, default=2048, metavar="TOKENS", help="tokens per text")
     help_text = "tokens per text of a decoder beside an encoder (default: --seq)"
-    add("--target-seq", type=_count, metavar="TOKENS", help=help_text)
-    add("--rank", type=_count, default=16, metavar="R", help="one rank; alpha is 2R; VeRA's is 256")
+    add("--target-seq", type=count, metavar="TOKENS", help=help_text)
+    add("--rank", type=count, default=16, metavar="R", help="one rank; alpha is 2R; VeRA's is 256")
     help_text = "one, on the adapters' input"
-    add("--dropout", type=_probability, default=0.0, metavar="P", help=help_text)
-    add("--dtype", type=_dtype, default="bf16", help=", ".join(DTYPES))
+    add("--dropout", type=probability, default=0.0, metavar="P", help=help_text)
+    add("--dtype", type=dtype, default="bf16", help=", ".join(DTYPES))
     help_text = "off, on or both: blocks keep their input alone"
-    parse = _each(one_of(SWITCH))
+    parse = list_of(one_of(SWITCH))
     add("--checkpointing", type=parse, default="off,on", metavar="SWITCH,…", help=help_text)
     help_text = f"some of {', '.join(ESTIMATED_BASES)}: how frozen linears hold their weights"
-    parse = _each(one_of(ESTIMATED_BASES))
+    parse = list_of(one_of(ESTIMATED_BASES))
     add("--base", type=parse, default=DENSE, metavar="FORMAT,…", help=help_text)
     help_text = "GiB of the card for CUDA's context, cuBLAS and the allocator's gaps"
-    add("--reserve", type=_positive, default=1.0, metavar="GIB", help=help_text)
+    add("--reserve", type=positive, default=1.0, metavar="GIB", help=help_text)
     help_text = "on cpu: take the same steps on this machine, too"
     add("--measure", action="store_true", help=help_text)
     help_text = f"one of {', '.join(EXPERIMENTS)}: sets what other options do not"
@@ -173,16 +169,16 @@ def _estimate(command: Command) -> None:
 
 def _block(command: Command) -> None:
     add = command.add_argument
-    add("--hidden", type=_count, default=1024, metavar="WIDTH", help="width of the block")
-    add("--heads", type=_count, default=8, metavar="H", help="heads of its attention")
+    add("--hidden", type=count, default=1024, metavar="WIDTH", help="width of the block")
+    add("--heads", type=count, default=8, metavar="H", help="heads of its attention")
     help_text = "width of its MLP (default: 3.5 times --hidden)"
-    add("--intermediate", type=_count, metavar="WIDTH", help=help_text)
-    add("--tokens", type=_count, default=2048, metavar="M", help="tokens of one text")
-    add("--rank", type=_count, default=16, metavar="R", help="one rank; alpha is 2R")
+    add("--intermediate", type=count, metavar="WIDTH", help=help_text)
+    add("--tokens", type=count, default=2048, metavar="M", help="tokens of one text")
+    add("--rank", type=count, default=16, metavar="R", help="one rank; alpha is 2R")
     _dropouts(command)
     _methods(command, LAYERS, "lora,dora")
     help_text = f"some of {', '.join(implementations.OF_BLOCK)}; frozen always runs"
-    parse = _each(implementations.parse_one_of(implementations.OF_BLOCK))
+    parse = list_of(implementations.parse_one_of(implementations.OF_BLOCK))
     default = "frozen,lorafast,lorafast-mlp,peft"
     add("--impl", type=parse, default=default, metavar="NAME,…", help=help_text)
     _measured(command, 15)
@@ -192,9 +188,9 @@ def _block(command: Command) -> None:
 def _tune(command: Command) -> None:
     _shapes(command, "4096x4096")
     add = command.add_argument
-    add("--rank", type=_each(_count), default="16", metavar="R,…", help="ranks")
+    add("--rank", type=list_of(count), default="16", metavar="R,…", help="ranks")
     help_text = "tokens per batch"
-    add("--tokens", type=_each(_count), default="16,512,8192", metavar="M,…", help=help_text)
+    add("--tokens", type=list_of(count), default="16,512,8192", metavar="M,…", help=help_text)
     _dropouts(command)
     _measured(command, 15)
 
@@ -202,9 +198,9 @@ def _tune(command: Command) -> None:
 def _trial(command: Command) -> None:
     add = command.add_argument
     help_text = f"all, or some of {', '.join(ENTRIES)}"
-    each = _each(one_of(ENTRIES, everything="all"))
+    words_of = list_of(one_of(ENTRIES, everything="all"))
     default = "streams,cuda-bf16"
-    add("--entries", type=each, default=default, metavar="NAME,…", help=help_text)
+    add("--entries", type=words_of, default=default, metavar="NAME,…", help=help_text)
     add("--device", help=_DEVICE)
     add("--again", action="store_true", help="try anew what has a verdict")
     help_text = "write the verdicts here; - is stdout, and tables go to stderr"
@@ -221,7 +217,7 @@ def _report(command: Command) -> None:
 def _check(command: Command) -> None:
     add = command.add_argument
     add("folder", type=Path, metavar="DIR", help="an adapter's folder; no pickle is opened")
-    parse = _each(one_of(ENGINES))
+    parse = list_of(one_of(ENGINES))
     help_text = f"some of {', '.join(ENGINES)}"
     default = ",".join(ENGINES)
     words = {"type": parse, "dest": "engines", "metavar": "ENGINE,…"}
@@ -237,14 +233,14 @@ def _env(command: Command) -> None:
 def _shapes(command: Command, default: str) -> None:
     help_text = f"or the linears of {', '.join(shapes.MODELS)}"
     command.add_argument(
-        "--shape", type=_each(shapes.parse), default=default, metavar="INxOUT,…", help=help_text
+        "--shape", type=list_of(shapes.parse), default=default, metavar="INxOUT,…", help=help_text
     )
 
 
 def _dropouts(command: Command) -> None:
     command.add_argument(
         "--dropout",
-        type=_each(_probability),
+        type=list_of(probability),
         default="0,0.05",
         metavar="P,…",
         help="on the adapter's input",
@@ -264,7 +260,7 @@ def _common(
     _methods(command, methods)
     help_text = f"some of {', '.join(implementations.BASES)}, each also as NAME+compile; "
     help_text += f"frozen always runs (default: {default_implementations})"
-    add("--impl", type=_each(implementations.parse), metavar="NAME,…", help=help_text)
+    add("--impl", type=list_of(implementations.parse), metavar="NAME,…", help=help_text)
     help_text = f"what lorafast's DoRA drops, {' or '.join(DROPOUT_ON)}; PEFT's is always both"
     words = {"type": one_of(DROPOUT_ON), "metavar": "WHAT"}
     add("--dropout-on", **words, default="adapter", help=help_text)
@@ -274,21 +270,23 @@ def _common(
 
 def _methods(command: Command, methods: tuple[str, ...], default: str = "lora,dora,lamda") -> None:
     help_text = f"all, or some of {', '.join(methods)}"
-    each = _each(one_of(methods, everything="all"))
-    command.add_argument("--methods", type=each, default=default, metavar="NAME,…", help=help_text)
+    words_of = list_of(one_of(methods, everything="all"))
+    command.add_argument(
+        "--methods", type=words_of, default=default, metavar="NAME,…", help=help_text
+    )
 
 
 def _measured(command: Command, rounds: int) -> None:
     """Add the options of every command that measures."""
     add = command.add_argument
-    add("--dtype", type=_dtype, help=f"{', '.join(DTYPES)} (default: fp32, on a GPU bf16)")
+    add("--dtype", type=dtype, help=f"{', '.join(DTYPES)} (default: fp32, on a GPU bf16)")
     add("--device", help=_DEVICE)
-    add("--threads", type=_count, help="torch's threads on the CPU")
-    add("--rounds", type=_count, default=rounds, help="timed rounds")
+    add("--threads", type=count, help="torch's threads on the CPU")
+    add("--rounds", type=count, default=rounds, help="timed rounds")
     help_text = "begin no more rounds of one problem after this time, but not before 6"
-    add("--seconds", type=_positive, help=help_text)
-    add("--warmup", type=_count, default=2, help="runs before the rounds")
-    add("--seed", type=_whole, default=0, help="of weights, inputs, masks and the order of texts")
+    add("--seconds", type=positive, help=help_text)
+    add("--warmup", type=count, default=2, help="runs before the rounds")
+    add("--seed", type=whole, default=0, help="of weights, inputs, masks and the order of texts")
     help_text = "write the rows here, after every problem; - is stdout, and tables go to stderr"
     add("--json", type=Path, metavar="FILE", help=help_text)
 
@@ -300,71 +298,6 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
-
-
-def _each(parse: Callable[[str], object]) -> Callable[[str], tuple]:
-    """Return a parser of a comma-separated list without duplicates.
-
-    Where `parse` returns a plain tuple, its elements join the list.
-    """
-
-    def parsed(text: str) -> tuple:
-        found = []
-        for word in text.split(","):
-            value = parse(word.strip())
-            is_list = isinstance(value, tuple) and not hasattr(value, "_fields")
-            found += value if is_list else [value]
-        return tuple(dict.fromkeys(found))
-
-    parsed.__name__ = "list"
-    return with_message(parsed)
-
-
-def _number(text: str, kind: type, least: float, what: str) -> float:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not value >= least or value == math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be {what}")
-    return value
-
-
-def _count(text: str) -> int:
-    return _number(text, int, 1, "a whole number of at least 1")
-
-
-def _width(text: str) -> int:
-    value = _number(text, int, 64, "a multiple of 64")
-    if value % 64:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a multiple of 64")
-    return value
-
-
-def _whole(text: str) -> int:
-    return _number(text, int, 0, "a whole number of at least 0")
-
-
-def _positive(text: str) -> float:
-    value = _number(text, float, 0, "a number above 0")
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
-    return value
-
-
-def _probability(text: str) -> float:
-    value = _number(text, float, 0, "a number in [0, 1)")
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number in [0, 1)")
-    return value
-
-
-@with_message
-def _dtype(text: str) -> str:
-    name = _LONG_DTYPES.get(text, text)
-    if name not in DTYPES:
-        raise ValueError(unknown(text, DTYPES))
-    return name
 
 
 # Each command: the function that adds its options, and what it does.

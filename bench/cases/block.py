@@ -16,16 +16,16 @@ from lorafast.bench.cases.adapted_model import adapted_layers, eager_linear, ini
 from lorafast.bench.cases.candidate import adapter_parameters, route
 from lorafast.bench.cases.expected_grads import TRAINED, EagerLinear, with_eager_layers
 from lorafast.bench.cases.generate_task import use_exact_norms
-from lorafast.bench.cases.implementations import FROZEN_KEY, Impl
+from lorafast.bench.cases.implementations import Impl
+from lorafast.bench.cases.rounds import Key, time_rows, training_step
 from lorafast.bench.errors import Unavailable
 from lorafast.bench.measure import memory
-from lorafast.bench.measure.timing import Mark, Step, Timer, interleave
+from lorafast.bench.measure.timing import Step
 from lorafast.bench.report import fill_record
 from lorafast.bench.report.progress import Progress
 from lorafast.bench.report.record import Record
 from lorafast.testing import SHORT
 
-Key = tuple[Impl, str]
 # Errors are taken over so many tokens.
 _CHECKED_TOKENS = 64
 
@@ -212,7 +212,7 @@ class _Run:
         record, device = self.records[key], self.plan.device
         block = build(*key, self.base, self.plan.R, self.dropout, self.plan.seed)
         x = x.detach().requires_grad_()
-        step = _timed_step(block, x, dy)
+        step = self._timed_step(block, x, dy)
         step(lambda: None)
         _clear_grads(block)
         constant = [*block.parameters(), *block.buffers()]
@@ -227,16 +227,15 @@ class _Run:
         plan = self.plan
         self.progress.begin(f"{plan.size} p={self.dropout:g}: rounds")
         steps = {
-            key: _timed_step(block, x.detach().requires_grad_(), dy)
+            key: self._timed_step(block, x.detach().requires_grad_(), dy)
             for key, block in blocks.items()
             if self.records[key].ok
         }
-        samples = interleave(
-            steps, Timer(plan.device), plan.rounds, plan.warmup, self._failed, plan.seconds,
-            fill_record.MIN_ROUNDS, self.progress.rounds,
-        )  # fmt: skip
-        for key, phases in samples.items():
-            fill_record.set_times(self.records[key], phases, samples.get(FROZEN_KEY), plan.warmup)
+        time_rows(self.records, steps, plan, plan.device, self._failed, self.progress)
+
+    @staticmethod
+    def _timed_step(block: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Step:
+        return training_step(block, x, dy, lambda: _clear_grads(block))
 
     def _failed(self, key: Key, error: Exception) -> None:
         fill_record.set_failure(self.records[key], error, key[0])
@@ -252,18 +251,3 @@ def _adapted(block: nn.Module) -> list[nn.Module]:
 def _clear_grads(block: nn.Module) -> None:
     for parameter in block.parameters():
         parameter.grad = None
-
-
-def _timed_step(block: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Step:
-    """Return a step of two phases: forward, and backward with the gradient of x."""
-
-    def step(mark: Mark) -> None:
-        x.grad = None
-        _clear_grads(block)
-        mark()
-        y = block(x)
-        mark()
-        y.backward(dy)
-        mark()
-
-    return step

@@ -15,17 +15,17 @@ from lorafast import testing
 from lorafast.bench.cases import implementations, recipes
 from lorafast.bench.cases.candidate import ARGUMENTS
 from lorafast.bench.cases.expected_grads import TRAINED
-from lorafast.bench.cases.implementations import FROZEN_KEY, Impl
+from lorafast.bench.cases.implementations import Impl
+from lorafast.bench.cases.rounds import Key, time_rows, training_step
 from lorafast.bench.errors import Unavailable
 from lorafast.bench.measure import memory
 from lorafast.bench.measure.correctness import first_seed
-from lorafast.bench.measure.timing import Mark, Step, Timer, interleave
+from lorafast.bench.measure.timing import Step
 from lorafast.bench.report import fill_record
 from lorafast.bench.report.progress import Progress
 from lorafast.bench.report.record import Record
 from lorafast.testing import SHORT, Case, ExpertsCase, Form, Yardstick
 
-Key = tuple[Impl, str]
 # Errors are taken over at most so many experts and rows, so that float64 fits in memory.
 _CHECKED_EXPERTS, _CHECKED_ROWS = 8, 512
 _FORMS = {form.name: form for form in testing.FORMS}
@@ -318,12 +318,7 @@ class _ProblemRun:
             for key, one in candidates.items()
             if self.records[key].ok
         }
-        samples = interleave(
-            steps, Timer(self.problem.device), plan.rounds, plan.warmup, self._failed, plan.seconds,
-            fill_record.MIN_ROUNDS, self.progress.rounds,
-        )  # fmt: skip
-        for key, phases in samples.items():
-            fill_record.set_times(self.records[key], phases, samples.get(FROZEN_KEY), plan.warmup)
+        time_rows(self.records, steps, plan, self.problem.device, self._failed, self.progress)
 
     def _failed(self, key: Key, error: Exception) -> None:
         fill_record.set_failure(self.records[key], error, key[0])
@@ -350,18 +345,10 @@ def _step(
     rows: torch.Tensor,
     dy: torch.Tensor,
 ) -> Step:
-    """Return a step of two phases: forward, and backward with the gradient of x."""
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return candidate.layer(x, offsets, rows)
 
-    def step(mark: Mark) -> None:
-        x.grad = None
-        candidate.clear_grads()
-        mark()
-        y = candidate.layer(x, offsets, rows)
-        mark()
-        y.backward(dy)
-        mark()
-
-    return step
+    return training_step(call, x, dy, candidate.clear_grads)
 
 
 def problems(

@@ -10,15 +10,14 @@ from torch import nn
 
 from lorafast.bench.cases import implementations, recipes
 from lorafast.bench.cases.generate_task import VOCABULARY, GenerateTask, Size, build, llama
-from lorafast.bench.cases.implementations import FROZEN_KEY, Impl
+from lorafast.bench.cases.implementations import Impl
+from lorafast.bench.cases.rounds import Key, time_rows
 from lorafast.bench.measure import memory
-from lorafast.bench.measure.timing import Mark, Step, Timer, interleave
+from lorafast.bench.measure.timing import Mark, Step
 from lorafast.bench.report import fill_record
 from lorafast.bench.report.progress import Progress
 from lorafast.bench.report.record import Record
 from lorafast.testing import SHORT
-
-Key = tuple[Impl, str]
 
 
 class Plan(NamedTuple):
@@ -73,18 +72,7 @@ def run(plan: Plan, progress: Progress) -> Iterator[list[Record]]:
     progress.begin(f"{plan.size}: rounds of {plan.tokens} tokens")
     # A wrong row shows no speed, so it is not timed.
     steps = {key: _step(task, prompt, plan) for key, task in tasks.items() if records[key].ok}
-    samples = interleave(
-        steps,
-        Timer(plan.device),
-        plan.rounds,
-        plan.warmup,
-        failed,
-        plan.seconds,
-        fill_record.MIN_ROUNDS,
-        progress.rounds,
-    )
-    for key, phases in samples.items():
-        fill_record.set_times(records[key], phases, samples.get(FROZEN_KEY), plan.warmup)
+    time_rows(records, steps, plan, plan.device, failed, progress)
     yield list(records.values())
 
 

@@ -11,16 +11,15 @@ from lorafast import testing
 from lorafast.bench.cases import implementations, recipes
 from lorafast.bench.cases.candidate import Candidate, Problem, build
 from lorafast.bench.cases.implementations import FROZEN_KEY, Impl
+from lorafast.bench.cases.rounds import Key, time_rows, training_step
 from lorafast.bench.measure import bandwidth, compiled, memory
 from lorafast.bench.measure.correctness import Verifier
 from lorafast.bench.measure.lower_bound import lower_bound
-from lorafast.bench.measure.timing import Mark, Step, Timer, interleave
+from lorafast.bench.measure.timing import Mark, Step
 from lorafast.bench.report import fill_record
 from lorafast.bench.report.progress import Progress
 from lorafast.bench.report.record import Record
 from lorafast.testing import SHORT, Case, Form
-
-Key = tuple[Impl, str]
 
 
 class Plan(NamedTuple):
@@ -162,18 +161,7 @@ class _ProblemRun:
         steps = {
             key: self._step(one, self._input(tensors), tensors["dy"]) for key, one in timed.items()
         }
-        samples = interleave(
-            steps,
-            Timer(p.device),
-            plan.rounds,
-            plan.warmup,
-            self._failed,
-            plan.seconds,
-            fill_record.MIN_ROUNDS,
-            self.progress.rounds,
-        )
-        for key, phases in samples.items():
-            fill_record.set_times(self.records[key], phases, samples.get(FROZEN_KEY), plan.warmup)
+        samples = time_rows(self.records, steps, plan, p.device, self._failed, self.progress)
         if not p.inference:
             self._set_lower_bounds([timed[key] for key in samples if key[0].has_adapter])
 
@@ -181,7 +169,9 @@ class _ProblemRun:
         return tensors["x"].detach().requires_grad_(not self.problem.inference)
 
     def _step(self, candidate: Candidate, x: torch.Tensor, dy: torch.Tensor) -> Step:
-        return _forward(candidate, x) if self.problem.inference else _step(candidate, x, dy)
+        if self.problem.inference:
+            return _forward(candidate, x)
+        return _step(candidate, x, dy)
 
     def _set_lower_bounds(self, timed: list[Candidate]) -> None:
         p, frozen_ms = self.problem, self.records[FROZEN_KEY].step_ms
@@ -199,18 +189,7 @@ class _ProblemRun:
 
 
 def _step(candidate: Candidate, x: torch.Tensor, dy: torch.Tensor) -> Step:
-    """Return a step of two phases: forward, and backward with the gradient of x."""
-
-    def step(mark: Mark) -> None:
-        x.grad = None
-        candidate.clear_grads()
-        mark()
-        y = candidate.module(x)
-        mark()
-        y.backward(dy)
-        mark()
-
-    return step
+    return training_step(candidate.module, x, dy, candidate.clear_grads)
 
 
 def _forward(candidate: Candidate, x: torch.Tensor) -> Step:

@@ -15,9 +15,10 @@ from lorafast.bench.cases.choices import DENSE
 from lorafast.bench.cases.corpus import corpus
 from lorafast.bench.cases.encoder import Encoder
 from lorafast.bench.cases.implementations import FROZEN_KEY, Impl
+from lorafast.bench.cases.rounds import time_rows
 from lorafast.bench.cases.train_task import FULL_LR, Batch, TrainTask, build
 from lorafast.bench.measure import compiled, memory
-from lorafast.bench.measure.timing import Timer, interleave
+from lorafast.bench.measure.timing import Timer
 from lorafast.bench.report import fill_record
 from lorafast.bench.report.progress import Progress
 from lorafast.bench.report.record import Record
@@ -152,18 +153,11 @@ class _ModelRun:
                     self._failed(key, error, records)
         self.progress.begin(f"{self.name}, batch {batch_size}: rounds")
         steps = {key: self.tasks[key].step(batch, plan.seed) for key, r in records.items() if r.ok}
-        samples = interleave(
-            steps,
-            Timer(plan.device),
-            plan.rounds,
-            plan.warmup,
-            lambda key, error: self._failed(key, error, records),
-            plan.seconds,
-            fill_record.MIN_ROUNDS,
-            self.progress.rounds,
-        )
-        for key, phases in samples.items():
-            fill_record.set_times(records[key], phases, samples.get(FROZEN_KEY), plan.warmup)
+
+        def failed(key: Key, error: Exception) -> None:
+            self._failed(key, error, records)
+
+        time_rows(records, steps, plan, plan.device, failed, self.progress)
         return list(records.values())
 
     def _train_steps(

@@ -8,14 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorafast.engine.grouped import torch_product
 from lorafast.engine.grouped.groups import Groups
 from lorafast.engine.precision import activation_dtype
-
-# torch's grouped product wants rows that begin at multiples of so many bytes.
-_ALIGNMENT = 16
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The compute capability from which torch has the product on a GPU.
-_CAPABILITY = (8, 0)
 
 
 class StackedLinear(nn.Module):
@@ -112,25 +107,12 @@ def product(
     """
     x = x.to(activation_dtype(x))
     weight = weight.to(x.dtype)
-    if not _has_grouped_product(x, weight):
+    if not x.is_cuda or torch_product.why_not(x, weight.transpose(1, 2)):
         groups.check(x.shape[0])
         parts = [
             F.linear(x[rows], weight[e], None if bias is None else bias[e].to(x.dtype))
             for e, rows in groups.slices()
         ]
         return torch.cat(parts) if parts else x.new_empty(0, weight.shape[1])
-    y = F.grouped_mm(x, weight.transpose(1, 2), offs=groups.ends)
+    y = torch_product.product(groups, x, weight.transpose(1, 2))
     return y if bias is None else y + groups.of_rows(bias.to(x.dtype), x.shape[0])
-
-
-def _has_grouped_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """True if torch's grouped product serves these tensors on their device."""
-    if not x.is_cuda or x.dtype not in _DTYPES or not x.is_contiguous():
-        return False
-    if torch.cuda.get_device_capability(x.device) < _CAPABILITY:
-        return False
-    aligned = all(size * x.element_size() % _ALIGNMENT == 0 for size in weight.shape[1:])
-    dense = weight.is_contiguous() or weight.transpose(1, 2).is_contiguous()
-    if torch.compiler.is_compiling():
-        return aligned and dense and x.dtype is torch.bfloat16
-    return aligned and dense and not (x.data_ptr() | weight.data_ptr()) % _ALIGNMENT

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from lorafast.engine.grouped.groups import Groups
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The compute capability from which torch has them on a GPU.
+_CAPABILITY = (8, 0)
 # They read whole vectors of so many bytes.
 _ALIGNMENT = 16
 
@@ -18,6 +20,11 @@ def why_not(a: torch.Tensor, b: torch.Tensor) -> str:
         return f"torch {torch.__version__} has no grouped product"
     if a.dtype not in _DTYPES or a.dtype != b.dtype:
         return f"torch's grouped product takes no {a.dtype} with {b.dtype}"
+    if a.is_cuda and torch.cuda.get_device_capability(a.device) < _CAPABILITY:
+        return f"torch's grouped product needs compute capability {_CAPABILITY}"
+    compiling = torch.compiler.is_compiling()
+    if compiling and a.dtype is not torch.bfloat16:
+        return f"torch's grouped product is compiled for torch.bfloat16, not {a.dtype}"
     for operand in (a, b):
         (*_, rows, columns), (*_, along, across) = operand.shape, operand.stride()
         # The wider stride, and the dim that it steps over.
@@ -26,7 +33,8 @@ def why_not(a: torch.Tensor, b: torch.Tensor) -> str:
         if 1 not in (along, across) or wide < max(1, dense) or bytes_apart % _ALIGNMENT:
             shape, strides = tuple(operand.shape), operand.stride()
             return f"torch's grouped product takes no {shape} with strides {strides}"
-        if not operand.is_cpu and operand.data_ptr() % _ALIGNMENT:
+        # Under the compiler a tensor has no address.
+        if not (operand.is_cpu or compiling) and operand.data_ptr() % _ALIGNMENT:
             return "torch's grouped product takes no operand that begins between 16 bytes"
     return ""
 
