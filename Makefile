@@ -8,7 +8,7 @@ WORKERS ?= 2
 RESULTS ?= results
 KERNEL_TESTS ?= $(wildcard tests/engine/test_cpu*.py tests/engine/test_host*.py) \
 	tests/engine/test_recipes.py tests/engine/test_dequantise.py \
-	tests/engine/test_grouped.py
+	tests/engine/test_grouped.py tests/engine/test_grouped_ops.py
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 

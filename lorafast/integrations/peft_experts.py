@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lorafast import functional
 from lorafast.engine import checks
+from lorafast.engine.grouped.call import grouped_linear_checked
 from lorafast.engine.grouped.groups import Groups
 from lorafast.engine.problem import CallOptions, LayerTensors
 from lorafast.integrations import peft_support
@@ -101,7 +101,7 @@ def peft_forward(
 def _adapted(
     x: torch.Tensor, groups: Groups, tensors: LayerTensors, options: CallOptions
 ) -> torch.Tensor:
-    return functional._grouped_linear_checked(x, groups, tensors, options)
+    return grouped_linear_checked(x, groups, tensors, options)
 
 
 def _call_of(layer: Any, name: str | None = None) -> tuple[LayerTensors, CallOptions]:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafast import functional
 from lorafast.engine import checks
 from lorafast.engine.grouped import ops as grouped_ops
+from lorafast.engine.grouped.call import grouped_linear, grouped_linear_checked
 from lorafast.engine.grouped.groups import Groups
 from lorafast.engine.problem import CallOptions, LayerTensors
 from lorafast.engine.weight_norm import NormPolicy
@@ -166,7 +166,7 @@ class Experts(AdapterLinearBase, StackedLinear):
         options = CallOptions(
             self.scaling, p, adapter.axis, adapter.dropout_on, adapter.keep, frozen_columns
         )
-        return functional._grouped_linear_checked(
+        return grouped_linear_checked(
             x, groups, tensors._replace(scale=None), options, detach_norm=adapter.detach_norm
         )
 
@@ -180,7 +180,7 @@ class Experts(AdapterLinearBase, StackedLinear):
         if self._removed_delta is None:
             return product(x, groups, self._W(), self.bias)
         factors, options = self._removed_delta
-        return functional.grouped_linear(
+        return grouped_linear(
             x, groups.offsets, self._W(), self.bias, factors.lora_A, factors.lora_B, factors.core,
             scaling=options.scaling if factors.scale is None else factors.scale,
         )  # fmt: skip

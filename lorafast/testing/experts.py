@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lorafast import functional
 from lorafast.engine import philox
+from lorafast.engine.grouped.call import grouped_linear_checked
 from lorafast.engine.grouped.groups import Groups
 from lorafast.engine.problem import CallOptions, LayerTensors
 from lorafast.testing.layers import chain
@@ -88,9 +88,7 @@ def ours_experts(case: ExpertsCase, t: dict[str, torch.Tensor | None]) -> torch.
     )  # fmt: skip
     options = CallOptions(one.scaling, one.dropout, form.axis, form.dropout_on, form.keep)
     groups = Groups(case.offsets, case.rows)
-    return functional._grouped_linear_checked(
-        t["x"], groups, tensors, options, detach_norm=form.detach_norm
-    )
+    return grouped_linear_checked(t["x"], groups, tensors, options, detach_norm=form.detach_norm)
 
 
 def chain_experts(
